@@ -1,0 +1,271 @@
+"""What a run is told: frozen dataclasses, the published recipes as presets, and the command line made from both.
+
+A value comes from, last one wins: the default below, the preset, the configuration of the run that is resumed, the flag.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dclr.errors import UserError
+from dclr.models import BACKBONES
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its default, what it is, and when to change it (shown by --help)."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _require(ok: bool, flag: str, value: object, right: str) -> None:
+    if not ok:
+        raise UserError(f"{flag} is {value}, but must be {right}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """where a run writes, and how it repeats"""
+
+    out: str = option("", "folder of the run; change it to keep several apart (default: the next free runs/COMMAND-N)")
+    seed: int = option(0, "decides every random draw; change it to repeat an experiment with other draws")
+    ds_config: str = option(
+        "ds_configs/zero1.json",
+        "DeepSpeed configuration: sharding and precision; ddp.json for plain data parallel, zero2.json to shard gradients too",
+    )
+    log_every: int = option(10, "optimizer steps between two log lines; raise it where a step takes milliseconds")
+    checkpoint_every: int = option(1, "epochs between two checkpoints; raise it when an epoch takes seconds")
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "--seed", self.seed, "at least 0")
+        _require(self.log_every >= 1, "--log-every", self.log_every, "at least 1")
+        _require(self.checkpoint_every >= 1, "--checkpoint-every", self.checkpoint_every, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """which videos, and the clips cut from them"""
+
+    data: str = option("", "a data set's folder, or a list file; left out, the built-in demo videos are rendered and used")
+    split: int = option(1, "which of the official train/test splits, 1 to 3 (UCF101, HMDB51); change it to average over splits")
+    clip_length: int = option(16, "frames a clip, T; lower it for quick experiments (the backbones divide it by 8)")
+    clip_stride: int = option(2, "source frames from one kept frame to the next; raise it for slow motion or high frame rates")
+    crop_size: int = option(112, "height and width of a clip in pixels; lower it for quick experiments")
+    workers: int = option(2, "decoding processes for each training process; raise it while the bar shows time spent waiting for data")
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.split <= 3, "--split", self.split, "1, 2 or 3")
+        _require(self.clip_length >= 1, "--clip-length", self.clip_length, "at least 1")
+        _require(self.clip_stride >= 1, "--clip-stride", self.clip_stride, "at least 1")
+        _require(self.crop_size >= 16, "--crop-size", self.crop_size, "at least 16 (the backbones divide it by 16)")
+        _require(self.workers >= 0, "--workers", self.workers, "at least 0 (0: decode in the training process)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """the network"""
+
+    backbone: str = option(
+        "r2plus1d_10",
+        "r2plus1d_10 is the published recipe's (its authors call it r2plus1d_18); r2plus1d_18 is torchvision's, twice the cost",
+        BACKBONES,
+    )
+    width: int = option(64, "channels of the first stage; 64 is every published network, lower it for quick experiments")
+
+    def __post_init__(self) -> None:
+        _require(self.backbone in BACKBONES, "--backbone", self.backbone, "one of " + ", ".join(BACKBONES))
+        _require(self.width >= 1, "--width", self.width, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """dual contrastive learning"""
+
+    embedding_dim: int = option(128, "length of an embedding, D; 128 is the published value")
+    queue_length: int = option(2048, "negatives kept for each pair, K; 2048 for UCF101, 16384 for Kinetics-400")
+    temperature: float = option(0.07, "of the contrastive losses; lower weighs hard negatives more")
+    key_momentum: float = option(0.999, "of the key network; lower it (0.99) when a run has few thousand steps")
+    mined_positives: int = option(5, "queue rows that count as positives too, M; 0 turns cross-video mining off")
+    alignment_weight: float = option(0.1, "of the activation alignment term; 0 turns it off")
+    alignment: str = option(
+        "relative",
+        "relative: activation maps divided by their mean, as pooling uses them; raw: as published, hundreds of times larger",
+        ("relative", "raw"),
+    )
+    repel_weight: float = option(0.0, "weight of pushing static and dynamic features apart (in the paper's figure, not in its code)")
+    boundary: str = option(
+        "wrap", "frame before the first, for frame differences; wrap (the last one) is what the authors trained with", ("wrap", "zero", "replicate")
+    )
+    fill_steps: int = option(
+        256, "first steps that only fill the queue, without training; needs no more than queue length / batch size"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.embedding_dim >= 1, "--embedding-dim", self.embedding_dim, "at least 1")
+        _require(self.queue_length >= 1, "--queue-length", self.queue_length, "at least 1")
+        _require(self.temperature > 0, "--temperature", self.temperature, "above 0")
+        _require(0 <= self.key_momentum <= 1, "--key-momentum", self.key_momentum, "between 0 and 1")
+        _require(
+            0 <= self.mined_positives <= self.queue_length,
+            "--mined-positives", self.mined_positives, f"between 0 and --queue-length ({self.queue_length})",
+        )
+        _require(self.fill_steps >= 0, "--fill-steps", self.fill_steps, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """optimization"""
+
+    epochs: int = option(200, "passes over the training videos; 200 is published for pretraining, 10 for finetune and linear")
+    batch_size: int = option(40, "clips a step, over all processes together; raise it to fill a GPU (then raise --lr with it)")
+    lr: float = option(0.01, "learning rate of SGD; lower it when the loss jumps")
+    milestones: tuple[int, ...] = option((120, 160), "epochs after which the learning rate drops to a tenth")
+    momentum: float = option(0.9, "of SGD")
+    weight_decay: float = option(1e-4, "of SGD")
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
+        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
+        _require(self.lr > 0, "--lr", self.lr, "above 0")
+        _require(0 <= self.momentum < 1, "--momentum", self.momentum, "at least 0 and below 1")
+        _require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """what a classifier starts from"""
+
+    pretrained: str = option(
+        "", "a run's folder, its backbone.safetensors, torchvision's weights or the authors' checkpoint (default: from scratch)"
+    )
+    dropout: float = option(0.7, "before the classifier, when finetuning; lower it for narrow networks")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.dropout < 1, "--dropout", self.dropout, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            self.method.queue_length >= self.optim.batch_size,
+            "--queue-length", self.method.queue_length,
+            f"at least --batch-size ({self.optim.batch_size}): the queue takes a whole batch at a time",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """finetune and linear"""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    transfer: TransferConfig = TransferConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+Config = PretrainConfig | SupervisedConfig
+COMMANDS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": SupervisedConfig, "linear": SupervisedConfig}
+
+# The downstream protocols, as published (DCLR and FAME code): finetune 64 clips, lr 0.1; linear 128 clips, lr 5, no decay.
+_FINETUNE = {"lr": 0.1, "epochs": 10, "milestones": (6, 8), "batch_size": 64}
+_LINEAR = {"lr": 5.0, "weight_decay": 0.0, "epochs": 10, "milestones": (6, 8), "batch_size": 128}
+
+# The demo: a network a sixteenth as costly on clips a tenth as large, so that two cores finish in minutes.
+_DEMO = {"clip_length": 8, "clip_stride": 2, "crop_size": 48, "width": 16}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {
+        "pretrain": {
+            **_DEMO, "queue_length": 512, "batch_size": 32, "fill_steps": 16, "key_momentum": 0.99,
+            "epochs": 30, "lr": 0.03, "milestones": (20, 26), "checkpoint_every": 10,
+        },
+        "finetune": {**_DEMO, **_FINETUNE, "batch_size": 16, "lr": 0.02, "epochs": 12, "milestones": (8, 10), "dropout": 0.2, "checkpoint_every": 4},
+        "linear": {**_DEMO, **_LINEAR, "batch_size": 16, "checkpoint_every": 5},
+    },
+    "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
+    "kinetics400": {"pretrain": {"queue_length": 16384}, "finetune": _FINETUNE, "linear": _LINEAR},
+}
+
+
+def groups(config_class: type) -> list[tuple[str, type]]:
+    """(name, dataclass) of a configuration's groups, in the order --help shows them."""
+    return [(f.name, f.type) for f in dataclasses.fields(config_class)]  # type: ignore[misc]
+
+
+def add_flags(parser: argparse.ArgumentParser, group_classes: list[type], only: set[str] | None = None) -> None:
+    """Give `parser` one flag for each field of the groups, under one heading a group. A flag not given is absent from the namespace."""
+    for group_class in group_classes:
+        box = parser.add_argument_group((group_class.__doc__ or "").strip())
+        for f in dataclasses.fields(group_class):
+            if only is not None and f.name not in only:
+                continue
+            many = isinstance(f.default, tuple)
+            default = " ".join(map(str, f.default)) if many else f.default
+            text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
+            names = ["--ds_config", "--ds-config"] if f.name == "ds_config" else ["--" + f.name.replace("_", "-")]
+            box.add_argument(
+                *names,
+                dest=f.name,
+                type=int if many else type(f.default),
+                nargs="*" if many else None,
+                choices=f.metadata["choices"],
+                default=argparse.SUPPRESS,
+                metavar=None if f.metadata["choices"] else f.name.split("_")[-1].upper(),
+                help=text.replace("%", "%%"),
+            )
+
+
+def make_config(command: str, values: dict[str, Any]) -> Config:
+    """The configuration of `command` from flat field values; those a command has no field for are refused.
+
+    Raises UserError: unknown name, or a value a group refuses.
+    """
+    values = dict(values)
+    built: dict[str, Any] = {}
+    for name, group_class in groups(COMMANDS[command]):
+        own = {f.name: values.pop(f.name) for f in dataclasses.fields(group_class) if f.name in values}
+        built[name] = group_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+    if values:
+        raise UserError(f"{command} has no setting named {', '.join(sorted(values))}")
+    return COMMANDS[command](**built)
+
+
+def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str, Any] | None = None) -> Config:
+    """Preset (or the resumed run's flat values), then flags."""
+    if resumed is not None:
+        return make_config(command, {**resumed, **flags})
+    if preset not in PRESETS:
+        raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
+    return make_config(command, {**PRESETS[preset][command], **flags})
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Field name -> value over all groups."""
+    return {k: v for group in dataclasses.asdict(config).values() for k, v in group.items()}
+
+
+def write_config(path: Path, command: str, preset: str, config: Config) -> None:
+    """The resolved configuration, grouped, as JSON; `read_config` is its inverse."""
+    text = json.dumps({"command": command, "preset": preset, **dataclasses.asdict(config)}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
+    """(command, preset, flat values) of a config.json. Raises UserError when it is missing or not one."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        command, preset = stored.pop("command"), stored.pop("preset")
+        return command, preset, {k: v for group in stored.values() for k, v in group.items()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{path}: not the configuration of a run (damaged, or written by something else)") from None

@@ -1,0 +1,391 @@
+"""A data set on disk -> a list of videos with labels and splits.
+
+`open_catalog` recognises the official layouts by their lists, then lists of the user's own, then class folders:
+
+    UCF101         UCF-101/<Class>/*.avi, ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt
+    HMDB51         [videos/]<class>/*.avi, testTrainMulti_7030_splits/<class>_test_splitN.txt
+    Kinetics-400   *.csv or annotations/*.csv (label,youtube_id,time_start,time_end,split), videos anywhere below
+    Diving48       Diving48*_train.json, Diving48*_test.json, [Diving48*_vocab.json], videos anywhere below
+    list file      [splits/]{train,test,val,classes}.txt, or the list itself; a line is `path label [group]`
+    class folders  <class>/*, or {train,val,test}/<class>/*, or the videos side by side (unlabelled)
+
+No video is opened here. A file that a list names and the disk lacks is kept out of the splits and named in `missing`.
+"""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+
+from dclr.errors import UserError
+
+SUFFIXES = frozenset([".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv"])
+SPLITS = ("train", "val", "test")
+LAYOUTS = "UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, or a folder of videos"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """One video of a catalog."""
+
+    path: str
+    """Relative to the catalog's root, with forward slashes."""
+    label: int
+    """Place in the catalog's `classes`; -1: unlabelled."""
+    group: str = ""
+    """What it was cut or filmed from; videos of one group look alike. Empty where the layout does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """The videos of a data set, by split."""
+
+    root: Path
+    """The folder that the videos' paths start from."""
+    layout: str
+    """UCF101, HMDB51, Kinetics-400, Diving48, list file or class folders."""
+    classes: tuple[str, ...]
+    """Names by label; empty where nothing is labelled."""
+    splits: dict[str, tuple[Video, ...]]
+    """By "train", "test" and "val", those that there are, none empty. A tree without splits is all "train". Where there
+    is "val" and no "test", "test" is the same videos as "val"."""
+    missing: tuple[str, ...] = ()
+    """What the lists name and the disk does not hold."""
+
+    def videos(self, split: str) -> tuple[Video, ...]:
+        """The videos of a split; UserError, naming the splits that exist, where there are none."""
+        if not self.splits.get(split):
+            raise UserError(f"{self.root} has no {split} split; it has: {', '.join(self.splits)}")
+        return self.splits[split]
+
+
+def open_catalog(data: Path, split: int = 1) -> Catalog:
+    """Lists the data set under a folder, or the one that a list file (*.txt) names.
+
+    `split` is the number of the official split, 1 to 3, of UCF101 and HMDB51; other layouts have only 1. UserError for
+    whatever is wrong with the folder, the split or the lists, with file and line where a list is to blame.
+    """
+    if data.is_file():
+        if data.suffix.lower() != ".txt":
+            raise UserError(f"{data} is a file; give a folder of videos or a .txt list of them")
+        _require_split(split, "list file", numbers=1)
+        return _list_file(data)
+    if not data.exists():
+        raise UserError(f"no such folder: {data}")
+
+    if (data / "ucfTrainTestlist").is_dir() or (data / "UCF-101").is_dir():
+        _require_split(split, "UCF101", numbers=3)
+        return _ucf101(data, split)
+    if (data / "testTrainMulti_7030_splits").is_dir():
+        _require_split(split, "HMDB51", numbers=3)
+        return _hmdb51(data, split)
+    if kinetics_lists := [file for folder in (data, data / "annotations") for file in _kinetics_lists(folder)]:
+        _require_split(split, "Kinetics-400", numbers=1)
+        return _kinetics(data, kinetics_lists)
+    if any(data.glob("Diving48*_train.json")) or any(data.glob("Diving48*_test.json")):
+        _require_split(split, "Diving48", numbers=1)
+        return _diving48(data)
+    if (data / "splits").is_dir():
+        _require_split(split, "list file", numbers=1)
+        return _list_file(data / "splits" / "train.txt")
+    if (data / "train.txt").is_file():
+        _require_split(split, "list file", numbers=1)
+        return _list_file(data / "train.txt")
+    _require_split(split, "class folders", numbers=1)
+    return _class_folders(data)
+
+
+def _require_split(split: int, layout: str, numbers: int) -> None:
+    if not 1 <= split <= numbers:
+        allowed = "1, 2 or 3" if numbers == 3 else "1: this layout has no numbered splits"
+        raise UserError(f"split {split} of {layout}: must be {allowed}")
+
+
+# ---------------------------------------------------------------- the official layouts
+
+
+def _ucf101(data: Path, split: int) -> Catalog:
+    lists = data / "ucfTrainTestlist"
+    class_file = lists / "classInd.txt"
+    names: dict[int, str] = {}
+    for where, line in _lines(class_file):
+        match line.split():
+            case [number, name] if number.isdecimal():
+                names[int(number)] = name
+            case _:
+                raise UserError(f"{where}: expected `number Class`, got {line!r}")
+    if sorted(names) != list(range(1, len(names) + 1)):
+        raise UserError(f"{class_file}: the classes must be numbered 1 to {len(names)}, each once")
+    labels = {names[number]: number - 1 for number in names}
+
+    def video(where: str, path: str) -> Video:
+        if not _is_video(PurePosixPath(path)):
+            raise UserError(f"{where}: expected `Class/video.avi`, got {path!r}")
+        name = PurePosixPath(path).parent.name
+        if name not in labels:
+            raise UserError(f"{where}: class {name!r} is not in {class_file}")
+        # v_ApplyEyeMakeup_g01_c03: clip 3 of group 1; groups are numbered within their class.
+        group = re.search(r"_(g\d+)_c\d+$", PurePosixPath(path).stem)
+        return Video(
+            path=_inside(f"UCF-101/{path}", where), label=labels[name], group=f"{name}_{group[1]}" if group else ""
+        )
+
+    train = []
+    for where, line in _lines(lists / f"trainlist{split:02d}.txt"):
+        path, _, number = line.rpartition(" ")
+        if not path or not number.isdecimal():
+            raise UserError(f"{where}: expected `Class/video.avi number`, got {line!r}")
+        train.append(video(where, path.strip()))
+        if int(number) != train[-1].label + 1:
+            raise UserError(f"{where}: label {number} contradicts {class_file}, which says {train[-1].label + 1}")
+    test = [video(where, line) for where, line in _lines(lists / f"testlist{split:02d}.txt")]
+    return _catalog(data, "UCF101", tuple(names[number] for number in sorted(names)), {"train": train, "test": test})
+
+
+def _hmdb51(data: Path, split: int) -> Catalog:
+    lists = data / "testTrainMulti_7030_splits"
+    classes = tuple(sorted({file.name.rpartition("_test_split")[0] for file in lists.glob("*_test_split[123].txt")}))
+    if not classes:
+        raise UserError(f"{lists} holds no <class>_test_split{split}.txt")
+    splits: dict[str, list[Video]] = {"train": [], "test": []}
+    for label, name in enumerate(classes):
+        folder = f"videos/{name}" if (data / "videos" / name).is_dir() else name
+        for where, line in _lines(lists / f"{name}_test_split{split}.txt"):
+            file, _, use = line.rpartition(" ")
+            if not file or use not in ("0", "1", "2"):
+                raise UserError(f"{where}: expected `video.avi 0|1|2` (unused, train, test), got {line!r}")
+            if use != "0":
+                path = _inside(f"{folder}/{file.strip()}", where)
+                splits["train" if use == "1" else "test"].append(Video(path=path, label=label))
+    return _catalog(data, "HMDB51", classes, splits)
+
+
+def _kinetics_lists(folder: Path) -> Iterator[Path]:
+    """The CSV files of a folder whose first line is Kinetics'."""
+    for file in sorted(folder.glob("*.csv")):
+        with file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+            if {"youtube_id", "time_start", "time_end", "split"} <= set(next(csv.reader(text), [])):
+                yield file
+
+
+def _kinetics(data: Path, lists: list[Path]) -> Catalog:
+    """Rows of split "validate" are "val". Rows without a label (a test list as first published) are left out: Kinetics
+    is reported on its validation split, which is then "test" too."""
+    rows: dict[str, tuple[str, str]] = {}  # <youtube id>_<start>_<end> -> (split, class name)
+    for file in lists:
+        with file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+            reader = csv.DictReader(text)
+            for row in reader:
+                where = f"{file}:{reader.line_num}"
+                split = "val" if row["split"] in ("validate", "validation") else row["split"]
+                try:
+                    name = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
+                except (TypeError, ValueError):
+                    raise UserError(f"{where}: time_start and time_end must be seconds") from None
+                if split not in SPLITS:
+                    raise UserError(f"{where}: split must be train, val, validate or test, got {split!r}")
+                if not row.get("label"):
+                    continue
+                if rows.setdefault(name, (split, row["label"])) != (split, row["label"]):
+                    raise UserError(f"{where}: {name} is listed a second time, with another label or split")
+
+    classes = tuple(sorted({class_name for _, class_name in rows.values()}))
+    labels = {class_name: label for label, class_name in enumerate(classes)}
+    on_disk = _videos_by_stem(data)
+    splits: dict[str, list[Video]] = {split: [] for split in SPLITS}
+    missing = []
+    for name, (split, class_name) in rows.items():
+        youtube_id = name[: -len("_000000_000000")]
+        path = on_disk.get(name) or on_disk.get(youtube_id)
+        if path:
+            splits[split].append(Video(path=path, label=labels[class_name], group=youtube_id))
+        else:
+            missing.append(name)
+    return _catalog(data, "Kinetics-400", classes, splits, missing)
+
+
+def _diving48(data: Path) -> Catalog:
+    entries: dict[str, list[tuple[str, int]]] = {}
+    for split in ("train", "test"):
+        file = _only(data, f"Diving48*_{split}.json")
+        entries[split] = []
+        for place, entry in enumerate(_json_list(file)):
+            match entry:
+                case {"vid_name": str(name), "label": int(label)} if label >= 0:
+                    entries[split].append((name, label))
+                case _:
+                    raise UserError(f"{file}: entry {place} must have a vid_name and a label of 0 or more")
+
+    largest = max((label for split in entries.values() for _, label in split), default=-1)
+    if any(data.glob("Diving48*_vocab.json")):
+        vocabulary = _only(data, "Diving48*_vocab.json")
+        classes = tuple("-".join(name) if isinstance(name, list) else str(name) for name in _json_list(vocabulary))
+        if largest >= len(classes):
+            raise UserError(f"label {largest} is beyond the {len(classes)} classes of {vocabulary}")
+    else:
+        classes = tuple(str(label) for label in range(largest + 1))
+
+    on_disk = _videos_by_stem(data)
+    missing = [name for split in entries.values() for name, _ in split if name not in on_disk]
+    splits = {
+        split: [
+            # <youtube id>_<number>: dives of one competition share pool, camera and divers.
+            Video(path=on_disk[name], label=label, group=name.rpartition("_")[0])
+            for name, label in listed
+            if name in on_disk
+        ]
+        for split, listed in entries.items()
+    }
+    return _catalog(data, "Diving48", classes, splits, missing)
+
+
+# ---------------------------------------------------------------- the user's own layouts
+
+
+def _list_file(file: Path) -> Catalog:
+    """A list named train, val or test brings the others of these beside it; a list of another name is all there is."""
+    root = file.parent.parent if file.parent.name == "splits" else file.parent
+    files = {split: file.with_name(f"{split}.txt") for split in SPLITS}
+    if file in files.values():
+        files = {split: sibling for split, sibling in files.items() if sibling == file or sibling.is_file()}
+    else:
+        files = {"train": file}
+
+    class_file = file.with_name("classes.txt")
+    classes = tuple(line for _, line in _lines(class_file)) if class_file.is_file() else None
+    splits: dict[str, list[Video]] = {}
+    for split, list_file in files.items():
+        splits[split] = []
+        for where, line in _lines(list_file):
+            if line.startswith("#"):
+                continue
+            fields = line.split()
+            if len(fields) not in (2, 3) or not fields[1].isdecimal():
+                raise UserError(f"{where}: expected `path label [group]`, the label a number, got {line!r}")
+            label = int(fields[1])
+            if classes is not None and label >= len(classes):
+                raise UserError(f"{where}: label {label} is beyond the {len(classes)} classes of {class_file}")
+            splits[split].append(
+                Video(path=_inside(fields[0], where), label=label, group=fields[2] if len(fields) == 3 else "")
+            )
+    if classes is None:
+        largest = max((video.label for videos in splits.values() for video in videos), default=-1)
+        classes = tuple(str(label) for label in range(largest + 1))
+    return _catalog(root, "list file", classes, splits)
+
+
+def _class_folders(data: Path) -> Catalog:
+    split_folders = [split for split in SPLITS if (data / split).is_dir() and not _videos_in(data / split)]
+    by_split = {split: _videos_by_class(data / split) for split in split_folders}
+    by_split = {split: by_class for split, by_class in by_split.items() if by_class}
+    if not by_split:
+        by_class = _videos_by_class(data)
+        loose = _videos_in(data)
+        if loose and by_class:
+            raise UserError(f"{data} holds videos both in class folders and beside them, such as {loose[0].name}")
+        if loose:
+            videos = [Video(path=file.name, label=-1) for file in loose]
+            return _catalog(data, "class folders", (), {"train": videos})
+        if set(by_class) <= set(SPLITS):  # {train,val,test}/*, without classes; nothing at all also comes here
+            unlabelled = {
+                split: [Video(path=f"{split}/{file.name}", label=-1) for file in by_class[split]] for split in by_class
+            }
+            return _catalog(data, "class folders", (), unlabelled)
+        by_split = {"train": by_class}
+
+    first = next(iter(by_split))
+    classes = tuple(by_split[first])
+    splits = {}
+    for split, by_class in by_split.items():
+        if unknown := [name for name in by_class if name not in classes]:
+            raise UserError(f"{data / split / unknown[0]}: class {unknown[0]!r} is not in {data / first}")
+        splits[split] = [
+            Video(path=file.relative_to(data).as_posix(), label=classes.index(name))
+            for name, files in by_class.items()
+            for file in files
+        ]
+    return _catalog(data, "class folders", classes, splits)
+
+
+# ---------------------------------------------------------------- what they share
+
+
+def _catalog(
+    root: Path, layout: str, classes: tuple[str, ...], splits: dict[str, list[Video]], missing: Iterable[str] = ()
+) -> Catalog:
+    """Drops videos that are not on disk and splits that are empty, and lets "val" be "test" where there is no other."""
+    absent = [video.path for videos in splits.values() for video in videos if not (root / video.path).is_file()]
+    gone = set(absent)
+    present = {split: tuple(video for video in videos if video.path not in gone) for split, videos in splits.items()}
+    present = {split: videos for split, videos in present.items() if videos}
+    missing = (*missing, *absent)
+    if not present:
+        named = f"; its lists name {len(missing)}, such as {missing[0]}" if missing else f"; recognised are {LAYOUTS}"
+        raise UserError(f"no videos found in {root}{named}")
+    if "val" in present and "test" not in present:
+        present["test"] = present["val"]
+    return Catalog(root=root, layout=layout, classes=classes, splits=present, missing=missing)
+
+
+def _lines(file: Path) -> list[tuple[str, str]]:
+    """(file:line, text) of the lines that are not blank. Bytes that are not UTF-8 survive as they do in file names."""
+    try:
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except FileNotFoundError:
+        raise UserError(f"missing list file: {file}") from None
+    numbered = enumerate(text.split("\n"), start=1)
+    return [(f"{file}:{number}", line.strip()) for number, line in numbered if line.strip()]
+
+
+def _json_list(file: Path) -> list[object]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, list):
+        raise UserError(f"{file} must hold a JSON list")
+    return content
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise UserError(f"missing list file: {folder / pattern}")
+    if len(files) > 1:
+        raise UserError(f"{folder} holds both {files[0].name} and {files[1].name}; keep one")
+    return files[0]
+
+
+def _inside(path: str, where: str) -> str:
+    """The path in its plain form; UserError where it leaves the root."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise UserError(f"{where}: {path} must be relative to the data folder and stay inside it")
+    return str(pure)
+
+
+def _videos_in(folder: Path) -> list[Path]:
+    """Video files directly in a folder, sorted."""
+    return sorted(file for file in folder.iterdir() if _is_video(file) and file.is_file())
+
+
+def _videos_by_class(folder: Path) -> dict[str, list[Path]]:
+    """Class name -> its video files, both sorted; folders without a video are no class."""
+    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return {entry.name: files for entry in folders if (files := _videos_in(entry))}
+
+
+def _videos_by_stem(root: Path) -> dict[str, str]:
+    """File name without suffix -> relative path, of all videos below a folder; of two alike the first by path."""
+    # os.walk, not rglob: a folder of videos is often a link to another disk, and rglob does not follow links.
+    below = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    paths = sorted(file.relative_to(root).as_posix() for file in below if _is_video(file))
+    return {PurePosixPath(path).stem: path for path in reversed(paths)}
+
+
+def _is_video(file: PurePath) -> bool:
+    """By name; macOS leaves ._x.mp4 beside x.mp4, which is none."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")

@@ -1,0 +1,74 @@
+"""What the processes of a run say to each other. With one process, or none started, every function is the identity."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dclr.errors import UserError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_batch(rows: Tensor) -> Tensor:
+    """(B, ...) on each rank -> (ranks * B, ...) in rank order on all. No gradient."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise mean over ranks, as a new tensor."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One object from each rank, in rank order, on all."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; where it raises UserError on any, it is raised on all, so that none waits for one that has left."""
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    for found in gather_objects(problem):
+        if found is not None:
+            raise UserError(found)
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """`work`'s result on rank 0, told to all; where it raises UserError, all raise it."""
+    told = [together(lambda: work() if rank() == 0 else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(told, src=0)
+    return told[0]  # type: ignore[return-value]
+
+
+def launched_rank() -> int:
+    """The rank a launcher gave this process, also before and after it joined the others."""
+    return int(os.environ.get("RANK", "0"))

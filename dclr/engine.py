@@ -1,0 +1,225 @@
+"""DeepSpeed: start the processes, wrap a network, step, save and resume. The only module that imports deepspeed."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dclr import distributed
+from dclr.config import OptimConfig
+from dclr.errors import UserError
+
+KEPT_CHECKPOINTS = 2
+
+
+def start_processes() -> torch.device:
+    """Join the run's other processes (deepspeed, torchrun) or be the only one; returns this process's device.
+
+    On a CPU the cores are shared out between the processes of the machine: with OpenMP's default each process takes all, and two
+    ranks on two cores ran 12 times slower than with one thread each.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:  # a bare `python train.py`: without these DeepSpeed looks for MPI
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    local = int(os.environ["LOCAL_RANK"])
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _import_deepspeed()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    else:
+        device = torch.device("cpu")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    # Its start would compile a shared-memory kernel: minutes, and a crash where there is no C++ compiler. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration. Raises UserError: missing, not JSON, or with sections this project decides otherwise."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--ds_config {path}: {error.strerror}; ds_configs/ holds zero1.json, zero2.json and ddp.json") from None
+    except ValueError as error:
+        raise UserError(f"--ds_config {path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--ds_config {path}: must hold a JSON object, as ds_configs/zero1.json does")
+    for section in ("fp16", "bf16"):
+        if config.get(section, {}).get("enabled"):
+            raise UserError(
+                f"--ds_config {path}: {section} would cast parameters and lose the key network's small updates; use torch_autocast"
+            )
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise UserError(f"--ds_config {path}: has a section {section}, but --lr, --milestones and their kin decide that")
+    if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
+        raise UserError(f"--ds_config {path}: zero_optimization.stage must be 0, 1 or 2 (the key network reads whole parameters)")
+    return config
+
+
+def settle_precision(config: dict[str, Any], device: torch.device) -> str:
+    """Turn `torch_autocast` off in `config` where the device has no fast bfloat16; returns one line on what runs and why."""
+    autocast = config.get("torch_autocast", {})
+    if not autocast.get("enabled"):
+        return "float32: torch_autocast is off in the DeepSpeed configuration"
+    dtype = autocast.get("dtype", "bfloat16")
+    if device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        config["torch_autocast"] = {**autocast, "enabled": False}
+        return f"float32: this CPU has no fast {dtype} (no AVX512-BF16, no AMX), where it runs 2 to 7 times slower"
+    return f"{dtype} compute, float32 parameters, statistics and loss (torch_autocast)"
+
+
+class Engine:
+    """A network under DeepSpeed with SGD. `batch_size` clips make one optimizer step, over all ranks and accumulation steps.
+
+    Attributes: module, device, accumulation (micro-batches a step), micro_batch (clips a rank sees at a time).
+    Raises UserError: a batch size that ranks times accumulation does not divide, or that the DeepSpeed configuration contradicts.
+    """
+
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
+        deepspeed = _import_deepspeed()
+        config = dict(ds_config)
+        self.device, self.optim = device, optim
+        self.accumulation = int(config.get("gradient_accumulation_steps", 1))
+        self.micro_batch = micro_batch_size(config, optim.batch_size)
+        config["gradient_accumulation_steps"] = self.accumulation
+        config["train_micro_batch_size_per_gpu"] = self.micro_batch
+        config["train_batch_size"] = optim.batch_size
+        module.to(device)
+        for buffer in module.buffers():  # DeepSpeed broadcasts parameters only
+            if distributed.world_size() > 1:
+                dist.broadcast(buffer, src=0)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.module: nn.Module = module
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The network's forward, under the configured autocast."""
+        return self._engine(*inputs)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The configured autocast, for calls that do not go through the network's forward."""
+        enabled = self._engine.torch_autocast_enabled()
+        dtype = self._engine.torch_autocast_dtype() if enabled else torch.bfloat16
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+            yield
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """To be called after every `backward`; the optimizer steps once `accumulation` micro-batches have gone through."""
+        self._engine.step()
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        """Write folder/step-N, then name it in folder/latest, then delete all but the newest few.
+
+        DeepSpeed writes its own `latest` without a barrier and not atomically; a kill could leave it naming a torn checkpoint.
+        """
+        tag = f"step-{step:07d}"
+        stored = {"step": step, **state}
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=stored, save_latest=False)
+        if distributed.world_size() > 1:
+            dist.barrier()
+        if distributed.rank() == 0:
+            (folder / tag / "world_size.json").write_text(json.dumps(distributed.world_size()))
+            temporary = folder / "latest.tmp"
+            with temporary.open("w") as file:
+                file.write(tag)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / "latest")
+            for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, folder: Path) -> dict[str, Any]:
+        """Load the newest checkpoint under `folder` into network and optimizer; returns its state, with `step`.
+
+        Reads pickles: only for checkpoints this project wrote. Raises UserError: none there, another world size, another network.
+        """
+        try:
+            tag = (folder / "latest").read_text().strip()
+        except OSError:
+            raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from") from None
+        try:
+            written = json.loads((folder / tag / "world_size.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"--resume: {folder / tag} is damaged (no world_size.json)") from None
+        if written != distributed.world_size():
+            raise UserError(
+                f"--resume: {folder / tag} was written by {written} processes and this run has {distributed.world_size()}; "
+                f"start it with {written}"
+            )
+        try:
+            _, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        except RuntimeError as error:
+            raise UserError(f"--resume: {folder / tag} holds another network ({str(error).splitlines()[0]})") from None
+        return state
+
+
+def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:
+    """Clips a rank sees at a time: batch_size / (ranks * gradient_accumulation_steps). Raises UserError as `Engine` says."""
+    ranks, accumulation = distributed.world_size(), int(ds_config.get("gradient_accumulation_steps", 1))
+    if batch_size % (ranks * accumulation):
+        raise UserError(
+            f"--batch-size is {batch_size}, but must be a multiple of {ranks * accumulation} "
+            f"({ranks} processes x {accumulation} accumulation steps)"
+        )
+    micro = batch_size // (ranks * accumulation)
+    for name, ours in (("train_batch_size", batch_size), ("train_micro_batch_size_per_gpu", micro)):
+        given = ds_config.get(name, "auto")
+        if given not in ("auto", ours):
+            raise UserError(f"--ds_config: {name} is {given}, but --batch-size makes it {ours}; leave it out or 'auto'")
+    return micro
+
+
+def _import_deepspeed() -> Any:
+    """Late, since it costs seconds; quiet, since its progress messages drown ours."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("the package deepspeed is not installed: run `make setup`, or pip install deepspeed")
+    import deepspeed
+
+    # Its one warning here, that it does not know SGD under ZeRO, is answered: tests hold ZeRO's steps against plain torch's.
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,21 @@
+"""Networks: video backbones under torchvision's parameter names, projection heads, and their weights on disk."""
+
+from dclr.models.backbone import BACKBONES, Backbone, build_backbone
+from dclr.models.classifier import Classifier, count_correct, load_classifier, save_classifier
+from dclr.models.heads import ProjectionHead, activation_map, pool
+from dclr.models.weights import load_backbone, save_backbone
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Classifier",
+    "ProjectionHead",
+    "activation_map",
+    "build_backbone",
+    "count_correct",
+    "load_backbone",
+    "load_classifier",
+    "pool",
+    "save_backbone",
+    "save_classifier",
+]

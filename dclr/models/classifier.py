@@ -1,0 +1,82 @@
+"""A backbone with a linear classifier on its pooled features, under torchvision's names: backbone and `fc`."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dclr.errors import UserError
+from dclr.models.backbone import Backbone, build_backbone
+from dclr.models.heads import pool
+
+FILE_NAME = "classifier.safetensors"
+"""What a run's folder calls its classifier."""
+
+
+class Classifier(nn.Module):
+    """pool, dropout, Linear. With `frozen`, the backbone gets no gradient and stays in evaluation mode (linear protocol)."""
+
+    def __init__(self, backbone: Backbone, classes: int, dropout: float = 0.0, frozen: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.frozen = backbone, frozen
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(backbone.feature_dim, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+        if frozen:
+            backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> logits (B, classes) float32."""
+        return self.fc(self.dropout(pool(self.backbone(x)))).float()
+
+
+def save_classifier(classifier: Classifier, classes: tuple[str, ...], path: Path) -> None:
+    """safetensors under torchvision's names, with the classes and the backbone's name and width beside them."""
+    tensors = {**classifier.backbone.state_dict(), **{f"fc.{k}": v for k, v in classifier.fc.state_dict().items()}}
+    backbone = classifier.backbone
+    metadata = {
+        "format": "dclr",
+        "backbone": backbone.name,
+        "width": str(backbone.width),
+        "classes": json.dumps(classes),
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
+    """The classifier and its class names. Raises UserError: no such file, or not one of ours."""
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--checkpoint: no {file}; give the folder of a finetune or linear run, or its {FILE_NAME}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
+        classes = tuple(json.loads(metadata["classes"]))
+        classifier = Classifier(build_backbone(metadata["backbone"], int(metadata["width"])), len(classes))
+        classifier.fc.load_state_dict({k.removeprefix("fc."): v for k, v in tensors.items() if k.startswith("fc.")})
+        classifier.backbone.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("fc.")})
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--checkpoint {file}: not a classifier written by train.py finetune or linear ({error})"
+        ) from None
+    return classifier, classes
+
+
+def count_correct(logits: Tensor, labels: Tensor, k: int) -> int:
+    """How many of the rows (N, classes) have their label (N,) among the k highest logits."""
+    best = torch.topk(logits, min(k, logits.shape[1]), dim=1).indices
+    return int((best == labels[:, None]).any(1).sum())

@@ -1,0 +1,161 @@
+"""A backbone's weights on disk: written as safetensors, read from four kinds of file.
+
+    a run's folder, or its backbone.safetensors      what `save_backbone` writes
+    torchvision's weights, .pth                      a state dict; its `fc` is left out
+    a checkpoint that holds such a state dict        under "state_dict", names with or without "module."
+    the DCLR authors' checkpoint_*.pth.tar           "module.encoder_q.": the query encoder; its heads are left out
+
+Foreign files are read with torch.load(weights_only=True): they cannot run code.
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dclr.errors import UserError
+from dclr.models.backbone import BACKBONES, Backbone, build_backbone
+
+FILE_NAME = "backbone.safetensors"
+"""What a run's folder calls its query backbone."""
+
+# Names of what sits on a backbone in other people's files: a classifier, and the five heads of the authors' network.
+_CLASSIFIER = ("fc.",)
+_AUTHORS_HEADS = ("fc.", "fvv.", "fvs.", "fvd.", "fsv.", "fdv.")
+
+
+def save_backbone(backbone: Backbone, path: Path) -> None:
+    """Write the backbone under torchvision's names, with its own name and width beside them.
+
+    Written whole under another name and then renamed, so that `path` never holds half a file.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    metadata = {"format": "dclr", "backbone": backbone.name, "width": str(backbone.width)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished, metadata)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_backbone(path: Path, backbone: Backbone) -> str:
+    """Fill the backbone from a file of one of the kinds above, or leave it as it was and raise.
+
+    Returns:
+        one line that says what was loaded from where.
+
+    Raises:
+        UserError: no such file, an unreadable one, one that needs unsafe unpickling, or weights of another network.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir():
+            raise UserError(f"{path} holds no {FILE_NAME}: give the folder of a run that has written one, or a file")
+        raise UserError(f"no such file: {path}")
+
+    if file.suffix == ".safetensors":
+        tensors, kind = _read_safetensors(file)
+    else:
+        tensors, kind = _read_torch(file)
+    _check_fits(file, tensors, backbone)
+    # Not strict because of the step counters alone, which `_check_fits` does not require.
+    backbone.load_state_dict(tensors, strict=False)
+    return f"{file}: {backbone.name} (width {backbone.width}), {kind}"
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    if metadata.get("format") == "dclr":
+        return tensors, "written by dclr"
+    return _without(tensors, _CLASSIFIER), "a state dict"
+
+
+def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} is not a file of plain tensors, and reading more than those could run code: "
+            f"give one that holds only a state dict"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes of the reader
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{file} cannot be read by torch.load: {reason}") from error
+
+    if isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise UserError(
+            f"{file} holds no state dict: give a dictionary of tensors, or one with such a state_dict in it"
+        )
+
+    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    query = {name.removeprefix("encoder_q."): t for name, t in tensors.items() if name.startswith("encoder_q.")}
+    if query:
+        return _without(query, _AUTHORS_HEADS), "the query encoder of a MoCo checkpoint"
+    return _without(tensors, _CLASSIFIER), "a state dict"
+
+
+def _without(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+
+
+def _check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
+    """Raise UserError, naming the likely network, unless every tensor is one of the backbone's and of its shape."""
+    expected = _shapes(backbone.state_dict())
+    found = _shapes(tensors)
+    if found == expected:
+        return
+
+    holds = _identify(found)
+    if holds is not None:
+        name, width = holds
+        if name != backbone.name:
+            problem = f"--backbone is {backbone.name}: pass --backbone {name}"
+        else:
+            problem = f"the backbone's width is {backbone.width}: set it to {width}"
+        raise UserError(f"{file} holds {name} (width {width}), but {problem}")
+
+    differences = [f"lacks {name}" for name in expected if name not in found]
+    differences += [f"has an unknown {name}" for name in found if name not in expected]
+    differences += [
+        f"has {name} of shape {tuple(found[name])}, not {tuple(expected[name])}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+    raise UserError(f"{file} does not hold {backbone.name} (width {backbone.width}): it {differences[0]}{more}")
+
+
+def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
+    """The name and width of the backbone that has exactly these shapes."""
+    first_norm = found.get("layer1.0.conv1.1.weight")  # as many numbers as the width, in every backbone
+    if first_norm is None or len(first_norm) != 1:
+        return None
+    width = first_norm[0]
+    for name in BACKBONES:
+        with torch.device("meta"):  # shapes without memory
+            candidate = build_backbone(name, width)
+        if _shapes(candidate.state_dict()) == found:
+            return name, width
+    return None
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Shapes by name, but for BatchNorm's step counters, which files from before torch 0.4.1 lack and nobody reads."""
+    return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}

@@ -1,0 +1,151 @@
+"""Pretraining: the loop, from videos to backbone.safetensors."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dclr import distributed
+from dclr.config import PretrainConfig
+from dclr.data.loader import Failures, PairBatch, PairSamples, train_loader
+from dclr.engine import Engine
+from dclr.errors import UserError
+from dclr.method import DCLR, PAIRS, Output
+from dclr.models import save_backbone
+from dclr.report import RunLog, Stopwatch, peak_memory_gib
+from dclr.run import Run, learning_rate, start_run
+from dclr.views import view_grid
+from kernels import Views, generate_views
+
+GRID_CLIPS = 4  # clips in the picture of the three views
+
+
+def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: Path | None = None) -> Path:
+    """Train, checkpointing on the way; returns the run's folder. Raises UserError: see start_run, Engine and Engine.resume."""
+    run = start_run("pretrain", preset, config, device, resume)
+    torch.manual_seed(config.run.seed)
+    method = DCLR(config.model, config.method, seed=config.run.seed)
+    engine = Engine(method, run.ds_config, config.optim, device)
+    start, state = 0, {}
+    if run.resumed:
+        state = engine.resume(run.folder / "checkpoints")
+        start = state["step"]
+        run.say(f"  resumed at step {start}")
+
+    schedule = run.schedule(start)
+    samples = PairSamples(run.videos, config.data, config.run.seed)
+    batches = iter(train_loader(samples, schedule, config.data.workers, pin=device.type == "cuda"))
+    log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
+    watch, failures = Stopwatch(device), Failures()
+    summary: dict[str, Any] = state.get("summary", {})
+    last: dict[str, float] = state.get("last", {})
+    fill_steps = config.method.fill_steps
+    engine.train()
+    began = time.time()
+
+    for step in range(start, schedule.stop):
+        epoch = step // schedule.steps_per_epoch
+        lr = learning_rate(config.optim, epoch)
+        engine.set_learning_rate(lr)
+        output = None
+        for part in range(engine.accumulation):
+            with watch.part("data", host=True):
+                batch = next(batches)
+            failures.add(batch.failures)
+            with watch.part("views"):
+                query, key = make_views(batch.to(device), config.method.boundary)
+            micro_step = step * engine.accumulation + part
+            if step < fill_steps:
+                with watch.part("fill"), engine.autocast():
+                    method.fill(key, micro_step)
+                continue
+            with watch.part("forward"):
+                output = engine(query, key, micro_step)
+            with watch.part("backward"):
+                engine.backward(output.loss)
+            with watch.part("optimizer"):
+                engine.step()
+        if output is not None:
+            with watch.part("key update"):
+                method.update_key()
+        watch.step()
+        done = step + 1
+        epoch_ended = done % schedule.steps_per_epoch == 0
+
+        if log and (step == start or epoch_ended):
+            log.picture("views", view_grid(query, GRID_CLIPS), done)
+        if done % config.run.log_every == 0 or done == schedule.stop or done == fill_steps + 1:
+            last = measure(output, config, engine, lr, done, watch)
+            if log:
+                log.write(done, last, shown(last))
+            if output is not None and "alignment_at_first_step" not in summary:
+                names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
+                summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
+            if not math.isfinite(last.get("loss", 0.0)):
+                raise UserError(f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact")
+        if log:
+            log.advance()
+        if epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop):
+            engine.save(run.folder / "checkpoints", done, {"summary": summary, "last": last})
+
+    if log:
+        log.close()
+        save_backbone(method.query.backbone, run.folder / "backbone.safetensors")
+    trained = schedule.stop - start
+    rate = trained * config.optim.batch_size / max(time.time() - began, 1e-9)
+    run.write_report(
+        {**summary, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last}, failures.reasons, failures.count
+    )
+    run.say(f"done: {run.folder / 'backbone.safetensors'}")
+    return run.folder
+
+
+def make_views(batch: PairBatch, boundary: Any) -> tuple[Views, Views]:
+    """Views of the query clips and of the key clips."""
+    return (
+        generate_views(batch.query_frames, batch.query_stills, batch.query_params, boundary=boundary),
+        generate_views(batch.key_frames, batch.key_stills, batch.key_params, boundary=boundary),
+    )
+
+
+def measure(output: Output | None, config: PretrainConfig, engine: Engine, lr: float, done: int, watch: Stopwatch) -> dict[str, float]:
+    """The step's numbers, means over ranks, by the names TensorBoard and metrics.jsonl show; without losses while the queue fills."""
+    method, batch_size = config.method, config.optim.batch_size
+    milliseconds = watch.read()
+    metrics = {
+        "lr": lr,
+        "queue/filled_rows": float(min(done * batch_size, method.queue_length)),
+        "queue/oldest_row_age_steps": min(done * batch_size, method.queue_length) / batch_size,
+        "samples_per_second": batch_size / milliseconds["total"] * 1e3,
+        "data_wait_share": milliseconds.get("data", 0.0) / milliseconds["total"],
+        "memory/peak_gib": peak_memory_gib(engine.device),
+        **{f"milliseconds/{name}": value for name, value in milliseconds.items()},
+    }
+    if output is None:
+        return metrics
+    named = {
+        "loss": output.loss.detach(),
+        **{f"pair_loss/{name}": value for name, value in zip(PAIRS, output.losses, strict=True)},
+        "alignment": output.alignment,
+        "alignment_other_form": output.alignment_other_form,
+        "alignment_key_maps": output.alignment_key_maps,
+        "repel": output.repel,
+        **{f"positive_similarity/{name}": value for name, value in zip(PAIRS, output.positive, strict=True)},
+        **{f"hardest_negative/{name}": value for name, value in zip(PAIRS, output.hardest_negative, strict=True)},
+    }
+    values = distributed.mean_over_ranks(torch.stack([value.float() for value in named.values()])).tolist()
+    metrics |= dict(zip(named, values, strict=True))
+    metrics["pair_loss/ln_K_plus_1"] = math.log(method.queue_length + 1)  # the loss of a network that tells nothing apart
+    metrics["alignment_share"] = method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
+    return metrics
+
+
+def shown(metrics: dict[str, float]) -> dict[str, str]:
+    """What the progress bar has room for."""
+    bar = {"loss": f"{metrics['loss']:.3f}" if "loss" in metrics else "filling queue"}
+    bar["lr"] = f"{metrics['lr']:.2g}"
+    bar["samples/s"] = f"{metrics['samples_per_second']:.1f}"
+    bar["wait"] = f"{metrics['data_wait_share']:.0%}"
+    return bar

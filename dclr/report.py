@@ -1,0 +1,180 @@
+"""What a run leaves behind: its folder, progress bar, TensorBoard, metrics.jsonl and report.json."""
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dclr.errors import UserError
+
+
+def say(message: str) -> None:
+    """One line to the user, above the progress bar where there is one."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def open_run(out: str, command: str) -> Path:
+    """The folder of a new run: `out`, or the next free runs/COMMAND-N. Raises UserError: holds a run already, cannot be written."""
+    if out:
+        folder = Path(out)
+        if (folder / "config.json").exists():
+            raise UserError(f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both")
+    else:
+        number = 1
+        while (folder := Path("runs") / f"{command}-{number}").exists():
+            number += 1
+    make_writable(folder)
+    return folder
+
+
+def make_writable(folder: Path) -> None:
+    """Create `folder` and see that files can be written there. Raises UserError otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose a folder that you may write to") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written aside, then renamed: a reader never sees half a file. NaN and infinities are refused (not JSON)."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit and date: what a figure needs beside it to be worth anything."""
+    from importlib.metadata import version
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    packages = ("torch", "torchvision", "triton", "deepspeed", "kornia", "av", "numpy")
+    return {
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+        "commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git_commit() -> str:
+    """Commit of the source tree, with + where files differ from it; 'unknown' outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Stopwatch:
+    """Milliseconds a step by part. On a GPU parts are timed by events on the stream, read only when asked: nothing waits before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._host: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._steps, self._since = 0, time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str, host: bool = False) -> Iterator[None]:
+        """Count the time inside to `name`; `host`: waiting of the Python thread, also on a GPU."""
+        if self._cuda and not host:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            begin_s = time.perf_counter()
+            yield
+            self._host[name] += (time.perf_counter() - begin_s) * 1e3
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Mean milliseconds a step by part, and `total`, since the last read."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, begin, end in self._events:
+            self._host[name] += begin.elapsed_time(end)
+        now, steps = time.perf_counter(), max(self._steps, 1)
+        parts = {name: value / steps for name, value in self._host.items()}
+        parts["total"] = (now - self._since) * 1e3 / steps
+        self._host.clear()
+        self._events.clear()
+        self._steps, self._since = 0, now
+        return parts
+
+
+class RunLog:
+    """The three places a run's numbers go: the bar, TensorBoard and metrics.jsonl. Made on rank 0 only.
+
+    On a resume at step n, points of step n and later, written after the checkpoint, are dropped from both files.
+    """
+
+    def __init__(self, folder: Path, title: str, total_steps: int, start_step: int = 0) -> None:
+        self._lines = folder / "metrics.jsonl"
+        kept = []
+        if start_step and self._lines.exists():
+            kept = [line for line in self._lines.read_text().splitlines() if json.loads(line)["step"] <= start_step]
+        self._lines.write_text("".join(line + "\n" for line in kept))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0, file=sys.stdout
+        )
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def write(self, step: int, metrics: dict[str, float], shown: dict[str, str]) -> None:
+        """All `metrics` to the files, `shown` on the bar."""
+        with self._lines.open("a") as file:
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix(shown, refresh=False)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """image: (H, W, 3) uint8."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()

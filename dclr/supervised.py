@@ -1,0 +1,125 @@
+"""Finetuning and linear probing: the loop, from a backbone (or from scratch) to classifier.safetensors."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dclr import distributed
+from dclr.config import SupervisedConfig
+from dclr.data.loader import ClipSamples, Failures, train_loader
+from dclr.engine import Engine
+from dclr.errors import UserError
+from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
+from dclr.report import RunLog, Stopwatch, peak_memory_gib
+from dclr.run import learning_rate, start_run
+from kernels import augment
+
+
+def supervise(
+    command: str, config: SupervisedConfig, preset: str, device: torch.device, resume: Path | None = None
+) -> Path:
+    """`finetune` the whole network or train a `linear` classifier on the frozen backbone; returns the run's folder.
+
+    Raises UserError: see start_run, load_backbone, Engine and Engine.resume; a data set without labels.
+    """
+    torch.manual_seed(config.run.seed)
+    backbone = build_backbone(config.model.backbone, config.model.width)
+    loaded = "from scratch"
+    if config.transfer.pretrained:
+        loaded = distributed.together(lambda: load_backbone(Path(config.transfer.pretrained), backbone))
+    elif command == "linear":
+        loaded = "frozen random features (no --pretrained): a baseline"
+    run = start_run(command, preset, config, device, resume)
+    run.say(f"  start: {loaded}")
+    classes = run.videos.catalog.classes
+    if any(video.label < 0 for video in run.videos.videos):
+        raise UserError(f"--data {run.videos.catalog.root}: its videos have no labels, which {command} needs; use class folders")
+
+    dropout = config.transfer.dropout if command == "finetune" else 0.0
+    classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
+    engine = Engine(classifier, run.ds_config, config.optim, device)
+    start, state = 0, {}
+    if run.resumed:
+        state = engine.resume(run.folder / "checkpoints")
+        start = state["step"]
+        run.say(f"  resumed at step {start}")
+
+    schedule = run.schedule(start)
+    samples = ClipSamples(run.videos, config.data, config.run.seed)
+    batches = iter(train_loader(samples, schedule, config.data.workers, pin=device.type == "cuda"))
+    log = RunLog(run.folder, command, schedule.stop, start) if run.main else None
+    watch, failures = Stopwatch(device), Failures()
+    size = (config.data.crop_size, config.data.crop_size)
+    last: dict[str, float] = state.get("last", {})
+    engine.train()
+    began = time.time()
+
+    for step in range(start, schedule.stop):
+        epoch = step // schedule.steps_per_epoch
+        lr = learning_rate(config.optim, epoch)
+        engine.set_learning_rate(lr)
+        # Dropout's random state is a function of the step, so a resumed run drops what the uninterrupted one did.
+        torch.manual_seed((config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
+        for _ in range(engine.accumulation):
+            with watch.part("data", host=True):
+                batch = next(batches)
+            failures.add(batch.failures)
+            with watch.part("augment"):
+                batch = batch.to(device)
+                clip = augment(batch.frames, batch.augmentation, size)
+            with watch.part("forward"):
+                logits = engine(clip)
+                loss = F.cross_entropy(logits, batch.labels)
+            with watch.part("backward"):
+                engine.backward(loss)
+            with watch.part("optimizer"):
+                engine.step()
+        watch.step()
+        done = step + 1
+
+        if done % config.run.log_every == 0 or done == schedule.stop:
+            correct = count_correct(logits, batch.labels, 1) / len(logits)
+            values = torch.tensor([loss.item(), correct], device=device)
+            last = dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True))
+            milliseconds = watch.read()
+            last |= {
+                "lr": lr,
+                "samples_per_second": config.optim.batch_size / milliseconds["total"] * 1e3,
+                "data_wait_share": milliseconds["data"] / milliseconds["total"],
+                "memory/peak_gib": peak_memory_gib(device),
+                **{f"milliseconds/{name}": value for name, value in milliseconds.items()},
+            }
+            if log:
+                log.write(done, last, shown(last))
+            if not math.isfinite(last["loss"]):
+                raise UserError(f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact")
+        if log:
+            log.advance()
+        epoch_ended = done % schedule.steps_per_epoch == 0
+        if epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop):
+            engine.save(run.folder / "checkpoints", done, {"last": last})
+
+    if log:
+        log.close()
+        save_backbone(classifier.backbone, run.folder / "backbone.safetensors")
+        save_classifier(classifier, classes, run.folder / "classifier.safetensors")
+    rate = (schedule.stop - start) * config.optim.batch_size / max(time.time() - began, 1e-9)
+    content: dict[str, Any] = {"start": loaded, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last}
+    run.write_report(content, failures.reasons, failures.count)
+    run.say(f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}")
+    return run.folder
+
+
+def shown(metrics: dict[str, float]) -> dict[str, str]:
+    """What the progress bar has room for."""
+    return {
+        "loss": f"{metrics['loss']:.3f}",
+        "top1": f"{metrics['train_top1']:.0%}",
+        "lr": f"{metrics['lr']:.2g}",
+        "samples/s": f"{metrics['samples_per_second']:.1f}",
+        "wait": f"{metrics['data_wait_share']:.0%}",
+    }

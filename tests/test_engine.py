@@ -1,0 +1,235 @@
+"""DeepSpeed against plain torch: steps, two ranks against one, checkpoints; and the configurations that are refused."""
+
+import copy
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from dclr.config import MethodConfig, ModelConfig, OptimConfig
+from dclr.engine import Engine, micro_batch_size, read_ds_config, settle_precision, start_processes, stop_processes
+from dclr.errors import UserError
+from dclr.method import DCLR
+from kernels import Views
+
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+MODEL = ModelConfig(backbone="r2plus1d_10", width=4)
+METHOD = MethodConfig(queue_length=8, embedding_dim=32, mined_positives=2, key_momentum=0.5)
+OPTIM = OptimConfig(batch_size=4, lr=0.1)
+
+
+def make_views(seed: int) -> Views:
+    rng = torch.Generator().manual_seed(seed)
+    return Views(*(torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3)))
+
+
+def make_method() -> DCLR:
+    torch.manual_seed(0)
+    return DCLR(MODEL, METHOD)
+
+
+def float32_config(stage: int) -> dict:
+    config = read_ds_config(CONFIGS / ("ddp.json", "zero1.json", "zero2.json")[stage])
+    config["torch_autocast"]["enabled"] = False
+    return config
+
+
+def plain_steps(count: int) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """The same steps without DeepSpeed, on the whole batch: losses, first gradients, last parameters, queue."""
+    method = make_method().eval()
+    trained = list(method.query.parameters())
+    optimizer = torch.optim.SGD(trained, lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay)
+    losses, gradients = [], []
+    for step in range(count):
+        optimizer.zero_grad()
+        loss = method(make_views(2 * step), make_views(2 * step + 1), step).loss
+        loss.backward()
+        gradients = gradients or [p.grad.clone() for p in trained]
+        optimizer.step()
+        method.update_key()
+        losses.append(loss.item())
+    return losses, gradients, [p.detach().clone() for p in trained], method.queue.clone()
+
+
+def train_rank(rank: int, ranks: int, port: int, stage: int, count: int, result: str) -> None:
+    """One process of a run on its share of the batch; rank 0 saves what `plain_steps` returns."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = start_processes()
+    import deepspeed
+
+    method = make_method()
+    own = Engine(method, float32_config(stage), OPTIM, device)
+    own.train(False)  # frozen BatchNorm: batch statistics would differ between one rank and two
+    size = OPTIM.batch_size // ranks
+    losses, gradients = [], []
+    for step in range(count):
+        query, key = (
+            Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed))) for seed in (2 * step, 2 * step + 1)
+        )
+        output = own(query, key, step)
+        own.backward(output.loss)
+        if not gradients:
+            gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in method.query.parameters()]
+        own.step()
+        method.update_key()
+        total = output.loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / ranks)
+    if rank == 0:
+        torch.save((losses, gradients, [p.detach() for p in method.query.parameters()], method.queue), result)
+    stop_processes()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2], ids=["ddp", "zero1", "zero2"])
+def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stage):
+    """First-step loss and gradients, and three whole steps, key shuffle and queue included, on frozen BatchNorm."""
+    result, port = tmp_path / "result.pt", free_port()
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=train_rank, args=(rank, 2, port, stage, 3, str(result))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    losses, gradients, parameters, queue = torch.load(result)
+    plain_losses, plain_gradients, plain_parameters, plain_queue = plain_steps(3)
+    assert losses == pytest.approx(plain_losses, rel=1e-5)
+    for name, found, expected in zip([n for n, _ in make_method().query.named_parameters()], gradients, plain_gradients, strict=True):
+        # Half-batch means added in another order: a few float32 roundings of the largest element.
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), name
+    for found, expected in zip(parameters, plain_parameters, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-7)
+    assert torch.allclose(queue, plain_queue, atol=1e-5)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, one_process):
+    def run(own: Engine, method: DCLR, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            output = own(make_views(2 * step), make_views(2 * step + 1), step)
+            own.backward(output.loss)
+            own.step()
+            method.update_key()
+            losses.append(output.loss.item())
+        return losses
+
+    method = make_method()
+    own = Engine(method, float32_config(1), OPTIM, one_process)
+    run(own, method, range(2))
+    own.save(tmp_path, 2, {"last": {"loss": 1.0}})
+    expected = run(own, method, range(2, 5))
+
+    torch.manual_seed(123)
+    other = DCLR(MODEL, METHOD)  # other weights: all that matters must come from the checkpoint
+    again = Engine(other, float32_config(1), OPTIM, one_process)
+    state = again.resume(tmp_path)
+    assert (state["step"], state["last"]) == (2, {"loss": 1.0})
+    assert run(again, other, range(2, 5)) == expected
+    assert torch.equal(other.queue, method.queue)
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), method.state_dict().values(), strict=True))
+
+
+def test_old_checkpoints_are_deleted_after_the_new_one_is_named(tmp_path, one_process):
+    own = Engine(torch.nn.Linear(2, 2), float32_config(0), OPTIM, one_process)
+    for step in (1, 2, 3):
+        own.save(tmp_path, step, {})
+        assert (tmp_path / "latest").read_text() == f"step-{step:07d}"
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000002", "step-0000003"]
+
+
+def test_resuming_names_what_is_wrong(tmp_path, one_process):
+    own = Engine(torch.nn.Linear(2, 2), float32_config(0), OPTIM, one_process)
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        own.resume(tmp_path)
+    own.save(tmp_path, 1, {})
+    with pytest.raises(UserError, match="holds another network"):
+        Engine(torch.nn.Linear(3, 2), float32_config(0), OPTIM, one_process).resume(tmp_path)
+    (tmp_path / "step-0000001" / "world_size.json").write_text("4")
+    with pytest.raises(UserError, match="written by 4 processes and this run has 1"):
+        own.resume(tmp_path)
+
+
+def test_accumulated_micro_batches_make_the_gradient_of_the_whole(one_process):
+    config = {**float32_config(1), "gradient_accumulation_steps": 2}
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 2)
+    whole = copy.deepcopy(network)
+    own = Engine(network, config, OptimConfig(batch_size=4, lr=0.1, momentum=0.0, weight_decay=0.0), one_process)
+    assert (own.micro_batch, own.accumulation) == (2, 2)
+    x = torch.randn(4, 3)
+    for part in x.split(2):
+        own.backward(own(part).square().mean())
+        own.step()
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    whole(x).square().mean().backward()
+    optimizer.step()
+    assert torch.allclose(network.weight, whole.weight, atol=1e-6)
+    assert torch.allclose(network.bias, whole.bias, atol=1e-6)
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_parameters_and_statistics_in_float32(one_process):
+    config = read_ds_config(CONFIGS / "zero1.json")
+    network = torch.nn.Sequential(torch.nn.Conv3d(3, 4, 3), torch.nn.BatchNorm3d(4))
+    own = Engine(network, config, OPTIM, one_process)
+    assert own(torch.randn(2, 3, 4, 8, 8)).dtype == torch.bfloat16
+    with own.autocast():
+        assert network[0](torch.randn(2, 3, 4, 8, 8)).dtype == torch.bfloat16
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert network[1].running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_falls_back_to_float32_where_a_cpu_has_no_fast_bfloat16_and_says_why(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    config = read_ds_config(CONFIGS / "zero1.json")
+    message = settle_precision(config, torch.device("cpu"))
+    assert config["torch_autocast"]["enabled"] is fast
+    assert message.startswith("bfloat16 compute" if fast else "float32: this CPU has no fast bfloat16")
+    off = {"torch_autocast": {"enabled": False}}
+    assert "off in the DeepSpeed configuration" in settle_precision(off, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"bf16": {"enabled": true}}', "use torch_autocast"),
+        ('{"optimizer": {}}', "has a section optimizer"),
+        ('{"zero_optimization": {"stage": 3}}', "must be 0, 1 or 2"),
+    ],
+)
+def test_a_bad_ds_config_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_ds_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_batch_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="--batch-size is 5, but must be a multiple of 2"):
+        micro_batch_size({"gradient_accumulation_steps": 2}, 5)
+    with pytest.raises(UserError, match="train_batch_size is 8, but --batch-size makes it 4"):
+        micro_batch_size({"train_batch_size": 8}, 4)
+    assert micro_batch_size({"train_batch_size": "auto", "gradient_accumulation_steps": 2}, 4) == 2
+
+
+def test_shipped_configurations_differ_in_their_stage_only():
+    configs = [json.loads((CONFIGS / name).read_text()) for name in ("ddp.json", "zero1.json", "zero2.json")]
+    assert [config.pop("zero_optimization") for config in configs] == [{"stage": 0}, {"stage": 1}, {"stage": 2}]
+    assert configs[0] == configs[1] == configs[2]

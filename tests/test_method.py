@@ -1,0 +1,193 @@
+"""DCLR on tiny networks: pairs, queue, mining, alignment and momentum, each against a computation of its own."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dclr.config import MethodConfig, ModelConfig
+from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, align
+from kernels import Views
+
+MODEL = ModelConfig(backbone="r2plus1d_10", width=4)
+
+
+def make_views(batch: int, seed: int) -> Views:
+    rng = torch.Generator().manual_seed(seed)
+    return Views(*(torch.randn(batch, 3, 8, 32, 32, generator=rng) for _ in range(3)))
+
+
+def make_method(**settings) -> DCLR:
+    torch.manual_seed(0)
+    return DCLR(MODEL, MethodConfig(**{"queue_length": 16, "embedding_dim": 32, "mined_positives": 2, **settings}))
+
+
+def weighted(features: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+    """(B, C, t, h, w) in float64: the mean, or the mean weighted by a map (B, 1, t, h, w)."""
+    if weight is None:
+        return features.mean(axis=(2, 3, 4))
+    return (features * weight).sum(axis=(2, 3, 4)) / weight.sum(axis=(2, 3, 4))
+
+
+def embed(encoder, name, features):
+    with torch.no_grad():
+        return encoder.heads[name](torch.from_numpy(features).float()).double().numpy()
+
+
+def by_hand(method: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray] | None) -> dict[str, float]:
+    """The five pair losses and the alignment term of the method's page, one clip at a time in float64, from its own feature maps."""
+    features = {}
+    with torch.no_grad():
+        for side, encoder, views in (("q", method.query, query), ("look", method.key, query), ("k", method.key, key)):
+            stacked = torch.cat(views if side != "look" else views[1:])
+            maps = encoder.backbone(stacked).double().numpy()
+            names = ("rgb", "static", "dynamic") if side != "look" else ("static", "dynamic")
+            features |= {f"{side}.{n}": m for n, m in zip(names, np.split(maps, len(names)), strict=True)}
+    maps = {n: features[n].sum(axis=1, keepdims=True) for n in features}
+    sides = {}
+    for side, look, encoder in (("q", "look", method.query), ("k", "k", method.key)):
+        pooled = {
+            "vv": weighted(features[f"{side}.rgb"]),
+            "vs": weighted(features[f"{side}.rgb"], maps[f"{look}.static"]),
+            "vd": weighted(features[f"{side}.rgb"], maps[f"{look}.dynamic"]),
+            "sv": weighted(features[f"{side}.static"]),
+            "dv": weighted(features[f"{side}.dynamic"]),
+        }
+        sides[side] = {name: embed(encoder, name, value) for name, value in pooled.items()}
+    losses = {}
+    for p, name in enumerate(PAIRS):
+        per_clip = []
+        for b in range(len(sides["q"][name])):
+            q, k = sides["q"][name][b], sides["k"][KEY_OF_PAIR[name]][b]
+            logits = np.concatenate([[q @ k], method.queue[p].double().numpy() @ q]) / method.method.temperature
+            exps = np.exp(logits - logits.max())
+            chosen = {0} | ({1 + int(row) for row in mined[name][b]} if mined else set())
+            per_clip.append(-np.log(sum(exps[list(chosen)]) / exps.sum()))
+        losses[name] = float(np.mean(per_clip))
+    relative = [m / m.mean(axis=(1, 2, 3, 4), keepdims=True) for m in (maps["q.rgb"], maps["look.static"], maps["look.dynamic"])]
+    losses["alignment"] = float(np.mean((relative[0] - (relative[1] + relative[2]) / 2) ** 2))
+    losses["raw"] = float(np.mean((maps["q.rgb"] - (maps["look.static"] + maps["look.dynamic"])) ** 2))
+    relative_key = [m / m.mean(axis=(1, 2, 3, 4), keepdims=True) for m in (maps["q.rgb"], maps["k.static"], maps["k.dynamic"])]
+    losses["key_maps"] = float(np.mean((relative_key[0] - (relative_key[1] + relative_key[2]) / 2) ** 2))
+    return losses
+
+
+def mined_by_hand(method: DCLR, query: Views, count: int) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        maps = method.key.backbone(torch.cat([query.static, query.dynamic])).double().numpy()
+    static, dynamic = (m.mean(axis=(2, 3, 4)) for m in np.split(maps, 2))
+    like_s = embed(method.key, "sv", static) @ method.queue[PAIRS.index("vs")].double().numpy().T
+    like_d = embed(method.key, "dv", dynamic) @ method.queue[PAIRS.index("vd")].double().numpy().T
+
+    def softmax(x):
+        e = np.exp(x - x.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    scores = {"vs": like_s, "sv": like_s, "vd": like_d, "dv": like_d, "vv": softmax(like_s) + softmax(like_d)}
+    return {name: np.argsort(-score, axis=1)[:, :count] for name, score in scores.items()}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["queue not full: no mining", "queue full: mined positives"])
+def test_losses_and_alignment_agree_with_a_float64_computation_by_hand(full):
+    method = make_method().eval()  # frozen statistics, so that clips can be looked at one by one
+    with torch.no_grad():  # networks that differ and tell clips apart: at initialisation all embeddings are nearly one
+        for p in [*method.query.heads.parameters(), *method.key.heads.parameters()]:
+            p.copy_(torch.randn_like(p))
+    query, key = make_views(3, 1), make_views(3, 2)
+    if full:
+        method.enqueued.fill_(16)
+    mined = mined_by_hand(method, query, 2) if full else None
+    expected = by_hand(method, query, key, mined)
+    output = method(query, key, 0)
+    for name, value in zip(PAIRS, output.losses, strict=True):
+        # Logits reach 1 / 0.07 = 14, so float32 leaves an absolute error of a few 14 * 2^-24.
+        assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=5e-6), name
+    assert output.alignment.item() == pytest.approx(expected["alignment"], rel=2e-5)
+    assert output.alignment_other_form.item() == pytest.approx(expected["raw"], rel=2e-5)
+    assert output.alignment_key_maps.item() == pytest.approx(expected["key_maps"], rel=2e-5)
+    total = sum(expected[name] for name in PAIRS) + 0.1 * expected["alignment"]
+    assert output.loss.item() == pytest.approx(total, rel=2e-5)
+
+
+def test_a_full_queue_changes_the_loss_through_mining_only():
+    query, key = make_views(3, 1), make_views(3, 2)
+    before, after, none = (make_method(mined_positives=m).eval() for m in (2, 2, 0))
+    after.enqueued.fill_(16)
+    none.enqueued.fill_(16)
+    plain, mined, without = (m(query, key, 0).losses for m in (before, after, none))
+    assert (mined < plain).all()  # more positives, lower loss
+    assert torch.equal(without, plain)
+
+
+def test_the_queue_is_a_ring_that_takes_any_batch_and_wraps():
+    method = make_method(queue_length=5)
+    rows = F.normalize(torch.randn(5, 9, 32), dim=2)
+    method._enqueue(rows[:, :3])
+    method._enqueue(rows[:, 3:7])  # rows 3, 4, 0, 1
+    for row, source in {2: 2, 3: 3, 4: 4, 0: 5, 1: 6}.items():
+        assert torch.equal(method.queue[:, row], rows[:, source])
+    assert method.enqueued.item() == 7
+    with pytest.raises(ValueError, match="keys: 6 at once"):
+        method._enqueue(torch.zeros(5, 6, 32))
+
+
+def test_forward_writes_the_keys_of_each_pair_into_its_own_queue():
+    method = make_method().eval()
+    key = make_views(2, 2)
+    method(make_views(2, 1), key, 0)
+    expected = make_method().eval()
+    expected.fill(key, 0)
+    assert torch.equal(method.queue, expected.queue)
+    with torch.no_grad():
+        static = method.key.heads["sv"](method.key.backbone(torch.cat(key))[2:4].mean((2, 3, 4)))
+    assert torch.allclose(method.queue[PAIRS.index("vs"), :2], static, atol=1e-6)  # vs is compared with sv keys
+
+
+def test_gradient_reaches_the_whole_query_network_and_nothing_else():
+    method = make_method()
+    method(make_views(2, 1), make_views(2, 2), 0).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.query.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in method.key.parameters())
+
+
+def test_alignment_term_has_a_gradient():
+    method = make_method(alignment_weight=1.0)
+    output = method(make_views(2, 1), make_views(2, 2), 0)
+    with_term = torch.autograd.grad(output.loss, method.query.backbone.layer4.parameters())
+    plain = make_method(alignment_weight=0.0)
+    without = torch.autograd.grad(plain(make_views(2, 1), make_views(2, 2), 0).loss, plain.query.backbone.layer4.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(with_term, without, strict=True))
+
+
+def test_align_by_hand():
+    ones = torch.ones(2, 1, 2, 2, 2)
+    assert align(3 * ones, ones, ones, relative=False).item() == 1.0  # (3 - 2)^2
+    assert align(3 * ones, ones, 5 * ones, relative=True).item() == 0.0  # only the shape of a map counts
+    half = torch.cat([2 * ones[..., :1], 0 * ones[..., :1]], dim=-1)
+    assert align(half, ones, ones, relative=True).item() == pytest.approx(1.0)  # 2 - 1 and 0 - 1, squared
+    assert torch.isfinite(align(0 * ones, ones, 0 * ones, relative=True))
+
+
+def test_repelling_adds_the_cosine_of_static_and_dynamic_features():
+    query, key = make_views(2, 1), make_views(2, 2)
+    plain, repelled = make_method().eval()(query, key, 0), make_method(repel_weight=2.0).eval()(query, key, 0)
+    assert (repelled.loss - plain.loss).item() == pytest.approx(2 * plain.repel.item(), rel=1e-4)
+    assert -1 <= plain.repel.item() <= 1
+
+
+def test_the_key_network_starts_equal_and_follows_by_momentum():
+    method = make_method(key_momentum=0.75)
+    before = [p.clone() for p in method.key.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(method.key.parameters(), method.query.parameters(), strict=True))
+    with torch.no_grad():
+        for p in method.query.parameters():
+            p.add_(1.0)
+    method.update_key()
+    assert all(torch.allclose(new, old + 0.25) for new, old in zip(method.key.parameters(), before, strict=True))
+
+
+def test_similarities_are_cosines():
+    output = make_method()(make_views(2, 1), make_views(2, 2), 0)
+    for values in (output.positive, output.hardest_negative):
+        assert values.shape == (5,)
+        assert (values.abs() <= 1 + 1e-5).all()

@@ -1,0 +1,383 @@
+"""dclr/models: backbones against torchvision's networks, heads by hand, weights through every kind of file."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import video
+from torchvision.models.video import resnet
+
+from dclr.errors import UserError
+from dclr.models import (
+    BACKBONES,
+    ProjectionHead,
+    activation_map,
+    build_backbone,
+    load_backbone,
+    pool,
+    save_backbone,
+)
+
+
+def authors_network(classes: int = 400) -> nn.Module:
+    """What DCLR's authors call r2plus1d_18, put together by torchvision."""
+    return resnet.VideoResNet(
+        resnet.BasicBlock, [resnet.Conv2Plus1D] * 4, [1, 1, 1, 1], resnet.R2Plus1dStem, num_classes=classes
+    )
+
+
+# ours -> the same network with a classifier, by torchvision
+TORCHVISION: dict[str, Callable[[], nn.Module]] = {
+    "r2plus1d_10": authors_network,
+    "r2plus1d_18": video.r2plus1d_18,
+    "r3d_18": video.r3d_18,
+    "mc3_18": video.mc3_18,
+}
+
+
+def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Batch normalisation as after some training; as initialised, it would hide parameters that went astray."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            for tensor in (module.weight, module.running_var):
+                assert tensor is not None
+                tensor.data.uniform_(0.5, 1.5, generator=generator)
+            for tensor in (module.bias, module.running_mean):
+                assert tensor is not None
+                tensor.data.normal_(0, 0.2, generator=generator)
+            assert module.num_batches_tracked is not None
+            module.num_batches_tracked.fill_(17)
+    return network
+
+
+def without_fc(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+
+
+def assert_equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---- backbones ----
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_backbone_is_torchvisions(name: str) -> None:
+    theirs = randomized(TORCHVISION[name]()).eval()
+    ours = build_backbone(name).eval()
+    ours.load_state_dict(without_fc(theirs), strict=True)
+
+    clip = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = ours(clip)
+        assert features.shape == (2, 512, 8 if name == "mc3_18" else 1, 2, 2)
+        classifier = theirs.get_submodule("fc")
+        torch.testing.assert_close(classifier(pool(features)), theirs(clip))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("r2plus1d_10", 12_487_005),  # 12.7 M with a classifier of 400 classes
+        ("r2plus1d_18", 31_505_325 - 513 * 400),  # torchvision's published counts, less their classifier
+        ("r3d_18", 33_371_472 - 513 * 400),
+        ("mc3_18", 11_695_440 - 513 * 400),
+    ],
+)
+def test_parameter_count(name: str, parameters: int) -> None:
+    assert sum(p.numel() for p in build_backbone(name).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_narrow_backbone(name: str) -> None:
+    backbone = build_backbone(name, width=8)
+    assert (backbone.name, backbone.width, backbone.feature_dim) == (name, 8, 64)
+    features = backbone(torch.randn(2, 3, 16, 48, 32))
+    assert features.shape == (2, 64, 16 if name == "mc3_18" else 2, 3, 2)
+    assert features.min() >= 0
+    assert list(backbone.state_dict()) == list(build_backbone(name).state_dict())
+    first = backbone.stem[0]
+    assert isinstance(first, nn.Conv3d)
+    assert first.out_channels == (5 if name.startswith("r2plus1d") else 8)  # torchvision's 45 or 64, an eighth of it
+    blocks = 1 if name.endswith("_10") else 2
+    assert [len(getattr(backbone, f"layer{i}")) for i in range(1, 5)] == [blocks] * 4
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone("r2plus1d_10")
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv3d):
+            assert module.bias is None
+            kernel = module.kernel_size[0] * module.kernel_size[1] * module.kernel_size[2]
+            expected = (2 / (module.out_channels * kernel)) ** 0.5
+            n = module.weight.numel()
+            assert module.weight.std().item() == pytest.approx(expected, rel=4 / (2 * n) ** 0.5)
+        elif isinstance(module, nn.BatchNorm3d):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+
+
+def test_unknown_backbone() -> None:
+    with pytest.raises(UserError, match="'resnet50': choose one of r2plus1d_10, r2plus1d_18, r3d_10, r3d_18, mc3_18"):
+        build_backbone("resnet50")
+    with pytest.raises(UserError, match="width must be at least 1, not 0"):
+        build_backbone("r3d_18", width=0)
+
+
+# ---- heads ----
+
+
+def test_activation_map_and_pool_by_hand() -> None:
+    # (B=1, C=2, T=1, H=1, W=2)
+    features = torch.tensor([[[[[1.0, 3.0]]], [[[5.0, 7.0]]]]])
+    assert activation_map(features).tolist() == [[[[[6.0, 10.0]]]]]
+    assert pool(features).tolist() == [[2.0, 6.0]]
+    # A = (6, 10), A / mean(A) = (0.75, 1.25): channel 0: (0.75 * 1 + 1.25 * 3) / 2 = 2.25, channel 1: (3.75 + 8.75) / 2
+    assert pool(features, activation_map(features)).tolist() == [[2.25, 6.25]]
+    assert pool(features, 100 * activation_map(features)).tolist() == [[2.25, 6.25]]  # only the map's shape matters
+
+
+def test_pool_divides_each_clip_by_its_own_mean() -> None:
+    features = torch.rand(3, 4, 2, 3, 3)
+    maps = torch.rand(3, 1, 2, 3, 3) * torch.tensor([1.0, 10.0, 1000.0]).view(3, 1, 1, 1, 1)
+    expected = torch.stack([(f * a / a.mean()).mean(dim=(1, 2, 3)) for f, a in zip(features, maps, strict=True)])
+    torch.testing.assert_close(pool(features, maps), expected)
+
+
+def test_pool_of_an_empty_map_is_zero_and_has_a_finite_gradient() -> None:
+    features = torch.rand(2, 4, 1, 2, 2, requires_grad=True)
+    maps = torch.zeros(2, 1, 1, 2, 2, requires_grad=True)
+    pooled = pool(features, maps)
+    assert (pooled == 0).all()
+    pooled.sum().backward()
+    assert features.grad is not None
+    assert maps.grad is not None
+    assert features.grad.isfinite().all()
+    assert maps.grad.isfinite().all()
+
+
+def test_pool_and_map_are_float32_for_bfloat16_features() -> None:
+    features = torch.rand(2, 64, 2, 3, 3).bfloat16()
+    wide = features.float()
+    torch.testing.assert_close(activation_map(features), activation_map(wide))
+    torch.testing.assert_close(pool(features), pool(wide))
+    torch.testing.assert_close(pool(features, activation_map(features)), pool(wide, activation_map(wide)))
+
+
+def test_pool_refuses_a_map_that_would_broadcast() -> None:
+    with pytest.raises(ValueError, match="is not the activation map"):
+        pool(torch.rand(2, 4, 1, 2, 2), torch.rand(1, 1, 1, 2, 2))
+
+
+def test_projection_head() -> None:
+    torch.manual_seed(0)
+    head = ProjectionHead(64, 32)
+    x = torch.randn(5, 64)
+    first, second = head[0], head[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    hidden = (x @ first.weight.T + first.bias).clamp(min=0)
+    expected = hidden @ second.weight.T + second.bias
+    torch.testing.assert_close(head(x), expected / expected.norm(dim=1, keepdim=True))
+    assert head(x).shape == (5, 32)
+    assert ProjectionHead(64)(x).shape == (5, 128)
+
+    assert first.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert second.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert (first.bias == 0).all()
+    assert (second.bias == 0).all()
+
+
+def test_projection_head_has_length_one_in_float32_under_autocast() -> None:
+    head = ProjectionHead(64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = head(torch.randn(5, 64))
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
+
+
+# ---- weights ----
+
+
+def authors_checkpoint(network: nn.Module) -> dict:
+    """The layout of the authors' checkpoint_*.pth.tar: both encoders with five heads each, queues, optimizer."""
+    state = {}
+    for encoder, scale in (("encoder_q", 1), ("encoder_k", 0)):
+        for name, tensor in without_fc(network).items():
+            state[f"module.{encoder}.{name}"] = tensor * scale
+        for head in ("fvv", "fvs", "fvd", "fsv", "fdv"):
+            for layer in ("0.weight", "0.bias", "2.weight", "2.bias"):
+                state[f"module.{encoder}.{head}.{layer}"] = torch.zeros(4)
+    state |= {"module.queue_vv": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    return {"epoch": 200, "arch": "r2plus1d_18", "state_dict": state, "optimizer": optimizer.state_dict()}
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    saved = build_backbone("r2plus1d_10", width=8)
+    randomized(saved)
+    path = tmp_path / "run" / "backbone.safetensors"
+    save_backbone(saved, path)
+    save_backbone(saved, path)  # over itself
+    assert [file.name for file in path.parent.iterdir()] == ["backbone.safetensors"]
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "dclr", "backbone": "r2plus1d_10", "width": "8"}
+        assert sorted(file.keys()) == sorted(authors_network().state_dict().keys() - {"fc.weight", "fc.bias"})
+
+    for given in (path, path.parent):  # the file, or its run's folder
+        loaded = build_backbone("r2plus1d_10", width=8)
+        assert load_backbone(given, loaded) == f"{path}: r2plus1d_10 (width 8), written by dclr"
+        assert_equal_states(loaded.state_dict(), saved.state_dict())
+
+
+def test_a_failed_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(build_backbone("r3d_10", width=4), path)
+    before = path.read_bytes()
+
+    def torn(tensors: dict, file: Path, metadata: dict) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("dclr.models.weights.save_file", torn)
+    with pytest.raises(OSError, match="disk full"):
+        save_backbone(build_backbone("r3d_10", width=4), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_load_torchvisions_weights(name: str, tmp_path: Path) -> None:
+    theirs = randomized(TORCHVISION[name]())
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    backbone = build_backbone(name)
+    assert load_backbone(tmp_path / "weights.pth", backbone).endswith(f"weights.pth: {name} (width 64), a state dict")
+    assert_equal_states(backbone.state_dict(), without_fc(theirs))
+
+
+def test_load_the_authors_checkpoint(tmp_path: Path) -> None:
+    theirs = randomized(authors_network(128))
+    path = tmp_path / "checkpoint_0199.pth.tar"
+    torch.save(authors_checkpoint(theirs), path)
+    backbone = build_backbone("r2plus1d_10")
+    assert load_backbone(path, backbone) == f"{path}: r2plus1d_10 (width 64), the query encoder of a MoCo checkpoint"
+    assert_equal_states(backbone.state_dict(), without_fc(theirs))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_a_nested_state_dict(prefix: str, tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=8))
+    state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
+    state |= {prefix + "fc.weight": torch.zeros(3, 64), prefix + "fc.bias": torch.zeros(3)}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "nested.pt")
+    backbone = build_backbone("r3d_10", width=8)
+    load_backbone(tmp_path / "nested.pt", backbone)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
+
+
+def test_load_foreign_safetensors_and_old_files_without_step_counters(tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=8))
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if "num_batches_tracked" not in name}
+    save_file({**state, "fc.weight": torch.zeros(3, 64)}, tmp_path / "foreign.safetensors")
+    backbone = build_backbone("r3d_10", width=8)
+    load_backbone(tmp_path / "foreign.safetensors", backbone)
+    for name, tensor in state.items():
+        assert torch.equal(backbone.state_dict()[name], tensor)
+
+
+def refused(path: Path, message: str, name: str = "r3d_10", width: int = 8) -> None:
+    """load_backbone raises a one-line UserError that names the path, and leaves the backbone as it was."""
+    backbone = build_backbone(name, width)
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    with pytest.raises(UserError, match=message) as caught:
+        load_backbone(path, backbone)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert_equal_states(backbone.state_dict(), before)
+
+
+def test_another_backbone_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_backbone(build_backbone("mc3_18", width=8), run / "backbone.safetensors")
+    refused(run, r"holds mc3_18 \(width 8\), but --backbone is r3d_10: pass --backbone mc3_18")
+    save_backbone(build_backbone("r3d_10", width=16), run / "backbone.safetensors")
+    refused(run, r"holds r3d_10 \(width 16\), but the backbone's width is 8: set it to 16")
+
+    torch.save(video.r2plus1d_18().state_dict(), tmp_path / "r2plus1d_18-91a641e6.pth")
+    refused(
+        tmp_path / "r2plus1d_18-91a641e6.pth",
+        r"holds r2plus1d_18 \(width 64\), but --backbone is r2plus1d_10: pass --backbone r2plus1d_18",
+        name="r2plus1d_10",
+        width=64,
+    )
+
+
+def test_weights_of_no_known_network(tmp_path: Path) -> None:
+    state = build_backbone("r3d_10", width=8).state_dict()
+    path = tmp_path / "weights.pth"
+
+    torch.save({name: t for name, t in state.items() if name != "layer2.0.conv1.0.weight"}, path)
+    refused(path, r"does not hold r3d_10 \(width 8\): it lacks layer2.0.conv1.0.weight$")
+    torch.save({**state, "layer5.weight": torch.zeros(1)}, path)
+    refused(path, "it has an unknown layer5.weight$")
+    torch.save({**state, "layer4.0.conv1.1.bias": torch.zeros(3)}, path)
+    refused(path, r"it has layer4.0.conv1.1.bias of shape \(3,\), not \(64,\)$")
+    torch.save({"a": torch.zeros(1)}, path)
+    refused(path, r"it lacks stem.0.weight \(and \d+ more differences\)")
+
+    # In a file of our own nothing is left out: a classifier there is a mistake.
+    ours = tmp_path / "backbone.safetensors"
+    save_file({**state, "fc.bias": torch.zeros(3)}, ours, {"format": "dclr", "backbone": "r3d_10", "width": "8"})
+    refused(ours, "it has an unknown fc.bias")
+
+
+def test_files_that_are_not_there_or_not_weights(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing.pth", "no such file")
+    refused(tmp_path, "holds no backbone.safetensors")
+
+    state = build_backbone("r3d_10", width=8).state_dict()
+    torch.save(state, tmp_path / "torn.pth")
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "torn.pth").read_bytes()[:5000])
+    refused(tmp_path / "torn.pth", "cannot be read by torch.load")
+    (tmp_path / "empty.pth").touch()
+    refused(tmp_path / "empty.pth", "cannot be read by torch.load")
+    (tmp_path / "text.pth").write_text("not weights")
+    refused(tmp_path / "text.pth", "not a file of plain tensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    refused(tmp_path / "torn.safetensors", "cannot be read as safetensors")
+
+    for content in ([torch.zeros(1)], {"state_dict": 3}, {"epoch": 3}, {1: torch.zeros(1)}):
+        torch.save(content, tmp_path / "other.pth")
+        refused(tmp_path / "other.pth", "holds no state dict")
+
+
+class Bomb:
+    """Unpickling this calls Path(target).touch()."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_file_is_refused_and_not_run(legacy: bool, tmp_path: Path) -> None:
+    target = tmp_path / "exploded"
+    state = build_backbone("r3d_10", width=8).state_dict()
+    path = tmp_path / "bomb.pth.tar"
+    torch.save({"state_dict": state, "extra": Bomb(target)}, path, _use_new_zipfile_serialization=not legacy)
+    refused(path, "reading more than those could run code")
+    assert not target.exists()
+
+    pickle.loads(pickle.dumps(Bomb(target)))
+    assert target.exists()  # the bomb is live

@@ -1,0 +1,107 @@
+"""Train: pretrain | finetune | linear | check. One process a device, under the deepspeed launcher, torchrun or alone.
+
+    deepspeed train.py --ds_config ds_configs/zero1.json                      the built-in demo videos, about 4 minutes on two cores
+    deepspeed train.py pretrain --data UCF101 --preset ucf101 --out runs/ucf  the published recipe
+    deepspeed train.py finetune --data UCF101 --preset ucf101 --pretrained runs/ucf --out runs/ucf-finetune
+    python train.py check --data UCF101                                       what was recognised, and which videos cannot be read
+
+No subcommand means pretrain. `train.py SUBCOMMAND --help` explains every flag.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dclr import config as configuration
+from dclr.errors import UserError
+
+DESCRIPTIONS = {
+    "pretrain": "learn a backbone from videos without labels (DCLR)",
+    "finetune": "train the whole network on labels, from pretrained weights or from scratch",
+    "linear": "train a linear classifier on a frozen backbone",
+    "check": "say what a data set is recognised as, and decode every video once",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(DESCRIPTIONS) + "}")
+    for command, description in DESCRIPTIONS.items():
+        sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
+        sub.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+        if command == "check":
+            configuration.add_flags(sub, [configuration.DataConfig], only={"data", "split", "workers"})
+            continue
+        start = sub.add_argument_group("where settings come from; a flag given here overrides both")
+        presets = ", ".join(configuration.PRESETS)
+        start.add_argument(
+            "--preset", choices=configuration.PRESETS, metavar="NAME",
+            help=f"a recipe: {presets} (default: demo without --data, else ucf101)",
+        )  # fmt: skip
+        start.add_argument(
+            "--resume", nargs="?", const="", metavar="RUN",
+            help="go on with the run in this folder (without a value: in --out), with its settings",
+        )  # fmt: skip
+        configuration.add_flags(sub, [group for _, group in configuration.groups(configuration.COMMANDS[command])])
+    return parser
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Command line -> names and values; only flags that were given are in it. No subcommand means pretrain."""
+    own = [a for a in arguments if not a.startswith("--local_rank")]
+    if not own or (own[0] not in DESCRIPTIONS and own[0] not in ("-h", "--help")):
+        own = ["pretrain", *own]
+    return vars(make_parser().parse_args(own))
+
+
+def main(arguments: list[str]) -> None:
+    flags = parse(arguments)
+    command = flags.pop("command")
+    flags.pop("local_rank")
+    if command == "check":
+        from dclr.check import check
+
+        check(configuration.DataConfig(**flags))
+        return
+
+    preset, resume = flags.pop("preset", None), flags.pop("resume", None)
+    folder, stored = None, None
+    if resume is not None:
+        folder = Path(resume or flags.get("out") or "")
+        if not resume and "out" not in flags:
+            raise UserError("--resume needs the run's folder: --resume RUN, or --resume --out RUN")
+        written_by, preset_of_run, stored = configuration.read_config(folder / "config.json")
+        if written_by != command:
+            raise UserError(f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}")
+        preset = preset or preset_of_run
+    preset = preset or ("ucf101" if flags.get("data") else "demo")
+    config = configuration.resolve(command, preset, flags, stored)
+
+    from dclr import engine
+    from dclr.pretrain import pretrain
+    from dclr.supervised import supervise
+
+    device = engine.start_processes()
+    try:
+        if isinstance(config, configuration.PretrainConfig):
+            pretrain(config, preset, device, folder)
+        else:
+            supervise(command, config, preset, device, folder)
+    finally:
+        engine.stop_processes()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        from dclr.distributed import launched_rank
+
+        if launched_rank() == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
