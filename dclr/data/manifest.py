@@ -115,7 +115,7 @@ def _verify(root: Path, paths: list[str], workers: int, progress: bool) -> Itera
 
 def _verify_in_processes(root: Path, paths: list[str], workers: int) -> Iterator[tuple[str, Finding]]:
     """A broken video can crash the decoder and with it its process, which ends the whole pool without saying which
-    video it was. So work goes out in waves, and after a crash each unfinished video of the wave gets a process of its own."""
+    video it was. So work goes out in waves, and after a crash each unfinished one gets a process of its own."""
     pool = _pool(workers)
     try:
         for start in range(0, len(paths), _WAVE * workers):

@@ -1,0 +1,250 @@
+"""The reader against a plain decode of the whole file, on every genuine video, and the verdict on every broken one."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dclr.data import decode
+from dclr.data.decode import NO_PTS, UnreadableVideo, VideoRecord, read_frames, verify_video, write_video
+
+GENUINE = [
+    "ucf101_sample/UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi",
+    "ucf101_sample/UCF-101/BaseballPitch/v_BaseballPitch_g01_c01.avi",
+    "ucf101_sample/UCF-101/Bowling/v_Bowling_g01_c01.avi",
+    "ucf101_sample/UCF-101/IceDancing/v_IceDancing_g01_c01.avi",
+    "ucf101_sample/UCF-101/Rowing/v_Rowing_g16_c03.avi",
+    "ucf101_sample/UCF-101/SoccerJuggling/v_SoccerJuggling_g23_c01.avi",
+    "ucf101_sample/UCF-101/SoccerJuggling/v_SoccerJuggling_g24_c01.avi",
+    "hmdb51_sample/videos/cartwheel/hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi",
+    "hmdb51_sample/videos/wave/RATRACE_wave_f_nm_np1_fr_goo_37.avi",
+    "hmdb51_sample/videos/wave/SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",
+    "hmdb51_sample/videos/wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi",
+    "kinetics_sample/R6llTwEh07w.mp4",
+    "kinetics_sample/SOX5yA1l24A.mp4",
+    "kinetics_sample/WUzgd7C1pWA.mp4",
+    "kinetics_sample/mmaction2_demo.mp4",
+    "weizmann/bend/daria_bend.mp4",
+    "weizmann/walk/lyova_walk.mp4",
+    "weizmann/wave2/ido_wave2.mp4",
+    "faulty/non_utf8_metadata.3gp",  # h263, and the only 3gp
+    "faulty/rotated_90.mov",  # 3 frames: every window loops
+]
+
+
+def decode_all(path: Path) -> np.ndarray:
+    """The oracle: (frames, H, W, 3) RGB by PyAV's shortest way and default settings, no seek, no record."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_any_window_equals_a_full_decode_byte_for_byte(genuine: Path, name: str) -> None:
+    path = genuine / name
+    record, frames = verify_video(path), decode_all(path)
+    assert (record.frames, record.height, record.width, 3) == frames.shape
+    count = record.frames
+    rng = np.random.default_rng(0)
+    windows = [
+        np.arange(16) * 2 % count,  # from the start
+        (count - 5 + np.arange(16) * 2) % count,  # loops over the end
+        np.array([count - 1]),  # the last frame: the decoder must be drained
+        np.array([count - 1, 0, count - 1, count // 2, 0]),  # backwards, with repeats
+        record.keyframes,  # lands on each keyframe
+        np.clip(record.keyframes - 1, 0, None),  # just before each
+    ]
+    for _ in range(4):  # two windows and two stills, as training draws them
+        starts = rng.integers(0, count, 2)
+        windows.append(
+            np.concatenate([(starts[:, None] + 2 * np.arange(16)).ravel() % count, rng.integers(0, count, 2)])
+        )
+    for wanted in windows:
+        got = read_frames(path, record, wanted)
+        assert got.dtype == np.uint8
+        assert np.array_equal(got, frames[wanted]), f"frames {wanted}"
+
+
+def test_a_late_window_is_reached_by_seeking(genuine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = genuine / "kinetics_sample/SOX5yA1l24A.mp4"
+    record = verify_video(path)
+    assert record.keyframes.tolist() == [0, 138, 219, 292]
+    assert record.seekable
+    sought = []
+    real = decode._sought
+    monkeypatch.setattr(
+        "dclr.data.decode._sought",
+        lambda container, stream, key, pts: sought.append(key) or real(container, stream, key, pts),
+    )
+    read_frames(path, record, [300, 301, 150, 5])
+    assert sought == [138, 292]
+
+
+HMDB51 = {  # file: (declared, decoded, keyframes)
+    "cartwheel/hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi": (84, 83, [0]),
+    "wave/RATRACE_wave_f_nm_np1_fr_goo_37.avi": (73, 72, [0]),
+    "wave/SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi": (75, 74, [0]),
+    "wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi": (49, 48, [0, 19]),
+}
+
+
+@pytest.mark.parametrize("name", HMDB51)
+def test_hmdb51_declares_a_frame_too_many_and_cannot_be_sought(genuine: Path, name: str) -> None:
+    record = verify_video(genuine / "hmdb51_sample/videos" / name)
+    assert (record.declared, record.frames, record.keyframes.tolist()) == HMDB51[name]
+    assert not (np.diff(record.pts) > 0).all()
+    assert not record.seekable
+
+
+READABLE = {  # file of faulty/: (frames, declared, height, width, seekable)
+    "no_duration.webm": (74, 0, 720, 1280, False),  # one keyframe
+    "non_utf8_metadata.3gp": (71, 71, 288, 352, True),
+    "rotated_90.mov": (3, 3, 320, 568, False),  # as coded: not turned
+}
+REFUSED = {
+    "audio_only.mp4": "no video stream",
+    "one_tiny_frame.mp4": "no video stream",  # of a kind that FFmpeg makes no stream of
+    "declares_frames_has_none.mp4": "opens, but no frame decodes",  # 5544 declared
+    "invalid_bitstream.webm": "decoding stops at frame 0: Invalid data found when processing input",
+    "mid_stream_error.mp4": "decoding stops at frame 28: Invalid data found when processing input",
+    "open_fails.mp4": "cannot be opened: Invalid data found when processing input",
+    "zero_bytes.avi": "empty file",
+}
+
+
+def test_every_faulty_file_has_a_verdict(genuine: Path) -> None:
+    assert {file.name for file in (genuine / "faulty").iterdir()} == READABLE.keys() | REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_odd_but_readable(genuine: Path, name: str) -> None:
+    record = verify_video(genuine / "faulty" / name)
+    assert (record.frames, record.declared, record.height, record.width, record.seekable) == READABLE[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_its_reason(genuine: Path, name: str) -> None:
+    with pytest.raises(UnreadableVideo) as refusal:
+        verify_video(genuine / "faulty" / name)
+    assert str(refusal.value) == REFUSED[name]
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableVideo, match="no such file"):
+        verify_video(tmp_path / "none.mp4")
+
+
+def moving_noise(frames: int = 30, size: int = 32) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    still = np.kron(rng.integers(0, 256, (size // 8, size // 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    return np.stack([np.roll(still, 2 * number, axis=1) for number in range(frames)])
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, VideoRecord]:
+    path = tmp_path / "small.mp4"
+    write_video(path, moving_noise())
+    return path, verify_video(path)
+
+
+def test_what_is_written_is_read(small: tuple[Path, VideoRecord]) -> None:
+    path, record = small
+    assert (record.frames, record.height, record.width) == (30, 32, 32)
+    assert record.keyframes.tolist() == [0, 12, 24]
+    assert record.seekable
+    error = np.abs(read_frames(path, record, range(30)).astype(int) - moving_noise())
+    assert error.mean() < 8  # h264 and half the colour resolution; another frame of this video is off by 28 and more
+    assert np.abs(np.roll(moving_noise(), 1, axis=0).astype(int) - moving_noise()).mean() > 24
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 25)
+
+
+@pytest.mark.parametrize("shape", [(2, 31, 32, 3), (2, 32, 31, 3), (2, 32, 32, 4)])
+def test_shapes_that_cannot_be_written(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="even"):
+        write_video(tmp_path / "x.mp4", np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("wanted", [[-1], [30], [0, 5, 30]])
+def test_numbers_out_of_range(small: tuple[Path, VideoRecord], wanted: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"\[0, 30\)"):
+        read_frames(*small, wanted)
+
+
+def test_nothing_wanted(small: tuple[Path, VideoRecord]) -> None:
+    assert read_frames(*small, []).shape == (0, 32, 32, 3)
+
+
+def test_a_file_that_changed_since_is_not_read_as_if_it_had_not(small: tuple[Path, VideoRecord]) -> None:
+    path, record = small
+    write_video(path, moving_noise(frames=20))
+    with pytest.raises(UnreadableVideo, match="ends before frame 23"):
+        read_frames(path, record, [23])
+    with pytest.raises(UnreadableVideo, match="frame 29"):  # record says: seek to 24
+        read_frames(path, record, [29])
+    write_video(path, moving_noise(size=64))
+    with pytest.raises(UnreadableVideo, match="frame size changes at frame 3: 32 x 32 becomes 64 x 64"):
+        read_frames(path, record, [3])
+
+
+def test_a_codec_without_decoder(genuine: Path, tmp_path: Path) -> None:
+    content = (genuine / GENUINE[1]).read_bytes()
+    path = tmp_path / "unknown.avi"
+    path.write_bytes(content.replace(b"xvid", b"zqzq"))
+    with pytest.raises(UnreadableVideo, match="no decoder for its video codec"):
+        verify_video(path)
+
+
+def test_a_damaged_frame_is_refused(genuine: Path, tmp_path: Path) -> None:
+    """Overwritten bytes in the middle: every library shows such frames as if nothing were wrong unless it is asked."""
+    content = bytearray((genuine / "kinetics_sample/R6llTwEh07w.mp4").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 3000] = bytes(3000)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableVideo, match=r"is corrupt|decoding stops at frame \d+"):
+        verify_video(path)
+
+
+def test_a_truncated_avi(genuine: Path, tmp_path: Path) -> None:
+    """Between two packets it just ends early, and the two counts tell; within one, the last frame is corrupt."""
+    whole = genuine / GENUINE[4]
+    with av.open(str(whole)) as container:
+        start = [packet.pos for packet in container.demux(video=0)][90]  # of the 91st frame, which is number 90
+    path = tmp_path / "cut.avi"
+    path.write_bytes(whole.read_bytes()[: start - 8])
+    record = verify_video(path)
+    assert (record.declared, record.frames) == (135, 90)
+    assert np.array_equal(read_frames(path, record, range(90)), decode_all(whole)[:90])
+    path.write_bytes(whole.read_bytes()[: start + 500])
+    with pytest.raises(UnreadableVideo, match="frame 90 is corrupt"):
+        verify_video(path)
+
+
+def test_the_frame_size_changes(tmp_path: Path) -> None:
+    """Two h264 streams one after the other, as broadcasts have them."""
+    path = tmp_path / "both.h264"
+    write_video(tmp_path / "a.h264", moving_noise(frames=10))
+    write_video(tmp_path / "b.h264", moving_noise(frames=10, size=64))
+    path.write_bytes((tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes())
+    with pytest.raises(UnreadableVideo, match="the frame size changes at frame 10: 32 x 32 becomes 64 x 64"):
+        verify_video(path)
+
+
+def test_without_timestamps_nothing_is_sought(tmp_path: Path) -> None:
+    path = tmp_path / "bare.h264"
+    write_video(path, moving_noise())
+    record = verify_video(path)
+    assert (record.pts == NO_PTS).all()
+    assert record.keyframes.tolist() == [0, 12, 24]
+    assert not record.seekable
+    wanted = [29, 3, 15]
+    assert np.array_equal(read_frames(path, record, wanted), decode_all(path)[wanted])
+
+
+def test_a_colon_in_a_relative_path_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4", moving_noise())
+    (tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert verify_video(Path("concat:a.mp4")).frames == 30

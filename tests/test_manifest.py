@@ -1,0 +1,236 @@
+"""The manifest: the same in one process and in several, decoded once, and robust against its own cache file."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dclr.data import manifest
+from dclr.data.decode import NO_PTS, VideoRecord, verify_video, write_video
+from dclr.data.manifest import Manifest, load_manifest
+from dclr.errors import UserError
+
+GOOD = ["a.mp4", "sub folder/b.mp4", "c.h264", "ß #&(!).mp4"]
+BAD = {"empty.avi": "empty file", "text.mp4": "cannot be opened: Invalid data found when processing input"}
+GONE = {"gone.mp4": "no such file"}
+
+
+def noise(frames: int) -> np.ndarray:
+    return np.random.default_rng(frames).integers(0, 256, (frames, 32, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    (root / "sub folder").mkdir(parents=True)
+    for number, name in enumerate(GOOD):
+        write_video(root / name, noise(20 + number), keyframe_every=8)
+    (root / "empty.avi").touch()
+    (root / "text.mp4").write_text("not a video\n" * 100)
+    return root
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the files that are decoded in this process."""
+    names: list[str] = []
+
+    def counting(path: Path) -> VideoRecord:
+        names.append(path.name)
+        return verify_video(path)
+
+    monkeypatch.setattr(manifest, "verify_video", counting)
+    yield names
+
+
+PATHS = [*GOOD, *BAD, *GONE]
+
+
+def load(root: Path, workers: int = 1, paths: list[str] = PATHS) -> Manifest:
+    return load_manifest(root, paths, workers=workers, progress=False, cache_dir=root.parent / "cache")
+
+
+def cache_file(root: Path) -> Path:
+    (file,) = (root.parent / "cache").iterdir()  # exactly one: no temporary file stays behind
+    return file
+
+
+def plain(found: Manifest) -> dict[str, tuple[object, ...]]:
+    return {
+        path: (r.frames, r.declared, r.height, r.width, r.pts.tolist(), r.keyframes.tolist(), r.seekable)
+        for path, r in found.records.items()
+    }
+
+
+def test_what_it_finds(root: Path) -> None:
+    found = load(root)
+    assert list(found.records) == GOOD
+    assert found.unreadable == BAD | GONE
+    assert found.root == root
+    assert [record.frames for record in found.records.values()] == [20, 21, 22, 23]
+    assert found.records["a.mp4"].keyframes.tolist() == [0, 8, 16]
+    assert [record.seekable for record in found.records.values()] == [True, True, False, True]
+
+
+def test_in_parallel_as_in_one_process(root: Path, tmp_path: Path) -> None:
+    alone = load(root)
+    shutil.rmtree(tmp_path / "cache")
+    parallel = load(root, workers=2)
+    assert plain(parallel) == plain(alone)
+    assert parallel.unreadable == alone.unreadable
+
+
+def test_nothing_is_decoded_twice(root: Path, decoded: list[str]) -> None:
+    first = load(root, paths=[*PATHS, *GOOD])  # named twice, as where "val" is "test" too
+    assert sorted(decoded) == sorted(Path(path).name for path in [*GOOD, *BAD])
+    decoded.clear()
+    second = load(root)
+    assert decoded == []
+    assert plain(second) == plain(first)
+    assert (second.records["c.h264"].pts == NO_PTS).all()  # the extreme value survives being stored as a difference
+    assert second.unreadable == first.unreadable
+    for record in second.records.values():
+        assert (record.pts.dtype, record.keyframes.dtype) == (np.int64, np.int64)
+
+
+def test_a_changed_file_is_looked_at_again(root: Path, decoded: list[str]) -> None:
+    load(root)
+    decoded.clear()
+    write_video(root / "a.mp4", noise(9))
+    status = (root / "c.h264").stat()
+    os.utime(root / "c.h264", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    found = load(root)
+    assert decoded == ["a.mp4", "c.h264"]
+    assert found.records["a.mp4"].frames == 9
+    decoded.clear()
+    load(root)
+    assert decoded == []
+
+
+def test_videos_not_asked_for_stay_known(root: Path, decoded: list[str]) -> None:
+    load(root, paths=["a.mp4"])
+    found = load(root, paths=["c.h264"])
+    assert list(found.records) == ["c.h264"]
+    decoded.clear()
+    load(root, paths=["a.mp4", "c.h264"])
+    assert decoded == []
+
+
+def test_two_folders_do_not_share_a_cache_file(root: Path, tmp_path: Path) -> None:
+    load(root, paths=["a.mp4"])
+    other = tmp_path / "other" / "data"
+    other.mkdir(parents=True)
+    write_video(other / "a.mp4", noise(5))
+    found = load_manifest(other, ["a.mp4"], workers=1, progress=False, cache_dir=tmp_path / "cache")
+    assert found.records["a.mp4"].frames == 5
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_nothing_to_verify_writes_nothing(root: Path) -> None:
+    assert load(root, paths=[*GONE]).unreadable == GONE
+    assert not (root.parent / "cache").exists()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def garble(file: Path) -> None:
+    file.write_bytes(b"\0" * 1000)
+
+
+def older(file: Path) -> None:
+    with np.load(file) as old:
+        arrays = dict(old)
+    np.savez(file, **arrays | {"version": np.array(0)})
+
+
+def pickled(file: Path) -> None:
+    np.savez(file, version=np.array([{}], dtype=object))
+
+
+def incomplete(file: Path) -> None:
+    with np.load(file) as old:
+        arrays = dict(old)
+    np.savez(file, **arrays | {"keyframe_counts": arrays["keyframe_counts"][:-1]})
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, garble, older, pickled, incomplete])
+def test_a_damaged_cache_is_rebuilt(
+    root: Path, decoded: list[str], capsys: pytest.CaptureFixture[str], damage: object
+) -> None:
+    first = load(root)
+    damage(cache_file(root))
+    decoded.clear()
+    assert plain(load(root)) == plain(first)
+    assert len(decoded) == len(GOOD) + len(BAD)
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {cache_file(root)} cannot be used (")
+    assert warning.count("\n") == 1
+    decoded.clear()
+    load(root)
+    assert decoded == []
+
+
+def test_what_was_verified_before_an_interruption_is_kept(
+    root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = manifest.verify_video
+
+    def interrupted(path: Path) -> VideoRecord:
+        if path.name == "c.h264":
+            raise KeyboardInterrupt
+        return counting(path)
+
+    monkeypatch.setattr(manifest, "verify_video", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(root)
+    assert decoded == ["a.mp4", "b.mp4"]
+    monkeypatch.setattr(manifest, "verify_video", counting)
+    decoded.clear()
+    load(root, paths=GOOD)
+    assert decoded == ["c.h264", "ß #&(!).mp4"]
+
+
+def test_a_crash_of_the_decoder_names_its_video(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashing(path: Path) -> VideoRecord:
+        if path.name == "b.mp4":
+            os.abort()
+        return verify_video(path)
+
+    monkeypatch.setattr(manifest, "verify_video", crashing)
+    found = load(root, workers=2)
+    assert found.unreadable == BAD | GONE | {"sub folder/b.mp4": "the decoder crashes on it"}
+    assert list(found.records) == ["a.mp4", "c.h264", "ß #&(!).mp4"]
+    monkeypatch.undo()
+    assert list(load(root).records) == GOOD  # not held against it for ever
+
+
+def test_default_place_of_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load_manifest(root, ["a.mp4"], workers=1, progress=False)
+    assert len(list((tmp_path / "xdg/dclr/manifests").glob("data-*.npz"))) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    load_manifest(root, ["a.mp4"], workers=1, progress=False)
+    assert len(list((tmp_path / "home/.cache/dclr/manifests").glob("data-*.npz"))) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(root: Path, decoded: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*/file/cache .*set \$XDG_CACHE_HOME"):
+        load_manifest(root, PATHS, workers=1, progress=False, cache_dir=tmp_path / "file" / "cache")
+    assert decoded == []
