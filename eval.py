@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
             )
         what.add_argument("--checkpoint", required=True, metavar="FILE", help=kinds)
         what.add_argument(
-            "--out", metavar="RUN", help=f"folder for report.json and pictures (default: {command} in the checkpoint's run, or runs/)"
+            "--out",
+            metavar="RUN",
+            help=f"folder for report.json and pictures (default: {command} in the checkpoint's run, or runs/)",
         )
         what.add_argument(
             "--preset", choices=configuration.PRESETS, metavar="NAME",
@@ -96,7 +98,9 @@ def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
     stored = configuration.read_config(beside)[2] if beside.is_file() else {}
     stored = {**(configuration.PRESETS[preset]["pretrain"] if preset else {}), **stored}
     if stored.get("data") and "data" not in flags:
-        raise UserError(f"--data is needed: {checkpoint} was trained on {stored['data']}; name the data set to measure it on")
+        raise UserError(
+            f"--data is needed: {checkpoint} was trained on {stored['data']}; name the data set to measure it on"
+        )
     return {**stored, **flags}
 
 

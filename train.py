@@ -75,7 +75,9 @@ def main(arguments: list[str]) -> None:
             raise UserError("--resume needs the run's folder: --resume RUN, or --resume --out RUN")
         written_by, preset_of_run, stored = configuration.read_config(folder / "config.json")
         if written_by != command:
-            raise UserError(f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}")
+            raise UserError(
+                f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}"
+            )
         preset = preset or preset_of_run
     preset = preset or ("ucf101" if flags.get("data") else "demo")
     config = configuration.resolve(command, preset, flags, stored)

@@ -35,7 +35,9 @@ def describe(catalog: Catalog, manifest: Manifest) -> list[str]:
     if records:
         frames = sorted(record.frames for record in records)
         sizes = Counter(f"{record.width} x {record.height}" for record in records).most_common(3)
-        lines.append(f"readable: {len(records)}; frames: {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}")
+        lines.append(
+            f"readable: {len(records)}; frames: {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}"
+        )
         lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes))
         lied = sum(record.declared not in (0, record.frames) for record in records)
         lines.append(

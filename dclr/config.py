@@ -47,12 +47,20 @@ class RunConfig:
 class DataConfig:
     """which videos, and the clips cut from them"""
 
-    data: str = option("", "a data set's folder, or a list file; left out, the built-in demo videos are rendered and used")
-    split: int = option(1, "which of the official train/test splits, 1 to 3 (UCF101, HMDB51); change it to average over splits")
+    data: str = option(
+        "", "a data set's folder, or a list file; left out, the built-in demo videos are rendered and used"
+    )
+    split: int = option(
+        1, "which of the official train/test splits, 1 to 3 (UCF101, HMDB51); change it to average over splits"
+    )
     clip_length: int = option(16, "frames a clip, T; lower it for quick experiments (the backbones divide it by 8)")
-    clip_stride: int = option(2, "source frames from one kept frame to the next; raise it for slow motion or high frame rates")
+    clip_stride: int = option(
+        2, "source frames from one kept frame to the next; raise it for slow motion or high frame rates"
+    )
     crop_size: int = option(112, "height and width of a clip in pixels; lower it for quick experiments")
-    workers: int = option(2, "decoding processes for each training process; raise it while the bar shows time spent waiting for data")
+    workers: int = option(
+        2, "decoding processes for each training process; raise it while the bar shows time spent waiting for data"
+    )
 
     def __post_init__(self) -> None:
         _require(1 <= self.split <= 3, "--split", self.split, "1, 2 or 3")
@@ -71,7 +79,9 @@ class ModelConfig:
         "r2plus1d_10 is the published recipe's (its authors call it r2plus1d_18); r2plus1d_18 is torchvision's, twice the cost",
         BACKBONES,
     )
-    width: int = option(64, "channels of the first stage; 64 is every published network, lower it for quick experiments")
+    width: int = option(
+        64, "channels of the first stage; 64 is every published network, lower it for quick experiments"
+    )
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, "--backbone", self.backbone, "one of " + ", ".join(BACKBONES))
@@ -93,9 +103,13 @@ class MethodConfig:
         "relative: activation maps divided by their mean, as pooling uses them; raw: as published, hundreds of times larger",
         ("relative", "raw"),
     )
-    repel_weight: float = option(0.0, "weight of pushing static and dynamic features apart (in the paper's figure, not in its code)")
+    repel_weight: float = option(
+        0.0, "weight of pushing static and dynamic features apart (in the paper's figure, not in its code)"
+    )
     boundary: str = option(
-        "wrap", "frame before the first, for frame differences; wrap (the last one) is what the authors trained with", ("wrap", "zero", "replicate")
+        "wrap",
+        "frame before the first, for frame differences; wrap (the last one) is what the authors trained with",
+        ("wrap", "zero", "replicate"),
     )
     fill_steps: int = option(
         256, "first steps that only fill the queue, without training; needs no more than queue length / batch size"
@@ -108,7 +122,9 @@ class MethodConfig:
         _require(0 <= self.key_momentum <= 1, "--key-momentum", self.key_momentum, "between 0 and 1")
         _require(
             0 <= self.mined_positives <= self.queue_length,
-            "--mined-positives", self.mined_positives, f"between 0 and --queue-length ({self.queue_length})",
+            "--mined-positives",
+            self.mined_positives,
+            f"between 0 and --queue-length ({self.queue_length})",
         )
         _require(self.fill_steps >= 0, "--fill-steps", self.fill_steps, "at least 0")
 
@@ -117,8 +133,12 @@ class MethodConfig:
 class OptimConfig:
     """optimization"""
 
-    epochs: int = option(200, "passes over the training videos; 200 is published for pretraining, 10 for finetune and linear")
-    batch_size: int = option(40, "clips a step, over all processes together; raise it to fill a GPU (then raise --lr with it)")
+    epochs: int = option(
+        200, "passes over the training videos; 200 is published for pretraining, 10 for finetune and linear"
+    )
+    batch_size: int = option(
+        40, "clips a step, over all processes together; raise it to fill a GPU (then raise --lr with it)"
+    )
     lr: float = option(0.01, "learning rate of SGD; lower it when the loss jumps")
     milestones: tuple[int, ...] = option((120, 160), "epochs after which the learning rate drops to a tenth")
     momentum: float = option(0.9, "of SGD")
@@ -137,7 +157,8 @@ class TransferConfig:
     """what a classifier starts from"""
 
     pretrained: str = option(
-        "", "a run's folder, its backbone.safetensors, torchvision's weights or the authors' checkpoint (default: from scratch)"
+        "",
+        "a run's folder, its backbone.safetensors, torchvision's weights or the authors' checkpoint (default: from scratch)",
     )
     dropout: float = option(0.7, "before the classifier, when finetuning; lower it for narrow networks")
 
@@ -156,7 +177,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         _require(
             self.method.queue_length >= self.optim.batch_size,
-            "--queue-length", self.method.queue_length,
+            "--queue-length",
+            self.method.queue_length,
             f"at least --batch-size ({self.optim.batch_size}): the queue takes a whole batch at a time",
         )
 
@@ -185,10 +207,26 @@ _DEMO = {"clip_length": 8, "clip_stride": 2, "crop_size": 48, "width": 16}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
         "pretrain": {
-            **_DEMO, "queue_length": 512, "batch_size": 32, "fill_steps": 16, "key_momentum": 0.99,
-            "epochs": 30, "lr": 0.03, "milestones": (20, 26), "checkpoint_every": 10,
+            **_DEMO,
+            "queue_length": 512,
+            "batch_size": 32,
+            "fill_steps": 16,
+            "key_momentum": 0.99,
+            "epochs": 30,
+            "lr": 0.03,
+            "milestones": (20, 26),
+            "checkpoint_every": 10,
         },
-        "finetune": {**_DEMO, **_FINETUNE, "batch_size": 16, "lr": 0.02, "epochs": 12, "milestones": (8, 10), "dropout": 0.2, "checkpoint_every": 4},
+        "finetune": {
+            **_DEMO,
+            **_FINETUNE,
+            "batch_size": 16,
+            "lr": 0.02,
+            "epochs": 12,
+            "milestones": (8, 10),
+            "dropout": 0.2,
+            "checkpoint_every": 4,
+        },
         "linear": {**_DEMO, **_LINEAR, "batch_size": 16, "checkpoint_every": 5},
     },
     "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
@@ -209,7 +247,7 @@ def add_flags(parser: argparse.ArgumentParser, group_classes: list[type], only: 
             if only is not None and f.name not in only:
                 continue
             many = isinstance(f.default, tuple)
-            default = " ".join(map(str, f.default)) if many else f.default
+            default = " ".join(str(v) for v in f.default) if isinstance(f.default, tuple) else f.default
             text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
             names = ["--ds_config", "--ds-config"] if f.name == "ds_config" else ["--" + f.name.replace("_", "-")]
             box.add_argument(

@@ -61,7 +61,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--ds_config {path}: {error.strerror}; ds_configs/ holds zero1.json, zero2.json and ddp.json") from None
+        raise UserError(
+            f"--ds_config {path}: {error.strerror}; ds_configs/ holds zero1.json, zero2.json and ddp.json"
+        ) from None
     except ValueError as error:
         raise UserError(f"--ds_config {path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
@@ -73,9 +75,13 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             )
     for section in ("optimizer", "scheduler"):
         if section in config:
-            raise UserError(f"--ds_config {path}: has a section {section}, but --lr, --milestones and their kin decide that")
+            raise UserError(
+                f"--ds_config {path}: has a section {section}, but --lr, --milestones and their kin decide that"
+            )
     if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
-        raise UserError(f"--ds_config {path}: zero_optimization.stage must be 0, 1 or 2 (the key network reads whole parameters)")
+        raise UserError(
+            f"--ds_config {path}: zero_optimization.stage must be 0, 1 or 2 (the key network reads whole parameters)"
+        )
     return config
 
 

@@ -123,4 +123,3 @@ def normalized(outputs: ClipOutputs) -> Tensor:
 def chance_of_hit(of_class: int, gallery: int, k: int) -> float:
     """Probability that k videos drawn from `gallery` without replacement hold one of the `of_class`: 1 - C(G - n, k) / C(G, k)."""
     return 1 - math.comb(gallery - of_class, k) / math.comb(gallery, k)
-

@@ -66,7 +66,11 @@ def measure_retrieval(
     torch.manual_seed(seed)
     backbone = build_backbone(model.backbone, model.width)
     random = str(checkpoint) == "random"
-    loaded = f"random weights of {model.backbone} (width {model.width}), seed {seed}" if random else load_backbone(checkpoint, backbone)
+    loaded = (
+        f"random weights of {model.backbone} (width {model.width}), seed {seed}"
+        if random
+        else load_backbone(checkpoint, backbone)
+    )
     catalog = open_data(data)
     gallery_videos, query_videos = (open_videos(catalog, split, max(1, data.workers)) for split in ("train", "test"))
     if any(video.label < 0 for videos in (gallery_videos, query_videos) for video in videos.videos):
@@ -78,11 +82,21 @@ def measure_retrieval(
     )
     result = evaluate.retrieval(gallery, queries)
 
-    print(f"\n{loaded}\non {catalog.root}: {len(queries.labels)} test videos looked up among {len(gallery.labels)} train videos")
+    print(
+        f"\n{loaded}\non {catalog.root}: {len(queries.labels)} test videos looked up among {len(gallery.labels)} train videos"
+    )
     print("".join([f"{'':10}", *(f"{f'R@{k}':>8}" for k in result.recall)]))
     print("".join([f"{'retrieval':10}", *(f"{value:8.1%}" for value in result.recall.values())]))
     print("".join([f"{'chance':10}", *(f"{value:8.1%}" for value in result.chance.values())]))
-    draw_sheet(result, gallery, queries, gallery_videos, query_videos, f"{loaded}: R@1 {result.recall[1]:.1%}", folder / "retrieval.png")
+    draw_sheet(
+        result,
+        gallery,
+        queries,
+        gallery_videos,
+        query_videos,
+        f"{loaded}: R@1 {result.recall[1]:.1%}",
+        folder / "retrieval.png",
+    )
     return {
         "weights": loaded,
         "backbone": model.backbone,

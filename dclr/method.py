@@ -30,7 +30,9 @@ class Encoder(nn.Module):
         self.backbone = build_backbone(model.backbone, model.width)
         self.heads = nn.ModuleDict({name: ProjectionHead(self.backbone.feature_dim, embedding_dim) for name in PAIRS})
 
-    def embed(self, rgb: Tensor, static: Tensor, dynamic: Tensor, static_map: Tensor, dynamic_map: Tensor) -> dict[str, Tensor]:
+    def embed(
+        self, rgb: Tensor, static: Tensor, dynamic: Tensor, static_map: Tensor, dynamic_map: Tensor
+    ) -> dict[str, Tensor]:
         """Feature maps of the three views (B, C, t, h, w), and the maps (B, 1, t, h, w) that weigh the rgb features -> five (B, D)."""
         pooled = {
             "vv": pool(rgb),
@@ -101,9 +103,7 @@ class DCLR(nn.Module):
         with torch.no_grad():
             raw = align(rgb_map, static_map, dynamic_map, not relative)
             hinted = align(rgb_map, *key_maps, relative)
-        return Output(
-            loss, losses.detach(), alignment.detach(), raw, hinted, repel.detach(), positive, hardest
-        )
+        return Output(loss, losses.detach(), alignment.detach(), raw, hinted, repel.detach(), positive, hardest)
 
     @torch.no_grad()
     def fill(self, key: Views, step: int) -> None:

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # writes files; needs no screen
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
@@ -32,7 +32,9 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, pat
     plt.close(figure)
 
 
-def retrieval_sheet(rows: Sequence[tuple[tuple[np.ndarray, str], Sequence[tuple[np.ndarray, str, bool]]]], title: str, path: Path) -> None:
+def retrieval_sheet(
+    rows: Sequence[tuple[tuple[np.ndarray, str], Sequence[tuple[np.ndarray, str, bool]]]], title: str, path: Path
+) -> None:
     """A row a query: its middle frame (H, W, 3) uint8 and name, then its nearest videos, nearest first, each with a frame, a caption
     and whether it is of the query's class (green frame) or not (red)."""
     columns = 1 + max(len(nearest) for _, nearest in rows)

@@ -15,7 +15,7 @@ from dclr.errors import UserError
 from dclr.method import DCLR, PAIRS, Output
 from dclr.models import save_backbone
 from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import Run, learning_rate, start_run
+from dclr.run import learning_rate, start_run
 from dclr.views import view_grid
 from kernels import Views, generate_views
 
@@ -84,7 +84,9 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
                 summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
             if not math.isfinite(last.get("loss", 0.0)):
-                raise UserError(f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact")
+                raise UserError(
+                    f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact"
+                )
         if log:
             log.advance()
         if epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop):
@@ -96,7 +98,9 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     trained = schedule.stop - start
     rate = trained * config.optim.batch_size / max(time.time() - began, 1e-9)
     run.write_report(
-        {**summary, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last}, failures.reasons, failures.count
+        {**summary, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last},
+        failures.reasons,
+        failures.count,
     )
     run.say(f"done: {run.folder / 'backbone.safetensors'}")
     return run.folder
@@ -110,7 +114,9 @@ def make_views(batch: PairBatch, boundary: Any) -> tuple[Views, Views]:
     )
 
 
-def measure(output: Output | None, config: PretrainConfig, engine: Engine, lr: float, done: int, watch: Stopwatch) -> dict[str, float]:
+def measure(
+    output: Output | None, config: PretrainConfig, engine: Engine, lr: float, done: int, watch: Stopwatch
+) -> dict[str, float]:
     """The step's numbers, means over ranks, by the names TensorBoard and metrics.jsonl show; without losses while the queue fills."""
     method, batch_size = config.method, config.optim.batch_size
     milliseconds = watch.read()
@@ -137,8 +143,12 @@ def measure(output: Output | None, config: PretrainConfig, engine: Engine, lr: f
     }
     values = distributed.mean_over_ranks(torch.stack([value.float() for value in named.values()])).tolist()
     metrics |= dict(zip(named, values, strict=True))
-    metrics["pair_loss/ln_K_plus_1"] = math.log(method.queue_length + 1)  # the loss of a network that tells nothing apart
-    metrics["alignment_share"] = method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
+    metrics["pair_loss/ln_K_plus_1"] = math.log(
+        method.queue_length + 1
+    )  # the loss of a network that tells nothing apart
+    metrics["alignment_share"] = (
+        method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
+    )
     return metrics
 
 

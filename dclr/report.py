@@ -34,7 +34,9 @@ def open_run(out: str, command: str) -> Path:
     if out:
         folder = Path(out)
         if (folder / "config.json").exists():
-            raise UserError(f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both")
+            raise UserError(
+                f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both"
+            )
     else:
         number = 1
         while (folder := Path("runs") / f"{command}-{number}").exists():
@@ -51,7 +53,9 @@ def make_writable(folder: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose a folder that you may write to") from None
+        raise UserError(
+            f"--out {folder}: cannot write there ({error.strerror}); choose a folder that you may write to"
+        ) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -87,7 +91,16 @@ def cpu_name() -> str:
 
 def git_commit() -> str:
     """Commit of the source tree, with + where files differ from it; 'unknown' outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=10",
+        "--dirty=+",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -156,7 +169,13 @@ class RunLog:
         self._lines.write_text("".join(line + "\n" for line in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         self._bar = tqdm(
-            total=total_steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0, file=sys.stdout
+            total=total_steps,
+            initial=start_step,
+            desc=title,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            file=sys.stdout,
         )
 
     def advance(self) -> None:

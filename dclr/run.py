@@ -84,7 +84,9 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         distributed.on_rank_zero(make_demo)
     catalog = distributed.together(lambda: open_data(config.data))
     videos = open_videos_once(catalog, config.data)
-    Schedule(len(videos.videos), config.optim.batch_size, config.optim.epochs)  # refuses a batch larger than the data set
+    Schedule(
+        len(videos.videos), config.optim.batch_size, config.optim.epochs
+    )  # refuses a batch larger than the data set
 
     folder = distributed.on_rank_zero(lambda: resume or report.open_run(config.run.out, command))
     if distributed.rank() == 0:
@@ -92,8 +94,12 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     run = Run(command, preset, config, folder, device, ds_config, precision, videos, resume is not None, began)
     run.say(f"{command}: preset {preset}, {len(videos.videos)} videos of {catalog.root} ({catalog.layout})")
     if videos.unreadable:
-        run.say(f"  {len(videos.unreadable)} videos cannot be read and are left out: listed in report.json, and by train.py check")
-    run.say(f"  {distributed.world_size()} process(es) on {device.type}, {torch.get_num_threads()} thread(s) each; {precision}")
+        run.say(
+            f"  {len(videos.unreadable)} videos cannot be read and are left out: listed in report.json, and by train.py check"
+        )
+    run.say(
+        f"  {distributed.world_size()} process(es) on {device.type}, {torch.get_num_threads()} thread(s) each; {precision}"
+    )
     run.say("  kernels: reference (plain torch and kornia)")
     run.say(f"  writing to {folder}")
     return run

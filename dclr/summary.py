@@ -31,7 +31,9 @@ def table(folder: Path) -> list[str]:
     for title, run in RETRIEVAL:
         figures = read(folder, run)["figures"]
         for k in (1, 5):
-            lines.append(f"{title:24}{f'retrieval R@{k}':>22}{'':3}{figures[f'recall_at_{k}']:7.1%}{figures[f'chance_at_{k}']:9.1%}")
+            lines.append(
+                f"{title:24}{f'retrieval R@{k}':>22}{'':3}{figures[f'recall_at_{k}']:7.1%}{figures[f'chance_at_{k}']:9.1%}"
+            )
     pretraining = read(folder, "pretrain")
     videos = read(folder, ACCURACY[0][1])["videos"]
     lines.append("")

@@ -37,7 +37,9 @@ def supervise(
     run.say(f"  start: {loaded}")
     classes = run.videos.catalog.classes
     if any(video.label < 0 for video in run.videos.videos):
-        raise UserError(f"--data {run.videos.catalog.root}: its videos have no labels, which {command} needs; use class folders")
+        raise UserError(
+            f"--data {run.videos.catalog.root}: its videos have no labels, which {command} needs; use class folders"
+        )
 
     dropout = config.transfer.dropout if command == "finetune" else 0.0
     classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
@@ -96,7 +98,9 @@ def supervise(
             if log:
                 log.write(done, last, shown(last))
             if not math.isfinite(last["loss"]):
-                raise UserError(f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact")
+                raise UserError(
+                    f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact"
+                )
         if log:
             log.advance()
         epoch_ended = done % schedule.steps_per_epoch == 0
@@ -108,9 +112,16 @@ def supervise(
         save_backbone(classifier.backbone, run.folder / "backbone.safetensors")
         save_classifier(classifier, classes, run.folder / "classifier.safetensors")
     rate = (schedule.stop - start) * config.optim.batch_size / max(time.time() - began, 1e-9)
-    content: dict[str, Any] = {"start": loaded, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last}
+    content: dict[str, Any] = {
+        "start": loaded,
+        "steps": schedule.stop,
+        "samples_per_second": round(rate, 2),
+        "last": last,
+    }
     run.write_report(content, failures.reasons, failures.count)
-    run.say(f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}")
+    run.say(
+        f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}"
+    )
     return run.folder
 
 

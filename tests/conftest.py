@@ -13,7 +13,9 @@ GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "s
 def genuine() -> Path:
     """The folder of genuine videos (UCF101, HMDB51, Kinetics, Weizmann and faulty files); they are not part of the repository."""
     if not GENUINE.is_dir():
-        pytest.skip(f"no genuine videos at {GENUINE}: set DCLR_TEST_VIDEOS to the folder that holds ucf101_sample, faulty, ...")
+        pytest.skip(
+            f"no genuine videos at {GENUINE}: set DCLR_TEST_VIDEOS to the folder that holds ucf101_sample, faulty, ..."
+        )
     return GENUINE
 
 

@@ -69,7 +69,8 @@ def train_rank(rank: int, ranks: int, port: int, stage: int, count: int, result:
     losses, gradients = [], []
     for step in range(count):
         query, key = (
-            Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed))) for seed in (2 * step, 2 * step + 1)
+            Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed)))
+            for seed in (2 * step, 2 * step + 1)
         )
         output = own(query, key, step)
         own.backward(output.loss)
@@ -105,7 +106,9 @@ def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stag
     losses, gradients, parameters, queue = torch.load(result)
     plain_losses, plain_gradients, plain_parameters, plain_queue = plain_steps(3)
     assert losses == pytest.approx(plain_losses, rel=1e-5)
-    for name, found, expected in zip([n for n, _ in make_method().query.named_parameters()], gradients, plain_gradients, strict=True):
+    for name, found, expected in zip(
+        [n for n, _ in make_method().query.named_parameters()], gradients, plain_gradients, strict=True
+    ):
         # Half-batch means added in another order: a few float32 roundings of the largest element.
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), name
     for found, expected in zip(parameters, plain_parameters, strict=True):
@@ -137,7 +140,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, one_process):
     assert (state["step"], state["last"]) == (2, {"loss": 1.0})
     assert run(again, other, range(2, 5)) == expected
     assert torch.equal(other.queue, method.queue)
-    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), method.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.state_dict().values(), method.state_dict().values(), strict=True)
+    )
 
 
 def test_old_checkpoints_are_deleted_after_the_new_one_is_named(tmp_path, one_process):

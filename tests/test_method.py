@@ -64,10 +64,14 @@ def by_hand(method: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray]
             chosen = {0} | ({1 + int(row) for row in mined[name][b]} if mined else set())
             per_clip.append(-np.log(sum(exps[list(chosen)]) / exps.sum()))
         losses[name] = float(np.mean(per_clip))
-    relative = [m / m.mean(axis=(1, 2, 3, 4), keepdims=True) for m in (maps["q.rgb"], maps["look.static"], maps["look.dynamic"])]
+    relative = [
+        m / m.mean(axis=(1, 2, 3, 4), keepdims=True) for m in (maps["q.rgb"], maps["look.static"], maps["look.dynamic"])
+    ]
     losses["alignment"] = float(np.mean((relative[0] - (relative[1] + relative[2]) / 2) ** 2))
     losses["raw"] = float(np.mean((maps["q.rgb"] - (maps["look.static"] + maps["look.dynamic"])) ** 2))
-    relative_key = [m / m.mean(axis=(1, 2, 3, 4), keepdims=True) for m in (maps["q.rgb"], maps["k.static"], maps["k.dynamic"])]
+    relative_key = [
+        m / m.mean(axis=(1, 2, 3, 4), keepdims=True) for m in (maps["q.rgb"], maps["k.static"], maps["k.dynamic"])
+    ]
     losses["key_maps"] = float(np.mean((relative_key[0] - (relative_key[1] + relative_key[2]) / 2) ** 2))
     return losses
 
@@ -155,7 +159,9 @@ def test_alignment_term_has_a_gradient():
     output = method(make_views(2, 1), make_views(2, 2), 0)
     with_term = torch.autograd.grad(output.loss, method.query.backbone.layer4.parameters())
     plain = make_method(alignment_weight=0.0)
-    without = torch.autograd.grad(plain(make_views(2, 1), make_views(2, 2), 0).loss, plain.query.backbone.layer4.parameters())
+    without = torch.autograd.grad(
+        plain(make_views(2, 1), make_views(2, 2), 0).loss, plain.query.backbone.layer4.parameters()
+    )
     assert not all(torch.equal(a, b) for a, b in zip(with_term, without, strict=True))
 
 

@@ -310,7 +310,7 @@ def test_another_backbone_is_named(tmp_path: Path) -> None:
     save_backbone(build_backbone("mc3_18", width=8), run / "backbone.safetensors")
     refused(run, r"holds mc3_18 \(width 8\), but --backbone is r3d_10: pass --backbone mc3_18")
     save_backbone(build_backbone("r3d_10", width=16), run / "backbone.safetensors")
-    refused(run, r"holds r3d_10 \(width 16\), but the backbone's width is 8: set it to 16")
+    refused(run, r"holds r3d_10 \(width 16\), but --width is 8: pass --width 16")
 
     torch.save(video.r2plus1d_18().state_dict(), tmp_path / "r2plus1d_18-91a641e6.pth")
     refused(

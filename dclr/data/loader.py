@@ -179,7 +179,7 @@ class ClipSamples(TrainSamples):
         frames = self.videos.read(
             index, clips.window(clips.random_start(rng, count, length, stride), count, length, stride)
         )
-        return index, frames[None], [views.draw_augmentation(rng, *frames.shape[1:3], views.FINETUNE)]
+        return index, frames[None], [views.draw_augmentation(rng, frames.shape[1], frames.shape[2], views.FINETUNE)]
 
     def collate(self, drawn: Sequence[Any]) -> ClipBatch:
         return collate_clips(self.videos, drawn)
@@ -286,7 +286,7 @@ def train_loader(samples: TrainSamples, schedule: Schedule, workers: int, pin: b
     """Micro-batches of a whole run in order; one loader for all epochs, so that no epoch starts with idle workers."""
     return DataLoader(
         samples,
-        batch_sampler=schedule,  # type: ignore[arg-type]  # any iterable of lists serves
+        batch_sampler=schedule,
         collate_fn=samples.collate,
         num_workers=workers,
         pin_memory=pin,

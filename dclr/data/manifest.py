@@ -44,7 +44,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Each video asked for is in exactly one of the two."""
+    """Each video asked for is in exactly one of the two, in the order asked for."""
 
     root: Path
     records: dict[str, VideoRecord]
@@ -94,10 +94,11 @@ def load_manifest(
     finally:
         if todo:
             _save(cache, known)
+    in_order = {path: findings[path] for path in paths}
     return Manifest(
         root=root,
-        records={path: finding for path, finding in findings.items() if isinstance(finding, VideoRecord)},
-        unreadable={path: finding for path, finding in findings.items() if isinstance(finding, str)},
+        records={path: finding for path, finding in in_order.items() if isinstance(finding, VideoRecord)},
+        unreadable={path: finding for path, finding in in_order.items() if isinstance(finding, str)},
     )
 
 

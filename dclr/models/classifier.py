@@ -1,17 +1,16 @@
 """A backbone with a linear classifier on its pooled features, under torchvision's names: backbone and `fc`."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone, build_backbone
 from dclr.models.heads import pool
+from dclr.models.weights import write_safetensors
 
 FILE_NAME = "classifier.safetensors"
 """What a run's folder calls its classifier."""
@@ -51,9 +50,7 @@ def save_classifier(classifier: Classifier, classes: tuple[str, ...], path: Path
         "width": str(backbone.width),
         "classes": json.dumps(classes),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    write_safetensors(tensors, metadata, path)
 
 
 def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:

@@ -29,16 +29,17 @@ _AUTHORS_HEADS = ("fc.", "fvv.", "fvs.", "fvd.", "fsv.", "fdv.")
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write the backbone under torchvision's names, with its own name and width beside them.
-
-    Written whole under another name and then renamed, so that `path` never holds half a file.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    """Write the backbone under torchvision's names, with its own name and width beside them."""
     metadata = {"format": "dclr", "backbone": backbone.name, "width": str(backbone.width)}
+    write_safetensors(backbone.state_dict(), metadata, path)
+
+
+def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Written whole under another name, synced and then renamed, so that `path` never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -128,7 +129,7 @@ def _check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> N
         if name != backbone.name:
             problem = f"--backbone is {backbone.name}: pass --backbone {name}"
         else:
-            problem = f"the backbone's width is {backbone.width}: set it to {width}"
+            problem = f"--width is {backbone.width}: pass --width {width}"
         raise UserError(f"{file} holds {name} (width {width}), but {problem}")
 
     differences = [f"lacks {name}" for name in expected if name not in found]
