@@ -1,7 +1,7 @@
 # make demo    everything once on the built-in demo videos, from installation to a table of figures: about 10 minutes on two cores
 # make test    lint, types and all tests
 # make setup   the environment only
-# make gpu     the tests and benchmarks that need a CUDA device (PYTHON=python3 VENV= uses the environment that is there)
+# make gpu     the tests that need a CUDA device (PYTHON=python3 VENV= uses the environment that is there)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -48,4 +48,3 @@ test: lint
 
 gpu: $(READY)
 	$(RUN) -m pytest -m gpu
-	for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done

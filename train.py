@@ -45,7 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
             "--resume", nargs="?", const="", metavar="RUN",
             help="go on with the run in this folder (without a value: in --out), with its settings",
         )  # fmt: skip
-        configuration.add_flags(sub, [group for _, group in configuration.groups(configuration.COMMANDS[command])])
+        configuration.add_flags(
+            sub, [group for _, group in configuration.groups(configuration.COMMANDS[command])], command=command
+        )
     return parser
 
 

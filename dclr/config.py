@@ -239,16 +239,23 @@ def groups(config_class: type) -> list[tuple[str, type]]:
     return [(f.name, f.type) for f in dataclasses.fields(config_class)]  # type: ignore[misc]
 
 
-def add_flags(parser: argparse.ArgumentParser, group_classes: list[type], only: set[str] | None = None) -> None:
-    """Give `parser` one flag for each field of the groups, under one heading a group. A flag not given is absent from the namespace."""
+def add_flags(
+    parser: argparse.ArgumentParser, group_classes: list[type], only: set[str] | None = None, command: str = ""
+) -> None:
+    """Give `parser` one flag for each field of the groups, under one heading a group; help names the default, and what the presets
+    of `command` make of it. A flag not given is absent from the namespace."""
     for group_class in group_classes:
         box = parser.add_argument_group((group_class.__doc__ or "").strip())
         for f in dataclasses.fields(group_class):
             if only is not None and f.name not in only:
                 continue
             many = isinstance(f.default, tuple)
-            default = " ".join(str(v) for v in f.default) if isinstance(f.default, tuple) else f.default
-            text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
+            values = {"default": f.default} if f.default != "" else {}
+            values |= {
+                name: recipe[command][f.name] for name, recipe in PRESETS.items() if f.name in recipe.get(command, {})
+            }
+            listed = [f"{k}: {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in values.items()]
+            text = f.metadata["help"] + (f" ({'; '.join(listed)})" if listed else "")
             names = ["--ds_config", "--ds-config"] if f.name == "ds_config" else ["--" + f.name.replace("_", "-")]
             box.add_argument(
                 *names,

@@ -1,12 +1,26 @@
 """Fixtures shared by all tests."""
 
+import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "shared" / "data"))
+
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_manifest_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Verified videos of the tests stay out of the user's cache; processes that tests start inherit this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +48,68 @@ def clean_environment() -> dict[str, str]:
     """For processes that tests start: runs of their own, whatever this one has become."""
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in launched}
+
+
+@pytest.fixture(scope="session")
+def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small rendering of the demo videos: 8 classes, 2 training videos and 1 test video of each."""
+    from dclr.data.demo import render_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "videos"
+    return render_demo(folder, train_per_class=2, test_per_class=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ds_configs/zero1.json without autocast, so that results do not depend on the CPU's bfloat16."""
+    config = json.loads((REPOSITORY / "ds_configs" / "zero1.json").read_text())
+    config["torch_autocast"]["enabled"] = False
+    path = tmp_path_factory.mktemp("ds_configs") / "float32.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def tiny(demo_videos: Path, float32: Path) -> dict[str, Any]:
+    """Settings every command knows, for runs of a second: 4 steps an epoch."""
+    return {
+        "data": str(demo_videos),
+        "ds_config": str(float32),
+        "width": 4,
+        "clip_length": 8,
+        "crop_size": 32,
+        "batch_size": 4,
+        "epochs": 2,
+        "workers": 0,
+        "log_every": 1,
+    }
+
+
+@pytest.fixture
+def tiny_pretrain(tiny: dict[str, Any]) -> dict[str, Any]:
+    """`tiny` with a queue that is full, and mined, after the second epoch's second step."""
+    return {**tiny, "queue_length": 18, "embedding_dim": 32, "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9}
+
+
+@pytest.fixture
+def train_main(one_process: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`train.py COMMAND`, in this process: flags as keyword arguments (True: a flag without a value)."""
+    import train
+
+    monkeypatch.setattr("dclr.engine.start_processes", lambda: one_process)
+    monkeypatch.setattr("dclr.engine.stop_processes", lambda: None)
+
+    def run(*command: str, **flags: Any) -> None:
+        train.main([*command, *as_flags(flags)])
+
+    return run
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings by field name -> command line."""
+    given = []
+    for name, value in settings.items():
+        flag = "--ds_config" if name == "ds_config" else "--" + name.replace("_", "-")
+        many = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        given += [flag, *map(str, many)]
+    return given

@@ -437,7 +437,7 @@ def test_class_folders_by_split(tmp_path: Path) -> None:
 
 def test_a_flat_folder_is_unlabelled(genuine: Path) -> None:
     catalog = open_catalog(genuine / "kinetics_sample")
-    assert (catalog.layout, catalog.classes, list(catalog.splits)) == ("class folders", (), ["train"])
+    assert (catalog.layout, catalog.classes, list(catalog.splits)) == ("folder of videos", (), ["train"])
     assert labels(catalog, "train") == dict.fromkeys(
         ["R6llTwEh07w.mp4", "SOX5yA1l24A.mp4", "WUzgd7C1pWA.mp4", "mmaction2_demo.mp4"], -1
     )

@@ -46,7 +46,7 @@ class Catalog:
     root: Path
     """The folder that the videos' paths start from."""
     layout: str
-    """UCF101, HMDB51, Kinetics-400, Diving48, list file or class folders."""
+    """UCF101, HMDB51, Kinetics-400, Diving48, list file, class folders or folder of videos."""
     classes: tuple[str, ...]
     """Names by label; empty where nothing is labelled."""
     splits: dict[str, tuple[Video, ...]]
@@ -288,12 +288,12 @@ def _class_folders(data: Path) -> Catalog:
             raise UserError(f"{data} holds videos both in class folders and beside them, such as {loose[0].name}")
         if loose:
             videos = [Video(path=file.name, label=-1) for file in loose]
-            return _catalog(data, "class folders", (), {"train": videos})
+            return _catalog(data, "folder of videos", (), {"train": videos})
         if set(by_class) <= set(SPLITS):  # {train,val,test}/*, without classes; nothing at all also comes here
             unlabelled = {
                 split: [Video(path=f"{split}/{file.name}", label=-1) for file in by_class[split]] for split in by_class
             }
-            return _catalog(data, "class folders", (), unlabelled)
+            return _catalog(data, "folder of videos", (), unlabelled)
         by_split = {"train": by_class}
 
     first = next(iter(by_split))
