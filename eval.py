@@ -23,7 +23,7 @@ DESCRIPTIONS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = configuration.Parser(
         prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(DESCRIPTIONS) + "}")
@@ -56,6 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     flags = vars(make_parser().parse_args(arguments))
     command, checkpoint, out = flags.pop("command"), Path(flags.pop("checkpoint")), flags.pop("out", None)
+    if not checkpoint.exists() and not (command == "retrieval" and str(checkpoint) == "random"):
+        raise UserError(
+            f"--checkpoint {checkpoint}: no such file or folder; give a run's folder, or a file as --help says"
+        )
     settings = settings_of(checkpoint, flags)
     folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
 

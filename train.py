@@ -10,8 +10,9 @@ No subcommand means pretrain. `train.py SUBCOMMAND --help` explains every flag.
 
 import argparse
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dclr import config as configuration
 from dclr.errors import UserError
@@ -25,7 +26,7 @@ DESCRIPTIONS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = configuration.Parser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(DESCRIPTIONS) + "}")
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str]) -> dict[str, Any]:
     """Command line -> names and values; only flags that were given are in it. No subcommand means pretrain."""
     own = [a for a in arguments if not a.startswith("--local_rank")]
-    if not own or (own[0] not in DESCRIPTIONS and own[0] not in ("-h", "--help")):
+    if not own or (own[0].startswith("-") and own[0] not in ("-h", "--help")):
         own = ["pretrain", *own]
     return vars(make_parser().parse_args(own))
 
@@ -80,7 +81,13 @@ def main(arguments: list[str]) -> None:
             raise UserError(
                 f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}"
             )
-        preset = preset or preset_of_run
+        out = flags.pop("out", str(folder))
+        if Path(out) != folder:
+            raise UserError(f"--out is {out}, but --resume goes on in {folder}: leave --out out")
+        if preset not in (None, preset_of_run):
+            raise UserError(f"--preset is {preset}, but the run in {folder} has {preset_of_run}: leave the flag out")
+        configuration.check_resume(folder, flags, stored)
+        stored["out"], preset = str(folder), preset_of_run
     preset = preset or ("ucf101" if flags.get("data") else "demo")
     config = configuration.resolve(command, preset, flags, stored)
 
@@ -98,14 +105,21 @@ def main(arguments: list[str]) -> None:
         engine.stop_processes()
 
 
+def refuse(error: UserError) -> NoReturn:
+    """One line for all processes of a run: rank 0's. The others wait, for a launcher ends all at the first exit, and it must not come
+    before that line; one that is still there after a while has something to say that rank 0 does not know."""
+    from dclr.distributed import launched_rank
+
+    if launched_rank() > 0:
+        time.sleep(30)
+    print(f"train.py: error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        from dclr.distributed import launched_rank
-
-        if launched_rank() == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)

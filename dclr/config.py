@@ -6,9 +6,10 @@ A value comes from, last one wins: the default below, the preset, the configurat
 import argparse
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dclr.errors import UserError
 from dclr.models import BACKBONES
@@ -32,7 +33,7 @@ class RunConfig:
     seed: int = option(0, "decides every random draw; change it to repeat an experiment with other draws")
     ds_config: str = option(
         "ds_configs/zero1.json",
-        "DeepSpeed configuration: sharding and precision; ddp.json for plain data parallel, zero2.json to shard gradients too",
+        "DeepSpeed configuration: sharding and precision; change it to ddp.json for plain data parallel, zero2.json to shard gradients too",
     )
     log_every: int = option(10, "optimizer steps between two log lines; raise it where a step takes milliseconds")
     checkpoint_every: int = option(1, "epochs between two checkpoints; raise it when an epoch takes seconds")
@@ -93,7 +94,9 @@ class MethodConfig:
     """dual contrastive learning"""
 
     embedding_dim: int = option(128, "length of an embedding, D; 128 is the published value")
-    queue_length: int = option(2048, "negatives kept for each pair, K; 2048 for UCF101, 16384 for Kinetics-400")
+    queue_length: int = option(
+        2048, "negatives kept for each pair, K; raise it with the data set: 2048 for UCF101, 16384 for Kinetics-400"
+    )
     temperature: float = option(0.07, "of the contrastive losses; lower weighs hard negatives more")
     key_momentum: float = option(0.999, "of the key network; lower it (0.99) when a run has few thousand steps")
     mined_positives: int = option(5, "queue rows that count as positives too, M; 0 turns cross-video mining off")
@@ -104,21 +107,23 @@ class MethodConfig:
         ("relative", "raw"),
     )
     repel_weight: float = option(
-        0.0, "weight of pushing static and dynamic features apart (in the paper's figure, not in its code)"
+        0.0,
+        "weight of pushing static and dynamic features apart (in the paper's figure, not in its code); raise it to try that",
     )
     boundary: str = option(
         "wrap",
-        "frame before the first, for frame differences; wrap (the last one) is what the authors trained with",
+        "frame before the first, for frame differences; wrap (the last one) is published, change it where videos do not loop",
         ("wrap", "zero", "replicate"),
     )
     fill_steps: int = option(
-        256, "first steps that only fill the queue, without training; needs no more than queue length / batch size"
+        256,
+        "first steps that only fill the queue, without training; lower it in short runs, queue length / batch size is enough",
     )
 
     def __post_init__(self) -> None:
         _require(self.embedding_dim >= 1, "--embedding-dim", self.embedding_dim, "at least 1")
         _require(self.queue_length >= 1, "--queue-length", self.queue_length, "at least 1")
-        _require(self.temperature > 0, "--temperature", self.temperature, "above 0")
+        _require(0 < self.temperature < math.inf, "--temperature", self.temperature, "above 0")
         _require(0 <= self.key_momentum <= 1, "--key-momentum", self.key_momentum, "between 0 and 1")
         _require(
             0 <= self.mined_positives <= self.queue_length,
@@ -126,6 +131,11 @@ class MethodConfig:
             self.mined_positives,
             f"between 0 and --queue-length ({self.queue_length})",
         )
+        for flag, weight in (("--alignment-weight", self.alignment_weight), ("--repel-weight", self.repel_weight)):
+            _require(0 <= weight < math.inf, flag, weight, "at least 0")
+        _require(self.alignment in ("relative", "raw"), "--alignment", self.alignment, "relative or raw")
+        boundaries = ("wrap", "zero", "replicate")
+        _require(self.boundary in boundaries, "--boundary", self.boundary, "wrap, zero or replicate")
         _require(self.fill_steps >= 0, "--fill-steps", self.fill_steps, "at least 0")
 
 
@@ -140,16 +150,20 @@ class OptimConfig:
         40, "clips a step, over all processes together; raise it to fill a GPU (then raise --lr with it)"
     )
     lr: float = option(0.01, "learning rate of SGD; lower it when the loss jumps")
-    milestones: tuple[int, ...] = option((120, 160), "epochs after which the learning rate drops to a tenth")
-    momentum: float = option(0.9, "of SGD")
-    weight_decay: float = option(1e-4, "of SGD")
+    milestones: tuple[int, ...] = option(
+        (120, 160), "epochs after which the learning rate drops to a tenth; change them with --epochs"
+    )
+    momentum: float = option(0.9, "of SGD; lower it when the loss swings")
+    weight_decay: float = option(1e-4, "of SGD; raise it where a classifier overfits")
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
-        _require(self.lr > 0, "--lr", self.lr, "above 0")
+        _require(0 < self.lr < math.inf, "--lr", self.lr, "above 0")
+        for milestone in self.milestones:
+            _require(milestone >= 1, "--milestones", milestone, "at least 1")
         _require(0 <= self.momentum < 1, "--momentum", self.momentum, "at least 0 and below 1")
-        _require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "at least 0")
+        _require(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,30 +222,35 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
         "pretrain": {
             **_DEMO,
-            "queue_length": 512,
-            "batch_size": 32,
+            "queue_length": 256,
+            "batch_size": 16,
             "fill_steps": 16,
             "key_momentum": 0.99,
-            "epochs": 30,
-            "lr": 0.03,
-            "milestones": (20, 26),
-            "checkpoint_every": 10,
+            "epochs": 24,
+            "milestones": (18, 22),
+            "checkpoint_every": 8,
         },
         "finetune": {
             **_DEMO,
-            **_FINETUNE,
             "batch_size": 16,
-            "lr": 0.02,
-            "epochs": 12,
-            "milestones": (8, 10),
+            "lr": 0.05,
+            "epochs": 40,
+            "milestones": (30, 36),
             "dropout": 0.2,
-            "checkpoint_every": 4,
+            "checkpoint_every": 10,
         },
         "linear": {**_DEMO, **_LINEAR, "batch_size": 16, "checkpoint_every": 5},
     },
     "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
     "kinetics400": {"pretrain": {"queue_length": 16384}, "finetune": _FINETUNE, "linear": _LINEAR},
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is a UserError: one line, without the usage of every flag before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help explains every flag)")
 
 
 def groups(config_class: type) -> list[tuple[str, type]]:
@@ -293,6 +312,24 @@ def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str,
     return make_config(command, {**PRESETS[preset][command], **flags})
 
 
+# What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.
+FREE_ON_RESUME = {
+    "data", "workers", "ds_config", "log_every", "checkpoint_every", "epochs", "lr", "milestones", "momentum", "weight_decay",
+    "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
+}  # fmt: skip
+
+
+def check_resume(folder: Path, flags: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raises UserError when a flag contradicts the stored settings of the run in `folder` in what must not change."""
+    for name, value in flags.items():
+        before = tuple(stored[name]) if isinstance(stored.get(name), list) else stored.get(name)
+        if name not in FREE_ON_RESUME and value != before:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} is {value}, but the run in {folder} has {before}: leave the flag out, or start another run"
+            )
+
+
 def flat(config: Config) -> dict[str, Any]:
     """Field name -> value over all groups."""
     return {k: v for group in dataclasses.asdict(config).values() for k, v in group.items()}
@@ -312,5 +349,5 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
         return command, preset, {k: v for group in stored.values() for k, v in group.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{path}: not the configuration of a run (damaged, or written by something else)") from None

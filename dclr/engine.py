@@ -24,8 +24,8 @@ KEPT_CHECKPOINTS = 2
 def start_processes() -> torch.device:
     """Join the run's other processes (deepspeed, torchrun) or be the only one; returns this process's device.
 
-    On a CPU the cores are shared out between the processes of the machine: with OpenMP's default each process takes all, and two
-    ranks on two cores ran 12 times slower than with one thread each.
+    On a CPU the cores are shared out between the processes of the machine, unless OMP_NUM_THREADS says otherwise: with OpenMP's
+    default each process takes all, and two on two cores ran 12 to 20 times slower than with one thread each.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:  # a bare `python train.py`: without these DeepSpeed looks for MPI
@@ -40,7 +40,8 @@ def start_processes() -> torch.device:
     else:
         device = torch.device("cpu")
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     # Its start would compile a shared-memory kernel: minutes, and a crash where there is no C++ compiler. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -68,6 +69,14 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--ds_config {path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"--ds_config {path}: must hold a JSON object, as ds_configs/zero1.json does")
+    for section in ("fp16", "bf16", "torch_autocast", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"--ds_config {path}: {section} must be a JSON object, as in ds_configs/zero1.json")
+    accumulation = config.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise UserError(
+            f"--ds_config {path}: gradient_accumulation_steps is {accumulation!r}, but must be a whole number from 1"
+        )
     for section in ("fp16", "bf16"):
         if config.get(section, {}).get("enabled"):
             raise UserError(
@@ -188,6 +197,13 @@ class Engine:
             raise UserError(
                 f"--resume: {folder / tag} was written by {written} processes and this run has {distributed.world_size()}; "
                 f"start it with {written}"
+            )
+        shards = any((folder / tag).glob("*_optim_states.pt"))  # stages 1 and 2 read each other's, stage 0 writes none
+        if shards != self._engine.zero_optimization():
+            stages = ("1 or 2", "0") if shards else ("0", "1 or 2")
+            raise UserError(
+                f"--resume: {folder / tag} was written with zero_optimization.stage {stages[0]} and --ds_config has {stages[1]}; "
+                "resume with the configuration it was written with"
             )
         try:
             _, state = self._engine.load_checkpoint(str(folder), tag=tag)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dclr.config import DataConfig
 from dclr.data.loader import TEST_CLIPS, Failures, TestClips, VideoSet, test_loader
+from dclr.errors import UserError
 from dclr.models import count_correct
 from kernels import augment
 
@@ -38,7 +39,7 @@ def run_on_clips(
 ) -> ClipOutputs:
     """`network` on (B, 3, T, h, w) clips -> (B, D), for every video of the set."""
     loader = test_loader(TestClips(videos, config), VIDEOS_A_BATCH, config.workers, pin=device.type == "cuda")
-    size, failures = (config.crop_size, config.crop_size), Failures()
+    size, failures = (config.crop_size, config.crop_size), Failures("it is left out of the figures")
     values, labels, indices = [], [], []
     with tqdm(total=len(videos.videos), desc=title, unit="video", dynamic_ncols=True, mininterval=1.0) as bar:
         for batch in loader:
@@ -51,6 +52,10 @@ def run_on_clips(
             values.append(output.unflatten(0, (-1, TEST_CLIPS)))
             labels.append(batch.labels[::TEST_CLIPS])
             indices.append(batch.indices[::TEST_CLIPS])
+    if not values:
+        raise UserError(
+            f"{videos.catalog.root}: not one of {len(videos.videos)} videos can be read any more; was the folder moved or unmounted?"
+        )
     return ClipOutputs(torch.cat(values), torch.cat(labels), torch.cat(indices), failures.reasons)
 
 

@@ -87,7 +87,10 @@ class DCLR(nn.Module):
         queries = torch.stack([embeddings[name] for name in PAIRS])  # (P, B, D)
 
         losses = info_nce(queries, keys, self.queue, self._mine(mining), self.method.temperature)
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            torch.autocast(queries.device.type, enabled=False),
+        ):  # bfloat16 would blur what is compared
             similarity = torch.einsum("pbd,pkd->pbk", queries, self.queue)
             positive = (queries * keys).sum(2).mean(1)
             hardest = similarity.amax(2).mean(1)

@@ -11,11 +11,10 @@ from dclr import distributed
 from dclr.config import PretrainConfig
 from dclr.data.loader import Failures, PairBatch, PairSamples, train_loader
 from dclr.engine import Engine
-from dclr.errors import UserError
 from dclr.method import DCLR, PAIRS, Output
 from dclr.models import save_backbone
 from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import learning_rate, start_run
+from dclr.run import FiniteLoss, learning_rate, start_run
 from dclr.views import view_grid
 from kernels import Views, generate_views
 
@@ -32,13 +31,16 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     if run.resumed:
         state = engine.resume(run.folder / "checkpoints")
         start = state["step"]
+        run.write_config()
         run.say(f"  resumed at step {start}")
 
     schedule = run.schedule(start)
     samples = PairSamples(run.videos, config.data, config.run.seed)
     batches = iter(train_loader(samples, schedule, config.data.workers, pin=device.type == "cuda"))
     log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
-    watch, failures = Stopwatch(device), Failures()
+    watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
+    if run.main:
+        failures.reasons, failures.count = state.get("failures", ({}, 0))
     summary: dict[str, Any] = state.get("summary", {})
     last: dict[str, float] = state.get("last", {})
     fill_steps = config.method.fill_steps
@@ -63,6 +65,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 continue
             with watch.part("forward"):
                 output = engine(query, key, micro_step)
+            finite.see(output.loss, step + 1)
             with watch.part("backward"):
                 engine.backward(output.loss)
             with watch.part("optimizer"):
@@ -73,35 +76,30 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
         watch.step()
         done = step + 1
         epoch_ended = done % schedule.steps_per_epoch == 0
+        saves = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
 
         if log and (step == start or epoch_ended):
             log.picture("views", view_grid(query, GRID_CLIPS), done)
-        if done % config.run.log_every == 0 or done == schedule.stop or done == fill_steps + 1:
+        if done % config.run.log_every == 0 or saves or done == fill_steps + 1:
             last = measure(output, config, engine, lr, done, watch)
             if log:
                 log.write(done, last, shown(last))
             if output is not None and "alignment_at_first_step" not in summary:
                 names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
                 summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
-            if not math.isfinite(last.get("loss", 0.0)):
-                raise UserError(
-                    f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact"
-                )
+            finite.check()
         if log:
             log.advance()
-        if epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop):
-            engine.save(run.folder / "checkpoints", done, {"summary": summary, "last": last})
+        if saves:
+            state = {"summary": summary, "last": last, "failures": run.all_failures(failures)}
+            engine.save(run.folder / "checkpoints", done, state)
 
     if log:
         log.close()
         save_backbone(method.query.backbone, run.folder / "backbone.safetensors")
     trained = schedule.stop - start
     rate = trained * config.optim.batch_size / max(time.time() - began, 1e-9)
-    run.write_report(
-        {**summary, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last},
-        failures.reasons,
-        failures.count,
-    )
+    run.write_report({**summary, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last}, failures)
     run.say(f"done: {run.folder / 'backbone.safetensors'}")
     return run.folder
 

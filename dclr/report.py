@@ -165,7 +165,7 @@ class RunLog:
         self._lines = folder / "metrics.jsonl"
         kept = []
         if start_step and self._lines.exists():
-            kept = [line for line in self._lines.read_text().splitlines() if json.loads(line)["step"] <= start_step]
+            kept = [line for line in self._lines.read_text().splitlines() if _step(line) <= start_step]
         self._lines.write_text("".join(line + "\n" for line in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         self._bar = tqdm(
@@ -197,3 +197,11 @@ class RunLog:
     def close(self) -> None:
         self._bar.close()
         self._board.close()
+
+
+def _step(line: str) -> float:
+    """Of a line of metrics.jsonl; past every other for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

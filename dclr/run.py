@@ -9,10 +9,11 @@ import torch
 
 from dclr import config as configuration
 from dclr import distributed, engine, report
-from dclr.config import Config, DataConfig, OptimConfig
+from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.demo import render_demo
-from dclr.data.loader import Schedule, VideoSet, open_videos
+from dclr.data.loader import Failures, Schedule, VideoSet, open_videos
+from dclr.errors import UserError
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
 
@@ -40,6 +41,11 @@ class Run:
         if self.main:
             report.say(message)
 
+    def write_config(self) -> None:
+        """config.json, on rank 0. A resumed run calls it once its checkpoint is loaded, so that a refused flag leaves no trace."""
+        if self.main:
+            configuration.write_config(self.folder / "config.json", self.command, self.preset, self.config)
+
     def schedule(self, start: int = 0) -> Schedule:
         return Schedule(
             len(self.videos.videos), self.config.optim.batch_size, self.config.optim.epochs,
@@ -47,9 +53,14 @@ class Run:
             rank=distributed.rank(), ranks=distributed.world_size(),
         )  # fmt: skip
 
-    def write_report(self, content: dict[str, Any], failures: dict[str, str], failed_reads: int) -> None:
-        """report.json, on rank 0; failures are gathered from all ranks."""
-        everyone = distributed.gather_objects((failures, failed_reads))
+    def all_failures(self, failures: Failures) -> tuple[dict[str, str], int]:
+        """Reasons by path and the number of failed reads, over all ranks. Rank 0 of a resumed run goes on from them."""
+        everyone = distributed.gather_objects((failures.reasons, failures.count))
+        return {k: v for reasons, _ in everyone for k, v in reasons.items()}, sum(count for _, count in everyone)
+
+    def write_report(self, content: dict[str, Any], failures: Failures) -> None:
+        """report.json, on rank 0."""
+        reasons, failed_reads = self.all_failures(failures)
         if not self.main:
             return
         report.write_json(
@@ -62,8 +73,8 @@ class Run:
                     "layout": self.videos.catalog.layout,
                     "videos": len(self.videos.videos),
                     "unreadable": self.videos.unreadable,
-                    "failed_while_training": {k: v for reasons, _ in everyone for k, v in reasons.items()},
-                    "failed_reads": sum(count for _, count in everyone),
+                    "failed_while_training": reasons,
+                    "failed_reads": failed_reads,
                 },
                 "processes": distributed.world_size(),
                 "precision": self.precision,
@@ -84,14 +95,19 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         distributed.on_rank_zero(make_demo)
     catalog = distributed.together(lambda: open_data(config.data))
     videos = open_videos_once(catalog, config.data)
-    Schedule(
-        len(videos.videos), config.optim.batch_size, config.optim.epochs
-    )  # refuses a batch larger than the data set
+    if command != "pretrain" and any(video.label < 0 for video in videos.videos):
+        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+    steps = Schedule(len(videos.videos), config.optim.batch_size, config.optim.epochs).stop  # refuses too large a batch
+    if isinstance(config, PretrainConfig) and config.method.fill_steps >= steps:
+        raise UserError(
+            f"--fill-steps is {config.method.fill_steps}, but must be below the run's {steps} steps, or nothing is trained: "
+            "lower it, or raise --epochs"
+        )
 
     folder = distributed.on_rank_zero(lambda: resume or report.open_run(config.run.out, command))
-    if distributed.rank() == 0:
-        configuration.write_config(folder / "config.json", command, preset, config)
     run = Run(command, preset, config, folder, device, ds_config, precision, videos, resume is not None, began)
+    if not run.resumed:
+        run.write_config()
     run.say(f"{command}: preset {preset}, {len(videos.videos)} videos of {catalog.root} ({catalog.layout})")
     if videos.unreadable:
         run.say(
@@ -127,3 +143,21 @@ def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
 def learning_rate(optim: OptimConfig, epoch: int) -> float:
     """A tenth for each milestone that has passed."""
     return optim.lr * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
+
+
+class FiniteLoss:
+    """The first step whose loss was no finite number. Asked only where numbers are read anyway, so that nothing waits for the device;
+    asked before every checkpoint, for DeepSpeed skips such a step, but batch statistics would keep its NaN."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def see(self, loss: torch.Tensor, step: int) -> None:
+        self._first = torch.where((self._first == 0) & ~loss.detach().isfinite(), step, self._first)
+
+    def check(self) -> None:
+        """Raises UserError on all ranks where any has seen one."""
+        if steps := [step for step in distributed.gather_batch(self._first).tolist() if step]:
+            raise UserError(
+                f"the loss is not finite at step {min(steps)}: lower --lr; checkpoints before it are intact"
+            )

@@ -1,6 +1,5 @@
 """Finetuning and linear probing: the loop, from a backbone (or from scratch) to classifier.safetensors."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from dclr import distributed
 from dclr.config import SupervisedConfig
 from dclr.data.loader import ClipSamples, Failures, train_loader
 from dclr.engine import Engine
-from dclr.errors import UserError
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
 from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import learning_rate, start_run
+from dclr.run import FiniteLoss, learning_rate, start_run
 from kernels import augment
 
 
@@ -29,18 +27,15 @@ def supervise(
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(config.model.backbone, config.model.width)
     loaded = "from scratch"
-    if config.transfer.pretrained:
+    if resume:
+        loaded = "the run's checkpoint"
+    elif config.transfer.pretrained:
         loaded = distributed.together(lambda: load_backbone(Path(config.transfer.pretrained), backbone))
     elif command == "linear":
         loaded = "frozen random features (no --pretrained): a baseline"
     run = start_run(command, preset, config, device, resume)
     run.say(f"  start: {loaded}")
     classes = run.videos.catalog.classes
-    if any(video.label < 0 for video in run.videos.videos):
-        raise UserError(
-            f"--data {run.videos.catalog.root}: its videos have no labels, which {command} needs; use class folders"
-        )
-
     dropout = config.transfer.dropout if command == "finetune" else 0.0
     classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
     engine = Engine(classifier, run.ds_config, config.optim, device)
@@ -48,14 +43,17 @@ def supervise(
     if run.resumed:
         state = engine.resume(run.folder / "checkpoints")
         start = state["step"]
+        run.write_config()
         run.say(f"  resumed at step {start}")
 
     schedule = run.schedule(start)
     samples = ClipSamples(run.videos, config.data, config.run.seed)
     batches = iter(train_loader(samples, schedule, config.data.workers, pin=device.type == "cuda"))
     log = RunLog(run.folder, command, schedule.stop, start) if run.main else None
-    watch, failures = Stopwatch(device), Failures()
+    watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
     size = (config.data.crop_size, config.data.crop_size)
+    if run.main:
+        failures.reasons, failures.count = state.get("failures", ({}, 0))
     last: dict[str, float] = state.get("last", {})
     engine.train()
     began = time.time()
@@ -76,14 +74,17 @@ def supervise(
             with watch.part("forward"):
                 logits = engine(clip)
                 loss = F.cross_entropy(logits, batch.labels)
+            finite.see(loss, step + 1)
             with watch.part("backward"):
                 engine.backward(loss)
             with watch.part("optimizer"):
                 engine.step()
         watch.step()
         done = step + 1
+        epoch_ended = done % schedule.steps_per_epoch == 0
+        saves = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
 
-        if done % config.run.log_every == 0 or done == schedule.stop:
+        if done % config.run.log_every == 0 or saves:
             correct = count_correct(logits, batch.labels, 1) / len(logits)
             values = torch.tensor([loss.item(), correct], device=device)
             last = dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True))
@@ -97,15 +98,11 @@ def supervise(
             }
             if log:
                 log.write(done, last, shown(last))
-            if not math.isfinite(last["loss"]):
-                raise UserError(
-                    f"the loss is {last['loss']} at step {done}: lower --lr; checkpoints before it are intact"
-                )
+            finite.check()
         if log:
             log.advance()
-        epoch_ended = done % schedule.steps_per_epoch == 0
-        if epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop):
-            engine.save(run.folder / "checkpoints", done, {"last": last})
+        if saves:
+            engine.save(run.folder / "checkpoints", done, {"last": last, "failures": run.all_failures(failures)})
 
     if log:
         log.close()
@@ -118,7 +115,7 @@ def supervise(
         "samples_per_second": round(rate, 2),
         "last": last,
     }
-    run.write_report(content, failures.reasons, failures.count)
+    run.write_report(content, failures)
     run.say(
         f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}"
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "s
 
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))  # train.py and eval.py
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +41,8 @@ def one_process() -> torch.device:
     from dclr.engine import start_processes, stop_processes
 
     device = start_processes()
+    # Networks this small gain nothing from a second thread, and threads that wait for a core other work holds cost 10 times as much.
+    torch.set_num_threads(1)
     yield device
     stop_processes()
 
@@ -87,7 +91,7 @@ def tiny(demo_videos: Path, float32: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_pretrain(tiny: dict[str, Any]) -> dict[str, Any]:
-    """`tiny` with a queue that is full, and mined, after the second epoch's second step."""
+    """`tiny` with a queue that is full, and mined from then on, after five steps: one into the second epoch of two."""
     return {**tiny, "queue_length": 18, "embedding_dim": 32, "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9}
 
 

@@ -35,7 +35,7 @@ _VERSION = 1
 
 
 def render_demo(
-    folder: Path, *, train_per_class: int = 48, test_per_class: int = 16, seed: int = 0, progress: bool = True
+    folder: Path, *, train_per_class: int = 24, test_per_class: int = 8, seed: int = 0, progress: bool = True
 ) -> Path:
     """Writes folder/videos/<class>/<class>_0000.mp4 ... and folder/splits/{train,test,classes}.txt; returns the folder.
 

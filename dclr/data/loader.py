@@ -282,15 +282,24 @@ class Schedule:
                 yield [(epoch, place) for place in range(first, first + micro)]
 
 
-def train_loader(samples: TrainSamples, schedule: Schedule, workers: int, pin: bool) -> DataLoader[Any]:
+def train_loader(samples: TrainSamples, schedule: Schedule, workers: int, pin: bool) -> Iterator[Any]:
     """Micro-batches of a whole run in order; one loader for all epochs, so that no epoch starts with idle workers."""
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=schedule,
         collate_fn=samples.collate,
         num_workers=workers,
         pin_memory=pin,
     )
+    return _in_one_line(iter(loader))
+
+
+def _in_one_line(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same; a worker's UserError without the traceback that DataLoader puts before its message."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool) -> DataLoader[Any]:
@@ -306,18 +315,19 @@ def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool
 
 
 class Failures:
-    """Videos that failed while a run read them: counted, each named once on stderr."""
+    """Videos that failed while a run read them: counted, each named once on stderr with what becomes of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, consequence: str = "its place goes to the next video") -> None:
         self.reasons: dict[str, str] = {}
         self.count = 0
+        self.consequence = consequence
 
     def add(self, failures: dict[str, str]) -> None:
         self.count += len(failures)
         for path, reason in failures.items():
             if path not in self.reasons:
                 print(
-                    f"warning: {path} can no longer be read ({reason}); its place goes to the next video",
+                    f"warning: {path} can no longer be read ({reason}); {self.consequence}",
                     file=sys.stderr,
                 )
             self.reasons.setdefault(path, reason)

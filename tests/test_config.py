@@ -1,0 +1,280 @@
+"""The published recipes as numbers, which value wins, what is refused and how, and what --help shows."""
+
+import argparse
+import dataclasses
+import json
+import re
+
+import pytest
+
+import eval as evaluation
+import train
+from dclr import config as configuration
+from dclr.config import (
+    COMMANDS,
+    PRESETS,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    TransferConfig,
+    flat,
+    make_config,
+    read_config,
+    resolve,
+    write_config,
+)
+from dclr.errors import UserError
+
+# The paper's code (DCLR, FAME), as design notes record it.
+PUBLISHED_CLIPS = {"clip_length": 16, "clip_stride": 2, "crop_size": 112, "backbone": "r2plus1d_10", "width": 64}
+PUBLISHED_PRETRAINING = {
+    **PUBLISHED_CLIPS,
+    "embedding_dim": 128,
+    "temperature": 0.07,
+    "key_momentum": 0.999,
+    "mined_positives": 5,
+    "alignment_weight": 0.1,
+    "boundary": "wrap",
+    "repel_weight": 0.0,
+    "fill_steps": 256,
+    "epochs": 200,
+    "batch_size": 40,
+    "lr": 0.01,
+    "milestones": (120, 160),
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+}
+PUBLISHED_FINETUNE = {
+    **PUBLISHED_CLIPS, "dropout": 0.7, "lr": 0.1, "weight_decay": 1e-4, "batch_size": 64, "epochs": 10, "milestones": (6, 8)
+}  # fmt: skip
+PUBLISHED_LINEAR = {
+    **PUBLISHED_CLIPS, "lr": 5.0, "weight_decay": 0.0, "batch_size": 128, "epochs": 10, "milestones": (6, 8)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "queue"), [("ucf101", 2048), ("kinetics400", 16384)])
+def test_presets_hold_the_published_recipe(preset, queue):
+    def assert_holds(command, published):
+        found = flat(resolve(command, preset, {}))
+        assert {name: found[name] for name in published} == published
+
+    assert_holds("pretrain", {**PUBLISHED_PRETRAINING, "queue_length": queue})
+    assert_holds("finetune", PUBLISHED_FINETUNE)
+    assert_holds("linear", PUBLISHED_LINEAR)
+
+
+def test_every_preset_makes_a_configuration_for_every_command():
+    assert {preset: set(commands) for preset, commands in PRESETS.items()} == {
+        preset: set(COMMANDS) for preset in ("demo", "ucf101", "kinetics400")
+    }
+    for preset, commands in PRESETS.items():
+        for command, values in commands.items():
+            found = flat(resolve(command, preset, {}))
+            assert {name: found[name] for name in values} == values
+
+
+def test_a_flag_overrides_the_preset_and_the_preset_the_default():
+    default = flat(PretrainConfig())
+    preset = flat(resolve("pretrain", "demo", {}))
+    assert preset["queue_length"] != default["queue_length"]
+    both = flat(resolve("pretrain", "demo", {"queue_length": 99, "seed": 7}))
+    assert (both["queue_length"], both["seed"]) == (99, 7)
+    assert {**both, "queue_length": preset["queue_length"], "seed": preset["seed"]} == preset
+
+
+def test_a_resumed_run_keeps_its_own_values_but_for_flags():
+    stored = flat(resolve("finetune", "ucf101", {"lr": 0.5, "epochs": 3}))
+    resumed = flat(resolve("finetune", "demo", {"epochs": 4}, stored))
+    assert resumed == {**stored, "epochs": 4}
+
+
+def test_a_written_configuration_reads_back_as_it_was(tmp_path):
+    config = resolve("pretrain", "demo", {"milestones": [3, 4], "data": "a folder/ü", "weight_decay": 3e-5})
+    write_config(tmp_path / "config.json", "pretrain", "demo", config)
+    command, preset, values = read_config(tmp_path / "config.json")
+    assert (command, preset) == ("pretrain", "demo")
+    assert make_config("pretrain", values) == config
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["milestones"] == [3, 4]  # grouped, for a reader
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory; a run's folder holds its config.json"),
+        ("{", "not the configuration of a run"),
+        ("[]", "not the configuration of a run"),
+        ('{"command": "pretrain"}', "not the configuration of a run"),
+        ('{"command": "pretrain", "preset": "demo", "run": 3}', "not the configuration of a run"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_by_its_path(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{path}: {message}")):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("group", "value", "message"),
+    [
+        (RunConfig, {"seed": -1}, "--seed is -1, but must be at least 0"),
+        (RunConfig, {"log_every": 0}, "--log-every is 0, but must be at least 1"),
+        (RunConfig, {"checkpoint_every": 0}, "--checkpoint-every is 0, but must be at least 1"),
+        (DataConfig, {"split": 4}, "--split is 4, but must be 1, 2 or 3"),
+        (DataConfig, {"split": 0}, "--split is 0, but must be 1, 2 or 3"),
+        (DataConfig, {"clip_length": 0}, "--clip-length is 0, but must be at least 1"),
+        (DataConfig, {"clip_stride": 0}, "--clip-stride is 0, but must be at least 1"),
+        (DataConfig, {"crop_size": 15}, "--crop-size is 15, but must be at least 16"),
+        (DataConfig, {"workers": -1}, "--workers is -1, but must be at least 0"),
+        (ModelConfig, {"backbone": "resnet"}, "--backbone is resnet, but must be one of r2plus1d_10, r2plus1d_18"),
+        (ModelConfig, {"width": 0}, "--width is 0, but must be at least 1"),
+        (MethodConfig, {"embedding_dim": 0}, "--embedding-dim is 0, but must be at least 1"),
+        (MethodConfig, {"queue_length": 0}, "--queue-length is 0, but must be at least 1"),
+        (MethodConfig, {"temperature": 0.0}, "--temperature is 0.0, but must be above 0"),
+        (MethodConfig, {"temperature": float("nan")}, "--temperature is nan, but must be above 0"),
+        (MethodConfig, {"key_momentum": 1.1}, "--key-momentum is 1.1, but must be between 0 and 1"),
+        (MethodConfig, {"mined_positives": -1}, "--mined-positives is -1, but must be between 0 and --queue-length"),
+        (
+            MethodConfig,
+            {"mined_positives": 9, "queue_length": 8},
+            "--mined-positives is 9, but must be between 0 and --queue-length (8)",
+        ),
+        (MethodConfig, {"fill_steps": -1}, "--fill-steps is -1, but must be at least 0"),
+        (MethodConfig, {"alignment_weight": -0.1}, "--alignment-weight is -0.1, but must be at least 0"),
+        (MethodConfig, {"alignment_weight": float("nan")}, "--alignment-weight is nan, but must be at least 0"),
+        (MethodConfig, {"repel_weight": -1.0}, "--repel-weight is -1.0, but must be at least 0"),
+        (MethodConfig, {"alignment": "rawish"}, "--alignment is rawish, but must be relative or raw"),
+        (MethodConfig, {"boundary": "mirror"}, "--boundary is mirror, but must be wrap, zero or replicate"),
+        (OptimConfig, {"epochs": 0}, "--epochs is 0, but must be at least 1"),
+        (OptimConfig, {"batch_size": 0}, "--batch-size is 0, but must be at least 1"),
+        (OptimConfig, {"lr": 0.0}, "--lr is 0.0, but must be above 0"),
+        (OptimConfig, {"lr": float("inf")}, "--lr is inf, but must be above 0"),
+        (OptimConfig, {"momentum": 1.0}, "--momentum is 1.0, but must be at least 0 and below 1"),
+        (OptimConfig, {"weight_decay": -1e-4}, "--weight-decay is -0.0001, but must be at least 0"),
+        (OptimConfig, {"milestones": (-1,)}, "--milestones is -1, but must be at least 1"),
+        (TransferConfig, {"dropout": 1.0}, "--dropout is 1.0, but must be at least 0 and below 1"),
+    ],
+    ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_a_refused_value_is_named_by_its_flag_with_what_would_be_right(group, value, message):
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        group(**value)
+
+
+def test_a_queue_shorter_than_a_batch_is_refused():
+    with pytest.raises(UserError, match=r"^--queue-length is 32, but must be at least --batch-size \(33\)"):
+        resolve("pretrain", "ucf101", {"queue_length": 32, "batch_size": 33})
+    resolve("pretrain", "ucf101", {"queue_length": 33, "batch_size": 33})  # the smallest queue that takes a batch
+
+
+def test_unknown_settings_are_refused_by_name():
+    with pytest.raises(UserError, match=r"^finetune has no setting named fill_steps, queue_length$"):
+        make_config("finetune", {"queue_length": 8, "fill_steps": 1})
+    with pytest.raises(UserError, match=r"^--preset is ucf, but must be one of demo, ucf101, kinetics400$"):
+        resolve("pretrain", "ucf", {})
+
+
+# ---------------------------------------------------------------- the command line
+
+PARSERS = [(train, command) for command in train.DESCRIPTIONS] + [(evaluation, c) for c in evaluation.DESCRIPTIONS]
+
+
+def subparser(module, command) -> argparse.ArgumentParser:
+    (commands,) = (a for a in module.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[command]
+
+
+@pytest.mark.parametrize(("module", "command"), PARSERS, ids=lambda value: getattr(value, "__name__", value))
+def test_help_is_grouped_and_explains_every_flag(module, command, capsys):
+    with pytest.raises(SystemExit) as left:
+        module.main([command, "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert module.DESCRIPTIONS[command] in " ".join(shown.split())
+
+    parser = subparser(module, command)
+    headings = [group.title for group in parser._action_groups if group.title and group._group_actions]
+    assert len(headings) >= (2 if command == "check" else 3)
+    assert all(f"\n{heading}:\n" in shown for heading in headings)
+    ungrouped = [a for a in parser._optionals._group_actions if a.help is not argparse.SUPPRESS]
+    assert [a.dest for a in ungrouped] == ["help"]
+    for action in (a for a in parser._actions if a.help is not argparse.SUPPRESS):
+        assert len(action.help or "") > 5, action.dest
+        assert action.option_strings[0] in shown
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "linear"])
+def test_every_setting_has_a_flag(command):
+    flags = {action.dest for action in subparser(train, command)._actions}
+    missing = set(flat(make_config(command, {}))) - flags
+    assert not missing
+
+
+@pytest.mark.parametrize(("module", "command"), [(train, None), (evaluation, None)])
+def test_help_without_a_subcommand_lists_them_all(module, command, capsys):
+    with pytest.raises(SystemExit) as left:
+        module.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} ", shown, re.MULTILINE) for name in module.DESCRIPTIONS)
+
+
+def test_no_subcommand_means_pretrain_also_behind_the_launchers_flag():
+    assert train.parse([])["command"] == "pretrain"
+    assert train.parse(["--epochs", "3"])["command"] == "pretrain"
+    assert train.parse(["--local_rank=0", "--epochs", "3"])["epochs"] == 3
+    assert train.parse(["--local_rank=1", "finetune", "--epochs", "3"])["command"] == "finetune"
+
+
+def test_flags_that_are_not_given_are_absent_and_lists_take_several_values():
+    absent = {name for name in flat(make_config("linear", {})) if name in train.parse(["linear"])}
+    assert not absent
+    assert train.parse(["--milestones", "3", "5"])["milestones"] == [3, 5]
+    assert train.parse(["--milestones"])["milestones"] == []
+    assert train.parse(["--resume"])["resume"] == ""
+    assert train.parse(["--resume", "x"])["resume"] == "x"
+
+
+def test_the_deepspeed_configuration_has_both_spellings():
+    assert train.parse(["--ds_config", "a.json"])["ds_config"] == "a.json"
+    assert train.parse(["--ds-config", "a.json"])["ds_config"] == "a.json"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (train, ["--epoch", "3"], "unrecognized arguments: --epoch 3"),  # an abbreviation would change meaning later
+        (train, ["finetune", "--queue-length", "8"], "unrecognized arguments: --queue-length 8"),
+        (train, ["--epochs", "few"], "argument --epochs: invalid int value: 'few'"),
+        (
+            train,
+            ["--preset", "ucf"],
+            "argument --preset: invalid choice: 'ucf' (choose from demo, ucf101, kinetics400)",
+        ),
+        (train, ["--backbone", "vit"], "argument --backbone: invalid choice: 'vit'"),
+        (train, ["pretrian"], "invalid choice: 'pretrian' (choose from pretrain, finetune, linear, check)"),
+        (evaluation, ["accuracy"], "the following arguments are required: --checkpoint"),
+        (evaluation, ["--checkpoint", "x"], "accuracy, retrieval"),
+        (evaluation, [], "the following arguments are required: {accuracy,retrieval}"),
+        (evaluation, ["accuracy", "--check", "x"], "--checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_one_line_that_names_it(module, arguments, message):
+    with pytest.raises(UserError) as caught:
+        module.main(arguments)
+    assert message in str(caught.value).replace("from '", "from ").replace("', '", ", ").replace("')", ")")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "linear"])
+def test_each_flag_says_when_to_change_it(command):
+    silent = [
+        f.name for _, group in configuration.groups(COMMANDS[command]) for f in dataclasses.fields(group)
+        if not re.search(r"change|raise|lower|turns|published|default|left out|try", f.metadata["help"])
+    ]  # fmt: skip
+    assert not silent

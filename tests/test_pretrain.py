@@ -1,0 +1,367 @@
+"""Pretraining runs of two short epochs: what they leave behind, that they repeat, and that they can be interrupted."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dclr import pretrain as loop
+from dclr.config import make_config
+from dclr.data.loader import PairSamples
+from dclr.engine import Engine
+from dclr.errors import UserError
+from dclr.method import DCLR, PAIRS
+from dclr.models import build_backbone, load_backbone
+from dclr.pretrain import pretrain
+
+TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeatable(run: Path) -> list[dict]:
+    """metrics.jsonl without what is measured by the clock."""
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in metrics(run)]
+
+
+def checkpoint(run: Path) -> dict:
+    tag = (run / "checkpoints" / "latest").read_text()
+    return torch.load(run / "checkpoints" / tag / "mp_rank_00_model_states.pt", weights_only=False)
+
+
+def momentum(run: Path) -> list[torch.Tensor]:
+    tag = (run / "checkpoints" / "latest").read_text()
+    (file,) = (run / "checkpoints" / tag).glob("*optim_states.pt")
+    found = []
+
+    def walk(value):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            for part in value.values():
+                walk(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                walk(part)
+
+    walk(torch.load(file, weights_only=False))
+    return found
+
+
+@pytest.fixture
+def run_tiny(tiny_pretrain, one_process, tmp_path):
+    def run(name="run", resume=None, **changes):
+        config = make_config("pretrain", {**tiny_pretrain, "out": str(tmp_path / name), **changes})
+        return pretrain(config, "demo", one_process, resume)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(demo_videos, float32, one_process, tmp_path_factory) -> Path:
+    """One uninterrupted run: 8 steps, the first of which fills the queue."""
+    settings = {
+        "data": str(demo_videos), "ds_config": str(float32), "width": 4, "clip_length": 8, "crop_size": 32, "batch_size": 4,
+        "epochs": 2, "workers": 2, "log_every": 1, "queue_length": 18, "embedding_dim": 32, "mined_positives": 2,
+        "fill_steps": 1, "key_momentum": 0.9, "out": str(tmp_path_factory.mktemp("pretrain") / "run"),
+    }  # fmt: skip
+    return pretrain(make_config("pretrain", settings), "demo", one_process)
+
+
+def test_a_run_leaves_every_file_of_the_contract(finished):
+    left = {path.relative_to(finished).as_posix() for path in finished.rglob("*")}
+    assert {"config.json", "report.json", "metrics.jsonl", "backbone.safetensors", "checkpoints/latest"} <= left
+    assert (finished / "checkpoints" / "latest").read_text() == "step-0000008"
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert not [name for name in left if name.endswith(".tmp") or "/." in name or name.startswith(".")]
+
+    report = json.loads((finished / "report.json").read_text())
+    assert (report["command"], report["preset"], report["steps"], report["processes"]) == ("pretrain", "demo", 8, 1)
+    assert report["data"] == {
+        "folder": json.loads((finished / "config.json").read_text())["data"]["data"],
+        "layout": "list file", "videos": 16, "unreadable": {}, "failed_while_training": {}, "failed_reads": 0,
+    }  # fmt: skip
+    assert report["precision"].startswith("float32")
+    assert report["samples_per_second"] > 0
+    assert report["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    last = metrics(finished)[-1]
+    assert report["last"] == {name: value for name, value in last.items() if name != "step"}
+
+
+def test_its_backbone_is_the_query_networks_and_loads(finished):
+    backbone = build_backbone("r2plus1d_10", 4)
+    assert "written by dclr" in load_backbone(finished / "backbone.safetensors", backbone)
+    saved = checkpoint(finished)["module"]
+    for name, tensor in backbone.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, saved[f"query.backbone.{name}"]), name
+    assert not torch.equal(saved["query.backbone.stem.0.weight"], saved["key.backbone.stem.0.weight"])
+
+
+def test_every_step_logs_the_promised_numbers(finished):
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    fill, *trained = lines
+    assert "loss" not in fill
+    for line in trained:
+        total = sum(line[f"pair_loss/{pair}"] for pair in PAIRS)
+        assert line["loss"] == pytest.approx(total + 0.1 * line["alignment"], rel=1e-6)
+        assert line["alignment_share"] == pytest.approx(0.1 * line["alignment"] / line["loss"], rel=1e-6)
+        assert line["pair_loss/ln_K_plus_1"] == pytest.approx(math.log(19))
+        for pair in PAIRS:
+            assert -1 <= line[f"positive_similarity/{pair}"] <= 1 + 1e-6
+            assert -1 <= line[f"hardest_negative/{pair}"] <= 1 + 1e-6
+        for part in ("data", "views", "forward", "backward", "optimizer", "key update", "total"):
+            assert line[f"milliseconds/{part}"] > 0
+        parts = sum(v for k, v in line.items() if k.startswith("milliseconds/")) - line["milliseconds/total"]
+        assert parts <= line["milliseconds/total"]
+    for line in lines:
+        assert 0 <= line["data_wait_share"] <= 1
+        assert 0.05 < line["memory/peak_gib"] < 100
+        assert line["samples_per_second"] == pytest.approx(4e3 / line["milliseconds/total"])
+        assert line["lr"] == 0.01
+    assert [line["queue/filled_rows"] for line in lines] == [4, 8, 12, 16, 18, 18, 18, 18]
+    assert [line["queue/oldest_row_age_steps"] for line in lines] == [1, 2, 3, 4, 4.5, 4.5, 4.5, 4.5]
+
+
+def test_tensorboard_holds_the_same_numbers_and_a_picture_of_the_views(finished):
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()
+    expected: dict[str, list] = {}
+    for line in metrics(finished):
+        for name, value in line.items():
+            if name != "step":
+                expected.setdefault(name, []).append((line["step"], pytest.approx(value, rel=1e-6)))
+    assert set(board.Tags()["scalars"]) == set(expected)
+    for name, values in expected.items():
+        assert [(event.step, event.value) for event in board.Scalars(name)] == values
+    pictures = board.Images("views")
+    assert [picture.step for picture in pictures] == [1, 4, 8]
+    assert {(p.width, p.height) for p in pictures} == {(8 * 32, 4 * 3 * 32)}  # 8 frames; 4 clips of three views
+
+
+def test_the_report_says_how_much_of_the_first_trained_loss_is_alignment(finished):
+    report = json.loads((finished / "report.json").read_text())
+    line = metrics(finished)[1]
+    names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
+    assert report["alignment_at_first_step"] == {"step": 2, **{name: line[name] for name in names}}
+
+
+def test_steps_that_fill_the_queue_train_nothing_but_fill_it(run_tiny, tiny_pretrain, monkeypatch):
+    """One epoch of four fill steps and one more epoch: at its start the query network is still as initialised."""
+    states = {}
+    real = Engine.save
+
+    def keep(self, folder, step, state):
+        states[step] = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+        real(self, folder, step, state)
+
+    steps = []
+    monkeypatch.setattr(Engine, "save", keep)
+    monkeypatch.setattr(Engine, "step", lambda self, real=Engine.step: (steps.append(1), real(self))[1])
+    run_tiny(fill_steps=4)
+    assert len(steps) == 4
+    torch.manual_seed(0)
+    config = make_config("pretrain", {**tiny_pretrain, "fill_steps": 4})
+    fresh = DCLR(config.model, config.method, seed=0).state_dict()
+    parameters = [name for name in fresh if name.startswith(("query.", "key.")) and "running" not in name
+                  and "num_batches" not in name]  # fmt: skip
+    assert all(torch.equal(states[4][name], fresh[name]) for name in parameters)
+    assert any(not torch.equal(states[8][name], fresh[name]) for name in parameters)
+    assert states[4]["enqueued"].item() == 16
+    changed = (states[4]["queue"] != fresh["queue"]).any(2).all(0)
+    assert changed.tolist() == [True] * 16 + [False] * 2
+
+
+def test_a_run_repeats_bit_for_bit_and_another_seed_differs(finished, run_tiny):
+    """`finished` decodes in two processes, the repetition in none."""
+    again = run_tiny("again")
+    assert repeatable(again) == repeatable(finished)
+    other = run_tiny("other", seed=1, epochs=1)
+    assert repeatable(other)[1]["loss"] != repeatable(finished)[1]["loss"]
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def interrupt_at(monkeypatch, step):
+    """The run dies while it measures a step, as a kill would leave it."""
+    real = loop.measure
+
+    def measure(output, config, engine, lr, done, watch):
+        if done == step:
+            raise Interrupted
+        return real(output, config, engine, lr, done, watch)
+
+    monkeypatch.setattr(loop, "measure", measure)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    finished, run_tiny, train_main, monkeypatch, tmp_path, workers
+):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(Interrupted):
+            run_tiny("cut", workers=workers)
+    run = tmp_path / "cut"
+    assert (run / "checkpoints" / "latest").read_text() == "step-0000004"
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]  # two steps will be done once more
+    assert not (run / "backbone.safetensors").exists()
+
+    train_main("pretrain", resume=run)
+    assert repeatable(run) == repeatable(finished)
+    ours, theirs = checkpoint(run)["module"], checkpoint(finished)["module"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)  # both networks, queue and pointer
+    assert all(tensor.abs().sum() > 0 for tensor in momentum(run))
+    assert all(torch.equal(a, b) for a, b in zip(momentum(run), momentum(finished), strict=True))
+    files = [load_file(r / "backbone.safetensors") for r in (run, finished)]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+    reports = [json.loads((r / "report.json").read_text()) for r in (run, finished)]
+    assert reports[0]["alignment_at_first_step"] == reports[1]["alignment_at_first_step"]
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    losses = [(e.step, e.value) for e in board.Scalars("loss")]
+    assert losses == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in metrics(finished)[1:]]
+
+
+def test_resume_keeps_the_runs_settings_and_may_train_longer(run_tiny, train_main, finished):
+    run = run_tiny("short", epochs=1, milestones=[1])
+    before = json.loads((run / "config.json").read_text())
+    train_main("--resume", "--out", str(run), "--epochs", "2", "--milestones")
+    after = json.loads((run / "config.json").read_text())
+    assert after["optim"]["epochs"] == 2
+    assert {**after, "optim": before["optim"]} == before
+    assert repeatable(run) == repeatable(finished)
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run_tiny, train_main):
+    run = run_tiny(epochs=1)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        train_main("pretrain", resume=run, backbone="r3d_10")
+    assert "--backbone is r3d_10" in str(caught.value)
+    with pytest.raises(UserError):
+        train_main("pretrain", resume=run, ds_config="no.json")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_videos_that_cannot_be_read_are_listed_in_the_report(demo_videos, run_tiny, monkeypatch, tmp_path, capsys):
+    """One that the manifest leaves out, and one that fails while training, once an epoch."""
+    data = tmp_path / "data"
+    shutil.copytree(demo_videos, data)
+    listed = (data / "splits" / "train.txt").read_text().splitlines()
+    (data / listed[0].split()[0]).write_bytes(b"")
+    gone = listed[5].split()[0]
+    real = PairSamples.read
+
+    def read(self, epoch, index):
+        (data / gone).unlink(missing_ok=True)  # after the manifest was made
+        return real(self, epoch, index)
+
+    monkeypatch.setattr(PairSamples, "read", read)
+    run = run_tiny(data=str(data), batch_size=5)  # 15 readable videos: an epoch visits each
+    report = json.loads((run / "report.json").read_text())["data"]
+    assert report["unreadable"] == {listed[0].split()[0]: "empty file"}
+    assert report["failed_while_training"] == {gone: "no such file"}
+    assert report["failed_reads"] == 2
+    assert report["videos"] == 15
+    assert capsys.readouterr().err.count(gone) == 1
+
+
+def test_failures_before_an_interruption_stay_in_the_report(demo_videos, run_tiny, train_main, monkeypatch, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(demo_videos, data)
+    path = data / (data / "splits" / "train.txt").read_text().split()[0]
+    content = path.read_bytes()
+    status = path.stat()
+    real = PairSamples.read
+
+    def read(self, epoch, index):
+        path.unlink(missing_ok=True)
+        return real(self, epoch, index)
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        patch.setattr(PairSamples, "read", read)
+        with pytest.raises(Interrupted):
+            run_tiny(data=str(data))
+    path.write_bytes(content)  # a disk that came back
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    train_main("pretrain", resume=tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())["data"]
+    assert report["failed_while_training"] == {path.relative_to(data).as_posix(): "no such file"}
+    assert report["failed_reads"] == 1
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run_by_its_step_and_spares_the_checkpoints(
+    run_tiny, monkeypatch, tmp_path, log_every
+):
+    """Also between two log lines: no checkpoint may hold what such a step left behind."""
+    real = loop.make_views
+    calls = []
+
+    def spoiled(batch, boundary):
+        query, key = real(batch, boundary)
+        calls.append(1)
+        if len(calls) == 6:
+            query.rgb.fill_(math.nan)
+        return query, key
+
+    monkeypatch.setattr(loop, "make_views", spoiled)
+    message = "^the loss is not finite at step 6: lower --lr; checkpoints before it are intact$"
+    with pytest.raises(UserError, match=message):
+        run_tiny(log_every=log_every, epochs=3)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-0000004"
+    saved = checkpoint(tmp_path / "run")["module"]
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    if log_every == 1:
+        assert metrics(tmp_path / "run")[-1]["loss"] is None  # NaN is not JSON
+
+
+def test_a_run_that_would_only_fill_the_queue_is_refused(run_tiny, tmp_path):
+    with pytest.raises(UserError, match=r"^--fill-steps is 8, but .*8 steps"):
+        run_tiny(fill_steps=8)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_accumulated_micro_batches_log_one_step_each(run_tiny, float32, tmp_path):
+    config = json.loads(float32.read_text())
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps({**config, "gradient_accumulation_steps": 2}))
+    run = run_tiny(ds_config=str(path))
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert checkpoint(run)["module"]["enqueued"].item() == 8 * 4
+    assert np.isfinite([line["loss"] for line in lines[1:]]).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 0), (0, 1)])
+def test_a_run_resumed_under_another_zero_stage_keeps_its_momentum_or_is_refused(
+    run_tiny, train_main, float32, tmp_path, finished, before, after
+):
+    config = json.loads(float32.read_text())
+    for stage in (before, after):
+        text = json.dumps({**config, "zero_optimization": {"stage": stage}})
+        (tmp_path / f"stage{stage}.json").write_text(text)
+    run = run_tiny(epochs=1, ds_config=str(tmp_path / f"stage{before}.json"))
+    written = (run / "config.json").read_bytes()
+    if 0 in (before, after):
+        with pytest.raises(UserError, match=r"was written with zero_optimization.stage .* and --ds_config has"):
+            train_main(resume=run, epochs=2, ds_config=tmp_path / f"stage{after}.json")
+        assert (run / "config.json").read_bytes() == written  # so that a resume without the flag still works
+    else:
+        train_main(resume=run, epochs=2, ds_config=tmp_path / f"stage{after}.json")
+        assert metrics(run)[-1]["loss"] == pytest.approx(metrics(finished)[-1]["loss"], rel=1e-6)

@@ -1,0 +1,231 @@
+"""A run's folder, its numbers on disk, the stopwatch, and the pictures: read back from their pixels."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dclr import pictures, report, summary
+from dclr.errors import UserError
+
+
+def test_runs_without_a_name_take_the_next_free_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [str(report.open_run("", command)) for command in ("pretrain", "pretrain", "linear", "pretrain")]
+    assert names == ["runs/pretrain-1", "runs/pretrain-2", "runs/linear-1", "runs/pretrain-3"]
+    assert all((tmp_path / name).is_dir() for name in names)
+    assert not any((tmp_path / names[0]).iterdir())  # the trial whether it can be written is gone
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(tmp_path):
+    report.open_run(str(tmp_path / "a" / "run"), "pretrain")
+    report.open_run(str(tmp_path / "a" / "run"), "pretrain")  # empty: nothing is lost
+    (tmp_path / "a" / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        report.open_run(str(tmp_path / "a" / "run"), "pretrain")
+    folder = tmp_path / "a" / "run"
+    assert str(caught.value) == (
+        f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--out .*/file/run: cannot write there \(Not a directory\); choose a folder"):
+        report.open_run(str(tmp_path / "file" / "run"), "pretrain")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_json_lacks_are_refused_and_the_old_file_stays(tmp_path, value):
+    report.write_json(tmp_path / "report.json", {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write_json(tmp_path / "report.json", {"a": {"b": [value]}})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_the_environment_names_device_versions_commit_and_date():
+    found = report.environment(torch.device("cpu"))
+    assert found["versions"].keys() >= {"torch", "deepspeed", "numpy"}
+    assert found["cores"] >= 1
+    assert found["date"].endswith("+00:00")
+    assert found["device"]
+    assert found["commit"]
+
+
+def test_the_stopwatch_adds_up_parts_and_divides_by_steps():
+    watch = report.Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch.part("a"):
+            time.sleep(0.02)
+        with watch.part("b", host=True):
+            time.sleep(0.01)
+        with watch.part("b"):
+            time.sleep(0.01)
+        watch.step()
+    time.sleep(0.02)  # of no part: 10 ms a step
+    found = watch.read()
+    assert found.keys() == {"a", "b", "total"}
+    assert 20 <= found["a"] < 200  # sleeps are never shorter, and longer only on a busy machine
+    assert 20 <= found["b"] < 200
+    assert found["a"] + found["b"] + 10 <= found["total"] + 1e-6
+    again = watch.read()
+    assert again.keys() == {"total"}
+    assert again["total"] < found["total"]
+
+
+def read_board(folder):
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_numbers_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    first = report.RunLog(tmp_path, "test", 6)
+    for step in range(1, 6):
+        first.write(step, {"loss": float(step)}, {})
+    first.close()
+    again = report.RunLog(tmp_path, "test", 6, start_step=3)
+    again.write(4, {"loss": 40.0}, {})
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert read_board(tmp_path) == {"loss": [(1, 1), (2, 2), (3, 3), (4, 40)]}
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_on_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    report.RunLog(tmp_path, "test", 6, start_step=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_a_new_run_starts_from_empty_files_and_nan_is_written_as_null(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
+    log = report.RunLog(tmp_path, "test", 6)
+    log.write(1, {"loss": math.nan, "lr": 0.5}, {})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 0.5}\n'
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
+    counts = np.array([[4, 0, 0], [3, 1, 0], [0, 0, 0]])
+    pictures.confusion_matrix(counts, ("one", "two", "three"), "title", tmp_path / "confusion.png")
+    pixels = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
+    height, width = pixels.shape[:2]
+    assert 200 < height < 1000
+    assert 300 < width < 1200
+    # The matrix is the largest square of the colour map's ends: full blue (8, 48, 107) and nearly white (247, 251, 255).
+    full = np.abs(pixels - (8, 48, 107)).sum(2) < 6
+    rows, columns = np.where(full[:, : int(width * 0.72)])  # left of the colour bar
+    side_y, side_x = np.ptp(rows), np.ptp(columns)
+    assert side_y == pytest.approx(side_x, abs=2)  # one square cell: row "one", column "one"
+    assert side_x > 40
+    centre = np.array([rows.min() + side_y / 2, columns.min() + side_x / 2])
+
+    def cell(row, column):
+        """A pixel a third of a cell off its centre, where no number stands."""
+        y, x = centre + np.array([row + 0.33, column + 0.33]) * (side_x + 1)
+        return tuple(pixels[round(y), round(x)])
+
+    import matplotlib
+
+    def shade(share):
+        return pytest.approx(tuple(np.array(matplotlib.colormaps["Blues"](float(share))[:3]) * 255), abs=2)
+
+    expected = [[1, 0, 0], [0.75, 0.25, 0], [0, 0, 0]]  # by true class; one without videos is no division by zero
+    for row in range(3):
+        for column in range(3):
+            assert cell(row, column) == shade(expected[row][column]), (row, column)
+
+
+def test_a_confusion_matrix_of_many_classes_still_fits(tmp_path):
+    classes = [f"class {i}" for i in range(101)]
+    pictures.confusion_matrix(np.eye(101, dtype=int), classes, "title", tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as image:
+        assert 1500 < image.height < 4000
+
+
+def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_path):
+    def frame(value):
+        return np.full((24, 32, 3), value, np.uint8)
+
+    rows = [
+        ((frame((0, 0, 200)), "query: a"), [(frame((90, 90, 90)), "a 0.9", True), (frame((120, 120, 120)), "b 0.5", False)]),
+        ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", False)]),  # a gallery of one: a gap in the row
+    ]  # fmt: skip
+    pictures.retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
+    pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
+    height, width = pixels.shape[:2]
+    assert (width, height) == (
+        510,
+        400,
+    )  # 3 columns of 1.7 and 2 rows of 1.75 inches and the title, at 100 dots an inch
+
+    def boxes(colour):
+        """How many columns and rows of the sheet show the colour: (row, column) of each third by half."""
+        near = np.abs(pixels - colour).sum(2) < 12
+        return {
+            (row, column) for row in range(2) for column in range(3)
+            if near[row * height // 2 : (row + 1) * height // 2, column * width // 3 : (column + 1) * width // 3].sum() > 80
+        }  # fmt: skip
+
+    green, red = (44, 160, 44), (214, 39, 40)  # matplotlib's tab:green and tab:red
+    assert boxes(green) == {(0, 1)}
+    assert boxes(red) == {(0, 2), (1, 1)}
+    assert boxes((0, 0, 200)) == {(0, 0), (1, 0)}
+    assert boxes((120, 120, 120)) == {(0, 2)}
+
+
+# ---------------------------------------------------------------- the table of `make demo`
+
+
+def write_reports(folder):
+    def put(name, content):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "report.json").write_text(json.dumps(content))
+
+    figures = {"top1_video": 0.5, "top5_video": 0.75, "top1_clip": 0.4375, "chance_top1": 0.125, "chance_top5": 0.625}
+    put("finetune/accuracy", {"figures": figures, "videos": 128})
+    put("scratch/accuracy", {"figures": {**figures, "top1_video": 0.25}, "videos": 128})
+    found = {"recall_at_1": 0.375, "recall_at_5": 0.6875, "chance_at_1": 0.125, "chance_at_5": 0.49}
+    put("pretrain/retrieval", {"figures": found})
+    put("random/retrieval", {"figures": {**found, "recall_at_1": 0.1875}})
+    environment = {"device": "some CPU"}
+    (folder / "pretrain" / "report.json").write_text(
+        json.dumps(
+            {"seconds": 61.2, "samples_per_second": 33.5, "environment": environment, "precision": "float32: why"}
+        )
+    )
+    (folder / "finetune" / "accuracy" / "pictures").mkdir()
+    (folder / "finetune" / "accuracy" / "pictures" / "confusion.png").touch()
+
+
+def test_the_demos_table_has_chance_beside_each_figure_and_says_where_everything_is(tmp_path):
+    write_reports(tmp_path / "demo")
+    lines = summary.table(tmp_path / "demo")
+    assert lines[0].split() == ["figure", "here", "chance"]
+    numbers = [line.split()[-2:] for line in lines[1:11]]
+    assert numbers[:6] == [
+        ["50.0%", "12.5%"], ["75.0%", "62.5%"], ["43.8%", "12.5%"], ["25.0%", "12.5%"], ["75.0%", "62.5%"], ["43.8%", "12.5%"]
+    ]  # fmt: skip
+    assert numbers[6:] == [["37.5%", "12.5%"], ["68.8%", "49.0%"], ["18.8%", "12.5%"], ["68.8%", "49.0%"]]
+    text = "\n".join(lines)
+    assert "128 test videos" in text
+    assert "61 s (33.5 samples/s) on some CPU" in text
+    assert str(tmp_path / "demo" / "finetune" / "accuracy" / "pictures" / "confusion.png") in text
+    for run in ("pretrain", "finetune/accuracy", "scratch/accuracy", "pretrain/retrieval", "random/retrieval"):
+        assert str(tmp_path / "demo" / run / "report.json") in text
+
+
+def test_a_missing_report_is_named_with_what_writes_it(tmp_path):
+    write_reports(tmp_path)
+    (tmp_path / "scratch" / "accuracy" / "report.json").unlink()
+    with pytest.raises(UserError, match=r"scratch/accuracy/report.json is missing: `make demo` writes it"):
+        summary.table(tmp_path)

@@ -1,0 +1,181 @@
+"""Finetuning and linear probing: runs of a second, what they train, and that they can be interrupted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dclr import supervised as loop
+from dclr.config import make_config
+from dclr.data.decode import write_video
+from dclr.errors import UserError
+from dclr.models import build_backbone, load_classifier, save_backbone
+from dclr.supervised import supervise
+
+CLASSES = ("up", "down", "across", "spin", "grow", "shrink", "circle", "shake")
+TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")
+
+
+def repeatable(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+@pytest.fixture
+def run_tiny(tiny, one_process, tmp_path):
+    def run(command, name="run", resume=None, **changes):
+        config = make_config(command, {**tiny, "lr": 0.05, "out": str(tmp_path / name), **changes})
+        return supervise(command, config, "demo", one_process, resume)
+
+    return run
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """A backbone whose batch statistics are not the initial ones, as a file."""
+    torch.manual_seed(7)
+    backbone = build_backbone("r2plus1d_10", 4)
+    for _ in range(3):
+        backbone(torch.randn(2, 3, 8, 32, 32))
+    save_backbone(backbone, tmp_path / "pretrained" / "backbone.safetensors")
+    return tmp_path / "pretrained"
+
+
+def test_finetuning_trains_everything_and_leaves_every_file_of_the_contract(run_tiny, tmp_path):
+    run = run_tiny("finetune")
+    left = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    files = {"config.json", "report.json", "metrics.jsonl", "backbone.safetensors", "classifier.safetensors"}
+    assert files | {"checkpoints/latest"} <= left
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    report = json.loads((run / "report.json").read_text())
+    assert (report["command"], report["start"], report["steps"]) == ("finetune", "from scratch", 8)
+    lines = repeatable(run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all({"loss", "train_top1", "lr"} <= line.keys() for line in lines)
+    assert lines[0]["loss"] == pytest.approx(np.log(8), rel=0.05)  # a classifier that knows nothing yet
+
+    torch.manual_seed(0)
+    initial, found = build_backbone("r2plus1d_10", 4).state_dict(), load_file(run / "backbone.safetensors")
+    assert all(not torch.equal(found[name], initial[name]) for name in initial)
+
+
+@pytest.mark.parametrize("command", ["finetune", "linear"])
+def test_the_classifier_comes_back_with_its_classes_and_the_backbone_beside_it(run_tiny, command):
+    run = run_tiny(command, epochs=1)
+    classifier, classes = load_classifier(run)
+    assert classes == CLASSES
+    assert load_classifier(run / "classifier.safetensors")[1] == CLASSES
+    (latest,) = (run / "checkpoints").glob("step-*")
+    saved = torch.load(latest / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    assert torch.equal(classifier.fc.weight, saved["fc.weight"])
+    assert torch.equal(classifier.fc.bias, saved["fc.bias"])
+    backbone = load_file(run / "backbone.safetensors")
+    assert all(torch.equal(tensor, backbone[name]) for name, tensor in classifier.backbone.state_dict().items())
+
+
+def test_linear_leaves_the_backbone_untouched_batch_statistics_included(run_tiny, pretrained):
+    run = run_tiny("linear", pretrained=str(pretrained), lr=5.0)
+    before, after = (load_file(folder / "backbone.safetensors") for folder in (pretrained, run))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    classifier = load_file(run / "classifier.safetensors")
+    assert classifier["fc.bias"].abs().sum() > 0
+    assert "written by dclr" in json.loads((run / "report.json").read_text())["start"]
+
+
+def test_linear_without_pretrained_weights_says_that_its_features_are_random(run_tiny):
+    run = run_tiny("linear", epochs=1)
+    assert json.loads((run / "report.json").read_text())["start"].startswith("frozen random features")
+
+
+def test_finetuning_starts_from_the_pretrained_weights(run_tiny, pretrained, monkeypatch):
+    """With a learning rate too small to move a float32 weight, what it starts from is what it saves."""
+    run = run_tiny("finetune", pretrained=str(pretrained), lr=1e-30, epochs=1)
+    before, after = (load_file(folder / "backbone.safetensors") for folder in (pretrained, run))
+    weights = [name for name in before if name.endswith("weight")]  # biases start from 0, which any step moves
+    assert all(torch.equal(before[name], after[name]) for name in weights)
+    assert any(not torch.equal(before[name], after[name]) for name in before if "running_mean" in name)
+    scratch = load_file(run_tiny("finetune", "scratch", lr=1e-30, epochs=1) / "backbone.safetensors")
+    assert not torch.equal(scratch["stem.0.weight"], before["stem.0.weight"])
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("command", ["finetune", "linear"])
+def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    run_tiny, train_main, pretrained, monkeypatch, tmp_path, command
+):
+    """Dropout included, and without the pretrained file, which is no longer needed."""
+    settings = {"pretrained": str(pretrained), "dropout": 0.5, "momentum": 0.9}
+    finished = run_tiny(command, "finished", **settings)
+    real = loop.count_correct
+    calls = []
+
+    def dies_at_step_7(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise Interrupted
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "count_correct", dies_at_step_7)
+        with pytest.raises(Interrupted):
+            run_tiny(command, "cut", **settings)
+    cut = tmp_path / "cut"
+    assert [line["step"] for line in repeatable(cut)] == [1, 2, 3, 4, 5, 6]
+    (pretrained / "backbone.safetensors").unlink()
+    train_main(command, resume=cut)
+    assert repeatable(cut) == repeatable(finished)
+    for name in ("classifier.safetensors", "backbone.safetensors"):
+        ours, theirs = load_file(cut / name), load_file(finished / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_learning_rate_falls_at_each_milestone(run_tiny):
+    run = run_tiny("finetune", epochs=3, milestones=[1, 2])
+    rates = [line["lr"] for line in repeatable(run)]
+    assert rates == pytest.approx([0.05] * 4 + [0.005] * 4 + [0.0005] * 4)
+
+
+@pytest.mark.parametrize("command", ["finetune", "linear"])
+def test_videos_without_labels_are_refused_before_a_folder_is_made(run_tiny, tmp_path, command):
+    (tmp_path / "flat").mkdir()
+    for number in range(4):
+        write_video(tmp_path / "flat" / f"{number}.mp4", np.zeros((9, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match=f"its videos have no labels, which {command} needs; use class folders"):
+        run_tiny(command, data=str(tmp_path / "flat"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [({"backbone": "r3d_10"}, "--backbone r2plus1d_10"), ({"width": 8}, "--width 4")],
+    ids=["backbone", "width"],
+)
+def test_weights_of_another_network_are_refused_with_what_would_fit(run_tiny, pretrained, tmp_path, change, right):
+    with pytest.raises(UserError) as caught:
+        run_tiny("finetune", pretrained=str(pretrained), **change)
+    assert right in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_its_step(run_tiny, monkeypatch, tmp_path):
+    real = loop.augment
+    calls = []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        clip = real(*arguments)
+        return clip * float("nan") if len(calls) == 6 else clip
+
+    monkeypatch.setattr(loop, "augment", spoiled)
+    with pytest.raises(UserError, match=r"^the loss is not finite at step 6: lower --lr"):
+        run_tiny("finetune", log_every=100)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-0000004"
