@@ -98,7 +98,10 @@ class MethodConfig:
         2048, "negatives kept for each pair, K; raise it with the data set: 2048 for UCF101, 16384 for Kinetics-400"
     )
     temperature: float = option(0.07, "of the contrastive losses; lower weighs hard negatives more")
-    key_momentum: float = option(0.999, "of the key network; lower it (0.99) when a run has few thousand steps")
+    key_momentum: float = option(
+        0.999,
+        "of the key network; lower it only with a short queue: keys that change fast tell new from old instead of clip from clip",
+    )
     mined_positives: int = option(5, "queue rows that count as positives too, M; 0 turns cross-video mining off")
     alignment_weight: float = option(0.1, "of the activation alignment term; 0 turns it off")
     alignment: str = option(
@@ -216,30 +219,30 @@ _FINETUNE = {"lr": 0.1, "epochs": 10, "milestones": (6, 8), "batch_size": 64}
 _LINEAR = {"lr": 5.0, "weight_decay": 0.0, "epochs": 10, "milestones": (6, 8), "batch_size": 128}
 
 # The demo: a network a sixteenth as costly on clips a tenth as large, so that two cores finish in minutes.
-_DEMO = {"clip_length": 8, "clip_stride": 2, "crop_size": 48, "width": 16}
+_DEMO = {"clip_length": 8, "clip_stride": 2, "crop_size": 32, "width": 16}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
         "pretrain": {
             **_DEMO,
-            "queue_length": 256,
-            "batch_size": 16,
+            "queue_length": 512,
+            "batch_size": 32,
             "fill_steps": 16,
-            "key_momentum": 0.99,
-            "epochs": 24,
-            "milestones": (18, 22),
-            "checkpoint_every": 8,
+            "epochs": 80,
+            "lr": 0.03,
+            "milestones": (60, 72),
+            "checkpoint_every": 20,
         },
         "finetune": {
             **_DEMO,
-            "batch_size": 16,
+            "batch_size": 32,
             "lr": 0.05,
             "epochs": 40,
-            "milestones": (30, 36),
-            "dropout": 0.2,
-            "checkpoint_every": 10,
+            "milestones": (32, 36),
+            "dropout": 0.0,
+            "checkpoint_every": 20,
         },
-        "linear": {**_DEMO, **_LINEAR, "batch_size": 16, "checkpoint_every": 5},
+        "linear": {**_DEMO, **_LINEAR, "batch_size": 32, "epochs": 20, "milestones": (12, 16), "checkpoint_every": 10},
     },
     "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
     "kinetics400": {"pretrain": {"queue_length": 16384}, "finetune": _FINETUNE, "linear": _LINEAR},

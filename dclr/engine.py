@@ -128,9 +128,12 @@ class Engine:
                 dist.broadcast(buffer, src=0)
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        try:
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
+            raise UserError(f"--ds_config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         self.module: nn.Module = module
 
     def __call__(self, *inputs: Any) -> Any:

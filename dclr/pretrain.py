@@ -27,12 +27,8 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     torch.manual_seed(config.run.seed)
     method = DCLR(config.model, config.method, seed=config.run.seed)
     engine = Engine(method, run.ds_config, config.optim, device)
-    start, state = 0, {}
-    if run.resumed:
-        state = engine.resume(run.folder / "checkpoints")
-        start = state["step"]
-        run.write_config()
-        run.say(f"  resumed at step {start}")
+    state = run.resume(engine)
+    start, summary, last = state["step"], state["summary"], state["last"]
 
     schedule = run.schedule(start)
     samples = PairSamples(run.videos, config.data, config.run.seed)
@@ -40,12 +36,10 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
     watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
     if run.main:
-        failures.reasons, failures.count = state.get("failures", ({}, 0))
-    summary: dict[str, Any] = state.get("summary", {})
-    last: dict[str, float] = state.get("last", {})
+        failures.reasons, failures.count = state["failures"]
     fill_steps = config.method.fill_steps
     engine.train()
-    began = time.time()
+    began = time.time() - state["seconds"]
 
     for step in range(start, schedule.stop):
         epoch = step // schedule.steps_per_epoch
@@ -91,15 +85,12 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
         if log:
             log.advance()
         if saves:
-            state = {"summary": summary, "last": last, "failures": run.all_failures(failures)}
-            engine.save(run.folder / "checkpoints", done, state)
+            run.save(engine, done, {"summary": summary, "last": last}, failures, time.time() - began)
 
     if log:
         log.close()
         save_backbone(method.query.backbone, run.folder / "backbone.safetensors")
-    trained = schedule.stop - start
-    rate = trained * config.optim.batch_size / max(time.time() - began, 1e-9)
-    run.write_report({**summary, "steps": schedule.stop, "samples_per_second": round(rate, 2), "last": last}, failures)
+    run.write_report({**summary, "last": last}, failures, time.time() - began)
     run.say(f"done: {run.folder / 'backbone.safetensors'}")
     return run.folder
 

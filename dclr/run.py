@@ -1,6 +1,5 @@
 """How every training run starts: processes, folder, configuration, videos, each settled on all ranks before the next."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ class Run:
     precision: str
     videos: VideoSet
     resumed: bool
-    began: float
 
     @property
     def main(self) -> bool:
@@ -53,13 +51,45 @@ class Run:
             rank=distributed.rank(), ranks=distributed.world_size(),
         )  # fmt: skip
 
+    def resume(self, own: engine.Engine) -> dict[str, Any]:
+        """What the newest checkpoint holds beside the network, loaded into `own`; for a new run, the same at step 0.
+
+        Raises UserError: see Engine.resume; a data set that has changed, or an end of training that has passed.
+        """
+        if not self.resumed:
+            return {"step": 0, "summary": {}, "last": {}, "failures": ({}, 0), "seconds": 0.0}
+        state = own.resume(self.folder / "checkpoints")
+        videos, stop = len(self.videos.videos), self.schedule().stop
+        if state["videos"] != videos:
+            raise UserError(
+                f"--resume {self.folder}: it was trained on {state['videos']} readable videos and {self.videos.catalog.root} "
+                f"has {videos} now, which changes every epoch's order; start another run"
+            )
+        if state["step"] > stop:
+            raise UserError(
+                f"--resume {self.folder}: it is at step {state['step']}, beyond the {stop} of --epochs: raise --epochs"
+            )
+        self.write_config()
+        self.say(f"  resumed at step {state['step']}")
+        return state
+
+    def save(self, own: engine.Engine, step: int, state: dict[str, Any], failures: Failures, seconds: float) -> None:
+        """A checkpoint that `resume` reads."""
+        state = {
+            **state,
+            "failures": self.all_failures(failures),
+            "seconds": seconds,
+            "videos": len(self.videos.videos),
+        }
+        own.save(self.folder / "checkpoints", step, state)
+
     def all_failures(self, failures: Failures) -> tuple[dict[str, str], int]:
         """Reasons by path and the number of failed reads, over all ranks. Rank 0 of a resumed run goes on from them."""
         everyone = distributed.gather_objects((failures.reasons, failures.count))
         return {k: v for reasons, _ in everyone for k, v in reasons.items()}, sum(count for _, count in everyone)
 
-    def write_report(self, content: dict[str, Any], failures: Failures) -> None:
-        """report.json, on rank 0."""
+    def write_report(self, content: dict[str, Any], failures: Failures, seconds: float) -> None:
+        """report.json, on rank 0. `seconds` of training, over all parts of a resumed run."""
         reasons, failed_reads = self.all_failures(failures)
         if not self.main:
             return
@@ -78,7 +108,9 @@ class Run:
                 },
                 "processes": distributed.world_size(),
                 "precision": self.precision,
-                "seconds": round(time.time() - self.began, 1),
+                "steps": self.schedule().stop,
+                "seconds": round(seconds, 1),
+                "samples_per_second": round(self.schedule().stop * self.config.optim.batch_size / seconds, 2),
                 "environment": report.environment(self.device),
                 **content,
             },
@@ -87,7 +119,6 @@ class Run:
 
 def start_run(command: str, preset: str, config: Config, device: torch.device, resume: Path | None) -> Run:
     """Settle everything a training loop needs. Raises UserError on all ranks where anything given is wrong."""
-    began = time.time()
     ds_config = distributed.together(lambda: engine.read_ds_config(Path(config.run.ds_config)))
     engine.micro_batch_size(ds_config, config.optim.batch_size)
     precision = engine.settle_precision(ds_config, device)
@@ -105,7 +136,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         )
 
     folder = distributed.on_rank_zero(lambda: resume or report.open_run(config.run.out, command))
-    run = Run(command, preset, config, folder, device, ds_config, precision, videos, resume is not None, began)
+    run = Run(command, preset, config, folder, device, ds_config, precision, videos, resume is not None)
     if not run.resumed:
         run.write_config()
     run.say(f"{command}: preset {preset}, {len(videos.videos)} videos of {catalog.root} ({catalog.layout})")

@@ -48,6 +48,8 @@ def table(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     try:
+        if len(sys.argv) != 2:
+            raise UserError("give the demo's folder: python -m dclr.summary runs/demo")
         print("\n".join(table(Path(sys.argv[1]))))
     except UserError as error:
         print(f"dclr.summary: error: {error}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -39,12 +38,8 @@ def supervise(
     dropout = config.transfer.dropout if command == "finetune" else 0.0
     classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
     engine = Engine(classifier, run.ds_config, config.optim, device)
-    start, state = 0, {}
-    if run.resumed:
-        state = engine.resume(run.folder / "checkpoints")
-        start = state["step"]
-        run.write_config()
-        run.say(f"  resumed at step {start}")
+    state = run.resume(engine)
+    start, last = state["step"], state["last"]
 
     schedule = run.schedule(start)
     samples = ClipSamples(run.videos, config.data, config.run.seed)
@@ -53,10 +48,9 @@ def supervise(
     watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
     size = (config.data.crop_size, config.data.crop_size)
     if run.main:
-        failures.reasons, failures.count = state.get("failures", ({}, 0))
-    last: dict[str, float] = state.get("last", {})
+        failures.reasons, failures.count = state["failures"]
     engine.train()
-    began = time.time()
+    began = time.time() - state["seconds"]
 
     for step in range(start, schedule.stop):
         epoch = step // schedule.steps_per_epoch
@@ -102,20 +96,13 @@ def supervise(
         if log:
             log.advance()
         if saves:
-            engine.save(run.folder / "checkpoints", done, {"last": last, "failures": run.all_failures(failures)})
+            run.save(engine, done, {"last": last}, failures, time.time() - began)
 
     if log:
         log.close()
         save_backbone(classifier.backbone, run.folder / "backbone.safetensors")
         save_classifier(classifier, classes, run.folder / "classifier.safetensors")
-    rate = (schedule.stop - start) * config.optim.batch_size / max(time.time() - began, 1e-9)
-    content: dict[str, Any] = {
-        "start": loaded,
-        "steps": schedule.stop,
-        "samples_per_second": round(rate, 2),
-        "last": last,
-    }
-    run.write_report(content, failures)
+    run.write_report({"start": loaded, "last": last}, failures, time.time() - began)
     run.say(
         f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}"
     )

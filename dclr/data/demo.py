@@ -27,7 +27,7 @@ BACKGROUNDS = 24
 CLASSES = ("up", "down", "across", "spin", "grow", "shrink", "circle", "shake")
 """across: left or right; spin: turns in place, either way; circle: goes round, either way; shake: trembles."""
 
-_RADII = (7.0, 15.0)
+_RADII = (10.0, 22.0)
 """Smallest and largest radius of the sprite in pixels; uniform in its logarithm, as a steady growth sweeps it."""
 
 _VERSION = 1
