@@ -4,7 +4,8 @@
     python benchmarks/weizmann.py --data WEIZMANN --seeds 1 --epochs 2 --transfer-epochs 1       that it runs: 3 minutes
 
 For each seed: pretrain on the train clips, finetune from that and from scratch with the same budget, and retrieval by the frozen
-features against random ones. Prints a table and writes results/weizmann.json. What is already in the work folder is not run again.
+features against random ones. Prints a table, writes results/weizmann.json and the table in docs/LOG.md. What is already in the work
+folder is not run again.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).parent / "results" / "weizmann.json"
+LOG = ROOT / "docs" / "LOG.md"
+BEGIN, END = "<!-- benchmarks/results/weizmann.json -->\n", "<!-- end -->\n"  # the table in LOG stands between them
 CLIPS = ["--preset", "demo", "--clip-length", "8", "--clip-stride", "2", "--crop-size", "48"]
 
 
@@ -83,6 +86,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def with_table(text: str, found: dict[str, dict[str, Any]]) -> str:
+    """The page `text` with the table of these figures in its place."""
+    before, rest = text.split(BEGIN, 1)
+    return before + BEGIN + table(found) + "\n" + END + rest.split(END, 1)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder with splits/train.txt and test.txt")
@@ -119,6 +128,8 @@ def main() -> None:
     }
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(content, indent=2) + "\n")
+    if arguments.result == RESULT:
+        LOG.write_text(with_table(LOG.read_text(), found))
     print(table(found))
 
 

@@ -38,7 +38,7 @@ def retrieval_sheet(
     """A row a query: its middle frame (H, W, 3) uint8 and name, then its nearest videos, nearest first, each with a frame, a caption
     and whether it is of the query's class (green frame) or not (red)."""
     columns = 1 + max(len(nearest) for _, nearest in rows)
-    figure, grid = plt.subplots(len(rows), columns, figsize=(1.7 * columns, 1.75 * len(rows) + 0.5), squeeze=False)
+    figure, grid = plt.subplots(len(rows), columns, figsize=(1.7 * columns, 1.85 * len(rows) + 0.5), squeeze=False)
     for line, ((frame, name), nearest) in zip(grid, rows, strict=True):
         cells = [(frame, name, None), *nearest]
         for axes, cell in zip(line, cells + [None] * (columns - len(cells)), strict=True):
@@ -49,7 +49,7 @@ def retrieval_sheet(
                 continue
             picture, caption, right = cell
             axes.imshow(picture)
-            axes.set_title(caption, fontsize=7, pad=2)
+            axes.set_title(caption, fontsize=7, pad=5)
             colour = "black" if right is None else "tab:green" if right else "tab:red"
             for edge in axes.spines.values():
                 edge.set(color=colour, linewidth=3)

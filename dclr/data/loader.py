@@ -260,13 +260,8 @@ class Schedule:
             raise UserError(
                 f"--batch-size is {batch_size}, but there are only {count} readable training videos: lower it"
             )
-        self.batch_size, self.accumulation, self.rank, self.ranks, self.start = (
-            batch_size,
-            accumulation,
-            rank,
-            ranks,
-            start,
-        )
+        self.batch_size, self.accumulation, self.start = batch_size, accumulation, start
+        self.rank, self.ranks = rank, ranks
         self.steps_per_epoch = count // batch_size
         self.stop = epochs * self.steps_per_epoch
 
