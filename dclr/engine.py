@@ -22,7 +22,8 @@ KEPT_CHECKPOINTS = 2
 
 
 def start_processes() -> torch.device:
-    """Join the run's other processes (deepspeed, torchrun) or be the only one; returns this process's device.
+    """Join the run's other processes (deepspeed, torchrun) or be the only one; returns this process's device. Raises UserError where
+    they cannot meet.
 
     On a CPU the cores are shared out between the processes of the machine, unless OMP_NUM_THREADS says otherwise: with OpenMP's
     default each process takes all, and two on two cores ran 12 to 20 times slower than with one thread each.
@@ -44,7 +45,14 @@ def start_processes() -> torch.device:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     # Its start would compile a shared-memory kernel: minutes, and a crash where there is no C++ compiler. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"the processes of this run cannot meet at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0][:160]}); "
+            f"if another run has that port: deepspeed --master_port {int(port) + 1} train.py ..."
+        ) from None
     return device
 
 

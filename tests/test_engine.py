@@ -38,7 +38,7 @@ def float32_config(stage: int) -> dict:
     return config
 
 
-def plain_steps(count: int) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def plain_steps(count: int) -> tuple[list[list[float]], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """The same steps without DeepSpeed, on the whole batch: losses, first gradients, last parameters, queue."""
     method = make_method().eval()
     trained = list(method.query.parameters())
@@ -46,12 +46,13 @@ def plain_steps(count: int) -> tuple[list[float], list[torch.Tensor], list[torch
     losses, gradients = [], []
     for step in range(count):
         optimizer.zero_grad()
-        loss = method(make_views(2 * step), make_views(2 * step + 1), step).loss
+        output = method(make_views(2 * step), make_views(2 * step + 1), step)
+        loss = output.loss
         loss.backward()
         gradients = gradients or [p.grad.clone() for p in trained]
         optimizer.step()
         method.update_key()
-        losses.append(loss.item())
+        losses.append([loss.item(), output.alignment_key_maps.item()])
     return losses, gradients, [p.detach().clone() for p in trained], method.queue.clone()
 
 
@@ -78,9 +79,10 @@ def train_rank(rank: int, ranks: int, port: int, stage: int, count: int, result:
             gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in method.query.parameters()]
         own.step()
         method.update_key()
-        total = output.loss.detach().clone()
+        # The second holds the key clips' maps against the query clips': they must have come back to the right clip.
+        total = torch.stack([output.loss.detach(), output.alignment_key_maps])
         torch.distributed.all_reduce(total)
-        losses.append(total.item() / ranks)
+        losses.append((total / ranks).tolist())
     if rank == 0:
         torch.save((losses, gradients, [p.detach() for p in method.query.parameters()], method.queue), result)
     stop_processes()
@@ -105,7 +107,7 @@ def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stag
     assert [process.exitcode for process in processes] == [0, 0]
     losses, gradients, parameters, queue = torch.load(result)
     plain_losses, plain_gradients, plain_parameters, plain_queue = plain_steps(3)
-    assert losses == pytest.approx(plain_losses, rel=1e-5)
+    assert torch.allclose(torch.tensor(losses), torch.tensor(plain_losses), rtol=1e-5)
     for name, found, expected in zip(
         [n for n, _ in make_method().query.named_parameters()], gradients, plain_gradients, strict=True
     ):
