@@ -1,0 +1,42 @@
+"""What the pages say is what was measured and what is there."""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks import weizmann
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_table_in_the_log_is_the_one_of_the_committed_results():
+    figures = json.loads(weizmann.RESULT.read_text())["figures"]
+    page = weizmann.LOG.read_text()
+    assert weizmann.with_table(page, figures) == page
+    figures["DCLR features, retrieval R@1"]["mean"] += 0.01
+    assert weizmann.with_table(page, figures) != page
+
+
+def test_results_name_device_versions_commit_and_date():
+    for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
+        environment = json.loads(path.read_text())["environment"]
+        assert {"device", "versions", "commit", "date"} <= environment.keys(), path
+
+
+def test_every_flag_and_every_file_the_readme_names_exists():
+    import eval as evaluation
+    import train
+
+    parsers = [entry.make_parser() for entry in (train, evaluation)]
+    known = {"--hostfile", "--nproc_per_node", "--logdir"}  # of deepspeed, torchrun and tensorboard
+    for parser in parsers:
+        for action in parser._subparsers._group_actions[0].choices.values():
+            known |= set(action._option_string_actions)
+    readme = (ROOT / "README.md").read_text()
+    before, _, rest = readme.partition("## From the authors' commands to these")
+    table, _, after = rest.partition("## Where things are")
+    ours = before + after + "\n".join(row.rpartition(" | ")[2] for row in table.splitlines())
+    ours = ours.replace("without `--finetune`", "")
+    assert not set(re.findall(r"--[a-z][a-z_-]+", ours)) - known
+    for path in re.findall(r"\((docs/[a-zA-Z.]+)\)|`(ds_configs/\w+\.json)`", readme):
+        assert (ROOT / "".join(path)).is_file(), path
