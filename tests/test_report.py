@@ -165,8 +165,8 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
     height, width = pixels.shape[:2]
     assert (width, height) == (
         510,
-        400,
-    )  # 3 columns of 1.7 and 2 rows of 1.75 inches and the title, at 100 dots an inch
+        420,
+    )  # 3 columns of 1.7 and 2 rows of 1.85 inches and the title, at 100 dots an inch
 
     def boxes(colour):
         """How many columns and rows of the sheet show the colour: (row, column) of each third by half."""
