@@ -1,4 +1,4 @@
-# make demo    everything once on the built-in demo videos, from installation to a table of figures: about 10 minutes on two cores
+# make demo    everything once on the built-in demo videos, from installation to a table of figures: about 7 minutes on two cores
 # make test    lint, types and all tests
 # make setup   the environment only
 # make gpu     the tests that need a CUDA device, with $(PYTHON) as it is: nothing is installed

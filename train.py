@@ -1,6 +1,6 @@
 """Train: pretrain | finetune | linear | check. One process a device, under the deepspeed launcher, torchrun or alone.
 
-    deepspeed train.py --ds_config ds_configs/zero1.json                      the built-in demo videos, about 4 minutes on two cores
+    deepspeed train.py --ds_config ds_configs/zero1.json                      the built-in demo videos, about 5 minutes on two cores
     deepspeed train.py pretrain --data UCF101 --preset ucf101 --out runs/ucf  the published recipe
     deepspeed train.py finetune --data UCF101 --preset ucf101 --pretrained runs/ucf --out runs/ucf-finetune
     python train.py check --data UCF101                                       what was recognised, and which videos cannot be read
