@@ -8,7 +8,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 
 DEMO = runs/demo
-# Without a GPU, two processes of one thread each get 1.6 times as much done on two cores as one process of two (docs/LOG.md).
+# Without a GPU, two processes of one thread each get 1.3 times as much done on two cores as one process of two (docs/LOG.md).
 PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json

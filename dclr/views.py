@@ -7,7 +7,7 @@ Every function is pure: the same generator state gives the same draw.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -74,16 +74,6 @@ class AugmentRecipe:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue must be 0 to 0.5 turns, not {self.hue}")
-
-    def with_colour(self, strength: float) -> "AugmentRecipe":
-        """The same recipe with its colour jitter `strength` times as wide."""
-        return replace(
-            self,
-            brightness=self.brightness * strength,
-            contrast=self.contrast * strength,
-            saturation=self.saturation * strength,
-            hue=self.hue * strength,
-        )
 
 
 PRETRAIN = AugmentRecipe()

@@ -8,7 +8,6 @@ Letters: B clips in a batch, T frames, H, W pixels of the padded buffer, h, w pi
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -50,13 +49,6 @@ class Augmentation:
         """The same on another device."""
         return Augmentation(
             *(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
-        )
-
-    @staticmethod
-    def concat(parts: Sequence["Augmentation"]) -> "Augmentation":
-        """Several batches of clips as one."""
-        return Augmentation(
-            *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Augmentation))
         )
 
 

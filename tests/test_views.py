@@ -188,12 +188,10 @@ def test_centre_crop(height: int, width: int, box: tuple[int, int, int, int]) ->
     assert torch.equal((pixels * 255).round().to(torch.uint8), crop)  # and nothing else is done
 
 
-def test_with_colour() -> None:
-    half = PRETRAIN.with_colour(0.5)
-    assert half == replace(PRETRAIN, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
-    assert PRETRAIN.with_colour(4).brightness == 1.6
-    assert draws(PRETRAIN.with_colour(4), n=500)["factors"][:, :3].min() >= 0  # as kornia's, cut at 0
-    still = draws(PRETRAIN.with_colour(0), n=5)["factors"]
+def test_factors_of_a_wide_and_of_no_colour_jitter() -> None:
+    wide = replace(PRETRAIN, brightness=1.6, contrast=1.6, saturation=1.6, hue=0.4)
+    assert draws(wide, n=500)["factors"][:, :3].min() >= 0  # as kornia's, cut at 0
+    still = draws(replace(PRETRAIN, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0), n=5)["factors"]
     assert (still == [1, 1, 1, 0]).all()
 
 
