@@ -1,7 +1,7 @@
 # make demo    everything once on the built-in demo videos, from installation to a table of figures: about 7 minutes on two cores
 # make test    lint, types and all tests
 # make setup   the environment only
-# make gpu     the tests that need a CUDA device, with $(PYTHON) as it is: nothing is installed
+# make gpu     the tests that need a CUDA device, then the benchmarks, with $(PYTHON) as it is: nothing is installed
 
 PYTHON ?= python3
 VENV = .venv
@@ -42,8 +42,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Without a GPU, also where there is one: the kernels in Triton's interpreter, everything else on the CPU.
 test: lint
-	$(BIN)/pytest
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest
 
+# The benchmarks run even if a test fails, so that one visit to a GPU brings everything home; the exit status is that of all.
 gpu:
-	$(PYTHON) -m pytest -m gpu
+	status=0; \
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu || status=1; \
+	$(PYTHON) benchmarks/resources.py || status=1; \
+	$(PYTHON) benchmarks/info_nce.py --minutes 5 || status=1; \
+	exit $$status

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from dclr.errors import UserError
 from dclr.models import BACKBONES
+from kernels import BACKENDS, EMBEDDING_SIZES
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -36,11 +37,17 @@ class RunConfig:
         "DeepSpeed configuration: sharding and precision; change it to ddp.json for plain data parallel, zero2.json to shard gradients too",
     )
     log_every: int = option(10, "optimizer steps between two log lines; raise it where a step takes milliseconds")
+    kernels: str = option(
+        "auto",
+        "auto: Triton on a GPU, plain torch and kornia elsewhere; change it to reference to see whether a result is a kernel's doing",
+        BACKENDS,
+    )
     checkpoint_every: int = option(1, "epochs between two checkpoints; raise it when an epoch takes seconds")
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "--seed", self.seed, "at least 0")
         _require(self.log_every >= 1, "--log-every", self.log_every, "at least 1")
+        _require(self.kernels in BACKENDS, "--kernels", self.kernels, "one of " + ", ".join(BACKENDS))
         _require(self.checkpoint_every >= 1, "--checkpoint-every", self.checkpoint_every, "at least 1")
 
 
@@ -93,7 +100,7 @@ class ModelConfig:
 class MethodConfig:
     """dual contrastive learning"""
 
-    embedding_dim: int = option(128, "length of an embedding, D; 128 is the published value")
+    embedding_dim: int = option(128, "length of an embedding, D: 32, 64, 128 or 256; 128 is published")
     queue_length: int = option(
         2048, "negatives kept for each pair, K; raise it with the data set: 2048 for UCF101, 16384 for Kinetics-400"
     )
@@ -124,7 +131,8 @@ class MethodConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.embedding_dim >= 1, "--embedding-dim", self.embedding_dim, "at least 1")
+        # What the Triton kernels take, on every device: a run must not depend on where it was begun.
+        _require(self.embedding_dim in EMBEDDING_SIZES, "--embedding-dim", self.embedding_dim, "32, 64, 128 or 256")
         _require(self.queue_length >= 1, "--queue-length", self.queue_length, "at least 1")
         _require(0 < self.temperature < math.inf, "--temperature", self.temperature, "above 0")
         _require(0 <= self.key_momentum <= 1, "--key-momentum", self.key_momentum, "between 0 and 1")
@@ -326,7 +334,7 @@ def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str,
 
 # What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.
 FREE_ON_RESUME = {
-    "data", "workers", "ds_config", "log_every", "checkpoint_every", "epochs", "lr", "milestones", "momentum", "weight_decay",
+    "data", "workers", "ds_config", "kernels", "log_every", "checkpoint_every", "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig
 from dclr.models import ProjectionHead, activation_map, build_backbone, pool
-from kernels import Views, info_nce, mine_positives
+from kernels import Views, contrast, mine_positives
 
 # An embedding is named by what it holds of which view: vs is the static part of the rgb clip, sv the static view itself.
 # A pair is named by its query; its key is the same content seen from the other side.
@@ -86,14 +86,7 @@ class DCLR(nn.Module):
         embeddings = self.query.embed(rgb, static, dynamic, static_map, dynamic_map)
         queries = torch.stack([embeddings[name] for name in PAIRS])  # (P, B, D)
 
-        losses = info_nce(queries, keys, self.queue, self._mine(mining), self.method.temperature)
-        with (
-            torch.no_grad(),
-            torch.autocast(queries.device.type, enabled=False),
-        ):  # bfloat16 would blur what is compared
-            similarity = torch.einsum("pbd,pkd->pbk", queries, self.queue)
-            positive = (queries * keys).sum(2).mean(1)
-            hardest = similarity.amax(2).mean(1)
+        losses, positive, hardest = contrast(queries, keys, self.queue, self._mine(mining), self.method.temperature)
         self._enqueue(all_keys)
 
         relative = self.method.alignment == "relative"
@@ -161,7 +154,8 @@ class DCLR(nn.Module):
         """
         if self.method.mined_positives == 0:
             return None
-        past = self.queue[[PAIRS.index("vs"), PAIRS.index("vd")]]  # (2, K, D)
+        # Neighbours in PAIRS, so that this is a view: (2, K, D).
+        past = self.queue[PAIRS.index("vs") : PAIRS.index("vd") + 1]
         both, static, dynamic = (
             mine_positives(features, rows, self.method.mined_positives)
             for features, rows in ((mining, past), (mining[0], past[0]), (mining[1], past[1]))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import kernels
 from dclr import config as configuration
 from dclr import distributed, engine, report
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
@@ -122,6 +123,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     ds_config = distributed.together(lambda: engine.read_ds_config(Path(config.run.ds_config)))
     engine.micro_batch_size(ds_config, config.optim.batch_size)
     precision = engine.settle_precision(ds_config, device)
+    choose_kernels(config.run.kernels, device)
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
     catalog = distributed.together(lambda: open_data(config.data))
@@ -147,9 +149,18 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     run.say(
         f"  {distributed.world_size()} process(es) on {device.type}, {torch.get_num_threads()} thread(s) each; {precision}"
     )
-    run.say("  kernels: reference (plain torch and kornia)")
+    run.say(f"  kernels: {kernels.describe(device)}")
     run.say(f"  writing to {folder}")
     return run
+
+
+def choose_kernels(backend: str, device: torch.device) -> None:
+    """For this process. Raises UserError: they cannot run on `device`."""
+    try:
+        kernels.set_backend(backend)
+        kernels.describe(device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--kernels {backend}: {error}") from None
 
 
 def make_demo() -> None:

@@ -1,10 +1,26 @@
 """The numerical core of DCLR: contrastive loss, positive mining and view generation.
 
-Each function is plain torch (and kornia) that a reader can check against the formula; it runs where its tensors are.
+Each function has a plain reference (torch and kornia) that a reader can check against the formula, and Triton kernels that compute the
+same faster. It runs where its tensors are: the kernels on a CUDA device, the reference elsewhere; `set_backend` forces one of them.
 Nothing here knows of the rest of the project.
 """
 
-from kernels.info_nce import info_nce, mine_positives
+from kernels.backend import BACKENDS, describe, set_backend
+from kernels.info_nce import EMBEDDING_SIZES, Contrast, contrast, info_nce, mine_positives
 from kernels.view_generation import Augmentation, ViewParams, Views, augment, generate_views
 
-__all__ = ["Augmentation", "ViewParams", "Views", "augment", "generate_views", "info_nce", "mine_positives"]
+__all__ = [
+    "BACKENDS",
+    "EMBEDDING_SIZES",
+    "Augmentation",
+    "Contrast",
+    "ViewParams",
+    "Views",
+    "augment",
+    "contrast",
+    "describe",
+    "generate_views",
+    "info_nce",
+    "mine_positives",
+    "set_backend",
+]

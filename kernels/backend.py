@@ -5,12 +5,12 @@ By default a function runs where its tensors are: the kernels on a CUDA device, 
 
 import functools
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "reference", "triton"]
+BACKENDS = ("auto", "reference", "triton")
 
 HAS_TRITON = find_spec("triton") is not None
 """Triton has wheels for Linux only."""
@@ -23,10 +23,10 @@ else:
     INTERPRETED = False
 """Kernels run step by step in numpy, on tensors of any device: slow, for tests and for reading them with a debugger."""
 
-_backend: Backend = "auto"
+_backend = "auto"
 
 
-def set_backend(backend: Backend) -> None:
+def set_backend(backend: str) -> None:
     """Choose the implementation for this process.
 
     Args:
@@ -37,8 +37,8 @@ def set_backend(backend: Backend) -> None:
         ValueError: another name, or "triton" where there is no Triton.
     """
     global _backend
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError('backend "triton": the package triton is not installed; choose "auto" or "reference"')
     _backend = backend
@@ -75,8 +75,10 @@ def describe(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a device runs side by side; 2 under the interpreter, so that small inputs are split too."""
-    return 2 if INTERPRETED or device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    """How many programs a device runs side by side; 16 under the interpreter, so that small inputs are split too."""
+    return (
+        16 if INTERPRETED or device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    )
 
 
 def float32_precision() -> Literal["ieee", "tf32"]:

@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
+# Without a GPU the kernels run in Triton's interpreter, which must be asked for before Triton is imported. Where there is one, they are
+# compiled, and the tests that need the interpreter are skipped (`make test` hides the GPU from them).
+HAS_GPU = Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+os.environ.setdefault("TRITON_INTERPRET", "0" if HAS_GPU else "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -33,6 +38,27 @@ def genuine() -> Path:
             f"no genuine videos at {GENUINE}: set DCLR_TEST_VIDEOS to the folder that holds ucf101_sample, faulty, ..."
         )
     return GENUINE
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("reference", "cpu"), id="reference"),
+        pytest.param(("triton", "cpu"), id="triton"),
+        pytest.param(("triton", "cuda"), id="triton_on_gpu", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test's tensors belong; functions of `kernels` run there by the implementation that the test's id names."""
+    import kernels
+
+    implementation, name = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if request.param == ("triton", "cpu") and not kernels.backend.INTERPRETED:
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
+    kernels.set_backend(implementation)
+    yield torch.device(name)
+    kernels.set_backend("auto")
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def test_what_is_no_configuration_is_refused_by_its_path(tmp_path, content, mess
         (DataConfig, {"workers": -1}, "--workers is -1, but must be at least 0"),
         (ModelConfig, {"backbone": "resnet"}, "--backbone is resnet, but must be one of r2plus1d_10, r2plus1d_18"),
         (ModelConfig, {"width": 0}, "--width is 0, but must be at least 1"),
-        (MethodConfig, {"embedding_dim": 0}, "--embedding-dim is 0, but must be at least 1"),
+        (MethodConfig, {"embedding_dim": 0}, "--embedding-dim is 0, but must be 32, 64, 128 or 256"),
         (MethodConfig, {"queue_length": 0}, "--queue-length is 0, but must be at least 1"),
         (MethodConfig, {"temperature": 0.0}, "--temperature is 0.0, but must be above 0"),
         (MethodConfig, {"temperature": float("nan")}, "--temperature is nan, but must be above 0"),

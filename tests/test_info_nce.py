@@ -1,4 +1,10 @@
-"""kernels/info_nce.py against float64 numpy written out row by row."""
+"""kernels/info_nce.py, reference and Triton kernels, against float64 numpy written out row by row.
+
+On a CPU the kernels run in Triton's interpreter; on a GPU (`-m gpu`) the same tests run them compiled, in float32 and in tf32.
+"""
+
+import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -6,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import info_nce, mine_positives
+import kernels
+from kernels import backend, contrast, info_nce, mine_positives
 
 EPS = float(np.finfo(np.float32).eps)
 EPS_BF16 = 2.0**-7  # spacing of bfloat16 at 1
+
+COMPILER = "inductor" if shutil.which("g++") else "aot_eager"  # inductor's code for a CPU is C++
 
 # (P, B, K, D, M, temperature), and why it is there
 CASES = [
@@ -67,53 +76,139 @@ def oracle(
     return losses, gradient
 
 
+@pytest.fixture(params=["eager", "compiled"])
+def run(request: pytest.FixtureRequest, device: torch.device) -> Callable[[Callable], Callable]:
+    """A function as it is, or through torch.compile, all in one graph. The op is opaque to the compiler, so on a CPU the one that only
+    traces is enough; `test_inductor` has the other."""
+    if request.param == "eager":
+        return lambda function: function
+    torch._dynamo.reset()
+    return lambda function: torch.compile(
+        function, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager"
+    )
+
+
 @pytest.mark.parametrize(("P", "B", "K", "D", "M", "temperature"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_gradient(P: int, B: int, K: int, D: int, M: int, temperature: float, dtype: torch.dtype) -> None:
+def test_losses_and_gradient(
+    P: int, B: int, K: int, D: int, M: int, temperature: float, dtype: torch.dtype, device: torch.device, run: Callable
+) -> None:
     queries, keys, queue, positives = case(P, B, K, D, M)
     queries, keys, queue = (t.to(dtype) for t in (queries, keys, queue))
     expected, expected_gradient = oracle(queries, keys, queue, positives, temperature)
 
-    queries.requires_grad_()
-    losses = info_nce(queries, keys, queue, positives, temperature)
+    leaf, *others = (None if t is None else t.to(device, copy=True) for t in (queries, keys, queue, positives))
+    leaf.requires_grad_()
+    found = run(contrast)(leaf, *others, temperature)
     scale = torch.arange(1.0, P + 1)  # a different upstream gradient for each pair
-    (losses * scale).sum().backward()
-    assert queries.grad is not None
+    (found.losses * scale.to(device)).sum().backward()
 
     # A logit is at most 1 / temperature, so its float32 rounding is EPS / temperature; four of them meet in a loss.
-    assert losses.dtype == torch.float32
+    assert found.losses.dtype == torch.float32
     rounding = 4 * EPS / min(temperature, 1)
-    np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=0, atol=rounding)
+    np.testing.assert_allclose(found.losses.detach().cpu().numpy(), expected, rtol=0, atol=rounding)
 
     # A probability's relative error is its logit's absolute one; the gradient then rounds to the queries' dtype.
     expected_gradient *= scale.numpy()[:, None, None]
     tolerance = P * rounding / temperature / B
     if dtype == torch.bfloat16:
         tolerance += EPS_BF16 * np.abs(expected_gradient).max()
-    np.testing.assert_allclose(queries.grad.double().numpy(), expected_gradient, rtol=0, atol=tolerance)
+        if backend.runs_triton(
+            device
+        ):  # weights, whose sum is 1, are rounded (by half a spacing, which below 1 is half as wide)
+            tolerance += P * EPS_BF16 / 4 * float(queue.abs().max()) / temperature / B
+    assert leaf.grad.dtype == dtype
+    np.testing.assert_allclose(leaf.grad.double().cpu().numpy(), expected_gradient, rtol=0, atol=tolerance)
 
 
-def test_without_positives_it_is_cross_entropy() -> None:
-    queries, keys, queue, _ = case(2, 4, 9, 32, 0)
+@pytest.mark.parametrize(("P", "B", "K", "D", "M", "temperature"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_similarities(
+    P: int, B: int, K: int, D: int, M: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    queries, keys, queue, positives = case(P, B, K, D, M)
+    queries, keys, queue = (t.to(device, dtype).requires_grad_() for t in (queries, keys, queue))
+    found = contrast(queries, keys, queue, None if positives is None else positives.to(device), temperature)
+    assert not found.positive.requires_grad
+    assert not found.hardest.requires_grad
+    q, k, z = (t.detach().double().cpu().numpy() for t in (queries, keys, queue))
+    for p in range(P):
+        positive = np.mean([q[p, i] @ k[p, i] for i in range(B)])
+        hardest = np.mean([(z[p] @ q[p, i]).max() for i in range(B)])
+        assert abs(float(found.positive[p]) - positive) < 4 * EPS
+        assert abs(float(found.hardest[p]) - hardest) < 4 * EPS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("P", "B", "K", "D", "M", "temperature"), CASES)
+def test_tf32(P: int, B: int, K: int, D: int, M: int, temperature: float) -> None:
+    """Where torch may round products to tf32, so do the kernels, and are no worse than four times torch's own rounding."""
+    queries, keys, queue, positives = case(P, B, K, D, M)
+    expected, expected_gradient = oracle(queries, keys, queue, positives, temperature)
+    on_gpu = [None if t is None else t.cuda() for t in (queries, keys, queue, positives)]
+    on_gpu[0].requires_grad_()
+    errors = {}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for name in ("reference", "triton"):
+            kernels.set_backend(name)
+            losses = info_nce(*on_gpu, temperature)
+            (gradient,) = torch.autograd.grad(losses.sum(), on_gpu[0])
+            errors[name] = [
+                np.abs(found.detach().double().cpu().numpy() - true).max()
+                for found, true in ((losses, expected), (gradient, expected_gradient))
+            ]
+    finally:
+        kernels.set_backend("auto")
+        torch.set_float32_matmul_precision(before)
+    rounding = 4 * EPS / min(temperature, 1)
+    for own, torchs, least in zip(
+        errors["triton"], errors["reference"], (rounding, rounding / temperature / B), strict=True
+    ):
+        assert own <= 4 * torchs + least
+
+
+def test_matmul_precision_is_followed() -> None:
+    assert backend.float32_precision() == "ieee"
+    torch.set_float32_matmul_precision("high")
+    assert backend.float32_precision() == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert backend.float32_precision() == "ieee"
+
+
+def test_without_positives_it_is_cross_entropy(device: torch.device) -> None:
+    queries, keys, queue = (t.to(device) for t in case(2, 4, 9, 32, 0)[:3])
     losses = info_nce(queries, keys, queue)
     for p in range(2):
         logits = torch.cat([(queries[p] * keys[p]).sum(1, keepdim=True), queries[p] @ queue[p].T], dim=1) / 0.07
-        torch.testing.assert_close(losses[p], F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64)))
+        torch.testing.assert_close(losses[p], F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64, device=device)))
 
 
-def test_repeated_row_counts_once_and_negative_row_not_at_all() -> None:
-    queries, keys, queue, _ = case(1, 2, 6, 32, 0)
-    plain = info_nce(queries, keys, queue, torch.tensor([[[2, 5], [3, 0]]]))
-    repeated = info_nce(queries, keys, queue, torch.tensor([[[2, 5, 2, 5, 2], [3, 0, 0, -1, -7]]]))
+def test_repeated_row_counts_once_and_negative_row_not_at_all(device: torch.device) -> None:
+    queries, keys, queue = (t.to(device) for t in case(1, 2, 6, 32, 0)[:3])
+    plain = info_nce(queries, keys, queue, torch.tensor([[[2, 5], [3, 0]]], device=device))
+    repeated = info_nce(queries, keys, queue, torch.tensor([[[2, 5, 2, 5, 2], [3, 0, 0, -1, -7]]], device=device))
     assert torch.equal(plain, repeated)
     none = info_nce(queries, keys, queue)
-    assert torch.equal(none, info_nce(queries, keys, queue, torch.full((1, 2, 3), -1)))
-    assert torch.equal(none, info_nce(queries, keys, queue, torch.empty(1, 2, 0, dtype=torch.int64)))
+    assert torch.equal(none, info_nce(queries, keys, queue, torch.full((1, 2, 3), -1, device=device)))
+    assert torch.equal(none, info_nce(queries, keys, queue, torch.empty(1, 2, 0, dtype=torch.int64, device=device)))
     assert plain < none
 
 
-def test_gradient_flows_to_queries_only() -> None:
-    queries, keys, queue, positives = case(2, 3, 5, 32, 2)
+def test_unchecked_row_outside_the_queue_is_no_positive(device: torch.device) -> None:
+    queries, keys, queue = (t.to(device) for t in case(1, 2, 6, 32, 0)[:3])
+    outside = torch.tensor([[[2, 6], [2**40, 0]]], device=device)
+    inside = torch.tensor([[[2, -1], [-1, 0]]], device=device)
+    assert torch.equal(
+        info_nce(queries, keys, queue, outside, check_rows=False), info_nce(queries, keys, queue, inside)
+    )
+    with pytest.raises(ValueError, match=f"positives names row {2**40}, but queue has rows 0 to 5"):
+        info_nce(queries, keys, queue, outside, check_rows=True)
+
+
+def test_gradient_flows_to_queries_only(device: torch.device) -> None:
+    queries, keys, queue, positives = (t.to(device) for t in case(2, 3, 5, 32, 2))
     for tensor in (queries, keys, queue):
         tensor.requires_grad_()
     info_nce(queries, keys, queue, positives).sum().backward()
@@ -124,9 +219,11 @@ def test_gradient_flows_to_queries_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_enqueue_before_backward(dtype: torch.dtype) -> None:
-    queries, keys, queue, positives = case(2, 3, 8, 32, 2)
+def test_enqueue_before_backward(dtype: torch.dtype, device: torch.device, run: Callable) -> None:
+    """The classic silent error: backward reads the queue after the step's keys have been written into it."""
+    queries, keys, queue, positives = (t.to(device) for t in case(2, 3, 8, 32, 2))
     queries, keys, queue = (t.to(dtype) for t in (queries, keys, queue))
+    info_nce = run(kernels.info_nce)
 
     before = queries.clone().requires_grad_()
     info_nce(before, keys, queue, positives).sum().backward()
@@ -141,13 +238,13 @@ def test_enqueue_before_backward(dtype: torch.dtype) -> None:
     assert torch.equal(before.grad, after.grad)
 
 
-def test_float32_under_autocast() -> None:
-    queries, keys, queue, positives = case(2, 4, 33, 64, 3)
+def test_float32_under_autocast(device: torch.device) -> None:
+    queries, keys, queue, positives = (t.to(device) for t in case(2, 4, 33, 64, 3))
     queries.requires_grad_()
     expected = info_nce(queries, keys, queue, positives)
-    many = unit(2048, 64, seed=7)  # so many that rounding to bfloat16 changes their order
+    many = unit(2048, 64, seed=7).to(device)  # so many that rounding to bfloat16 changes their order
     rows = mine_positives(queries[0], many, 20)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert (queries @ queue.transpose(1, 2)).dtype == torch.bfloat16  # autocast is on and would round
         assert torch.equal(info_nce(queries, keys, queue, positives), expected)
         assert torch.equal(mine_positives(queries[0], many, 20), rows)
@@ -156,14 +253,14 @@ def test_float32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"queries": torch.zeros(2, 3, 8, dtype=torch.float64)}, TypeError, "queries must be float32 or bfloat16"),
-        ({"keys": torch.zeros(2, 3, 8, dtype=torch.int64)}, TypeError, "keys must be float32 or bfloat16"),
-        ({"queue": torch.zeros(2, 4, 8, dtype=torch.float16)}, TypeError, "queue must be float32 or bfloat16"),
-        ({"queries": torch.zeros(3, 8)}, ValueError, r"queries must be \(P, B, D\)"),
-        ({"keys": torch.zeros(2, 1, 8)}, ValueError, r"keys must be \(2, 3, 8\)"),
-        ({"queue": torch.zeros(1, 4, 8)}, ValueError, r"queue must be \(2, K, 8\)"),
-        ({"queue": torch.zeros(2, 4, 9)}, ValueError, r"queue must be \(2, K, 8\)"),
-        ({"queue": torch.zeros(2, 0, 8)}, ValueError, "queue must be .* not empty"),
+        ({"queries": torch.zeros(2, 3, 32, dtype=torch.float64)}, TypeError, "queries must be float32 or bfloat16"),
+        ({"keys": torch.zeros(2, 3, 32, dtype=torch.int64)}, TypeError, "keys must be float32 or bfloat16"),
+        ({"queue": torch.zeros(2, 4, 32, dtype=torch.float16)}, TypeError, "queue must be float32 or bfloat16"),
+        ({"queries": torch.zeros(3, 32)}, ValueError, r"queries must be \(P, B, D\)"),
+        ({"keys": torch.zeros(2, 1, 32)}, ValueError, r"keys must be \(2, 3, 32\)"),
+        ({"queue": torch.zeros(1, 4, 32)}, ValueError, r"queue must be \(2, K, 32\)"),
+        ({"queue": torch.zeros(2, 4, 33)}, ValueError, r"queue must be \(2, K, 32\)"),
+        ({"queue": torch.zeros(2, 0, 32)}, ValueError, "queue must be .* not empty"),
         ({"positives": torch.zeros(2, 3, 1)}, TypeError, "positives must be int64"),
         ({"positives": torch.zeros(2, 1, 1, dtype=torch.int64)}, ValueError, r"positives must be \(2, 3, M\)"),
         ({"positives": torch.full((2, 3, 1), 4)}, ValueError, "positives names row 4, but queue has rows 0 to 3"),
@@ -171,47 +268,102 @@ def test_float32_under_autocast() -> None:
         ({"temperature": float("nan")}, ValueError, "temperature must be greater than 0"),
     ],
 )
-def test_errors_name_the_argument(change: dict, error: type[Exception], message: str) -> None:
-    arguments: dict = {"queries": torch.zeros(2, 3, 8), "keys": torch.zeros(2, 3, 8), "queue": torch.zeros(2, 4, 8)}
-    info_nce(**arguments)  # fits before the change
-    with pytest.raises(error, match=message):
-        info_nce(**{**arguments, **change})
+def test_errors_name_the_argument(change: dict, error: type[Exception], message: str, device: torch.device) -> None:
+    arguments: dict = {"queries": torch.zeros(2, 3, 32), "keys": torch.zeros(2, 3, 32), "queue": torch.zeros(2, 4, 32)}
+    arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
+    for function in (info_nce, contrast):
+        function(**arguments)  # fits before the change
+        change = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in change.items()}
+        with pytest.raises(error, match=message):
+            function(**{**arguments, **change}, check_rows=True)
+
+
+@pytest.mark.parametrize("name", ["keys", "queue", "positives"])
+def test_errors_name_the_argument_on_another_device(name: str, device: torch.device) -> None:
+    arguments: dict = {"queries": torch.zeros(2, 3, 32), "keys": torch.zeros(2, 3, 32), "queue": torch.zeros(2, 4, 32)}
+    arguments["positives"] = torch.zeros(2, 3, 1, dtype=torch.int64)
+    arguments = {n: t.to("meta" if n == name else device) for n, t in arguments.items()}
+    with pytest.raises(ValueError, match=f"{name} must be on {device.type}.* like queries, not on meta"):
+        info_nce(**arguments)
+
+
+def test_embedding_sizes(device: torch.device) -> None:
+    """The kernels are made for four sizes; the reference takes any."""
+    queries, keys, queue = torch.zeros(1, 2, 48), torch.zeros(1, 2, 48), torch.zeros(1, 3, 48)
+    queries, keys, queue = queries.to(device), keys.to(device), queue.to(device)
+    if backend.runs_triton(device):
+        with pytest.raises(ValueError, match="an embedding size of 48 is not one of 32, 64, 128 and 256"):
+            info_nce(queries, keys, queue)
+        with pytest.raises(ValueError, match="an embedding size of 48"):
+            mine_positives(queries[0], queue[0], 1)
+    else:
+        assert info_nce(queries, keys, queue).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("S", "B", "K", "m"),
+    ("S", "B", "K", "D", "m"),
     [
-        pytest.param(1, 1, 1, 1, id="everything one"),
-        pytest.param(1, 5, 33, 33, id="all rows"),
-        pytest.param(1, 40, 2048, 5, id="production: one similarity"),
-        pytest.param(2, 40, 2048, 5, id="production: the vv pair"),
-        pytest.param(3, 4, 17, 0, id="none wanted"),
+        pytest.param(1, 1, 1, 32, 1, id="everything one"),
+        pytest.param(1, 5, 33, 64, 33, id="all rows"),
+        pytest.param(2, 3, 130, 32, 130, id="all rows of several tiles, by two similarities"),
+        pytest.param(1, 40, 2048, 128, 5, id="production: one similarity"),
+        pytest.param(2, 40, 2048, 128, 5, id="production: the vv pair"),
+        pytest.param(2, 17, 70, 256, 3, id="ragged, the largest embedding"),
+        pytest.param(3, 4, 17, 64, 0, id="none wanted"),
+        pytest.param(3, 4, 17, 64, 2, id="three similarities"),
     ],
 )
-def test_mine_positives(S: int, B: int, K: int, m: int) -> None:
-    features, queue = unit(S, B, 64, seed=5), unit(S, K, 64, seed=6)
-    rows = mine_positives(features, queue, m) if S > 1 else mine_positives(features[0], queue[0], m)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mine_positives(
+    S: int, B: int, K: int, D: int, m: int, dtype: torch.dtype, device: torch.device, run: Callable
+) -> None:
+    features, queue = unit(S, B, D, seed=5).to(dtype), unit(S, K, D, seed=6).to(dtype)
+    on_device = (features.to(device), queue.to(device)) if S > 1 else (features[0].to(device), queue[0].to(device))
+    rows = run(mine_positives)(*on_device, m).cpu()
 
     total = np.zeros((B, K))
     for f, z in zip(features.double().numpy(), queue.double().numpy(), strict=True):
         weights = np.exp(f @ z.T)
-        total += weights / weights.sum(axis=1, keepdims=True)
+        total += weights / weights.sum(axis=1, keepdims=True) if S > 1 else f @ z.T
     assert rows.dtype == torch.int64
     assert rows.shape == (B, m)
-    np.testing.assert_array_equal(rows.numpy(), np.argsort(-total, axis=1)[:, :m])
+    # Two rows may change places where their scores differ by no more than their rounding, a few EPS.
+    best = -np.sort(-total, axis=1)[:, :m]
+    chosen = np.take_along_axis(total, rows.numpy(), axis=1)
+    np.testing.assert_allclose(chosen, best, rtol=8 * EPS if S > 1 else 0, atol=0 if S > 1 else 4 * EPS)
+    assert all(len(set(line)) == m for line in rows.tolist())
 
 
-def test_mine_positives_sums_softmaxes_not_similarities() -> None:
+def test_equal_rows_rank_by_number(device: torch.device) -> None:
+    """So that a result is one and the same from run to run. (torch.topk, the reference, promises no order among equals.)"""
+    if not backend.runs_triton(device):
+        pytest.skip("of the kernels")
+    queue = unit(3, 32, seed=1).repeat(50, 1).to(device)  # row j is equal to rows j + 3, j + 6, ...
+    rows = mine_positives(queue[:3], queue, 60)
+    for i in range(3):
+        assert rows[i, :50].tolist() == list(range(i, 150, 3))
+
+
+def test_negative_and_zero_similarities_are_ranked(device: torch.device) -> None:
+    features = torch.zeros(1, 32)
+    features[0, 0] = 1
+    queue = torch.zeros(5, 32)
+    queue[:, 0] = torch.tensor([-0.5, 0.0, -1.0, 0.25, -0.25])
+    assert mine_positives(features.to(device), queue.to(device), 5).tolist() == [[3, 1, 4, 0, 2]]
+
+
+def test_mine_positives_sums_softmaxes_not_similarities(device: torch.device) -> None:
     """A row that one similarity likes very much beats one both like: true of sums of exponentials, not of sums."""
-    features = torch.tensor([[[1.0, 0, 0]], [[1.0, 0, 0]]])  # (S=2, B=1, D)
+    features = F.pad(torch.tensor([[[1.0, 0, 0]], [[1.0, 0, 0]]]), (0, 29)).to(device)  # (S=2, B=1, D)
     first = torch.tensor([[0.99, 0, 0], [0.5, 0, 0], [0.0, 1, 0]])  # similarity of rows 0, 1, 2: 0.99, 0.50, 0
     second = torch.tensor([[0.0, 1, 0], [0.5, 0, 0], [0.0, 1, 0]])  # 0, 0.50, 0
-    assert mine_positives(features, torch.stack([first, second]), 2).tolist() == [[0, 1]]
+    queue = F.pad(torch.stack([first, second]), (0, 29)).to(device)
+    assert mine_positives(features, queue, 2).tolist() == [[0, 1]]
 
 
-def test_mine_positives_has_no_gradient() -> None:
-    features = unit(3, 32).requires_grad_()
-    assert not mine_positives(features, unit(9, 32, seed=1), 2).requires_grad
+def test_mine_positives_has_no_gradient(device: torch.device) -> None:
+    features = unit(3, 32).to(device).requires_grad_()
+    assert not mine_positives(features, unit(9, 32, seed=1).to(device), 2).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -230,3 +382,212 @@ def test_mine_positives_has_no_gradient() -> None:
 def test_mine_positives_errors(features: Tensor, queue: Tensor, m: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mine_positives(features, queue, m)
+
+
+def test_mine_positives_names_the_argument_on_another_device(device: torch.device) -> None:
+    with pytest.raises(ValueError, match=f"queue must be on {device.type}.* like features, not on meta"):
+        mine_positives(torch.zeros(2, 32, device=device), torch.zeros(4, 32, device="meta"), 1)
+
+
+# ------------------------------------------------------------------------------------------------- of the kernels only
+
+
+@pytest.fixture
+def kernel_device(device: torch.device) -> torch.device:
+    if not backend.runs_triton(device):
+        pytest.skip("of the kernels")
+    return device
+
+
+def test_bitwise_the_same_from_run_to_run(kernel_device: torch.device) -> None:
+    inputs = [t.to(kernel_device) for t in case(3, 20, 500, 64, 4)]
+    inputs[0].requires_grad_()
+    runs = []
+    for _ in range(3):
+        found = contrast(*inputs)
+        runs.append([*found, *torch.autograd.grad(found.losses.sum(), inputs[0])])
+        torch.rand(1000, 1000, device=kernel_device)  # other addresses, other timing
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_one_split_and_many_agree(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
+    from kernels import info_nce_triton
+
+    inputs = [t.to(kernel_device) for t in case(2, 3, 700, 32, 2)]
+    inputs[0].requires_grad_()
+    found = []
+    for count in (1, 7, 1000):  # 1, 7, and the most splits
+        monkeypatch.setattr(info_nce_triton, "multiprocessors", lambda _, count=count: count)
+        losses = info_nce(*inputs)
+        found.append((losses.detach(), *torch.autograd.grad(losses.sum(), inputs[0])))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=4 * EPS / 0.07**2)
+
+
+def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
+    """What is allocated holds NaN (row numbers: -2) before the kernels write: none may be left."""
+    inputs = [t.to(kernel_device) for t in case(2, 5, 70, 32, 3)]
+    inputs[0].requires_grad_()
+    allocate = torch.empty
+
+    def poisoned(*shape: object, **options: object) -> Tensor:
+        tensor = allocate(*shape, **options)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -2)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    found = contrast(*inputs)
+    for tensor in (*found, *torch.autograd.grad(found.losses.sum(), inputs[0])):
+        assert tensor.isfinite().all()
+    assert (mine_positives(inputs[1], inputs[2], 4) >= 0).all()
+
+
+def test_queue_is_neither_copied_nor_written(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
+    """Also where it is a part of a larger buffer."""
+    queries, keys, queue, positives = (t.to(kernel_device) for t in case(2, 3, 40, 32, 2))
+    buffer = torch.full((2, 50, 64), float("nan"), device=kernel_device)
+    part = buffer[:, 5:45, :32]
+    part.copy_(queue)
+    before = buffer.clone()
+    monkeypatch.setattr(Tensor, "contiguous", lambda t, **_: t if t.is_contiguous() else pytest.fail("copied"))
+    assert torch.equal(info_nce(queries, keys, part, positives), info_nce(queries, keys, queue, positives))
+    assert torch.equal(mine_positives(queries, part, 3), mine_positives(queries, queue, 3))
+    assert torch.equal(buffer.view(torch.int32), before.view(torch.int32))
+
+
+def test_other_memory_layouts(kernel_device: torch.device) -> None:
+    queries, keys, queue, positives = (t.to(kernel_device) for t in case(2, 3, 40, 32, 2))
+
+    def scattered(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    expected = info_nce(queries, keys, queue, positives)
+    assert torch.equal(info_nce(*map(scattered, (queries, keys, queue, positives))), expected)
+    assert torch.equal(mine_positives(scattered(queries), scattered(queue), 3), mine_positives(queries, queue, 3))
+
+
+def test_mixed_dtypes_are_widened(kernel_device: torch.device) -> None:
+    queries, keys, queue, positives = (t.to(kernel_device) for t in case(2, 3, 40, 32, 2))
+    queries, keys = queries.bfloat16().requires_grad_(), keys.bfloat16()
+    expected, expected_gradient = oracle(queries.detach().cpu(), keys.cpu(), queue.cpu(), positives.cpu(), 0.07)
+    losses = info_nce(queries, keys, queue, positives)
+    np.testing.assert_allclose(losses.detach().cpu().numpy(), expected, rtol=0, atol=4 * EPS / 0.07)
+    losses.sum().backward()
+    assert queries.grad.dtype == torch.bfloat16
+    atol = EPS_BF16 / 2 * np.abs(expected_gradient).max()
+    np.testing.assert_allclose(queries.grad.double().cpu().numpy(), expected_gradient, rtol=0, atol=atol)
+
+
+def test_without_gradient_none_is_computed(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import info_nce_triton
+
+    asked = []
+    launch = info_nce_triton.partial_launch
+    monkeypatch.setattr(info_nce_triton, "partial_launch", lambda *a: asked.append(a[5]) or launch(*a))
+    inputs = [t.to(kernel_device) for t in case(2, 3, 40, 32, 2)]
+    frozen = info_nce(*inputs)
+    inputs[0].requires_grad_()
+    with torch.no_grad():
+        unwatched = info_nce(*inputs)
+    watched = info_nce(*inputs)
+    assert asked == [False, False, True]
+    assert torch.equal(frozen, unwatched)
+    assert torch.equal(frozen, watched.detach())
+
+
+def test_a_second_derivative_is_refused(kernel_device: torch.device) -> None:
+    inputs = [t.to(kernel_device) for t in case(1, 2, 8, 32, 1)]
+    inputs[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(info_nce(*inputs).sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.sum(), inputs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_opcheck(dtype: torch.dtype, gradient: bool, kernel_device: torch.device) -> None:
+    from kernels import info_nce_triton
+
+    queries, keys, queue, positives = (t.to(kernel_device) for t in case(2, 3, 20, 32, 2))
+    queries, keys, queue = (t.to(dtype) for t in (queries, keys, queue))
+    leaf = queries.clone().requires_grad_(gradient)
+    for mined in (positives, None):
+        torch.library.opcheck(info_nce_triton.info_nce_op, (leaf, keys, queue, mined, 0.07, gradient))
+    torch.library.opcheck(info_nce_triton.mine_positives_op, (queries, queue, 3))
+    upstream = torch.ones(2, device=kernel_device)
+    torch.library.opcheck(info_nce_triton.info_nce_backward_op, (queries.float(), upstream, dtype))
+
+
+def test_inductor(kernel_device: torch.device) -> None:
+    """A step as training has it, mining, loss, gradient and enqueuing, in one compiled graph."""
+    queries, keys, queue, _ = (t.to(kernel_device) for t in case(2, 3, 64, 32, 2))
+
+    def step(queries: Tensor, keys: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        rows = mine_positives(keys, queue, 2)
+        losses = info_nce(queries * 1.0, keys, queue, torch.stack([rows, rows]))
+        queue[:, :3] = keys
+        return losses, rows
+
+    torch._dynamo.reset()
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=COMPILER)):
+        leaf, own_queue = queries.clone().requires_grad_(), queue.clone()
+        losses, rows = function(leaf, keys, own_queue)
+        losses.sum().backward()
+        found.append((losses.detach(), rows, leaf.grad, own_queue))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph_and_nothing_waits() -> None:
+    queries, keys, queue, _ = (t.cuda() for t in case(5, 40, 2048, 128, 5))
+    queries.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        rows = mine_positives(keys[:2].detach(), queue[:2], 5)
+        losses = info_nce(queries, keys, queue, rows.expand(5, -1, -1))
+        return losses, torch.autograd.grad(losses.sum(), queries)[0]
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.detach().fill_(float("nan"))
+    graph.replay()
+    for a, b in zip(expected, captured, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_backend_is_named_and_refused() -> None:
+    cpu = torch.device("cpu")
+    kernels.set_backend("auto")
+    assert kernels.describe(cpu) == "reference (plain torch and kornia; the device is cpu)"
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, not 'cuda'"):
+        kernels.set_backend("cuda")
+    try:
+        kernels.set_backend("reference")
+        assert kernels.describe(cpu) == "reference (plain torch and kornia; as chosen)"
+        kernels.set_backend("triton")
+        if backend.INTERPRETED:
+            assert kernels.describe(cpu) == "Triton in its interpreter: slow, for tests only"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "INTERPRETED", False)
+            with pytest.raises(
+                RuntimeError, match='backend "triton" cannot run on cpu: use a CUDA device, set TRITON_INTERPRET=1'
+            ):
+                info_nce(*case(1, 1, 1, 32, 0))
+    finally:
+        kernels.set_backend("auto")

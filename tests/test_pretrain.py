@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import kernels
 from dclr import pretrain as loop
 from dclr.config import make_config
 from dclr.data.loader import PairSamples
@@ -131,6 +132,44 @@ def test_every_step_logs_the_promised_numbers(finished):
         assert line["lr"] == 0.01
     assert [line["queue/filled_rows"] for line in lines] == [4, 8, 12, 16, 18, 18, 18, 18]
     assert [line["queue/oldest_row_age_steps"] for line in lines] == [1, 2, 3, 4, 4.5, 4.5, 4.5, 4.5]
+
+
+def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny):
+    """The same curve, and the same network at its end. Mining is on from step 5."""
+    if not kernels.backend.INTERPRETED:
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
+    runs = {name: run_tiny(name, kernels=name, epochs=6, milestones=[5]) for name in ("reference", "triton")}
+    kernels.set_backend("auto")
+    curves = {name: [line for line in metrics(run) if "loss" in line] for name, run in runs.items()}
+    assert len(curves["triton"]) == 23
+    for by_reference, by_kernels in zip(*curves.values(), strict=True):
+        for name in (
+            "loss",
+            *(f"{what}/{p}" for p in PAIRS for what in ("pair_loss", "positive_similarity", "hardest_negative")),
+        ):
+            assert by_kernels[name] == pytest.approx(by_reference[name], rel=1e-4, abs=1e-5), (
+                by_reference["step"],
+                name,
+            )
+    assert curves["triton"] != curves["reference"]  # or one of them has not run
+    weights = [load_file(run / "backbone.safetensors") for run in runs.values()]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_start_says_which_kernels_run(run_tiny, capfd):
+    run_tiny("auto", epochs=1)
+    assert "kernels: reference (plain torch and kornia; the device is cpu)" in capfd.readouterr().out
+    run_tiny("reference", epochs=1, kernels="reference")
+    assert "kernels: reference (plain torch and kornia; as chosen)" in capfd.readouterr().out
+    kernels.set_backend("auto")
+
+
+def test_kernels_that_cannot_run_are_refused(run_tiny, monkeypatch):
+    monkeypatch.setattr(kernels.backend, "INTERPRETED", False)
+    with pytest.raises(UserError, match='--kernels triton: backend "triton" cannot run on cpu: use a CUDA device'):
+        run_tiny(kernels="triton")
+    kernels.set_backend("auto")
 
 
 def test_tensorboard_holds_the_same_numbers_and_a_picture_of_the_views(finished):

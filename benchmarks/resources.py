@@ -1,0 +1,147 @@
+"""What each Triton kernel takes of a GPU: registers, shared memory, spills. Compiled ahead of time, so that it needs no GPU.
+
+    python benchmarks/resources.py            prints a table, writes results/resources.json: about a minute on one core
+    python benchmarks/resources.py --check    only prints, and exits with status 1 if a kernel spills or takes too much shared memory
+
+Kernels are compiled for sm_80 (A100) and sm_90 (H100, H200) in every configuration that their launchers choose, and the numbers are read
+from the binary by cuobjdump, which comes with Triton.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+RESULT = Path(__file__).parent / "results" / "resources.json"
+
+# Compute capability -> the most shared memory of a program, in bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One kernel in one configuration on one kind of GPU."""
+
+    kernel: str
+    configuration: str
+    capability: int
+    num_warps: int
+    registers: int  # of a thread
+    local: int  # bytes of a thread in local memory: spilled registers and arrays
+    shared: int  # bytes of a program
+    matrix_units: str  # the instruction its products use: wgmma, mma or none
+
+    def faults(self) -> list[str]:
+        found = [f"{self.local} bytes in local memory: registers spill"] if self.local else []
+        if self.shared > SHARED_LIMIT[self.capability]:
+            found.append(
+                f"{self.shared} bytes of shared memory, and sm_{self.capability} has {SHARED_LIMIT[self.capability]}"
+            )
+        return found
+
+
+def measure() -> list[Usage]:
+    """Compile everything. Raises RuntimeError under TRITON_INTERPRET, where nothing is compiled."""
+    from kernels import info_nce_triton
+    from kernels.backend import INTERPRETED
+
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
+    found = []
+    for label, launch in info_nce_triton.launches_to_compile():
+        for capability in SHARED_LIMIT:
+            compiled = launch.compile(capability)
+            registers, local = read_binary(compiled.asm["cubin"])
+            ptx = compiled.asm["ptx"]
+            units = "wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "none"
+            found.append(
+                Usage(
+                    launch.kernel.__name__,
+                    label,
+                    capability,
+                    launch.num_warps,
+                    registers,
+                    local,
+                    compiled.metadata.shared,
+                    units,
+                )
+            )
+    return found
+
+
+def read_binary(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory of a thread, from a binary with one kernel."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    registers, stack, local = map(int, match.groups())
+    return registers, stack + local  # spills are on the stack, which is in local memory
+
+
+def table(found: list[Usage]) -> str:
+    """One row for each kernel and configuration, sm_80 and sm_90 side by side."""
+    lines = [
+        "| kernel | configuration | warps | registers | local bytes | shared KiB | products |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    both: dict[tuple[str, str], dict[int, Usage]] = {}
+    for usage in found:
+        both.setdefault((usage.kernel, usage.configuration), {})[usage.capability] = usage
+    for (kernel, configuration), by_capability in both.items():
+        pair = [by_capability[capability] for capability in SHARED_LIMIT]
+        columns = (
+            [u.registers for u in pair],
+            [u.local for u in pair],
+            [f"{u.shared / 1024:.0f}" for u in pair],
+            [u.matrix_units for u in pair],
+        )
+        cells = " | ".join(" / ".join(map(str, column)) for column in columns)
+        lines.append(f"| {kernel} | {configuration} | {pair[0].num_warps} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with status 1 if something is over its limit"
+    )
+    parser.add_argument("--json", type=Path, default=RESULT, help="the file to write")
+    arguments = parser.parse_args()
+
+    found = measure()
+    print("sm_80 / sm_90\n\n" + table(found))
+    faults = [f"{u.kernel} ({u.configuration}) on sm_{u.capability}: {fault}" for u in found for fault in u.faults()]
+    print("\n" + ("\n".join(faults) or f"{len(found)} binaries: no spills, shared memory within its limits"))
+    if not arguments.check:
+        from dclr.report import environment
+
+        content = {
+            "question": "what does each kernel take of a GPU, compiled ahead of time?",
+            "command": "python benchmarks/resources.py",
+            "environment": environment(torch.device("cpu")),
+            "kernels": [asdict(usage) for usage in found],
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()
