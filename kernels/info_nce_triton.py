@@ -529,17 +529,18 @@ def _(features, queue, m):
 def launches_to_compile() -> list[tuple[str, Launch]]:
     """Every kernel in every configuration that the launchers choose, on tensors without memory, to be compiled ahead of time."""
     P, K, M = 5, 2048, 5
+    kinds = (
+        ("bfloat16", torch.bfloat16, "tf32"),
+        ("tf32", torch.float32, "tf32"),
+        ("float32", torch.float32, "ieee"),
+    )
 
     def meta(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     launches = []
     for D in EMBEDDING_SIZES:
-        for name, dtype, precision in (
-            ("bfloat16", torch.bfloat16, "tf32"),
-            ("tf32", torch.float32, "tf32"),
-            ("float32", torch.float32, "ieee"),
-        ):
+        for name, dtype, precision in kinds:
             queue = meta(P, K, D, dtype=dtype)
             for B in (16, 40):
                 label = f"D {D}, {name}, B {'to 16' if B == 16 else 'above 16'}"
@@ -555,6 +556,14 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
         for splits in (1, _MOST_SPLITS):
             partials = _Partials(queries, splits, gradient=True)
             launches.append((f"D {D}, {splits} split(s)", merge_launch(queries, partials, 0.07, True)[0]))
+    for name, dtype, precision in kinds:
+        # An integer argument of 1 is compiled as a constant.
+        one, rows = meta(1, 1, 32, dtype=dtype), meta(1, 1, 1, dtype=torch.int64)
+        label = f"D 32, {name}, all sizes 1"
+        launch, partials = partial_launch(one, one, one, rows, 0.07, True, precision)
+        launches += [(label, launch), (label, merge_launch(one, partials, 0.07, True)[0])]
+        launch, candidates = rank_launch(one, one, partials.peaks, partials.masses, 1, precision)
+        launches += [(label, launch), (label, select_launch(candidates, 1)[0])]
     for tiles in (1, 1024):
         candidates = meta(40, tiles, M, dtype=torch.int64)
         launches.append((f"{tiles} tile(s)", select_launch(candidates, M)[0]))

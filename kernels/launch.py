@@ -46,7 +46,9 @@ class Launch:
 
     def __call__(self) -> None:
         """Start it on the current stream; under the interpreter, run it to its end."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        some = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(some):  # Triton starts kernels on the current device, whichever holds the tensors
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     def compile(self, capability: int) -> "CompiledKernel":
         """Compile for an NVIDIA GPU of this compute capability (80 for 8.0, 90 for 9.0); needs no GPU.
