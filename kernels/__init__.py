@@ -5,6 +5,6 @@ Nothing here knows of the rest of the project.
 """
 
 from kernels.info_nce import info_nce, mine_positives
-from kernels.view_generation import Augmentation, ViewParams, Views, augment, generate_views
+from kernels.view_generation import Augmentation, ViewParams, Views, Yuv420, augment, generate_views
 
-__all__ = ["Augmentation", "ViewParams", "Views", "augment", "generate_views", "info_nce", "mine_positives"]
+__all__ = ["Augmentation", "ViewParams", "Views", "Yuv420", "augment", "generate_views", "info_nce", "mine_positives"]

@@ -1,7 +1,11 @@
 """Fixtures shared by all tests."""
 
-import json
 import os
+
+# Kernels run in Triton's interpreter, which is chosen when they are imported: so that tests need no GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
