@@ -7,7 +7,7 @@ Nothing here knows of the rest of the project.
 
 from kernels.backend import BACKENDS, describe, set_backend
 from kernels.info_nce import EMBEDDING_SIZES, Contrast, contrast, info_nce, mine_positives
-from kernels.view_generation import Augmentation, ViewParams, Views, augment, generate_views
+from kernels.view_generation import Augmentation, ViewParams, Views, Yuv420, augment, generate_views
 
 __all__ = [
     "BACKENDS",
@@ -16,6 +16,7 @@ __all__ = [
     "Contrast",
     "ViewParams",
     "Views",
+    "Yuv420",
     "augment",
     "contrast",
     "describe",

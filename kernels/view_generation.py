@@ -4,12 +4,15 @@
     static   one still of the same moment, augmented by its own draw, repeated T times
     dynamic  the frame difference of the finished rgb view, aligned with it pixel by pixel
 
+Frames are packed RGB or the planes of YUV 4:2:0 that a decoder gives. `generate_views` and `augment` run in Triton where
+`kernels.backend` says so (view_generation_triton.py); `generate_views_reference` and `augment_reference` are the same in torch and kornia.
+
 Letters: B clips in a batch, T frames, H, W pixels of the padded buffer, h, w pixels of a view.
 """
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
+from kernels.backend import check_same_device, runs_triton
+
 # ImageNet's channel means and standard deviations, of RGB in 0 to 1.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -30,6 +35,24 @@ STD = (0.229, 0.224, 0.225)
 BLUR_KERNEL = 11  # pixels on a side
 
 Boundary = Literal["wrap", "zero", "replicate"]
+
+
+@dataclass(frozen=True)
+class Yuv420:
+    """Frames of B clips, or B stills, as planes of uint8: luma for every pixel, chroma for every square of 2 x 2.
+
+    Where height or width is odd, the last square is cut off by the frame's border. Chroma is repeated, not interpolated.
+    """
+
+    y: Tensor  # (B, T, H, W); stills (B, H, W)
+    u: Tensor  # (B, T, ceil(H / 2), ceil(W / 2)); stills without T
+    v: Tensor  # as u
+    bt709: Tensor  # (B,) bool: the matrix is BT.709's, not BT.601's
+    full_range: Tensor  # (B,) bool: 0..255 in all planes, not 16..235 in y and 16..240 in u and v
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Yuv420":
+        """The same on another device."""
+        return Yuv420(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -74,12 +97,13 @@ class Views(NamedTuple):
 
 
 def generate_views(
-    frames: Tensor,  # (B, T, H, W, 3)
-    stills: Tensor,  # (B, H', W', 3)
+    frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
+    stills: Tensor | Yuv420,  # (B, H', W', 3), or its planes
     params: ViewParams,
     *,
     boundary: Boundary = "wrap",
     dtype: torch.dtype = torch.float32,
+    check_rows: bool | None = None,
 ) -> Views:
     """The rgb, static and dynamic view of each clip.
 
@@ -87,11 +111,12 @@ def generate_views(
     decides: "wrap" v[0] - v[T-1] (as the authors trained), "zero" 0, "replicate" d[1]. A clip of one frame has d = 0.
 
     Args:
-        frames: uint8 RGB; clips of different sizes share a padded buffer.
-        stills: uint8 RGB, one a clip, with a padded buffer of its own.
+        frames: uint8 RGB or YUV 4:2:0; clips of different sizes share a padded buffer.
+        stills: uint8 in the same form, one a clip, with a padded buffer of its own.
         params: one row a clip and a row for its still.
         boundary: see above.
         dtype: of the views; the arithmetic is in float32, the frame difference included, and rounded once at the end.
+        check_rows: as `augment`.
 
     Returns:
         Views, each (B, 3, T, h, w), without gradient.
@@ -99,24 +124,27 @@ def generate_views(
     Raises:
         TypeError, ValueError: as `augment`; ValueError also for an unknown boundary.
     """
-    if stills.dim() != 4 or stills.shape[0] != frames.shape[0]:
-        raise ValueError(f"stills must be ({frames.shape[0]}, H, W, 3), one a clip, not {tuple(stills.shape)}")
-    rgb = augment(frames, params.clip, params.size)  # (B, 3, T, h, w)
-    still = augment(stills[:, None], params.still, params.size, dtype)  # (B, 3, 1, h, w)
-    static = still.expand(-1, -1, rgb.shape[2], -1, -1)
-    return Views(
-        rgb=_channels_last(rgb.to(dtype)),
-        static=_channels_last(static),
-        dynamic=_channels_last(_frame_difference(rgb, boundary).to(dtype)),
-    )
+    _check_boundary(boundary)
+    _check_stills(stills, frames)
+    _check_augment(frames, params.clip, params.size, check_rows)
+    _check_augment(_with_time(stills), params.still, params.size, check_rows, "still")
+    if not runs_triton(_luma(frames).device):
+        return generate_views_reference(frames, stills, params, boundary=boundary, dtype=dtype)
+
+    from kernels.view_generation_triton import generate_views_op, table_of
+
+    # In one table, so that rows on the CPU take one copy to the device.
+    table = torch.cat([table_of(params.clip, frames), table_of(params.still, stills)])  # (2 B, C)
+    table = _to_device(table, _luma(frames).device)
+    return Views(*generate_views_op(*_planes(frames), *_planes(stills), table, *params.size, boundary, dtype))
 
 
-@torch.no_grad()
 def augment(
-    frames: Tensor,  # (B, T, H, W, 3)
+    frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
     augmentation: Augmentation,
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
+    check_rows: bool | None = None,
 ) -> Tensor:  # (B, 3, T, h, w)
     """One augmented, normalised view of each clip; every draw is the same on all frames of a clip.
 
@@ -129,10 +157,13 @@ def augment(
     too few to mirror, and its border pixels are repeated instead.
 
     Args:
-        frames: uint8 RGB, each clip at the top left of the padded buffer.
-        augmentation: one row a clip, on any device.
+        frames: uint8 RGB or YUV 4:2:0, each clip at the top left of the padded buffer.
+        augmentation: one row a clip, on the CPU or where the frames are.
         size: height and width of the view.
         dtype: of the view; the arithmetic is in float32, also under autocast.
+        check_rows: whether to look for rows that cannot be applied. None: where the rows are on the CPU, because to look
+            at rows on a GPU is to wait for it, and not in a compiled graph. A row that was not checked reads some pixel of the
+            buffer instead of one outside.
 
     Returns:
         (B, 3, T, h, w) in channels_last_3d memory, without gradient.
@@ -141,30 +172,72 @@ def augment(
         TypeError: frames that are not uint8.
         ValueError: shapes that do not fit together, or a row of the augmentation that cannot be applied: it is named.
     """
-    rows = augmentation.to("cpu")
-    _check_augment(frames, rows, size)
+    _check_augment(frames, augmentation, size, check_rows)
+    if not runs_triton(_luma(frames).device):
+        return augment_reference(frames, augmentation, size, dtype)
 
-    B, T = frames.shape[:2]
+    from kernels.view_generation_triton import augment_op, table_of
+
+    table = _to_device(table_of(augmentation, frames), _luma(frames).device)
+    return augment_op(*_planes(frames), table, *size, dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- reference
+
+
+def generate_views_reference(
+    frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
+    stills: Tensor | Yuv420,  # (B, H', W', 3), or its planes
+    params: ViewParams,
+    *,
+    boundary: Boundary = "wrap",
+    dtype: torch.dtype = torch.float32,
+) -> Views:
+    """`generate_views` in torch and kornia, unchecked; waits for the device to read the rows."""
+    rgb = augment_reference(frames, params.clip, params.size)  # (B, 3, T, h, w)
+    still = augment_reference(_with_time(stills), params.still, params.size, dtype)  # (B, 3, 1, h, w)
+    static = still.expand(-1, -1, rgb.shape[2], -1, -1)
+    return Views(
+        rgb=_channels_last(rgb.to(dtype)),
+        static=_channels_last(static),
+        dynamic=_channels_last(_frame_difference(rgb, boundary).to(dtype)),
+    )
+
+
+@torch.no_grad()
+def augment_reference(
+    frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
+    augmentation: Augmentation,
+    size: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # (B, 3, T, h, w)
+    """`augment` in torch and kornia, unchecked; waits for the device to read the rows."""
+    rows = augmentation.to("cpu")
+    B, T = _shape(frames)[:2]
+    device = _luma(frames).device
     view = torch.empty(
-        (B, 3, T, *size), dtype=dtype, device=frames.device, memory_format=torch.channels_last_3d
+        (B, 3, T, *size), dtype=dtype, device=device, memory_format=torch.channels_last_3d
     )  # (B, 3, T, h, w)
-    with torch.autocast(frames.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         for b in range(B):
-            view[b] = _augment_clip(frames[b], rows, b, size).transpose(0, 1)
+            view[b] = _augment_clip(frames, rows, b, size).transpose(0, 1)
     return view
 
 
 def _augment_clip(
-    frames: Tensor,  # (T, H, W, 3)
+    frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
     rows: Augmentation,
     b: int,
     size: tuple[int, int],
 ) -> Tensor:  # (T, 3, h, w)
     """`augment` for clip b alone; operations that do not apply to it are skipped, not multiplied by one."""
     top, left, height, width = rows.box[b].tolist()
-    crop = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)  # (T, 3, height, width)
+    if isinstance(frames, Yuv420):
+        crop = _rgb_of_yuv(frames, b, top, left, height, width)  # (T, 3, height, width)
+    else:
+        crop = frames[b, :, top : top + height, left : left + width].permute(0, 3, 1, 2).float()
     # Scaled to 0..1 after the resize, which is linear, because there are then fewer pixels to scale.
-    images = F.interpolate(crop.float(), size, mode="bilinear", align_corners=False, antialias=False) / 255
+    images = F.interpolate(crop, size, mode="bilinear", align_corners=False, antialias=False) / 255
     images = images.contiguous()  # (T, 3, h, w)
 
     if rows.grayscale[b]:
@@ -179,6 +252,47 @@ def _augment_clip(
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(3, 1, 1)
     return (images - mean) / std
+
+
+def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:
+    """What turns YUV into RGB, (B, 6) float32: `offset, scale, red_v, green_u, green_v, blue_u` of
+
+        luma = (y - offset) * scale
+        R = luma + red_v * (v - 128)
+        G = luma + green_u * (u - 128) + green_v * (v - 128)
+        B = luma + blue_u * (u - 128)
+
+    With luma = Kr R + Kg G + Kb B, Cb = (B - luma) / (2 (1 - Kb)) and Cr likewise with R and Kr (Rec. ITU-R BT.601 and BT.709), all
+    in units of 255. In full range y is luma and u, v are Cb, Cr plus 128; in limited range y spans 219 steps from 16, u and v 224.
+    """
+    kr = torch.where(bt709, 0.2126, 0.299)  # (B,), as all below
+    kb = torch.where(bt709, 0.0722, 0.114)
+    kg = 1 - kr - kb
+    chroma = torch.where(full_range, 1.0, 255 / 224)
+    red_v, blue_u = 2 * (1 - kr) * chroma, 2 * (1 - kb) * chroma
+    return torch.stack(
+        [
+            torch.where(full_range, 0.0, 16.0),
+            torch.where(full_range, 1.0, 255 / 219),
+            red_v,
+            -kb / kg * blue_u,
+            -kr / kg * red_v,
+            blue_u,
+        ],
+        dim=1,
+    ).float()
+
+
+def _rgb_of_yuv(frames: Yuv420, b: int, top: int, left: int, height: int, width: int) -> Tensor:
+    """A box of clip b in RGB, 0..255 but not rounded, (T, 3, height, width)."""
+    offset, scale, red_v, green_u, green_v, blue_u = yuv_coefficients(frames.bt709, frames.full_range)[b]
+    rows = torch.arange(top, top + height, device=frames.y.device)
+    columns = torch.arange(left, left + width, device=frames.y.device)
+    luma = (frames.y[b][:, rows[:, None], columns].float() - offset) * scale  # (T, height, width), as both below
+    cb = frames.u[b][:, rows[:, None] // 2, columns // 2].float() - 128
+    cr = frames.v[b][:, rows[:, None] // 2, columns // 2].float() - 128
+    rgb = [luma + red_v * cr, luma + green_u * cb + green_v * cr, luma + blue_u * cb]
+    return torch.stack(rgb, dim=1).clamp(0, 255)
 
 
 def _jitter(images: Tensor, factors: list[float], order: list[int]) -> Tensor:
@@ -211,8 +325,6 @@ def _frame_difference(view: Tensor, boundary: Boundary) -> Tensor:
         difference[:, :, 0] = view[:, :, 0] - view[:, :, -1]
     elif boundary == "replicate":
         difference[:, :, :1] = difference[:, :, 1:2] if view.shape[2] > 1 else 0
-    elif boundary != "zero":
-        raise ValueError(f'boundary must be "wrap", "zero" or "replicate", not {boundary!r}')
     return difference
 
 
@@ -220,30 +332,111 @@ def _channels_last(view: Tensor) -> Tensor:
     return view.contiguous(memory_format=torch.channels_last_3d)
 
 
-def _check_augment(frames: Tensor, rows: Augmentation, size: tuple[int, int]) -> None:
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"frames must be uint8, not {frames.dtype}")
-    if frames.dim() != 5 or frames.shape[4] != 3 or frames.shape[1] == 0:
-        raise ValueError(f"frames must be (B, T, H, W, 3) with T >= 1, not {tuple(frames.shape)}")
-    B, _, H, W, _ = frames.shape
+# ------------------------------------------------------------------------------------------------------- packing and checks
+
+
+def _luma(frames: Tensor | Yuv420) -> Tensor:
+    return frames.y if isinstance(frames, Yuv420) else frames
+
+
+def _shape(frames: Tensor | Yuv420) -> tuple[int, ...]:
+    """B, T, H, W, or B, H, W of stills."""
+    return tuple(frames.y.shape if isinstance(frames, Yuv420) else frames.shape[:-1])
+
+
+def _planes(frames: Tensor | Yuv420) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return (frames.y, frames.u, frames.v) if isinstance(frames, Yuv420) else (frames, None, None)
+
+
+def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: what is copied to a GPU from memory that is not pinned, waits."""
+    if table.device.type == "cpu" and device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
+
+
+def _with_time(stills: Tensor | Yuv420) -> Tensor | Yuv420:
+    """Stills as frames of clips of length 1."""
+    if isinstance(stills, Yuv420):
+        return Yuv420(stills.y[:, None], stills.u[:, None], stills.v[:, None], stills.bt709, stills.full_range)
+    return stills[:, None]
+
+
+def _check_boundary(boundary: str) -> None:
+    if boundary not in get_args(Boundary):
+        raise ValueError(f'boundary must be "wrap", "zero" or "replicate", not {boundary!r}')
+
+
+def _check_stills(stills: Tensor | Yuv420, frames: Tensor | Yuv420) -> None:
+    if isinstance(stills, Yuv420) != isinstance(frames, Yuv420):
+        raise ValueError("frames and stills must both be RGB or both be YUV 4:2:0")
+    dimensions = 3 if isinstance(stills, Yuv420) else 4
+    B, shape = _shape(frames)[0], tuple(_luma(stills).shape)
+    if len(shape) != dimensions or shape[0] != B:
+        raise ValueError(f"stills must be ({B}, H, W{', 3' if dimensions == 4 else ''}), one a clip, not {shape}")
+    check_same_device("stills", _luma(stills), "frames", _luma(frames))
+
+
+def _check_yuv(frames: Yuv420) -> None:
+    B, T, H, W = frames.y.shape
+    for name in ("u", "v"):
+        plane: Tensor = getattr(frames, name)
+        if plane.dtype != torch.uint8:
+            raise TypeError(f"{name} must be uint8, not {plane.dtype}")
+        expected = (B, T, (H + 1) // 2, (W + 1) // 2)
+        if tuple(plane.shape) != expected:
+            raise ValueError(f"{name} must be {expected}, half of y {(B, T, H, W)}, not {tuple(plane.shape)}")
+        check_same_device(name, plane, "y", frames.y)
+    for name in ("bt709", "full_range"):
+        flag: Tensor = getattr(frames, name)
+        if flag.shape != (B,) or flag.dtype != torch.bool:
+            raise ValueError(f"{name} must be ({B},) bool, not {tuple(flag.shape)} {flag.dtype}")
+
+
+def _check_augment(
+    frames: Tensor | Yuv420,
+    rows: Augmentation,
+    size: tuple[int, int],
+    check_rows: bool | None,
+    kind: str = "clip",
+) -> None:
+    luma = _luma(frames)
+    if luma.dtype != torch.uint8:
+        raise TypeError(f"{'frames' if kind == 'clip' else 'stills'} must be uint8, not {luma.dtype}")
+    if isinstance(frames, Yuv420):
+        if luma.dim() != 4 or luma.shape[1] == 0:
+            raise ValueError(f"y must be (B, T, H, W) with T >= 1, not {tuple(luma.shape)}")
+        _check_yuv(frames)
+    elif luma.dim() != 5 or luma.shape[4] != 3 or luma.shape[1] == 0:
+        raise ValueError(f"frames must be (B, T, H, W, 3) with T >= 1, not {tuple(luma.shape)}")
+    B, _, H, W = _shape(frames)
     for field in fields(rows):
         if getattr(rows, field.name).shape[:1] != (B,):
             shape = tuple(getattr(rows, field.name).shape)
-            raise ValueError(f"augmentation.{field.name} must have one row for each of {B} clips, not shape {shape}")
+            raise ValueError(f"augmentation.{field.name} must have one row for each of {B} {kind}s, not shape {shape}")
     if min(size) < 1:
         raise ValueError(f"size must be a height and width of at least 1, not {size}")
 
+    if check_rows is None:
+        check_rows = rows.box.device.type == "cpu" and not torch.compiler.is_compiling()
+    if check_rows:
+        _check_rows(rows.to("cpu"), H, W, kind)
+
+
+def _check_rows(rows: Augmentation, H: int, W: int, kind: str) -> None:
     table = zip(rows.size.tolist(), rows.box.tolist(), rows.order.tolist(), rows.sigma.tolist(), strict=True)
     for b, ((valid_height, valid_width), (top, left, height, width), order, sigma) in enumerate(table):
         if not (1 <= valid_height <= H and 1 <= valid_width <= W):
-            raise ValueError(f"clip {b}: valid size {valid_height} x {valid_width} is not within the {H} x {W} buffer")
+            raise ValueError(
+                f"{kind} {b}: valid size {valid_height} x {valid_width} is not within the {H} x {W} buffer"
+            )
         inside = top >= 0 and left >= 0 and top + height <= valid_height and left + width <= valid_width
         if not inside or height < 1 or width < 1:
             raise ValueError(
-                f"clip {b}: box (top {top}, left {left}, height {height}, width {width}) "
+                f"{kind} {b}: box (top {top}, left {left}, height {height}, width {width}) "
                 f"is not within the valid {valid_height} x {valid_width} frame"
             )
         if sorted(order) != [0, 1, 2, 3]:
-            raise ValueError(f"clip {b}: order {order} is not a permutation of 0, 1, 2, 3")
+            raise ValueError(f"{kind} {b}: order {order} is not a permutation of 0, 1, 2, 3")
         if not 0 <= sigma < math.inf:
-            raise ValueError(f"clip {b}: sigma {sigma} must be 0 (no blur) or a positive number")
+            raise ValueError(f"{kind} {b}: sigma {sigma} must be 0 (no blur) or a positive number")

@@ -1,22 +1,62 @@
-"""kernels/view_generation.py against kornia's augmentation classes, and numpy for crop, resize and frame difference."""
+"""kernels/view_generation.py, reference and Triton (in its interpreter where there is no GPU), against independent oracles.
 
-from dataclasses import replace
+kornia's augmentation classes for the colours, the flip and the blur; numpy for crop, resize, YUV and frame difference.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
 
 import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
+from kornia.color import yuv420_to_rgb
 from torch import Tensor
 
-from kernels import Augmentation, ViewParams, augment, generate_views
-from kernels.view_generation import MEAN, STD, Boundary
+import kernels
+from kernels import Augmentation, ViewParams, Views, Yuv420
+from kernels.backend import HAS_TRITON, runs_triton
+from kernels.view_generation import MEAN, STD, Boundary, generate_views_reference, yuv_coefficients
 
-# A value of 0..1 is rounded to EPS / 2 by each operation and then divided by a standard deviation of 0.22 or more.
+# Oracles compute in float64. A value of 0..1 is rounded to EPS / 2 by each operation and then divided by a standard deviation of
+# 0.22 or more. A mean over pixels, of sums in any order, adds no more than one such rounding at these sizes.
 EPS = float(np.finfo(np.float32).eps)
 ONE_OPERATION = 4 * EPS / min(STD)
+# kornia's hue is an angle of up to 2 pi, which rounds 8 times as coarsely: its own float32 is 7 EPS from its float64.
+HUE = 8 * EPS / min(STD)
+ALL_STEPS = 2 * HUE  # contrast and saturation enlarge an error of hue, by up to 1.4 each
 WHOLE_CHAIN = 4 * ONE_OPERATION
 
-WIDE, TALL = (30, 41), (37, 24)  # height, width
+WIDE, TALL, SMALL = (30, 41), (37, 24), (17, 23)  # height, width
+
+
+_device = torch.device("cpu")  # where the two functions below work; the fixture `backend` sets it
+
+
+@pytest.fixture
+def backend(device: torch.device) -> Iterator[str]:
+    """A test runs with the reference, with the kernels in their interpreter, and (`-m gpu`) with the kernels on a GPU."""
+    global _device
+    _device = device
+    yield "triton" if runs_triton(device) else "reference"
+    _device = torch.device("cpu")
+
+
+@pytest.fixture
+def triton(backend: str) -> None:
+    if backend != "triton":
+        pytest.skip("of the kernels")
+
+
+def augment(frames: Tensor | Yuv420, *arguments: Any, **named: Any) -> Tensor:
+    return kernels.augment(frames.to(_device), *arguments, **named).cpu()
+
+
+def generate_views(frames: Tensor | Yuv420, stills: Tensor | Yuv420, *arguments: Any, **named: Any) -> Views:
+    views = kernels.generate_views(frames.to(_device), stills.to(_device), *arguments, **named)
+    return Views(*(view.cpu() for view in views))
 
 
 def video(*shape: int, seed: int = 0) -> Tensor:
@@ -46,13 +86,19 @@ def neutral(sizes: list[tuple[int, int]]) -> Augmentation:
 
 
 def images_of(frames: Tensor) -> Tensor:
-    """uint8 (T, H, W, 3) -> float (T, 3, H, W) in 0..1, kornia's form."""
-    return frames.permute(0, 3, 1, 2).float() / 255
+    """uint8 (T, H, W, 3) -> float64 (T, 3, H, W) in 0..1, kornia's form."""
+    return frames.permute(0, 3, 1, 2).double() / 255
+
+
+def assert_close(got: Tensor, expected: Tensor, atol: float) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=atol)
 
 
 def normalized(images: Tensor) -> Tensor:
     """(T, 3, h, w) -> (3, T, h, w), normalised by kornia's class."""
-    return K.Normalize(torch.tensor(MEAN), torch.tensor(STD), p=1.0)(images).transpose(0, 1)
+    mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
+    return K.Normalize(mean, std, p=1.0)(images).transpose(0, 1)
 
 
 def kornia_jitter(images: Tensor, factors: list[float], order: list[int]) -> Tensor:
@@ -98,7 +144,7 @@ def numpy_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         pytest.param((2, 4, 25, 3), (1, 1), id="to one pixel"),
     ],
 )
-def test_crop_and_resize(box: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+def test_crop_and_resize(backend: str, box: tuple[int, int, int, int], size: tuple[int, int]) -> None:
     frames = video(1, 2, *WIDE, 3)
     top, left, height, width = box
     got = augment(frames, replace(neutral([WIDE]), box=torch.tensor([box])), size)
@@ -110,27 +156,26 @@ def test_crop_and_resize(box: tuple[int, int, int, int], size: tuple[int, int]) 
         np.testing.assert_allclose(got[0, :, t].permute(1, 2, 0), expected, rtol=0, atol=41 * ONE_OPERATION)
 
 
-def test_grayscale() -> None:
+def test_grayscale(backend: str) -> None:
     frames = video(1, 3, *WIDE, 3)
     got = augment(frames, replace(neutral([WIDE]), grayscale=torch.tensor([True])), WIDE)
     expected = normalized(K.RandomGrayscale(p=1.0)(images_of(frames[0])))
-    torch.testing.assert_close(got[0], expected, rtol=0, atol=ONE_OPERATION)
+    assert_close(got[0], expected, ONE_OPERATION)
 
 
-def test_flip() -> None:
+def test_flip(backend: str) -> None:
     frames = video(1, 3, *WIDE, 3)
     got = augment(frames, replace(neutral([WIDE]), flip=torch.tensor([True])), WIDE)
     expected = normalized(K.RandomHorizontalFlip(p=1.0)(images_of(frames[0])))
-    torch.testing.assert_close(got[0], expected, rtol=0, atol=ONE_OPERATION)
+    assert_close(got[0], expected, ONE_OPERATION)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur(sigma: float) -> None:
+def test_blur(backend: str, sigma: float) -> None:
     frames = video(1, 3, *WIDE, 3)
     got = augment(frames, replace(neutral([WIDE]), sigma=torch.tensor([sigma])), WIDE)
-    torch.testing.assert_close(
-        got[0], normalized(kornia_blur(images_of(frames[0]), sigma)), rtol=0, atol=WHOLE_CHAIN
-    )  # a sum of 11 products, twice
+    expected = normalized(kornia_blur(images_of(frames[0]), sigma))
+    assert_close(got[0], expected, WHOLE_CHAIN)  # a sum of 11 products, twice
 
 
 @pytest.mark.parametrize(
@@ -142,29 +187,56 @@ def test_blur(sigma: float) -> None:
         pytest.param([1.0, 1.0, 1.0, -0.1], id="hue"),
         pytest.param([0.6, 1.4, 1.3, 0.1], id="all four"),
         pytest.param([1.0, 1.0, 1.0, 0.0], id="neutral"),
+        pytest.param([1.0, 1.0, 1.0, 0.5], id="hue to the opposite, both ends of its range"),
+        pytest.param([0.0, 1.0, 1.0, -0.5], id="brightness to black"),
     ],
 )
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
-def test_jitter(factors: list[float], order: list[int]) -> None:
-    frames = video(1, 3, *WIDE, 3)
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param([0, 1, 2, 3], id="as named"),
+        pytest.param([3, 2, 1, 0], id="reversed"),
+        pytest.param([1, 3, 0, 2], id="contrast first, no step before the mean"),
+    ],
+)
+def test_jitter(backend: str, factors: list[float], order: list[int]) -> None:
+    frames = video(1, 2, *SMALL, 3)
     rows = replace(
-        neutral([WIDE]),
+        neutral([SMALL]),
         jitter=torch.tensor([True]),
         factors=torch.tensor([factors]),
         order=torch.tensor([order]),
     )
     expected = normalized(kornia_jitter(images_of(frames[0]), factors, order))
-    torch.testing.assert_close(augment(frames, rows, WIDE)[0], expected, rtol=0, atol=ONE_OPERATION)
+    tolerance = ONE_OPERATION if factors[3] == 0 else HUE if factors[:3] == [1, 1, 1] else ALL_STEPS
+    assert_close(augment(frames, rows, SMALL)[0], expected, tolerance)
     # Without the flag, factors and order are not looked at.
-    unused = augment(frames, replace(rows, jitter=torch.tensor([False])), WIDE)
-    assert torch.equal(unused, augment(frames, neutral([WIDE]), WIDE))
+    unused = augment(frames, replace(rows, jitter=torch.tensor([False])), SMALL)
+    assert torch.equal(unused, augment(frames, neutral([SMALL]), SMALL))
+
+
+def test_all_orders_of_the_jitter_steps(backend: str) -> None:
+    """24 clips in one batch, one of each order, which a program must not take from its neighbour."""
+    orders = list(itertools.permutations(range(4)))
+    size, factors = (8, 10), [1.3, 0.7, 1.4, 0.08]
+    frames = video(1, 1, *size, 3).expand(24, -1, -1, -1, -1)
+    rows = replace(
+        neutral([size] * 24),
+        jitter=torch.ones(24, dtype=torch.bool),
+        factors=torch.tensor([factors] * 24),
+        order=torch.tensor(orders),
+    )
+    got = augment(frames, rows, size)
+    for b, order in enumerate(orders):
+        expected = normalized(kornia_jitter(images_of(frames[b]), factors, list(order)))
+        assert_close(got[b], expected, ALL_STEPS)
 
 
 def two_clips() -> tuple[Tensor, Augmentation]:
-    """Two clips of different size in one buffer, every operation on both but grayscale on the second only."""
-    frames = torch.full((2, 4, 40, 44, 3), 77, dtype=torch.uint8)  # 77: padding that must not be seen
-    frames[0, :, : WIDE[0], : WIDE[1]] = video(4, *WIDE, 3, seed=1)
-    frames[1, :, : TALL[0], : TALL[1]] = video(4, *TALL, 3, seed=2)
+    """Two clips of different size in one buffer: a blurred one in colour, and one in grey without blur."""
+    frames = torch.full((2, 3, 40, 44, 3), 77, dtype=torch.uint8)  # 77: padding that must not be seen
+    frames[0, :, : WIDE[0], : WIDE[1]] = video(3, *WIDE, 3, seed=1)
+    frames[1, :, : TALL[0], : TALL[1]] = video(3, *TALL, 3, seed=2)
     rows = Augmentation(
         size=torch.tensor([WIDE, TALL]),
         box=torch.tensor([[2, 1, 25, 40], [0, 4, 37, 20]]),
@@ -173,49 +245,50 @@ def two_clips() -> tuple[Tensor, Augmentation]:
         jitter=torch.tensor([True, True]),
         factors=torch.tensor([[0.7, 1.3, 1.4, 0.08], [1.2, 0.8, 0.6, -0.1]]),
         order=torch.tensor([[2, 0, 3, 1], [1, 3, 2, 0]]),
-        sigma=torch.tensor([0.9, 1.7]),
+        sigma=torch.tensor([0.9, 0.0]),
     )
     return frames, rows
 
 
-def test_whole_chain() -> None:
+def test_whole_chain(backend: str) -> None:
     frames, rows = two_clips()
-    got = augment(frames, rows, (19, 23))
+    got = augment(frames, rows, (8, 11))
     for b in range(2):
         top, left, height, width = rows.box[b].tolist()
         images = images_of(frames[b, :, top : top + height, left : left + width])
-        images = torch.nn.functional.interpolate(images, (19, 23), mode="bilinear", align_corners=False)
+        images = torch.nn.functional.interpolate(images, (8, 11), mode="bilinear", align_corners=False)
         if rows.grayscale[b]:
             images = K.RandomGrayscale(p=1.0)(images)
         images = kornia_jitter(images, rows.factors[b].tolist(), rows.order[b].tolist())
         if rows.flip[b]:
             images = K.RandomHorizontalFlip(p=1.0)(images)
-        expected = normalized(kornia_blur(images, float(rows.sigma[b])))
-        torch.testing.assert_close(got[b], expected, rtol=0, atol=WHOLE_CHAIN)
+        if rows.sigma[b] > 0:
+            images = kornia_blur(images, float(rows.sigma[b]))
+        assert_close(got[b], normalized(images), WHOLE_CHAIN)
 
 
-def test_clips_of_different_sizes_equal_themselves_alone() -> None:
+def test_clips_of_different_sizes_equal_themselves_alone(backend: str) -> None:
     frames, rows = two_clips()
-    together = augment(frames, rows, (19, 23))
+    together = augment(frames, rows, (8, 11))
     for b, (height, width) in enumerate((WIDE, TALL)):
         row = Augmentation(*(getattr(rows, name)[b : b + 1] for name in Augmentation.__dataclass_fields__))
-        alone = augment(frames[b : b + 1, :, :height, :width], row, (19, 23))
+        alone = augment(frames[b : b + 1, :, :height, :width], row, (8, 11))
         assert torch.equal(together[b : b + 1], alone)
 
 
-def test_every_frame_has_the_same_draw() -> None:
+def test_every_frame_has_the_same_draw(backend: str) -> None:
     frames, rows = two_clips()
     frames[:] = frames[:, :1].clone()
-    view = augment(frames, rows, (16, 16))
+    view = augment(frames, rows, (7, 7))
     assert torch.equal(view, view[:, :, :1].expand_as(view))
 
 
-def test_blur_of_a_view_smaller_than_the_kernel() -> None:
+def test_blur_of_a_view_smaller_than_the_kernel(backend: str) -> None:
     """A reflected border needs 6 pixels: at 6 kornia's class agrees, at 5 and fewer the border repeats."""
     frames = video(1, 2, 6, 9, 3)
     rows = replace(neutral([(6, 9)]), sigma=torch.tensor([1.5]))
     expected = normalized(kornia_blur(images_of(frames[0]), 1.5))
-    torch.testing.assert_close(augment(frames, rows, (6, 9))[0], expected, rtol=0, atol=WHOLE_CHAIN)
+    assert_close(augment(frames, rows, (6, 9))[0], expected, WHOLE_CHAIN)
 
     weights = np.exp(-(np.arange(-5.0, 6) ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
@@ -228,16 +301,16 @@ def test_blur_of_a_view_smaller_than_the_kernel() -> None:
 
 
 @pytest.mark.parametrize("boundary", ["wrap", "zero", "replicate"])
-@pytest.mark.parametrize("T", [1, 2, 4])
-def test_generate_views(boundary: Boundary, T: int) -> None:
+@pytest.mark.parametrize("T", [1, 3])
+def test_generate_views(backend: str, boundary: Boundary, T: int) -> None:
     frames, rows = two_clips()
     stills, still_rows = video(2, 20, 26, 3, seed=9), neutral([(20, 26), (15, 11)])
-    params = ViewParams(clip=rows, still=still_rows, size=(13, 15))
+    params = ViewParams(clip=rows, still=still_rows, size=(6, 9))
     views = generate_views(frames[:, :T], stills, params, boundary=boundary)
 
-    assert torch.equal(views.rgb, augment(frames[:, :T], rows, (13, 15)))
+    assert torch.equal(views.rgb, augment(frames[:, :T], rows, (6, 9)))
 
-    still = augment(stills[:, None], still_rows, (13, 15))
+    still = augment(stills[:, None], still_rows, (6, 9))
     for t in range(T):
         assert torch.equal(views.static[:, :, t], still[:, :, 0])
 
@@ -249,19 +322,22 @@ def test_generate_views(boundary: Boundary, T: int) -> None:
         d[:, :, 0] = v[:, :, 0] - v[:, :, T - 1]
     if boundary == "replicate" and T > 1:
         d[:, :, 0] = d[:, :, 1]
-    np.testing.assert_array_equal(views.dynamic, d)
+    if backend == "reference":
+        np.testing.assert_array_equal(views.dynamic, d)
+    else:  # on a GPU one rounding may be saved by a fused multiply-add
+        np.testing.assert_allclose(views.dynamic, d, rtol=0, atol=ONE_OPERATION)
 
     for view in views:
-        assert view.shape == (2, 3, T, 13, 15)
+        assert view.shape == (2, 3, T, 6, 9)
         assert view.is_contiguous(memory_format=torch.channels_last_3d)
         assert view.stride(1) == 1  # channels innermost, which is_contiguous alone leaves open at T = 1
         assert not view.requires_grad
 
 
-def test_bfloat16_is_float32_rounded_once() -> None:
+def test_bfloat16_is_float32_rounded_once(backend: str) -> None:
     frames, rows = two_clips()
     stills, still_rows = video(2, 20, 26, 3, seed=9), neutral([(20, 26), (15, 11)])
-    params = ViewParams(clip=rows, still=still_rows, size=(12, 12))
+    params = ViewParams(clip=rows, still=still_rows, size=(8, 7))
     exact = generate_views(frames, stills, params)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the arithmetic
         rounded = generate_views(frames, stills, params, dtype=torch.bfloat16)
@@ -303,7 +379,7 @@ def test_a_row_that_cannot_be_applied_is_named(field: str, value: object, messag
         augment(frames, rows, (8, 8))
 
 
-def test_other_errors() -> None:
+def test_other_errors(backend: str) -> None:
     frames, rows = torch.zeros(2, 1, 32, 44, 3, dtype=torch.uint8), neutral([WIDE, WIDE])
     with pytest.raises(TypeError, match="frames must be uint8"):
         augment(frames.float(), rows, (8, 8))
@@ -316,5 +392,272 @@ def test_other_errors() -> None:
     params = ViewParams(clip=rows, still=rows, size=(8, 8))
     with pytest.raises(ValueError, match="stills must be"):
         generate_views(frames, frames[:1, 0], params)
+    outside = replace(rows, box=torch.tensor([[0, 0, 8, 8], [30, 0, 3, 8]]))
+    with pytest.raises(ValueError, match="still 1: box"):
+        generate_views(frames, frames[:, 0], ViewParams(clip=rows, still=outside, size=(8, 8)))
     with pytest.raises(ValueError, match="boundary must be"):
         generate_views(frames, frames[:, 0], params, boundary="mirror")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------------- YUV
+
+
+def yuv_video(H: int, W: int, B: int = 2, T: int = 2, seed: int = 0, bt709: bool = False, full: bool = True) -> Yuv420:
+    """Noise in all planes, far out of RGB's range too."""
+    rng = torch.Generator().manual_seed(seed)
+    half = (B, T, (H + 1) // 2, (W + 1) // 2)
+    y = torch.randint(0, 256, (B, T, H, W), generator=rng, dtype=torch.uint8)
+    u, v = (torch.randint(0, 256, half, generator=rng, dtype=torch.uint8) for _ in range(2))
+    return Yuv420(y, u, v, torch.full((B,), bt709), torch.full((B,), full))
+
+
+def numpy_rgb(frames: Yuv420, b: int) -> np.ndarray:
+    """Clip b in RGB, (T, H, W, 3) float64 in 0..1, by inverting the standards' matrix from RGB to Y, Cb, Cr."""
+    kr, kb = (0.2126, 0.0722) if frames.bt709[b] else (0.299, 0.114)
+    luma = np.array([kr, 1 - kr - kb, kb])
+    to_yuv = np.stack([luma, ([0, 0, 1] - luma) / (2 * (1 - kb)), ([1, 0, 0] - luma) / (2 * (1 - kr))])
+    H, W = frames.y.shape[2:]
+    planes = [frames.y[b].double().numpy()]
+    for plane in (frames.u[b], frames.v[b]):
+        planes.append(plane.double().numpy().repeat(2, axis=1).repeat(2, axis=2)[:, :H, :W])
+    yuv = np.stack(planes, axis=-1)
+    yuv = (yuv - [0, 128, 128]) / 255 if frames.full_range[b] else (yuv - [16, 128, 128]) / [219, 224, 224]
+    return (yuv @ np.linalg.inv(to_yuv).T).clip(0, 1)
+
+
+@pytest.mark.parametrize("bt709", [False, True], ids=["BT.601", "BT.709"])
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize(
+    ("H", "W"), [pytest.param(12, 16, id="even"), pytest.param(11, 15, id="odd, the last chroma square is cut off")]
+)
+def test_yuv(backend: str, bt709: bool, full: bool, H: int, W: int) -> None:
+    frames = yuv_video(H, W, bt709=bt709, full=full)
+    got = augment(frames, neutral([(H, W)] * 2), (H, W))
+    for b in range(2):
+        expected = normalized(torch.from_numpy(numpy_rgb(frames, b)).permute(0, 3, 1, 2))
+        assert_close(got[b], expected, 2 * ONE_OPERATION)  # chroma is weighted by up to 2.1
+
+
+def test_yuv_of_full_range_bt601_is_kornias() -> None:
+    """kornia's U and V are those of BT.470, 0.436 and 0.615 of full scale where Cb and Cr have 0.5; its matrix has three decimals."""
+    frames = yuv_video(12, 16)
+    uv = torch.stack([frames.u[0], frames.v[0]], dim=1).double() - 128  # (T, 2, 6, 8)
+    scale = torch.tensor([0.436, 0.615]).double().view(2, 1, 1) * 2 / 255
+    expected = yuv420_to_rgb(frames.y[0, :, None].double() / 255, uv * scale).clamp(0, 1)
+    got = augment(frames, neutral([(12, 16)] * 2), (12, 16))[0]
+    assert_close(got, normalized(expected), 3e-3 / min(STD))
+
+
+def test_yuv_goes_through_the_whole_chain(backend: str) -> None:
+    """Boxes at odd rows and columns, a matrix of each clip's own, stills of another size; the reference goes through float RGB."""
+    frames, stills = yuv_video(21, 27, seed=3), yuv_video(15, 18, seed=4)
+    frames.bt709[1], frames.full_range[0] = True, False
+    stills = Yuv420(stills.y[:, 0], stills.u[:, 0], stills.v[:, 0], stills.bt709, ~stills.full_range)
+    rows = two_clips()[1]
+    rows.size[:], rows.box[:] = torch.tensor([21, 27]), torch.tensor([[1, 3, 17, 21], [0, 5, 21, 22]])
+    params = ViewParams(rows, neutral([(15, 18)] * 2), (7, 9))
+    got = generate_views(frames, stills, params)
+    rgb = torch.stack([torch.from_numpy(numpy_rgb(frames, b)) for b in range(2)])  # (B, T, H, W, 3)
+    for b in range(2):
+        top, left, height, width = rows.box[b].tolist()
+        images = rgb[b, :, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        images = torch.nn.functional.interpolate(images, (7, 9), mode="bilinear", align_corners=False)
+        if rows.grayscale[b]:
+            images = K.RandomGrayscale(p=1.0)(images)
+        images = kornia_jitter(images, rows.factors[b].tolist(), rows.order[b].tolist())
+        if rows.flip[b]:
+            images = K.RandomHorizontalFlip(p=1.0)(images)
+        if rows.sigma[b] > 0:
+            images = kornia_blur(images, float(rows.sigma[b]))
+        assert_close(got.rgb[b], normalized(images), 2 * WHOLE_CHAIN)
+    assert (got.static == got.static[:, :, :1]).all()
+
+
+def test_yuv_refuses_by_name() -> None:
+    frames, rows = yuv_video(11, 15), neutral([(11, 15)] * 2)
+    with pytest.raises(ValueError, match=r"u must be \(2, 2, 6, 8\), half of y"):
+        augment(replace(frames, u=frames.u[:, :, :5]), rows, (8, 8))
+    with pytest.raises(TypeError, match="v must be uint8"):
+        augment(replace(frames, v=frames.v.float()), rows, (8, 8))
+    with pytest.raises(ValueError, match=r"bt709 must be \(2,\) bool"):
+        augment(replace(frames, bt709=frames.bt709[:1]), rows, (8, 8))
+    with pytest.raises(ValueError, match="y must be"):
+        augment(replace(frames, y=frames.y[0]), rows, (8, 8))
+    with pytest.raises(ValueError, match="both be RGB or both be YUV"):
+        generate_views(frames, torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ViewParams(rows, rows, (8, 8)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- Triton
+
+
+def small_batch(T: int = 2) -> tuple[Tensor, Tensor, ViewParams]:
+    """Two clips with every operation, one of them blurred, and their stills."""
+    frames, rows = two_clips()
+    stills, still_rows = video(2, 20, 26, 3, seed=9), neutral([(20, 26), (15, 11)])
+    still_rows.sigma[0], still_rows.jitter[1] = 0.9, True
+    still_rows.factors[1] = torch.tensor([1.2, 0.8, 1.1, 0.05])
+    return frames[:, :T], stills, ViewParams(rows, still_rows, (8, 10))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(
+    ("boundary", "size", "T"),
+    [
+        pytest.param("wrap", (8, 10), 2, id="usual"),
+        pytest.param("zero", (3, 120), 1, id="too low to mirror, wider than a program's columns"),
+        pytest.param("replicate", (60, 2), 1, id="more rows than a program's, no second frame"),
+    ],
+)
+def test_triton_agrees_with_the_reference(boundary: Boundary, size: tuple[int, int], T: int) -> None:
+    frames, stills, params = small_batch(T)
+    params = replace(params, size=size)
+    expected = generate_views_reference(frames, stills, params, boundary=boundary)
+    got = generate_views(frames, stills, params, boundary=boundary)
+    for view, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(view, reference, rtol=0, atol=WHOLE_CHAIN)
+        assert view.stride() == reference.stride()
+
+
+def test_padding_is_not_seen_and_sums_are_in_a_fixed_order(backend: str) -> None:
+    """The same bits on a second run, with another padding."""
+    frames, stills, params = small_batch()
+    expected = generate_views(frames, stills, params)
+    poisoned = frames.clone()
+    for b, (height, width) in enumerate((WIDE, TALL)):
+        poisoned[b, :, height:] = 255
+        poisoned[b, :, :, width:] = 255
+    for view, same in zip(generate_views(poisoned, stills, params), expected, strict=True):
+        assert torch.equal(view, same)
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_row_that_is_not_checked_reads_within_the_buffer() -> None:
+    """The frame is the middle of a poisoned buffer: a tap outside it would show."""
+    buffer = torch.full((3, 1, 6, 7, 3), 255, dtype=torch.uint8)
+    buffer[1] = 0
+    rows = replace(neutral([(6, 7)]), box=torch.tensor([[-50, 900, 70, -3]]))
+    view = augment(buffer[1:2], rows, (5, 4), check_rows=False)
+    with pytest.raises(ValueError, match="clip 0: box"):
+        augment(buffer[1:2], rows, (5, 4), check_rows=True)
+    black = -torch.tensor(MEAN) / torch.tensor(STD)
+    torch.testing.assert_close(view, black.view(1, 3, 1, 1, 1).expand(1, 3, 1, 5, 4), rtol=0, atol=ONE_OPERATION)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("yuv", [False, True], ids=["RGB", "YUV"])
+def test_registered_operators(yuv: bool) -> None:
+    from kernels.view_generation_triton import augment_op, generate_views_op
+
+    planes = (video(1, 1, 8, 9, 3), None, None)
+    stills = (video(1, 7, 6, 3), None, None)
+    if yuv:
+        source = yuv_video(8, 9, B=1, T=1)
+        planes = stills = (source.y, source.u, source.v)
+        stills = (source.y[:, 0], source.u[:, 0], source.v[:, 0])
+    table = torch.zeros(2, 22 if yuv else 16)
+    table[:, 2:4] = torch.tensor([5.0, 6.0])
+    torch.library.opcheck(generate_views_op, (*planes, *stills, table, 4, 5, "wrap", torch.bfloat16))
+    torch.library.opcheck(augment_op, (*planes, table[:1], 4, 5, torch.float32))
+
+
+@pytest.mark.usefixtures("triton")
+def test_compiles_without_a_graph_break() -> None:
+    frames, stills, params = small_batch(T=1)
+    params = replace(params, size=(5, 6))
+    compiled = torch.compile(kernels.generate_views, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(frames, stills, params), generate_views(frames, stills, params), strict=True):
+        assert torch.equal(got, expected)
+        assert got.stride() == expected.stride()
+
+
+@pytest.mark.usefixtures("triton")
+def test_launches_do_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import view_generation_triton
+
+    launched: list[str] = []
+    monkeypatch.setattr(
+        view_generation_triton.Launch, "__call__", lambda launch: launched.append(launch.kernel.fn.__name__)
+    )
+    frames, stills, params = small_batch(T=1)
+    generate_views(frames, stills, params)
+    assert launched == ["_means", "_columns", "_finish"]
+    launched.clear()
+    eight = [frames.repeat(4, 1, 1, 1, 1), stills.repeat(4, 1, 1, 1)]
+    clip, still = (
+        Augmentation(
+            *(
+                getattr(rows, field.name).repeat(4, *[1] * (getattr(rows, field.name).dim() - 1))
+                for field in fields(rows)
+            )
+        )
+        for rows in (params.clip, params.still)
+    )
+    generate_views(*eight, ViewParams(clip, still, params.size))
+    assert launched == ["_means", "_columns", "_finish"]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_table_of_parameters_has_the_kernels_columns() -> None:
+    from kernels import view_generation_triton as kernel
+
+    _, rows = two_clips()
+    table = kernel.table_of(rows, yuv_video(40, 44))
+    assert table.shape == (2, 22)
+    assert table.dtype == torch.float32
+    assert kernel.table_of(rows, torch.empty(0)).shape == (2, 16)
+    assert table[0].tolist()[:4] == rows.box[0].tolist()
+    assert torch.equal(table[:, kernel._FLIP.value] != 0, rows.flip)
+    assert torch.equal(table[:, kernel._GRAYSCALE.value] != 0, rows.grayscale)
+    assert torch.equal(table[:, kernel._JITTER.value] != 0, rows.jitter)
+    assert torch.equal(table[:, kernel._SIGMA.value], rows.sigma)
+    assert torch.equal(table[:, kernel._FACTORS.value :][:, :4], rows.factors)
+    assert torch.equal(table[:, kernel._ORDER.value :][:, :4].long(), rows.order)
+    coefficients = yuv_coefficients(torch.tensor([False] * 2), torch.tensor([True] * 2))
+    assert torch.equal(table[:, kernel._YUV.value :][:, :6], coefficients)
+    # BT.601 in full range as ITU-T T.871 (JFIF) prints it, to five decimals.
+    torch.testing.assert_close(
+        coefficients[0], torch.tensor([0, 1, 1.402, -0.34414, -0.71414, 1.772]), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("triton")
+def test_production_size() -> None:
+    """More than one strip of rows, 49 programs a clip, sums over many pixels."""
+    frames, stills = video(1, 1, 128, 171, 3, seed=5), video(1, 40, 50, 3, seed=6)
+    rows = replace(
+        neutral([(128, 171)]),
+        box=torch.tensor([[5, 9, 117, 150]]),
+        jitter=torch.tensor([True]),
+        factors=torch.tensor([[0.8, 1.4, 1.3, -0.07]]),
+        order=torch.tensor([[3, 0, 1, 2]]),
+    )
+    params = ViewParams(rows, neutral([(40, 50)]), (112, 112))
+    rows.sigma[0] = 1.1
+    expected = generate_views_reference(frames, stills, params)
+    got = generate_views(frames, stills, params)
+    for view, reference in zip(got, expected, strict=True):
+        # Source coordinates of up to 150 pixels round to 150 EPS of a pixel, and neighbours of noise differ by up to 1.
+        torch.testing.assert_close(view, reference, rtol=0, atol=2 * 150 * EPS / min(STD))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu_and_a_graph_captures_it() -> None:
+    frames, stills, params = small_batch()
+    expected = kernels.generate_views(frames.cuda(), stills.cuda(), params)
+    frames, stills, on_gpu = frames.cuda(), stills.cuda(), params.to("cuda")
+    kernels.generate_views(frames, stills, on_gpu)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.generate_views(frames, stills, params)
+        kernels.generate_views(frames, stills, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernels.generate_views(frames, stills, on_gpu)
+    for view in captured:
+        view.fill_(float("nan"))
+    graph.replay()
+    for view, same in zip(captured, expected, strict=True):
+        assert torch.equal(view, same)

@@ -1,0 +1,766 @@
+# mypy: allow-untyped-defs
+"""The three views in Triton: from uint8 frames to what the network sees, in three launches.
+
+    1. means     of each frame, the mean luma that its contrast step needs; writes no pixels
+    2. columns   of each frame of a blurred clip: crop, resize, colour, and the blur down its columns
+    3. finish    of each clip: the blur along rows, or crop, resize and colour where there is none; normalise, subtract, write
+
+All three treat the B stills as B more clips of one frame: row r < B of the table of parameters is clip r, row B + r its still.
+Frames are numbered likewise: T of each clip, clip by clip, then the stills.
+
+A program belongs to one clip, so what differs between clips (order of the colour steps, blur or none) is a branch that all
+its threads take together. `finish` walks over the frames of its clip with its pixels of the frame before in registers, so that the
+frame difference reads nothing, and a still is made once and stored T times.
+
+Bytes that must move, for a clip of T frames and views of h x w pixels: its box in the frames, read once (3 bytes a source
+pixel, 1.5 as YUV 4:2:0), and three views written, 3 * T * 3 * h * w values. The blur adds its intermediate, written once and
+read once (its 11-fold reading comes from L1): 2 * T * 3 * h * (w + 10) * 4 bytes, for the clips that are blurred and no others. A
+blur within a tile would save that and compute a halo of 10 rows and columns for each tile instead. `means` reads the box once more.
+
+Letters: B clips, T frames, H, W source pixels, h, w pixels of a view, C columns of the table.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.launch import Launch
+from kernels.view_generation import BLUR_KERNEL, MEAN, STD, Augmentation, Yuv420, yuv_coefficients
+
+# Columns of the table of parameters, (rows, C) float32: whole numbers of pixels are exact in it. C is 16, and 6 more for YUV.
+_TOP, _LEFT, _HEIGHT, _WIDTH = (tl.constexpr(i) for i in range(4))
+_FLIP, _GRAYSCALE, _JITTER, _SIGMA = (tl.constexpr(i) for i in range(4, 8))
+_FACTORS, _ORDER, _YUV = tl.constexpr(8), tl.constexpr(12), tl.constexpr(16)
+
+_RADIUS = tl.constexpr(BLUR_KERNEL // 2)
+_MEAN_R, _MEAN_G, _MEAN_B = (tl.constexpr(mean) for mean in MEAN)
+_PER_STD_R, _PER_STD_G, _PER_STD_B = (tl.constexpr(1 / std) for std in STD)
+
+# Of a frame, this many partial sums of luma, merged in this order by whoever needs the mean: the same sum every time.
+_SPLITS = 8
+_MEANS_BLOCK = 512  # pixels at a time
+_COLUMNS_BLOCK = 128  # columns of a program of `columns`: 112 and 10 of border fit
+_STRIP = 56  # rows of it; 10 more are computed for the border
+_FINISH_BLOCK = 256  # pixels of a program of `finish`: 49 programs for 112 x 112
+
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _box(row, H, W):
+    """Top, left, height and width of the crop; within the H x W buffer whatever the row says, so that nothing is read outside."""
+    top = tl.minimum(tl.maximum(tl.load(row + _TOP), 0.0), H - 1.0).to(tl.int32)
+    left = tl.minimum(tl.maximum(tl.load(row + _LEFT), 0.0), W - 1.0).to(tl.int32)
+    height = tl.minimum(tl.maximum(tl.load(row + _HEIGHT), 1.0), (H - top).to(tl.float32)).to(tl.int32)
+    width = tl.minimum(tl.maximum(tl.load(row + _WIDTH), 1.0), (W - left).to(tl.float32)).to(tl.int32)
+    return top, left, height, width
+
+
+@triton.jit
+def _taps(position, start, extent, outputs):
+    """Where pixels of the view lie in the source, along one axis: the two source pixels about each, and the weight of the second.
+
+    As F.interpolate of the crop start .. start + extent to `outputs` pixels: half-pixel centres, and the border is the box's.
+    """
+    scale = tl.div_rn(extent.to(tl.float32), outputs + 0.0)  # an argument of 1 is a constant, which has no .to
+    at = tl.maximum((position.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
+    first = tl.minimum(at.to(tl.int32), extent - 1)
+    second = tl.minimum(first + 1, extent - 1)
+    return start + first, start + second, at - first
+
+
+@triton.jit
+def _source_pixel(luma, u, v, y, x, W, yuv, YUV: tl.constexpr):
+    """R, G, B in 0..255 of source pixels (y, x) of one frame: luma (H, W, 3) packed RGB, or planes luma (H, W), u and v at half of it."""
+    if YUV:
+        chroma = (y // 2) * ((W + 1) // 2) + x // 2  # not interpolated
+        offset, scale, red_v, green_u, green_v, blue_u = yuv
+        light = (tl.load(luma + y * W + x).to(tl.float32) - offset) * scale
+        cb = tl.load(u + chroma).to(tl.float32) - 128
+        cr = tl.load(v + chroma).to(tl.float32) - 128
+        r = light + red_v * cr
+        g = light + green_u * cb + green_v * cr
+        b = light + blue_u * cb
+        r = tl.minimum(tl.maximum(r, 0.0), 255.0)
+        g = tl.minimum(tl.maximum(g, 0.0), 255.0)
+        b = tl.minimum(tl.maximum(b, 0.0), 255.0)
+    else:
+        pixel = luma + (y * W + x) * 3
+        r = tl.load(pixel).to(tl.float32)
+        g = tl.load(pixel + 1).to(tl.float32)
+        b = tl.load(pixel + 2).to(tl.float32)
+    return r, g, b
+
+
+@triton.jit
+def _sample(luma, u, v, rows, columns, W, yuv, YUV: tl.constexpr):
+    """R, G, B in 0..1 of the resized crop, at the taps `rows` and `columns`."""
+    above, below, down = rows
+    before, after, right = columns
+    r0, g0, b0 = _source_pixel(luma, u, v, above, before, W, yuv, YUV)
+    r1, g1, b1 = _source_pixel(luma, u, v, above, after, W, yuv, YUV)
+    r2, g2, b2 = _source_pixel(luma, u, v, below, before, W, yuv, YUV)
+    r3, g3, b3 = _source_pixel(luma, u, v, below, after, W, yuv, YUV)
+    left = 1 - right
+    upper, lower = (1 - down) / 255, down / 255
+    r = upper * (left * r0 + right * r1) + lower * (left * r2 + right * r3)
+    g = upper * (left * g0 + right * g1) + lower * (left * g2 + right * g3)
+    b = upper * (left * b0 + right * b1) + lower * (left * b2 + right * b3)
+    return r, g, b
+
+
+@triton.jit
+def _clamp(x):
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@triton.jit
+def _luma(r, g, b):
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+@triton.jit
+def _channel_of_hue(distance, value, chroma):
+    """A channel of the colour of this value and chroma whose hue is `distance` sixths of the circle from the channel's own."""
+    distance -= 6 * tl.floor(distance * (1 / 6) + 0.5)
+    return value - chroma * _clamp(tl.abs(distance) - 1)
+
+
+@triton.jit
+def _shift_hue(r, g, b, turns):
+    """Hue moved by `turns` of the circle, at constant value and saturation: kornia.enhance.adjust_hue in closed form.
+
+    A channel is at its greatest within a sixth of the circle of its own hue (red 0, green 2 sixths, blue 4), at its least from two sixths
+    on, and linear between. Distances from it are small where they matter, so they round less than kornia's angle of up to 2 pi.
+    kornia also adds 1e-8 to a denominator: a difference of 1e-8 at the most.
+    """
+    value = tl.maximum(tl.maximum(r, g), b)
+    chroma = value - tl.minimum(tl.minimum(r, g), b)
+    red = r == value
+    green = g == value
+    difference = tl.where(red, g - b, tl.where(green, b - r, r - g)) / tl.where(chroma == 0, 1.0, chroma)
+    # The hue is `difference` away from the greatest channel's.
+    shift = 6 * turns
+    same, behind, ahead = shift + 0.0, shift - 2, shift + 2
+    return (
+        _channel_of_hue(tl.where(red, same, tl.where(green, ahead, behind)) + difference, value, chroma),
+        _channel_of_hue(tl.where(red, behind, tl.where(green, same, ahead)) + difference, value, chroma),
+        _channel_of_hue(tl.where(red, ahead, tl.where(green, behind, same)) + difference, value, chroma),
+    )
+
+
+@triton.jit
+def _colour_row(row):
+    """What `_colour` needs of a row of the table: grayscale, jitter, the four factors, their order as 2 bits a step."""
+    order = 0
+    for step in tl.static_range(4):
+        order += (tl.load(row + _ORDER + step).to(tl.int32) & 3) << (2 * step)
+    return (
+        tl.load(row + _GRAYSCALE),
+        tl.load(row + _JITTER),
+        tl.load(row + _FACTORS),
+        tl.load(row + _FACTORS + 1),
+        tl.load(row + _FACTORS + 2),
+        tl.load(row + _FACTORS + 3),
+        order,
+    )
+
+
+@triton.jit
+def _colour(r, g, b, colour, mean, steps):
+    """Grayscale, and the first `steps` of the clip's colour steps if it has any; `mean` is the frame's mean luma before contrast."""
+    grayscale, jitter, brightness, contrast, saturation, hue, order = colour
+    if grayscale != 0:
+        r = _luma(r, g, b)
+        g = r
+        b = r
+    if jitter != 0:
+        r = _clamp(r)
+        g = _clamp(g)
+        b = _clamp(b)
+        for step in range(steps):
+            operation = (order >> (2 * step)) & 3
+            if operation == 3:
+                if hue != 0:
+                    r, g, b = _shift_hue(r, g, b, hue)
+            else:
+                # The other three move each channel away from something: from black, the frame's mean, the pixel's own luma.
+                factor = brightness
+                other = r * 0
+                if operation == 1:
+                    factor = contrast
+                    other += mean
+                if operation == 2:
+                    factor = saturation
+                    other = _luma(r, g, b)
+                other *= 1 - factor
+                r = _clamp(factor * r + other)
+                g = _clamp(factor * g + other)
+                b = _clamp(factor * b + other)
+        r = _clamp(r)
+        g = _clamp(g)
+        b = _clamp(b)
+    return r, g, b
+
+
+@triton.jit
+def _yuv_row(row, YUV: tl.constexpr):
+    """The six numbers that turn YUV into RGB, in the order of `yuv_coefficients`."""
+    if YUV:
+        return (
+            tl.load(row + _YUV),
+            tl.load(row + _YUV + 1),
+            tl.load(row + _YUV + 2),
+            tl.load(row + _YUV + 3),
+            tl.load(row + _YUV + 4),
+            tl.load(row + _YUV + 5),
+        )
+    else:
+        return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def _frame_mean(partials, frame, pixels, SPLITS: tl.constexpr):
+    """Mean luma of a frame from its partial sums, added in order."""
+    total = tl.load(partials + frame * SPLITS)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partials + frame * SPLITS + split)
+    return total / pixels
+
+
+@triton.jit
+def _flipped(row, x, w):
+    """Columns of the view before the flip, where that mirrors it."""
+    return tl.where(tl.load(row + _FLIP) != 0, w - 1 - x, x)
+
+
+@triton.jit
+def _mirrored(position, size, smaller_side):
+    """Index within 0..size of a pixel at most 5 outside: mirrored about the border pixel, or that one repeated if a side is too small."""
+    if smaller_side > _RADIUS:
+        position = tl.where(position < 0, -position, position)
+        position = tl.where(position >= size, 2 * (size - 1) - position, position)
+    return tl.minimum(tl.maximum(position, 0), size - 1)
+
+
+@triton.jit
+def _gaussian(sigma):
+    """The blur's weights 0, 1, .. 5 pixels from the centre."""
+    scale = -0.5 / (sigma * sigma)  # minus infinity for a sigma whose square vanishes: the centre alone
+    w1 = tl.exp(scale)
+    w2 = tl.exp(4 * scale)
+    w3 = tl.exp(9 * scale)
+    w4 = tl.exp(16 * scale)
+    w5 = tl.exp(25 * scale)
+    norm = 1 / (1 + 2 * (w1 + w2 + w3 + w4 + w5))
+    return norm, w1 * norm, w2 * norm, w3 * norm, w4 * norm, w5 * norm
+
+
+@triton.jit
+def _means(
+    luma, u, v, still_luma, still_u, still_v, table, partials,
+    B, T, H, W, still_H, still_W, h, w, pixels_per_split,
+    YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of each frame's luma as it is when the contrast step begins; 0 where there is none.
+
+    luma (B, T, H, W, 3) and still_luma (B, still_H, still_W, 3), u and v unused; or YUV planes luma (B, T, H, W), u, v (B, T, ceil(H/2),
+    ceil(W/2)), and the stills' likewise without T. table (rows, C), partials (B * T + stills, SPLITS).
+    One program: `pixels_per_split` pixels of one frame, BLOCK at a time.
+    """
+    frame = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    row, luma, u, v, H, W = _frame(
+        frame, luma, u, v, still_luma, still_u, still_v, table, B, T, H, W, still_H, still_W, YUV, C
+    )
+    colour = _colour_row(row)
+    yuv = _yuv_row(row, YUV)
+    order = colour[6]
+    before_contrast = 0
+    for step in tl.static_range(1, 4):
+        if ((order >> (2 * step)) & 3) == 1:
+            before_contrast = step
+    total = 0.0
+    if (tl.load(row + _JITTER) != 0) & (tl.load(row + _FACTORS + 1) != 1):
+        sums = tl.zeros((BLOCK,), tl.float32)
+        top, left, height, width = _box(row, H, W)
+        end = tl.minimum((split + 1) * pixels_per_split, h * w)
+        for start in range(split * pixels_per_split, end, BLOCK):
+            pixel = start + tl.arange(0, BLOCK)
+            inside = pixel < h * w
+            pixel = tl.minimum(pixel, h * w - 1)
+            rows = _taps(pixel // w, top, height, h)
+            columns = _taps(pixel % w, left, width, w)  # the mean does not ask whether they are flipped
+            r, g, b = _sample(luma, u, v, rows, columns, W, yuv, YUV)
+            r, g, b = _colour(r, g, b, colour, 0.0, before_contrast)
+            sums += tl.where(inside, _luma(r, g, b), 0.0)
+        total = tl.sum(sums)
+    tl.store(partials + tl.program_id(0), total)
+
+
+@triton.jit
+def _frame(
+    frame, luma, u, v, still_luma, still_u, still_v, table,
+    B, T, H, W, still_H, still_W,
+    YUV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Row of the table, planes and size of a frame, which may be a still."""
+    still = frame >= B * T
+    if still:
+        luma, u, v = still_luma, still_u, still_v
+    # Not in the branch: an argument of 1 is a constant, which a branch cannot change.
+    H = tl.where(still, still_H, H)
+    W = tl.where(still, still_W, W)
+    clip = tl.where(still, B + frame - B * T, frame // T)
+    index = tl.where(still, frame - B * T, frame).to(tl.int64)
+    if YUV:
+        luma += index * (H * W)
+        u += index * (((H + 1) // 2) * ((W + 1) // 2))
+        v += index * (((H + 1) // 2) * ((W + 1) // 2))
+    else:
+        luma += index * (H * W * 3)
+    return table + clip * C, luma, u, v, H, W
+
+
+@triton.jit
+def _advance(sums, x, weights):
+    """One more pixel x down a column: (the blurred pixel 5 above it, the running sums of the next ten).
+
+    sums[j] is what has been added so far to the pixel that will be done j + 1 pixels from now.
+    """
+    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = sums
+    w0, w1, w2, w3, w4, w5 = weights
+    done = s0 + w5 * x
+    sums = (
+        s1 + w4 * x,
+        s2 + w3 * x,
+        s3 + w2 * x,
+        s4 + w1 * x,
+        s5 + w0 * x,
+        s6 + w1 * x,
+        s7 + w2 * x,
+        s8 + w3 * x,
+        s9 + w4 * x,
+        w5 * x,
+    )
+    return done, sums
+
+
+@triton.jit
+def _columns(
+    luma, u, v, still_luma, still_u, still_v, table, partials, blurred,
+    B, T, H, W, still_H, still_W, h, w, strips, blocks,
+    YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Crop, resize and colour, then the blur down each column; nothing for a frame without blur.
+
+    Inputs as in `_means`. partials (B * T + stills, SPLITS), blurred (B * T + stills, 3, h, w + 10): 5 columns of border on either side.
+    One program: BLOCK columns of STRIP rows of one frame, from top to bottom, each pixel computed once and its share
+    added to the 11 sums it belongs to, which are in registers.
+    """
+    block = tl.program_id(0) % blocks
+    strip = tl.program_id(0) // blocks % strips
+    frame = tl.program_id(0) // (blocks * strips)
+    row, luma, u, v, H, W = _frame(
+        frame, luma, u, v, still_luma, still_u, still_v, table, B, T, H, W, still_H, still_W, YUV, C
+    )
+    sigma = tl.load(row + _SIGMA)
+    if sigma > 0:
+        weights = _gaussian(sigma)
+        colour = _colour_row(row)
+        yuv = _yuv_row(row, YUV)
+        mean = _frame_mean(partials, frame, h * w, SPLITS)
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        stored = column < w + 2 * _RADIUS
+        top, left, height, width = _box(row, H, W)
+        x = _flipped(row, _mirrored(column - _RADIUS, w, tl.minimum(h, w)), w)
+        columns = _taps(x, left, width, w)
+        zero = tl.zeros((BLOCK,), tl.float32)
+        red = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+        green = red
+        blue = red
+        first = strip * STRIP
+        plane = h * (w + 2 * _RADIUS)
+        target = blurred + frame.to(tl.int64) * 3 * plane + column
+        for y in range(first - _RADIUS, tl.minimum(first + STRIP, h) + _RADIUS):
+            rows = _taps(_mirrored(y, h, tl.minimum(h, w)), top, height, h)
+            r, g, b = _sample(luma, u, v, rows, columns, W, yuv, YUV)
+            r, g, b = _colour(r, g, b, colour, mean, 4)
+            r, red = _advance(red, r, weights)
+            g, green = _advance(green, g, weights)
+            b, blue = _advance(blue, b, weights)
+            if y >= first + _RADIUS:
+                line = target + (y - _RADIUS) * (w + 2 * _RADIUS)
+                tl.store(line, r, stored)
+                tl.store(line + plane, g, stored)
+                tl.store(line + 2 * plane, b, stored)
+
+
+@triton.jit
+def _blur_row(pixel, weights):
+    """Sum of 11 pixels of a row, the first at `pixel`."""
+    w0, w1, w2, w3, w4, w5 = weights
+    total = w5 * (tl.load(pixel) + tl.load(pixel + 10))
+    total += w4 * (tl.load(pixel + 1) + tl.load(pixel + 9))
+    total += w3 * (tl.load(pixel + 2) + tl.load(pixel + 8))
+    total += w2 * (tl.load(pixel + 3) + tl.load(pixel + 7))
+    total += w1 * (tl.load(pixel + 4) + tl.load(pixel + 6))
+    return total + w0 * tl.load(pixel + 5)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr, BY_BITS: tl.constexpr):
+    """x as DTYPE, to the nearest. BY_BITS: to bfloat16 by hand, which the interpreter of Triton 3.6 would cut off instead of rounding."""
+    if BY_BITS:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _four(a, b, c, d):
+    """Four tensors (...,) as one (..., 4)."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def _store_pixels(target, r, g, b, start, elements, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BY_BITS: tl.constexpr):
+    """Write pixels start .. start + BLOCK of a frame at `target`, (h, w, 3), of which `elements` values exist.
+
+    The three channels are brought into the order of memory first, so that threads write 16 bytes each and a warp one unbroken run; a store
+    of each channel by itself would write every third value, three times over.
+    """
+    pixels = tl.reshape(_rounded(_four(r, g, b, b), DTYPE, BY_BITS), (4 * BLOCK,))
+    element = tl.arange(0, 4 * BLOCK)  # 3 * BLOCK are needed, but sizes are powers of 2
+    values = tl.gather(pixels, tl.minimum(element // 3 * 4 + element % 3, 4 * BLOCK - 1), 0)
+    element += start * 3
+    tl.store(target + element, values, (element < elements) & (element < (start + BLOCK) * 3))
+
+
+@triton.jit
+def _finish(
+    luma, u, v, still_luma, still_u, still_v, table, partials, blurred, rgb, static, dynamic,
+    B, T, H, W, still_H, still_W, h, w, elements, blocks,
+    YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    BOUNDARY: tl.constexpr, DTYPE: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    """The finished views. BOUNDARY "none": rgb alone.
+
+    Inputs as in `_columns`; rgb, static and dynamic (B, T, h, w, 3), which is (B, 3, T, h, w) in channels_last_3d; elements h * w * 3.
+    One program: BLOCK consecutive pixels of every frame of one clip, first to last, or of one still.
+    """
+    block = tl.program_id(0) % blocks
+    clip = tl.program_id(0) // blocks
+    still = clip >= B
+    first_frame = tl.where(still, B * T + clip - B, clip * T)
+    frames = tl.where(still, 1, T)
+    row, luma, u, v, H, W = _frame(
+        first_frame, luma, u, v, still_luma, still_u, still_v, table, B, T, H, W, still_H, still_W, YUV, C
+    )
+    sigma = tl.load(row + _SIGMA)
+    weights = _gaussian(tl.where(sigma > 0, sigma, 1.0))
+    colour = _colour_row(row)
+    yuv = _yuv_row(row, YUV)
+
+    start = block * BLOCK
+    pixel = tl.minimum(start + tl.arange(0, BLOCK), h * w - 1)
+    y = pixel // w
+    x = pixel % w
+    top, left, height, width = _box(row, H, W)
+    rows = _taps(y, top, height, h)
+    columns = _taps(_flipped(row, x, w), left, width, w)
+    plane = h * (w + 2 * _RADIUS)
+    padded = blurred + first_frame.to(tl.int64) * 3 * plane + y * (w + 2 * _RADIUS) + x
+
+    view = tl.where(still, clip - B, clip).to(tl.int64) * T * elements
+    rgb += view
+    static += view
+    dynamic += view
+    before_r = tl.zeros((BLOCK,), tl.float32)
+    before_g = before_r
+    before_b = before_r
+    first_r = before_r
+    first_g = before_r
+    first_b = before_r
+    for t in range(frames):
+        if sigma > 0:
+            r = _blur_row(padded, weights)
+            g = _blur_row(padded + plane, weights)
+            b = _blur_row(padded + 2 * plane, weights)
+        else:
+            r, g, b = _sample(luma, u, v, rows, columns, W, yuv, YUV)
+            mean = _frame_mean(partials, first_frame + t, h * w, SPLITS)
+            r, g, b = _colour(r, g, b, colour, mean, 4)
+        r = (r - _MEAN_R) * _PER_STD_R
+        g = (g - _MEAN_G) * _PER_STD_G
+        b = (b - _MEAN_B) * _PER_STD_B
+
+        if BOUNDARY == "none":
+            _store_pixels(rgb, r, g, b, start, elements, DTYPE, BLOCK, BY_BITS)
+        elif still:
+            for _ in range(T):
+                _store_pixels(static, r, g, b, start, elements, DTYPE, BLOCK, BY_BITS)
+                static += elements
+        else:
+            _store_pixels(rgb, r, g, b, start, elements, DTYPE, BLOCK, BY_BITS)
+            if t > 0:
+                dr = r - before_r
+                dg = g - before_g
+                db = b - before_b
+                _store_pixels(dynamic + t * elements, dr, dg, db, start, elements, DTYPE, BLOCK, BY_BITS)
+                if BOUNDARY == "replicate":  # noqa: SIM102 (one condition is of compile time, the other of run time)
+                    if t == 1:
+                        _store_pixels(dynamic, dr, dg, db, start, elements, DTYPE, BLOCK, BY_BITS)
+            if BOUNDARY == "wrap":
+                first_r = tl.where(t == 0, r, first_r)
+                first_g = tl.where(t == 0, g, first_g)
+                first_b = tl.where(t == 0, b, first_b)
+        before_r = r
+        before_g = g
+        before_b = b
+
+        rgb += elements
+        padded += 3 * plane
+        if YUV:
+            luma += H * W
+            u += ((H + 1) // 2) * ((W + 1) // 2)
+            v += ((H + 1) // 2) * ((W + 1) // 2)
+        else:
+            luma += H * W * 3
+
+    # The first frame of the dynamic view; "replicate" has written it above, unless there is no second frame.
+    if BOUNDARY != "none":  # noqa: SIM102 (as above)
+        if still == 0:
+            if BOUNDARY == "wrap":
+                first_r -= before_r
+                first_g -= before_g
+                first_b -= before_b
+                _store_pixels(dynamic, first_r, first_g, first_b, start, elements, DTYPE, BLOCK, BY_BITS)
+            elif (BOUNDARY == "zero") | (T == 1):
+                _store_pixels(dynamic, first_r, first_r, first_r, start, elements, DTYPE, BLOCK, BY_BITS)
+
+
+# ---------------------------------------------------------------------------------------------------------------- launches
+
+
+def table_of(rows: Augmentation, frames: Tensor | Yuv420) -> Tensor:
+    """What the kernels need of the rows and of their frames' colour space, (B, C) float32."""
+    flags = torch.stack([rows.flip, rows.grayscale, rows.jitter], dim=1)
+    table = torch.cat([rows.box, flags, rows.sigma[:, None], rows.factors, rows.order], dim=1)  # promoted to float32
+    if isinstance(frames, Tensor):
+        return table
+    # The colour space may be on the device while the rows are not: both go there, for the other way is to wait for it.
+    coefficients = yuv_coefficients(frames.bt709, frames.full_range)
+    parts = [part.to(frames.y.device, non_blocking=True) for part in (table, coefficients)]
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Frames or stills as the kernels take them: packed RGB in `luma` and nothing else, or three planes."""
+
+    luma: Tensor  # (B, T, H, W, 3) or (B, T, H, W); without T for stills
+    u: Tensor | None = None  # (B, T, ceil(H / 2), ceil(W / 2)); without T for stills
+    v: Tensor | None = None
+
+    def size(self) -> tuple[int, int]:
+        H, W = self.luma.shape[-2:] if self.u is not None else self.luma.shape[-3:-1]
+        return H, W
+
+
+def _launches(
+    frames: Planes,
+    stills: Planes | None,
+    table: Tensor,  # (B, C), or (2 B, C) where there are stills
+    views: tuple[Tensor, ...],  # rgb, static, dynamic, each (B, 3, T, h, w); rgb alone without stills
+    boundary: str,
+) -> list[Launch]:
+    """What is to be launched, in this order."""
+    rgb, static, dynamic = views if stills is not None else views * 3
+    B, _, T, h, w = rgb.shape
+    images = B * T + (B if stills is not None else 0)
+    rows = 2 * B if stills is not None else B
+    device = rgb.device
+    partials = torch.empty((images, _SPLITS), dtype=torch.float32, device=device)
+    blurred = torch.empty((images, 3, h, w + 2 * _RADIUS.value), dtype=torch.float32, device=device)
+
+    still = frames if stills is None else stills
+    (H, W), (still_H, still_W) = frames.size(), still.size()
+    yuv = frames.u is not None
+    source: dict[str, Tensor | int | float] = {
+        "luma": frames.luma,
+        "u": frames.luma if frames.u is None else frames.u,
+        "v": frames.luma if frames.v is None else frames.v,
+        "still_luma": still.luma,
+        "still_u": still.luma if still.u is None else still.u,
+        "still_v": still.luma if still.v is None else still.v,
+        "table": table,
+        "partials": partials,
+    }
+    sizes = {"B": B, "T": T, "H": H, "W": W, "still_H": still_H, "still_W": still_W, "h": h, "w": w}
+    constants = {"YUV": yuv, "C": table.shape[1], "SPLITS": _SPLITS}
+
+    strips = math.ceil(h / _STRIP)
+    column_blocks = math.ceil((w + 2 * _RADIUS.value) / _COLUMNS_BLOCK)
+    blocks = math.ceil(h * w / _FINISH_BLOCK)
+    return [
+        Launch(
+            _means,
+            (images * _SPLITS,),
+            {
+                **source,
+                **sizes,
+                "pixels_per_split": math.ceil(h * w / (_SPLITS * _MEANS_BLOCK)) * _MEANS_BLOCK,
+            },
+            {**constants, "BLOCK": _MEANS_BLOCK},
+        ),
+        Launch(
+            _columns,
+            (images * strips * column_blocks,),
+            {**source, "blurred": blurred, **sizes, "strips": strips, "blocks": column_blocks},
+            {**constants, "STRIP": _STRIP, "BLOCK": _COLUMNS_BLOCK},
+        ),
+        Launch(
+            _finish,
+            (rows * blocks,),
+            {
+                **source,
+                "blurred": blurred,
+                "rgb": rgb,
+                "static": static,
+                "dynamic": dynamic,
+                **sizes,
+                "elements": 3 * h * w,
+                "blocks": blocks,
+            },
+            {
+                **constants,
+                "BLOCK": _FINISH_BLOCK,
+                "BOUNDARY": "none" if stills is None else boundary,
+                "DTYPE": tl.bfloat16 if rgb.dtype == torch.bfloat16 else tl.float32,
+                "BY_BITS": INTERPRETED and rgb.dtype == torch.bfloat16,
+            },
+        ),
+    ]
+
+
+def launches_to_compile() -> list[tuple[str, Launch]]:
+    """Every kernel in every configuration that the functions below choose, with its name, on tensors without memory.
+
+    Triton compiles a kernel once more for arguments that 16 does not divide (odd sizes) and for those that are 1.
+    """
+    named = []
+    production, odd, one = (8, 16, 240, 320, 112, 112), (3, 5, 17, 23, 13, 11), (1, 1, 1, 1, 1, 1)
+    for yuv in (False, True):
+        source = "YUV" if yuv else "RGB"
+        means, columns, _ = _launches_without_memory(*production, yuv, torch.float32, "wrap")
+        named += [(f"means, {source}", means), (f"columns, {source}", columns)]
+        for dtype in (torch.float32, torch.bfloat16):
+            for boundary in ("wrap", "zero", "replicate", "none"):
+                kind = f"finish, {source}, {str(dtype).removeprefix('torch.')}, {boundary}"
+                named.append((kind, _launches_without_memory(*production, yuv, dtype, boundary)[-1]))
+        for size, sizes in (("odd sizes", odd), ("sizes of 1", one)):
+            launches = _launches_without_memory(*sizes, yuv, torch.bfloat16, "wrap")
+            for name, launch in zip(("means", "columns", "finish"), launches, strict=True):
+                named.append((f"{name}, {source}, {size}", launch))
+    return named
+
+
+def _launches_without_memory(
+    B: int, T: int, H: int, W: int, h: int, w: int, yuv: bool, dtype: torch.dtype, boundary: str
+) -> list[Launch]:
+    """`_launches` for tensors on the meta device; without stills if boundary is "none"."""
+
+    def planes(*shape: int) -> Planes:
+        if not yuv:
+            return Planes(torch.empty(*shape, H, W, 3, dtype=torch.uint8, device="meta"))
+        chroma = torch.empty(*shape, math.ceil(H / 2), math.ceil(W / 2), dtype=torch.uint8, device="meta")
+        return Planes(torch.empty(*shape, H, W, dtype=torch.uint8, device="meta"), chroma, chroma)
+
+    alone = boundary == "none"
+    views = _empty_views(1 if alone else 3, B, T, h, w, dtype, torch.device("meta"))
+    table = torch.empty(B if alone else 2 * B, 22 if yuv else 16, device="meta")
+    return _launches(planes(B, T), None if alone else planes(B), table, views, boundary)
+
+
+# --------------------------------------------------------------------------------------------------------------- registered
+
+
+def _empty_views(
+    count: int, B: int, T: int, h: int, w: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty((B, 3, T, h, w), dtype=dtype, device=device, memory_format=torch.channels_last_3d)
+        for _ in range(count)
+    )
+
+
+def _contiguous(luma: Tensor, u: Tensor | None, v: Tensor | None) -> Planes:
+    return Planes(luma.contiguous(), None if u is None else u.contiguous(), None if v is None else v.contiguous())
+
+
+@torch.library.custom_op("dclr::generate_views", mutates_args=())
+def generate_views_op(
+    frames: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    stills: Tensor,
+    still_u: Tensor | None,
+    still_v: Tensor | None,
+    table: Tensor,
+    h: int,
+    w: int,
+    boundary: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rgb, static and dynamic, each (B, 3, T, h, w); see `_means` for the inputs' shapes."""
+    B, T = frames.shape[:2]
+    rgb, static, dynamic = views = _empty_views(3, B, T, h, w, dtype, frames.device)
+    if B > 0:
+        clips, their_stills = _contiguous(frames, u, v), _contiguous(stills, still_u, still_v)
+        for launch in _launches(clips, their_stills, table.contiguous(), views, boundary):
+            launch()
+    return rgb, static, dynamic
+
+
+@generate_views_op.register_fake
+def _(
+    frames: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    stills: Tensor,
+    still_u: Tensor | None,
+    still_v: Tensor | None,
+    table: Tensor,
+    h: int,
+    w: int,
+    boundary: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rgb, static, dynamic = _empty_views(3, frames.shape[0], frames.shape[1], h, w, dtype, frames.device)
+    return rgb, static, dynamic
+
+
+@torch.library.custom_op("dclr::augment", mutates_args=())
+def augment_op(
+    frames: Tensor, u: Tensor | None, v: Tensor | None, table: Tensor, h: int, w: int, dtype: torch.dtype
+) -> Tensor:
+    """The rgb view alone, (B, 3, T, h, w); see `_means` for the inputs' shapes."""
+    B, T = frames.shape[:2]
+    views = _empty_views(1, B, T, h, w, dtype, frames.device)
+    if B > 0:
+        for launch in _launches(_contiguous(frames, u, v), None, table.contiguous(), views, "none"):
+            launch()
+    return views[0]
+
+
+@augment_op.register_fake
+def _(frames: Tensor, u: Tensor | None, v: Tensor | None, table: Tensor, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    return _empty_views(1, frames.shape[0], frames.shape[1], h, w, dtype, frames.device)[0]
