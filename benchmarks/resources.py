@@ -51,13 +51,13 @@ class Usage:
 
 def measure() -> list[Usage]:
     """Compile everything. Raises RuntimeError under TRITON_INTERPRET, where nothing is compiled."""
-    from kernels import info_nce_triton
+    from kernels import info_nce_triton, view_generation_triton
     from kernels.backend import INTERPRETED
 
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
     found = []
-    for label, launch in info_nce_triton.launches_to_compile():
+    for label, launch in info_nce_triton.launches_to_compile() + view_generation_triton.launches_to_compile():
         for capability in SHARED_LIMIT:
             compiled = launch.compile(capability)
             registers, local = read_binary(compiled.asm["cubin"])

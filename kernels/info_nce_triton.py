@@ -27,6 +27,9 @@ from kernels.info_nce import EMBEDDING_SIZES
 from kernels.launch import Launch
 
 _BITS = math.log2(math.e)  # exp(x) = exp2(x * _BITS)
+# As many as a program of 8 warps can have. Without a limit given, ptxas (CUDA 12.8) aims at more programs side by side and keeps values
+# that a loop does not use in local memory meanwhile, 8 to 24 bytes, also in kernels of 40 registers; with this one it does not.
+_REGISTERS = 255
 _MOST_SPLITS = 64  # the partial results of a query are merged in one tile
 _LOWEST = tl.constexpr(-(2**63))  # a candidate that is none
 _BITS_IN = tl.constexpr(_BITS)
@@ -367,6 +370,7 @@ def partial_launch(
         },
         blocks.num_warps,
         blocks.num_stages,
+        _REGISTERS,
     )  # fmt: skip
     return launch, out
 
@@ -394,6 +398,7 @@ def merge_launch(
         {"D": D, "BLOCK_N": block_n, "BLOCK_R": max(1, 2048 // block_n)},
         num_warps=8 if block_n * D > 4096 else 4,
         num_stages=1,
+        max_registers=_REGISTERS,
     )  # fmt: skip
     return launch, (losses, similarities, result)
 
@@ -428,6 +433,7 @@ def rank_launch(
         },
         num_warps,
         num_stages=1,
+        max_registers=_REGISTERS,
     )  # fmt: skip
     return launch, candidates
 

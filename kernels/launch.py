@@ -33,16 +33,12 @@ class Launch:
     constants: dict[str, Any]  # the kernel's tl.constexpr parameters
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # of a thread; None: as many as ptxas thinks best
 
     @property
-    def options(self) -> dict[str, int]:
-        """How the compiler maps a program to hardware.
-
-        maxnreg is as many registers as there are for a thread. It looks superfluous, but without it ptxas (CUDA 12.8) aims at more programs
-        side by side and keeps values that are not used in a loop in local memory meanwhile, 8 to 24 bytes, also in kernels of 40 registers.
-        """
-        most = min(255, 65536 // (32 * self.num_warps))
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": most}
+    def options(self) -> dict[str, int | None]:
+        """How the compiler maps a program to hardware, under Triton's names."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
     def __call__(self) -> None:
         """Start it on the current stream; under the interpreter, run it to its end."""

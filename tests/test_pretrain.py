@@ -22,6 +22,7 @@ from dclr.method import DCLR, PAIRS
 from dclr.models import build_backbone, load_backbone
 from dclr.pretrain import pretrain
 from kernels.info_nce import mine_positives_reference
+from kernels.view_generation import generate_views_reference
 
 TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
 
@@ -140,7 +141,7 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
 
     Young embeddings are so alike that rows of the queue differ by one unit in the last place; either may be mined then, and one
     other positive moves a loss by 0.1 %. So the kernels' choice must be as similar as the reference's on the same features, and
-    both runs take the rows that the first run mined.
+    both runs take the rows that the first run mined. Views are kornia's in both: interpreted, they take half a minute a step.
     """
     if not kernels.backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
@@ -159,6 +160,7 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
         torch.testing.assert_close(score.gather(1, rows), score.gather(1, by_reference), rtol=1e-6, atol=0)
         return next(replayed)
 
+    monkeypatch.setattr("dclr.pretrain.generate_views", generate_views_reference)
     monkeypatch.setattr("dclr.method.mine_positives", mine_and_keep)
     by_reference = run_tiny("reference", kernels="reference", epochs=6)
     monkeypatch.setattr("dclr.method.mine_positives", mine_and_compare)
