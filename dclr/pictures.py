@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: the confusion matrix and the retrieval sheet."""
+"""Pictures: the confusion matrix and the retrieval sheet of an evaluation, the views of a sample."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,3 +57,62 @@ def retrieval_sheet(
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def view_sheet(
+    samples: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Sequence[np.ndarray]]],
+    shown: Sequence[int],
+    title: str,
+    path: Path,
+) -> None:
+    """What the network sees of some clips: of each the source frames, and the rgb, static and dynamic view below them.
+
+    Args:
+        samples: name; source frames (T, H, W, 3) uint8; the still (H, W, 3) uint8; the augmentations drawn for the frames and for the still
+            (dtype dclr.views.AUGMENTATION); the three views, each (T, h, w, 3) uint8.
+        shown: frames to show, a column each; the still stands in one more, and crops are outlined in the source.
+    """
+    lines = 4 * len(samples)
+    figure, grid = plt.subplots(
+        lines, len(shown) + 1, figsize=(1.45 * (len(shown) + 1) + 1.2, 1.5 * lines + 0.7), squeeze=False
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for number, (name, source, still, clip_row, still_row, views) in enumerate(samples):
+        for line, label in enumerate((f"{name}\nsource", "rgb", "static", "dynamic")):
+            for axes, t in zip(grid[4 * number + line], shown, strict=False):
+                axes.imshow(source[t] if line == 0 else views[line - 1][t])
+                if line == 0:
+                    _outline(axes, clip_row["box"])
+                    axes.set_title(f"t = {t}", fontsize=7, pad=2)
+            first = grid[4 * number + line][0]
+            first.text(-0.12, 0.5, label, transform=first.transAxes, ha="right", va="center", fontsize=8)
+        last = grid[4 * number][-1]
+        last.imshow(still)
+        _outline(last, still_row["box"])
+        last.set_title("still", fontsize=7, pad=2)
+        for line, row in ((1, clip_row), (2, still_row)):
+            axes = grid[4 * number + line][-1]
+            axes.text(0, 0.5, _draws(row), transform=axes.transAxes, va="center", fontsize=6.5)
+        axes = grid[4 * number + 3][-1]
+        axes.text(0, 0.5, "rgb[t] - rgb[t-1]\nat half contrast", transform=axes.transAxes, va="center", fontsize=6.5)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(rect=(0.06, 0, 1, 0.985), h_pad=0.3, w_pad=0.2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _outline(axes: plt.Axes, box: np.ndarray) -> None:
+    top, left, height, width = box
+    axes.add_patch(plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color="tab:orange", linewidth=1.5))
+
+
+def _draws(row: np.ndarray) -> str:
+    """What was drawn, in words, in the order in which it is applied."""
+    words = ["grayscale"] if row["grayscale"] else []
+    if row["jitter"]:
+        names = ("brightness", "contrast", "saturation", "hue")
+        words += [f"{names[step]} {row['factors'][step]:.2f}" for step in row["order"]]
+    words += ["flipped"] if row["flip"] else []
+    words += [f"blur {row['sigma']:.1f} pixels"] if row["sigma"] > 0 else []
+    return "\n".join(words) or "no change of colour"

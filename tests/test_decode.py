@@ -5,9 +5,19 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 
 from dclr.data import decode
-from dclr.data.decode import NO_PTS, UnreadableVideo, VideoRecord, read_frames, verify_video, write_video
+from dclr.data.decode import (
+    NO_PTS,
+    UnreadableVideo,
+    VideoRecord,
+    YuvFrames,
+    read_frames,
+    read_planes,
+    verify_video,
+    write_video,
+)
 
 GENUINE = [
     "ucf101_sample/UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi",
@@ -248,3 +258,106 @@ def test_a_colon_in_a_relative_path_is_no_protocol(tmp_path: Path, monkeypatch: 
     (tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
     monkeypatch.chdir(tmp_path)
     assert verify_video(Path("concat:a.mp4")).frames == 30
+
+
+def planes_of_all(path: Path) -> list[np.ndarray]:
+    """The oracle for planes: every frame as PyAV stacks it, (3 / 2 H, W) for even sizes, by a plain decode."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        return [frame.to_ndarray() for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_planes_are_the_decoders_own(genuine: Path, name: str) -> None:
+    path = genuine / name
+    record, frames = verify_video(path), planes_of_all(path)
+    H, W = record.height, record.width
+    wanted = np.array([record.frames - 1, 0, record.frames // 2, 0, record.frames - 1])
+    planes = read_planes(path, record, wanted)
+    for i, number in enumerate(wanted):
+        y, u, v = np.split(frames[number].reshape(-1), [H * W, H * W * 5 // 4])
+        assert np.array_equal(planes.y[i].ravel(), y)
+        assert np.array_equal(planes.u[i].ravel(), u)
+        assert np.array_equal(planes.v[i].ravel(), v)
+    assert planes.bt709 == (name == "faulty/rotated_90.mov")  # the only one here that names a matrix
+    assert not planes.full_range
+
+
+def rgb_of(planes: YuvFrames) -> np.ndarray:
+    """By the formula of the recommendations, (N, H, W, 3) float64; chroma repeated."""
+    H, W = planes.y.shape[1:]
+    kr, kb = (0.2126, 0.0722) if planes.bt709 else (0.299, 0.114)
+    y, u, v = (
+        planes.y.astype(float),
+        *(p.astype(float).repeat(2, 1).repeat(2, 2)[:, :H, :W] - 128 for p in (planes.u, planes.v)),
+    )
+    if not planes.full_range:
+        y, u, v = (y - 16) * 255 / 219, u * 255 / 224, v * 255 / 224
+    r, b = y + 2 * (1 - kr) * v, y + 2 * (1 - kb) * u
+    return np.stack([r, (y - kr * r - kb * b) / (1 - kr - kb), b], axis=3).clip(0, 255)
+
+
+@pytest.mark.parametrize("name", [*GENUINE, "faulty/no_duration.webm"])
+def test_planes_have_the_colours_of_the_rgb_frames(genuine: Path, name: str) -> None:
+    """FFmpeg's fast conversion rounds down, by one level on average, and interpolates chroma: 3 levels for 98 of 100 values."""
+    path = genuine / name
+    record = verify_video(path)
+    wanted = [0, record.frames // 2]
+    difference = np.abs(rgb_of(read_planes(path, record, wanted)) - read_frames(path, record, wanted))
+    assert difference.mean() < 1.5
+    assert np.percentile(difference, 98) < 3
+
+
+def write_other(path: Path, rgb: np.ndarray, codec: str, pix_fmt: str, matrix: int = 2, color_range: int = 0) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"qp": "0"} if codec == "libx264" else {})
+        stream.height, stream.width, stream.pix_fmt = *rgb.shape[1:3], pix_fmt
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
+        for image in rgb:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            converted = VideoReformatter().reformat(
+                frame, format=pix_fmt, dst_colorspace=1 if matrix == 1 else 5, dst_color_range=color_range or 1
+            )
+            container.mux(stream.encode(converted))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "matrix", "color_range", "bt709", "full_range"),
+    [
+        pytest.param("libx264", "yuv420p", 2, 0, False, False, id="nothing named: BT.601, limited range"),
+        pytest.param("libx264", "yuv420p", 6, 1, False, False, id="SMPTE 170M, which is BT.601's matrix"),
+        pytest.param("libx264", "yuv420p", 1, 1, True, False, id="BT.709"),
+        pytest.param("libx264", "yuv420p", 1, 2, True, True, id="BT.709, full range"),
+        pytest.param("libx264", "yuvj420p", 5, 2, False, True, id="BT.601, full range, by the format's name too"),
+        pytest.param("libx264", "yuv444p", 1, 1, True, False, id="4:4:4 is reduced, and keeps its matrix"),
+        pytest.param("libx264", "yuv422p10le", 2, 1, False, False, id="10 bits"),
+        pytest.param("ffv1", "bgr0", 0, 0, True, False, id="RGB"),
+        pytest.param("ffv1", "gray", 2, 0, True, False, id="grey"),
+    ],
+)
+def test_colour_space_comes_from_the_stream(
+    tmp_path: Path, codec: str, pix_fmt: str, matrix: int, color_range: int, bt709: bool, full_range: bool
+) -> None:
+    squares = np.array(
+        [[200, 40, 30], [30, 180, 60], [20, 60, 210], [220, 220, 220], [90, 90, 90], [10, 10, 10]], np.uint8
+    )
+    rgb = np.broadcast_to(squares.repeat(16, 0), (3, 32, 96, 3)).copy()
+    if pix_fmt == "gray":
+        rgb[:] = rgb[..., 1:2]
+    path = tmp_path / "video.mkv"
+    write_other(path, rgb, codec, pix_fmt, matrix, color_range)
+    planes = read_planes(path, verify_video(path), [2, 0])
+    assert (planes.bt709, planes.full_range) == (bt709, full_range)
+    assert planes.y.shape == (2, 32, 96)
+    assert planes.u.shape == planes.v.shape == (2, 16, 48)
+    inside = np.arange(96) % 16 // 4 % 3 != 0  # of the squares: where they meet, chroma of 4:4:4 is averaged
+    assert np.abs(rgb_of(planes) - rgb[:2])[:, :, inside].max() < 4  # a wrong matrix or range errs by 10 and more
+
+
+def test_planes_of_odd_sizes(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (2, 17, 23, 3), np.uint8)
+    path = tmp_path / "odd.mkv"
+    write_other(path, rgb, "ffv1", "yuv420p")
+    planes = read_planes(path, verify_video(path), [1])
+    assert planes.y.shape == (1, 17, 23)
+    assert planes.u.shape == planes.v.shape == (1, 9, 12)

@@ -19,11 +19,14 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 NO_PTS = np.iinfo(np.int64).min
 """Stands in `VideoRecord.pts` for a frame without a timestamp (FFmpeg's own AV_NOPTS_VALUE)."""
+
+_BT601 = (2, 5, 6)
+"""FFmpeg's AVColorSpace: unspecified, BT.470BG and SMPTE 170M, which have the same matrix. PyAV names only the second."""
 
 _TRIAL_FRAMES = 12
 """Frames compared after each trial seek. A keyframe alone proves little: the frames after a recovery point may still
@@ -52,6 +55,17 @@ class VideoRecord:
     """(number of keyframes,) int64, increasing frame numbers of the decoded frames that are keyframes."""
     seekable: bool
     """True: there are keyframes after frame 0, and a trial seek to each of them gave exactly its frames."""
+
+
+@dataclass(frozen=True)
+class YuvFrames:
+    """N frames of one video as planes, chroma for every 2 x 2 pixels; the last row and column of an odd size share theirs with none."""
+
+    y: np.ndarray  # (N, H, W) uint8
+    u: np.ndarray  # (N, ceil(H / 2), ceil(W / 2)) uint8
+    v: np.ndarray  # as u
+    bt709: bool  # the matrix is BT.709's, not BT.601's
+    full_range: bool  # 0..255 in all planes, not 16..235 in y and 16..240 in u and v
 
 
 def verify_video(path: Path) -> VideoRecord:
@@ -102,16 +116,47 @@ def read_frames(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[i
 
     Raises ValueError for a number out of range, and UnreadableVideo when the file is no longer what the record says.
     """
+    numbers = _checked_numbers(record, wanted)
+    rgb = np.empty((len(numbers), record.height, record.width, 3), dtype=np.uint8)
+    reformatter = VideoReformatter()
+    for goal, frame in _frames_of(path, record, numbers):
+        rgb[numbers == goal] = _rgb(frame, reformatter)
+    return rgb
+
+
+def read_planes(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> YuvFrames:
+    """The wanted frames as YUV 4:2:0, as most decoders give them: half the bytes of RGB, and no conversion. Otherwise as `read_frames`.
+
+    Frames in another format (4:2:2, 4:4:4, 10 bits, RGB) are converted to 4:2:0, and those of a matrix that is neither BT.601's nor
+    BT.709's to BT.709. A stream that names no matrix is taken for BT.601, as FFmpeg's own conversion to RGB does.
+    """
+    numbers = _checked_numbers(record, wanted)
+    height, width = record.height, record.width
+    y = np.empty((len(numbers), height, width), dtype=np.uint8)
+    u, v = np.empty((2, len(numbers), (height + 1) // 2, (width + 1) // 2), dtype=np.uint8)
+    bt709 = full_range = False
+    reformatter = VideoReformatter()
+    for goal, frame in _frames_of(path, record, numbers):
+        frame, bt709, full_range = _yuv420(frame, reformatter)
+        for target, plane in zip((y, u, v), frame.planes, strict=True):
+            lines = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+            target[numbers == goal] = lines[:, : plane.width]
+    return YuvFrames(y, u, v, bt709, full_range)
+
+
+def _checked_numbers(record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> np.ndarray:
     numbers = np.asarray(wanted, dtype=np.int64)
     if numbers.ndim != 1:
         raise ValueError(f"wanted must be a list of frame numbers, got shape {numbers.shape}")
     if numbers.size and (numbers.min() < 0 or numbers.max() >= record.frames):
         raise ValueError(f"wanted must be in [0, {record.frames}), got {numbers.min()} to {numbers.max()}")
-    rgb = np.empty((len(numbers), record.height, record.width, 3), dtype=np.uint8)
-    if not numbers.size:
-        return rgb
+    return numbers
 
-    reformatter = VideoReformatter()
+
+def _frames_of(path: Path, record: VideoRecord, numbers: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
+    """(number, frame) of each frame in `numbers`, once, in increasing order."""
+    if not numbers.size:
+        return
     with _opened(path) as (container, stream):
         frames = _decoded(container, stream, first=0)
         position = 0  # the frame that the decoder gives next
@@ -127,8 +172,7 @@ def read_frames(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[i
             _check_size(frame, goal, record.height, record.width)
             if _pts(frame) != record.pts[goal]:
                 raise UnreadableVideo(f"frame {goal} is not the one that was verified: the file changed")
-            rgb[numbers == goal] = _rgb(frame, reformatter)
-    return rgb
+            yield goal, frame
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = 25, keyframe_every: int = 12) -> None:
@@ -228,6 +272,30 @@ def _seeks_exactly(path: Path, pts: list[int], keyframes: list[int], checksums: 
 def _rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """(height, width, 3) uint8. PyAV's default of one thread a core triples the cost for frames of this size."""
     return np.ascontiguousarray(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+
+
+def _yuv420(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[VideoFrame, bool, bool]:
+    """The frame in 4:2:0 with 8 bits, whether its matrix is BT.709's, and whether it is in full range."""
+    full_range = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    bt709 = frame.colorspace == Colorspace.ITU709
+    known = bt709 or frame.colorspace in _BT601
+    is_yuv = not frame.format.is_rgb and len(frame.format.components) >= 3
+    if frame.format.name in ("yuv420p", "yuvj420p") and known:
+        return frame, bt709, full_range
+    if is_yuv and known:
+        space = Colorspace.ITU709 if bt709 else Colorspace.ITU601
+        range_ = ColorRange.JPEG if full_range else ColorRange.MPEG
+        frame = reformatter.reformat(
+            frame, format="yuv420p", src_colorspace=space, dst_colorspace=space, src_color_range=range_,
+            dst_color_range=range_, threads=1,
+        )  # fmt: skip
+        return frame, bt709, full_range
+    # By way of RGB, which has no matrix.
+    rgb = VideoFrame.from_ndarray(_rgb(frame, reformatter), format="rgb24")
+    frame = reformatter.reformat(
+        rgb, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
+    )
+    return frame, True, False
 
 
 def _checksum(frame: VideoFrame, reformatter: VideoReformatter) -> int:
