@@ -238,7 +238,7 @@ def draw_picture(video: Path, out: Path, seed: int) -> str:
     return f"views by {describe(device)}\nwrote {out}"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     what = "A picture of what the network sees of a video: source, rgb, static and dynamic view of a query clip and its key clip."
     parser = Parser(prog="python -m dclr.views", description=what, allow_abbrev=False)
     parser.add_argument("--video", type=Path, required=True, help="a video file")
