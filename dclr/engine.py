@@ -148,6 +148,12 @@ class Engine:
         """The network's forward, under the configured autocast."""
         return self._engine(*inputs)
 
+    @property
+    def view_dtype(self) -> torch.dtype:
+        """Of a network's input: bfloat16 where the first convolution would round it to that anyway, so that half the bytes are written."""
+        bfloat16 = self._engine.torch_autocast_enabled() and self._engine.torch_autocast_dtype() == torch.bfloat16
+        return torch.bfloat16 if bfloat16 else torch.float32
+
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """The configured autocast, for calls that do not go through the network's forward."""

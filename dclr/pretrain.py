@@ -51,7 +51,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 batch = next(batches)
             failures.add(batch.failures)
             with watch.part("views"):
-                query, key = make_views(batch.to(device), config.method.boundary)
+                query, key = make_views(batch.to(device), config.method.boundary, engine.view_dtype)
             micro_step = step * engine.accumulation + part
             if step < fill_steps:
                 with watch.part("fill"), engine.autocast():
@@ -95,12 +95,11 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     return run.folder
 
 
-def make_views(batch: PairBatch, boundary: Any) -> tuple[Views, Views]:
+def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype) -> tuple[Views, Views]:
     """Views of the query clips and of the key clips."""
-    return (
-        generate_views(batch.query_frames, batch.query_stills, batch.query_params, boundary=boundary),
-        generate_views(batch.key_frames, batch.key_stills, batch.key_params, boundary=boundary),
-    )
+    query = (batch.query_frames, batch.query_stills, batch.query_params)
+    key = (batch.key_frames, batch.key_stills, batch.key_params)
+    return generate_views(*query, boundary=boundary, dtype=dtype), generate_views(*key, boundary=boundary, dtype=dtype)
 
 
 def measure(

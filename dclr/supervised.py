@@ -64,7 +64,7 @@ def supervise(
             failures.add(batch.failures)
             with watch.part("augment"):
                 batch = batch.to(device)
-                clip = augment(batch.frames, batch.augmentation, size)
+                clip = augment(batch.frames, batch.augmentation, size, engine.view_dtype)
             with watch.part("forward"):
                 logits = engine(clip)
                 loss = F.cross_entropy(logits, batch.labels)

@@ -185,6 +185,20 @@ def test_accumulated_micro_batches_make_the_gradient_of_the_whole(one_process):
     assert torch.allclose(network.bias, whole.bias, atol=1e-6)
 
 
+def test_bfloat16_views_change_nothing_that_autocast_computes(one_process):
+    """The first convolution rounds float32 views to bfloat16: they may as well be written so."""
+    config = float32_config(1)
+    assert Engine(make_method(), config, OPTIM, one_process).view_dtype == torch.float32
+    config["torch_autocast"]["enabled"] = True
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        own = Engine(make_method(), config, OPTIM, one_process)
+        assert own.view_dtype == torch.bfloat16
+        query, key = (Views(*(view.to(dtype) for view in make_views(seed))) for seed in (0, 1))
+        losses.append(own(query, key, 0).loss.item())
+    assert losses[0] == losses[1]
+
+
 def test_autocast_computes_in_bfloat16_and_keeps_parameters_and_statistics_in_float32(one_process):
     config = read_ds_config(CONFIGS / "zero1.json")
     network = torch.nn.Sequential(torch.nn.Conv3d(3, 4, 3), torch.nn.BatchNorm3d(4))

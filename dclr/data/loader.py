@@ -61,7 +61,7 @@ class Batch:
     """Fields are tensors, parameters of views, or plain values; frames are uint8."""
 
     def to(self, device: torch.device) -> "Batch":
-        """Frames and labels on `device`. View parameters stay: the reference reads them on the host."""
+        """Frames and labels on `device`. View parameters stay: they are checked on the host, and travel as one small table."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
