@@ -52,4 +52,5 @@ gpu:
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu || status=1; \
 	$(PYTHON) benchmarks/resources.py || status=1; \
 	$(PYTHON) benchmarks/info_nce.py --minutes 5 || status=1; \
+	$(PYTHON) benchmarks/views.py --minutes 3 || status=1; \
 	exit $$status
