@@ -377,8 +377,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_its_step_and_spares_the_chec
     real = loop.make_views
     calls = []
 
-    def spoiled(batch, boundary):
-        query, key = real(batch, boundary)
+    def spoiled(batch, boundary, dtype):
+        query, key = real(batch, boundary, dtype)
         calls.append(1)
         if len(calls) == 6:
             query.rgb.fill_(math.nan)
