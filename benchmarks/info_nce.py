@@ -13,7 +13,7 @@ Providers:
     as released     what the authors' released loss does: pair by pair, concatenate, softmax, multiply by labels, log
     eager           kernels/info_nce.py's reference: all pairs at once, logsumexp
     torch.compile   of eager, with the sizes fixed
-    ours            info_nce and mine_positives of `kernels`
+    ours            info_nce and mine_positives_by_each of `kernels`
 
 With mining, the positives are found as in training (dclr/method.py): three searches for five pairs. "Forward and backward" includes the
 gradient of the queries, the only one there is. An error is that of the measured call itself, against float64 with the rows that this
@@ -44,9 +44,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
 from benchmarks.timing import Ceilings, Precision
 from dclr.report import environment
-from kernels import describe, info_nce, mine_positives
+from kernels import describe, info_nce, mine_positives_by_each
 from kernels.backend import runs_triton
-from kernels.info_nce import info_nce_reference
+from kernels.info_nce import info_nce_reference, mine_positives_by_each_reference
 
 P, D, M = 5, 128, 5  # pairs, embedding size, mined positives
 TEMPERATURE = 0.07
@@ -149,10 +149,7 @@ def as_released(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor |
 def eager(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
     rows = None
     if features is not None:
-        # Each product once, as one would write it by hand; mine_positives_reference, called three times, would compute each twice.
-        similarity = features.float() @ queue[1:3].float().transpose(1, 2)  # (2, B, K)
-        scores = torch.cat([similarity.softmax(dim=2).sum(dim=0, keepdim=True), similarity])  # (3, B, K)
-        both, static, dynamic = scores.topk(M, dim=2).indices
+        static, dynamic, both = mine_positives_by_each_reference(features, queue[1:3], M)
         rows = torch.stack([both, static, dynamic, static, dynamic])
     return info_nce_reference(queries, keys, queue, rows, TEMPERATURE), rows
 
@@ -161,9 +158,7 @@ def ours(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None) 
     """As dclr.method does: pairs in the order vv, vs, vd, sv, dv; the queues of vs and vd hold past static and dynamic views."""
     rows = None
     if features is not None:
-        past = queue[1:3]
-        both = mine_positives(features, past, M)
-        static, dynamic = mine_positives(features[0], past[0], M), mine_positives(features[1], past[1], M)
+        static, dynamic, both = mine_positives_by_each(features, queue[1:3], M)
         rows = torch.stack([both, static, dynamic, static, dynamic])
     return info_nce(queries, keys, queue, rows, TEMPERATURE), rows
 

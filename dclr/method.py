@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig
 from dclr.models import ProjectionHead, activation_map, build_backbone, pool
-from kernels import Views, contrast, mine_positives
+from kernels import Views, contrast, mine_positives_by_each
 
 # An embedding is named by what it holds of which view: vs is the static part of the rgb clip, sv the static view itself.
 # A pair is named by its query; its key is the same content seen from the other side.
@@ -156,10 +156,7 @@ class DCLR(nn.Module):
             return None
         # Neighbours in PAIRS, so that this is a view: (2, K, D).
         past = self.queue[PAIRS.index("vs") : PAIRS.index("vd") + 1]
-        both, static, dynamic = (
-            mine_positives(features, rows, self.method.mined_positives)
-            for features, rows in ((mining, past), (mining[0], past[0]), (mining[1], past[1]))
-        )
+        static, dynamic, both = mine_positives_by_each(mining, past, self.method.mined_positives)
         rows = {"vv": both, "vs": static, "sv": static, "vd": dynamic, "dv": dynamic}
         mined = torch.stack([rows[name] for name in PAIRS])
         full = self.enqueued >= self.method.queue_length  # stays on the device: asking the host would stop the stream

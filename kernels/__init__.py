@@ -6,7 +6,7 @@ Nothing here knows of the rest of the project.
 """
 
 from kernels.backend import BACKENDS, describe, set_backend
-from kernels.info_nce import EMBEDDING_SIZES, Contrast, contrast, info_nce, mine_positives
+from kernels.info_nce import EMBEDDING_SIZES, Contrast, contrast, info_nce, mine_positives, mine_positives_by_each
 from kernels.view_generation import Augmentation, ViewParams, Views, Yuv420, augment, generate_views
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "generate_views",
     "info_nce",
     "mine_positives",
+    "mine_positives_by_each",
     "set_backend",
 ]

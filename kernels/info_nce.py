@@ -147,8 +147,26 @@ def mine_positives(
     from kernels.info_nce_triton import mine_positives_op
 
     if features.dim() == 2:
-        features, queue = features[None], queue[None]
-    return mine_positives_op(features, queue, m)
+        return mine_positives_op(features[None], queue[None], m, True, False)[0]
+    return mine_positives_op(features, queue, m, False, True)[0]
+
+
+@torch.no_grad()
+def mine_positives_by_each(
+    features: Tensor,  # (S, B, D)
+    queue: Tensor,  # (S, K, D)
+    m: int,
+) -> Tensor:  # (S + 1, B, m)
+    """`mine_positives` by each of S similarities alone, and last by all together, as the five pairs of DCLR need it: each product once, and
+    no more launches than for one. Arguments and errors as there, but that features must be (S, B, D)."""
+    if features.dim() != 3:
+        raise ValueError(f"features must be (S, B, D), not {tuple(features.shape)}")
+    _check_mine_positives(features, queue, m)
+    if m == 0 or not _runs_triton(features):
+        return mine_positives_by_each_reference(features, queue, m)
+    from kernels.info_nce_triton import mine_positives_op
+
+    return mine_positives_op(features, queue, m, True, True)
 
 
 @torch.no_grad()
@@ -159,6 +177,15 @@ def mine_positives_reference(features: Tensor, queue: Tensor, m: int) -> Tensor:
         if similarity.dim() == 3:
             similarity = similarity.softmax(dim=2).sum(dim=0)  # (B, K)
         return similarity.topk(m, dim=1, sorted=True).indices
+
+
+@torch.no_grad()
+def mine_positives_by_each_reference(features: Tensor, queue: Tensor, m: int) -> Tensor:
+    """`mine_positives_by_each` in plain torch, without its checks."""
+    with torch.autocast(features.device.type, enabled=False):
+        similarity = features.float() @ queue.float().transpose(1, 2)  # (S, B, K)
+        scores = torch.cat([similarity, similarity.softmax(dim=2).sum(dim=0, keepdim=True)])  # (S + 1, B, K)
+        return scores.topk(m, dim=2, sorted=True).indices
 
 
 def _fused(

@@ -219,13 +219,13 @@ def _rank_kernel(
     features,  # (S, B, D)
     queue,  # (S, K, D), rows and similarities apart by the strides
     peaks, masses,  # (S, B, N) as _partial_kernel writes them, at temperature 1; unused without SOFTMAX
-    candidates,  # out (B, tiles, kept) int64: the best of each tile of the queue, best first
-    stride_pair, stride_row, S, B, K, splits, kept,
+    candidates,  # out (R, B, tiles, kept) int64: the best of each tile of the queue, best first
+    stride_pair, stride_row, first_ranking, S, B, K, splits, kept,
     SOFTMAX: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_B features and one tile of BLOCK_K queue rows. With SOFTMAX the score is the sum of S softmaxes over the queue;
-    without, the similarity (S = 1).
+    """A program owns BLOCK_B features, one tile of BLOCK_K queue rows, and one of R rankings, of which the first is `first_ranking`:
+    ranking r < S is by similarity r, ranking S by the sum of all S softmaxes over the queue. Without SOFTMAX that one is not asked for.
 
     A candidate is one number: its upper half orders as the score does, its lower half is the row, reversed so that of two equal scores the
     lower row is the greater number. No two are equal, so the next best is the greatest below the last one: nothing is sorted or marked.
@@ -235,15 +235,16 @@ def _rank_kernel(
     rows = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, D)
     n = tl.arange(0, BLOCK_N)
+    ranking = first_ranking + tl.program_id(2)
+    together = ranking == S
     score = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
-    for s in range(S):  # not unrolled: the tiles of two similarities do not fit into registers at once
+    # Not unrolled: the tiles of two similarities do not fit into registers at once.
+    for s in range(tl.where(together, 0, ranking), tl.where(together, S, ranking + 1)):
         q = tl.load(features + (s * B + b)[:, None] * D + d[None, :], mask=(b < B)[:, None], other=0.0).to(DTYPE)
         offsets = rows.to(tl.int64)[:, None] * stride_row + d[None, :]
         x = tl.load(queue + s * stride_pair + offsets, mask=(rows < K)[:, None], other=0.0).to(DTYPE)
         similarity = _dot(q, tl.trans(x), tl.zeros((BLOCK_B, BLOCK_K), tl.float32), PRECISION, WIDEN)
-        if not SOFTMAX:
-            score = similarity
-        else:
+        if SOFTMAX and together:
             here = (b < B)[:, None] & (n < splits)[None, :]
             at = (s * B + b)[:, None] * splits + n[None, :]
             peak = tl.load(peaks + at, mask=here, other=float("-inf"))
@@ -251,12 +252,14 @@ def _rank_kernel(
             top = tl.where(b < B, tl.max(peak, 1), 0.0)
             total = tl.where(b < B, tl.sum(mass * tl.exp2(peak - top[:, None]), 1), 1.0)
             score += tl.exp2(similarity * _BITS_IN - top[:, None]) / total[:, None]
+        else:
+            score = similarity
 
     pattern = score.to(tl.int32, bitcast=True)
     pattern = tl.where(pattern >= 0, pattern, pattern ^ 0x7FFFFFFF)  # negative floats order backwards
     candidate = (pattern.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)[None, :]
     candidate = tl.where((rows < K)[None, :], candidate, _LOWEST)
-    out = candidates + (b.to(tl.int64) * tl.num_programs(1) + tile) * kept
+    out = candidates + ((tl.program_id(2).to(tl.int64) * B + b) * tl.num_programs(1) + tile) * kept
     best = tl.max(candidate, 1)
     tl.store(out, best, mask=b < B)
     for t in range(1, kept):
@@ -266,12 +269,12 @@ def _rank_kernel(
 
 @triton.jit
 def _select_kernel(
-    candidates,  # (B, C) int64, of _rank_kernel
-    rows,  # out (B, m) int64: rows of the queue, best first
+    candidates,  # (R, B, C) int64, of _rank_kernel
+    rows,  # out (R, B, m) int64: rows of the queue, best first
     C, m,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one query: the m greatest of its candidates, one after another."""
+    """A program owns one query in one ranking: the m greatest of its candidates, one after another."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     last = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
@@ -409,6 +412,8 @@ def rank_launch(
     peaks: Tensor,  # (S, B, N)
     masses: Tensor,  # (S, B, N)
     m: int,
+    each: bool,  # rank by each similarity alone
+    together: bool,  # rank by the sum of all softmaxes
     precision: str,
 ) -> tuple[Launch, Tensor]:
     S, B, D = features.shape
@@ -418,17 +423,19 @@ def rank_launch(
     block_b, block_k, num_warps = (16, 32 if D <= 128 else 16, 8) if ieee else (16 if B <= 16 else 32, 64, 8)
     tiles = triton.cdiv(K, block_k)
     kept = min(m, block_k)
-    candidates = torch.empty((B, tiles, kept), dtype=torch.int64, device=features.device)
+    rankings = (S if each else 0) + (1 if together else 0)
+    candidates = torch.empty((rankings, B, tiles, kept), dtype=torch.int64, device=features.device)
     launch = Launch(
         _rank_kernel,
-        (triton.cdiv(B, block_b), tiles),
+        (triton.cdiv(B, block_b), tiles, rankings),
         {
             "features": features, "queue": queue, "peaks": peaks, "masses": masses, "candidates": candidates,
-            "stride_pair": queue.stride(0), "stride_row": queue.stride(1), "S": S, "B": B, "K": K,
+            "stride_pair": queue.stride(0), "stride_row": queue.stride(1),
+            "first_ranking": 0 if each else S, "S": S, "B": B, "K": K,
             "splits": splits, "kept": kept,
         },
         {
-            "SOFTMAX": S > 1, "D": D, "BLOCK_B": block_b, "BLOCK_K": block_k, "BLOCK_N": triton.next_power_of_2(splits),
+            "SOFTMAX": together, "D": D, "BLOCK_B": block_b, "BLOCK_K": block_k, "BLOCK_N": triton.next_power_of_2(splits),
             "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": precision, "WIDEN": INTERPRETED,
         },
         num_warps,
@@ -438,12 +445,13 @@ def rank_launch(
     return launch, candidates
 
 
-def select_launch(candidates: Tensor, m: int) -> tuple[Launch, Tensor]:  # (B, tiles, kept)
-    B, C = candidates.shape[0], candidates.shape[1] * candidates.shape[2]
-    rows = torch.empty((B, m), dtype=torch.int64, device=candidates.device)
+def select_launch(candidates: Tensor, m: int) -> tuple[Launch, Tensor]:  # (R, B, tiles, kept)
+    R, B, tiles, kept = candidates.shape
+    C = tiles * kept
+    rows = torch.empty((R, B, m), dtype=torch.int64, device=candidates.device)
     block_c = min(triton.next_power_of_2(C), 2048)
     launch = Launch(
-        _select_kernel, (B,), {"candidates": candidates, "rows": rows, "C": C, "m": m}, {"BLOCK_C": block_c}, num_stages=1
+        _select_kernel, (R * B,), {"candidates": candidates, "rows": rows, "C": C, "m": m}, {"BLOCK_C": block_c}, num_stages=1
     )  # fmt: skip
     return launch, rows
 
@@ -509,18 +517,18 @@ info_nce_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("dclr::mine_positives", mutates_args=())
-def mine_positives_op(features: Tensor, queue: Tensor, m: int) -> Tensor:
-    """Rows (B, m) of the queue (S, K, D) most similar to the features (S, B, D), m >= 1, as `kernels.mine_positives`."""
+def mine_positives_op(features: Tensor, queue: Tensor, m: int, each: bool, together: bool) -> Tensor:
+    """Rows (R, B, m) of the queue (S, K, D) most similar to the features (S, B, D), m >= 1: by each similarity, and by all together."""
     features, queue = features.contiguous(), _rows_contiguous(queue)
     S, B, _ = features.shape
-    if S == 1:
-        peaks = masses = torch.empty((1, B, 1), dtype=torch.float32, device=features.device)
+    if not together:
+        peaks = masses = torch.empty((S, B, 1), dtype=torch.float32, device=features.device)
     else:
         none = torch.empty((S, B, 0), dtype=torch.int64, device=features.device)
         launch, partials = partial_launch(features, None, queue, none, 1.0, False, float32_precision())
         launch()
         peaks, masses = partials.peaks, partials.masses
-    launch, candidates = rank_launch(features, queue, peaks, masses, m, float32_precision())
+    launch, candidates = rank_launch(features, queue, peaks, masses, m, each, together, float32_precision())
     launch()
     launch, rows = select_launch(candidates, m)
     launch()
@@ -528,8 +536,9 @@ def mine_positives_op(features: Tensor, queue: Tensor, m: int) -> Tensor:
 
 
 @mine_positives_op.register_fake
-def _(features, queue, m):
-    return features.new_empty((features.shape[1], m), dtype=torch.int64)
+def _(features, queue, m, each, together):
+    S, B, _ = features.shape
+    return features.new_empty(((S if each else 0) + (1 if together else 0), B, m), dtype=torch.int64)
 
 
 def launches_to_compile() -> list[tuple[str, Launch]]:
@@ -554,11 +563,11 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                 for gradient in (True, False):
                     launch, partials = partial_launch(queries, queries, queue, positives, 0.07, gradient, precision)
                     launches.append((f"{label}{', gradient' if gradient else ''}", launch))
-                for S in (1, 2):
+                for each, together in ((True, False), (True, True)):
                     launch, candidates = rank_launch(
-                        queries[:S], queue[:S], partials.peaks[:S], partials.masses[:S], M, precision
+                        queries[:2], queue[:2], partials.peaks[:2], partials.masses[:2], M, each, together, precision
                     )
-                    launches.append((f"{label}, S {S}", launch))
+                    launches.append((f"{label}, each{' and all' if together else ''}", launch))
         for splits in (1, _MOST_SPLITS):
             partials = _Partials(queries, splits, gradient=True)
             launches.append((f"D {D}, {splits} split(s)", merge_launch(queries, partials, 0.07, True)[0]))
@@ -568,9 +577,9 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
         label = f"D 32, {name}, all sizes 1"
         launch, partials = partial_launch(one, one, one, rows, 0.07, True, precision)
         launches += [(label, launch), (label, merge_launch(one, partials, 0.07, True)[0])]
-        launch, candidates = rank_launch(one, one, partials.peaks, partials.masses, 1, precision)
+        launch, candidates = rank_launch(one, one, partials.peaks, partials.masses, 1, True, True, precision)
         launches += [(label, launch), (label, select_launch(candidates, 1)[0])]
     for tiles in (1, 1024):
-        candidates = meta(40, tiles, M, dtype=torch.int64)
+        candidates = meta(3, 40, tiles, M, dtype=torch.int64)
         launches.append((f"{tiles} tile(s)", select_launch(candidates, M)[0]))
     return launches

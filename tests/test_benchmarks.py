@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import info_nce, timing
+from benchmarks import info_nce, timing, views
+from kernels import ViewParams
+from kernels.view_generation import generate_views_reference
 
 CPU = torch.device("cpu")
 Oracle = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -247,3 +249,171 @@ def test_an_error_of_the_device_ends_a_run_that_still_writes_what_it_has(
     content = json.loads((tmp_path / "cpu" / "info_nce.json").read_text())
     assert "illegal memory access" in content["stopped"]
     assert (len(content["rows"]), len(content["not_reached"])) == (2, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------ views
+
+
+def tiny_views(B: int = 2, precision: views.Output = "float32") -> views.Cell:
+    """Source of odd width, views of more than a blur's radius."""
+    return views.Cell(precision=precision, B=B, T=2, H=32, W=43, side=16)
+
+
+def test_views_without_branches_are_the_reference() -> None:
+    """48 draws: every kind of step, every order of at least two of them, clips with and without each."""
+    inputs = views.make_inputs(tiny_views(B=24), CPU)
+    rows = inputs.host_params
+    for name in ("flip", "grayscale", "jitter"):
+        for augmentation in (rows.clip, rows.still):
+            assert 0 < getattr(augmentation, name).sum() < 24
+    assert 0 < (rows.clip.sigma > 0).sum() < 24
+    expected = generate_views_reference(inputs.frames, inputs.stills, inputs.params)
+    # Positions between pixels are rounded to float32, a few of 43 pixels; then the steps, then the division by 0.225.
+    rounding = 43 * 4 * np.finfo(np.float32).eps
+    for view, true_view in zip(views.batched_views(*inputs[:2], inputs.params, torch.float32), expected, strict=True):
+        torch.testing.assert_close(view, true_view, rtol=0, atol=rounding)
+        assert view.stride() == true_view.stride()
+    true_views = views.float64_views(inputs, yuv=False)
+    assert true_views.rgb.dtype == torch.float64
+    assert views.error(expected, true_views) < rounding
+    assert views.error(expected._replace(dynamic=expected.dynamic + 1e-3), true_views) > 9e-4
+    with pytest.raises(ArithmeticError, match="not finite"):
+        views.error(expected._replace(static=expected.static * torch.nan), true_views)
+
+
+@pytest.mark.parametrize("name", [name for name in views.PROVIDERS if name not in ("triton-augment", "torch.compile")])
+def test_every_provider_of_views_does_the_work_it_says(name: str) -> None:
+    inputs = views.make_inputs(tiny_views(), CPU)
+    found = views.PROVIDERS[name](inputs, torch.bfloat16)()
+    for view in found:
+        assert view.shape == (2, 3, 2, 16, 16)
+        assert view.dtype == torch.bfloat16
+        assert view.isfinite().all()
+    rgb, static, dynamic = (view.float() for view in found)
+    assert (static[:, :, 0] == static[:, :, 1]).all()
+    torch.testing.assert_close(
+        dynamic, rgb - rgb.roll(1, 2), rtol=0, atol=3 * 2**-7
+    )  # three roundings of values up to 4
+    if name in views.OWN_DRAW:
+        again = views.PROVIDERS[name](inputs, torch.bfloat16)()
+        assert not torch.equal(found.rgb, again.rgb)
+    else:
+        # torchvision's luma differs by 1e-4 of 0..1, and each bfloat16 by half a unit of values up to 8.
+        assert views.error(found, views.float64_views(inputs, "YUV" in name)) < 2**-6 + 2e-3
+
+
+def test_a_provider_that_is_not_there_says_how_to_get_it() -> None:
+    with pytest.raises(views.NotAvailable, match="needs a GPU"):
+        views.triton_augment(views.make_inputs(tiny_views(), CPU), torch.float32)
+
+
+def test_bytes_that_views_move_by_hand() -> None:
+    params = views.make_inputs(tiny_views(), CPU).host_params
+    boxes = torch.tensor([[0, 0, 10, 20], [1, 2, 5, 4]])
+    params.clip.box.copy_(boxes)  # 200 and 20 pixels
+    params.still.box.copy_(boxes.flip(0) // 2)  # 2 x 2 and 5 x 10 pixels
+    params = ViewParams(params.clip, params.still, (7, 8))
+    pixels, values = 220 * 3 + 54, 3 * 2 * 3 * 3 * 7 * 8
+    assert views.bytes_to_move(params, 3, torch.bfloat16) == 3 * pixels + 2 * values
+    assert views.bytes_to_move(params, 3, torch.float32) == 3 * pixels + 4 * values
+    assert views.bytes_to_move(params, 3, torch.float32, yuv=True) == 1.5 * pixels + 4 * values
+
+
+def test_planes_have_the_colours_of_the_frames() -> None:
+    """Where a square of 2 x 2 has one colour; an odd width cuts the last square off."""
+    colours = torch.randint(0, 256, (1, 1, 3, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    frames = colours.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, :, :5].contiguous()
+    rgb = views._rgb_of_yuv(views.to_yuv(frames), 0, 0, 0, 6, 5)[0].permute(1, 2, 0)
+    torch.testing.assert_close(rgb, frames[0, 0].float(), rtol=0, atol=2.0)  # planes are whole numbers
+
+
+def measured_views(times: dict[str, float], share: float, B: int = 128, precision: str = "bf16") -> dict[str, Any]:
+    providers: dict[str, Any] = {name: {"median_ms": value} for name, value in times.items()}
+    providers["ours"]["share_of_bandwidth"] = share
+    return {"precision": precision, "B": B, "T": 16, "H": 240, "W": 320, "side": 112, "providers": providers}
+
+
+def test_goals_of_views() -> None:
+    large = measured_views({"kornia, all on device": 30.0, "torch.compile": 4.0, "ours": 1.0}, 0.7)
+    small = measured_views({"kornia, all on device": 20.0, "torch.compile": 4.0, "ours": 1.0}, 0.5, B=8)
+    kornia, compiled, bandwidth, step = views.judge([large, small], genuine=True, step_ms=100.0)
+    assert (kornia["at_128"], kornia["worst"], kornia["verdict"]) == (30, 20, "not met")
+    assert "B 8" in kornia["worst_at"]
+    assert (compiled["worst"], compiled["verdict"]) == (4, "met")
+    assert (bandwidth["at_128"], bandwidth["worst"], bandwidth["verdict"]) == (0.7, 0.5, "not met")
+    assert (step["worst"], step["verdict"]) == (0.02, "met")  # two calls of 1 ms
+    assert views.judge([large], genuine=True, step_ms=60.0)[-1]["verdict"] == "not met"
+    assert {row["verdict"] for row in views.judge([large], genuine=True, step_ms=100.0)} == {"met"}
+    estimated = views.judge([large], genuine=True, step_ms=None)[-1]
+    assert estimated["worst"] is None
+    assert estimated["verdict"].startswith("not measured: no step.json (estimate: 0.8% of a step of 242 ms")
+    assert views.judge([small], genuine=True, step_ms=100.0)[-1]["verdict"] == "not measured in this run"
+    del small["providers"]["torch.compile"]
+    assert views.judge([small], genuine=True, step_ms=None)[1]["verdict"] == "not measured in this run"
+    large["providers"]["ours"] = {"skipped": "RuntimeError: it broke"}
+    assert views.judge([large], genuine=True, step_ms=None)[0]["verdict"] == "not met: ours failed"
+    assert {row["verdict"] for row in views.judge([small], False, 100.0)} == {"not measured on this device"}
+
+
+def test_a_step_is_read_from_its_results(tmp_path: Path) -> None:
+    assert views.step_milliseconds(tmp_path) is None
+    (tmp_path / "step.json").write_text('{"milliseconds_per_step": 240}')
+    assert views.step_milliseconds(tmp_path) == 240
+    (tmp_path / "step.json").write_text("{}")
+    assert views.step_milliseconds(tmp_path) is None
+
+
+def test_the_grid_of_views() -> None:
+    def cells(*flags: str) -> list[tuple[str, int, str]]:
+        planned = views.plan(views.make_parser().parse_args(flags), "cuda")
+        return [(cell.precision, cell.B, cell.source) for cell in planned]
+
+    sources = ("240 x 320", "128 x 171")
+    whole = [("bf16", B, source) for B in (128, 40, 8) for source in sources]
+    assert cells() == [*whole, *(("float32", 40, source) for source in sources)]
+    assert cells("--quick") == whole[:2]
+    assert cells("--precision", "float32") == [("float32", B, source) for _, B, source in whole]
+
+
+def test_a_run_of_views_at_tiny_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Without torch.compile, which takes half a minute; a provider that fails in its place is recorded, and the run goes on."""
+
+    def broken(*arguments: Any) -> views.Call:
+        raise torch.OutOfMemoryError("too large\nby far")
+
+    monkeypatch.setitem(views.PROVIDERS, "torch.compile", broken)
+    monkeypatch.setitem(views.VIEWS, "cpu", (2, 16))
+    monkeypatch.setitem(views.SOURCES, "cpu", ((32, 43), (24, 32)))
+    tiny = ["--batch-sizes", "1", "2", "--repetitions", "5", "--device", "cpu", "--results", str(tmp_path)]
+    views.main([*tiny, "--precision", "bf16"])
+    content = json.loads((tmp_path / "cpu" / "views_bf16.json").read_text())
+    assert {"device", "versions", "commit", "date"} <= content["environment"].keys()
+    assert "reference" in content["implementation"]
+    assert (content["ceilings"], content["step_ms"], content["stopped"]) == (None, None, None)
+    assert {goal["verdict"] for goal in content["goals"]} == {"not measured on this device"}
+    assert [(row["B"], row["H"]) for row in content["rows"]] == [(2, 32), (2, 24), (1, 32), (1, 24)]
+    for row in content["rows"]:
+        assert list(row["providers"]) == list(views.PROVIDERS)
+        assert row["bytes_from_yuv"] < row["bytes"]
+        assert 0 < row["rounding"] <= 2**-6
+        assert row["providers"]["torch.compile"] == {"skipped": "OutOfMemoryError: too large"}
+        assert row["providers"]["triton-augment"] == {"skipped": "needs a GPU"}
+        for name in set(views.PROVIDERS) - {"torch.compile", "triton-augment"}:
+            found = row["providers"][name]
+            assert 0 < found["low_ms"] <= found["median_ms"] <= found["high_ms"]
+            assert found["repetitions"] == (2 if name in views.CLIP_BY_CLIP else 5)
+            assert found["share_of_bandwidth"] is None
+            assert (found["error"] is None) == (name in views.OWN_DRAW)
+    assert (tmp_path / "cpu" / "views_bf16.png").read_bytes().startswith(b"\x89PNG")
+    assert "skipped: OutOfMemoryError" in capsys.readouterr().out
+
+    monkeypatch.setitem(views.PROVIDERS, "ours", broken)
+    with pytest.raises(SystemExit, match="ours failed"):
+        views.main([*tiny, "--providers", "reference", "ours", "--quick"])
+    times = iter([0.0, 0.0, 1e6, 1e6])
+    monkeypatch.setattr(views.time, "monotonic", lambda: next(times))
+    views.main([*tiny, "--providers", "reference", "--minutes", "1"])
+    content = json.loads((tmp_path / "cpu" / "views.json").read_text())
+    assert (len(content["rows"]), len(content["not_reached"])) == (1, 3)

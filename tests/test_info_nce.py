@@ -334,6 +334,33 @@ def test_mine_positives(
     assert all(len(set(line)) == m for line in rows.tolist())
 
 
+@pytest.mark.parametrize(
+    ("S", "B", "K", "m"),
+    [
+        pytest.param(2, 17, 300, 5, id="static, dynamic, both: several tiles, ragged"),
+        pytest.param(3, 2, 9, 9, id="three similarities, all rows"),
+        pytest.param(1, 3, 8, 2, id="one, and one together"),
+        pytest.param(2, 3, 8, 0, id="none wanted"),
+    ],
+)
+def test_mining_by_each_is_mining_by_one_at_a_time(
+    S: int, B: int, K: int, m: int, device: torch.device, run: Callable
+) -> None:
+    features, queue = unit(S, B, 32, seed=5).to(device), unit(S, K, 32, seed=6).to(device)
+    rows = run(kernels.mine_positives_by_each)(features, queue, m)
+    assert rows.shape == (S + 1, B, m)
+    for s in range(S):
+        assert torch.equal(rows[s], mine_positives(features[s], queue[s], m))
+    assert torch.equal(rows[S], mine_positives(features, queue, m))
+
+
+def test_mining_by_each_needs_similarities() -> None:
+    with pytest.raises(ValueError, match=r"features must be \(S, B, D\), not \(2, 32\)"):
+        kernels.mine_positives_by_each(torch.zeros(2, 32), torch.zeros(4, 32), 1)
+    with pytest.raises(ValueError, match="m must be between 0 and the 4 rows of queue, not 5"):
+        kernels.mine_positives_by_each(torch.zeros(1, 2, 32), torch.zeros(1, 4, 32), 5)
+
+
 def test_equal_rows_rank_by_number(device: torch.device) -> None:
     """So that a result is one and the same from run to run. (torch.topk, the reference, promises no order among equals.)"""
     if not backend.runs_triton(device):
@@ -441,7 +468,7 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch, kernel_device:
     found = contrast(*inputs)
     for tensor in (*found, *torch.autograd.grad(found.losses.sum(), inputs[0])):
         assert tensor.isfinite().all()
-    assert (mine_positives(inputs[1], inputs[2], 4) >= 0).all()
+    assert (kernels.mine_positives_by_each(inputs[1], inputs[2], 4) >= 0).all()
 
 
 def test_queue_is_neither_copied_nor_written(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
@@ -515,7 +542,7 @@ def test_opcheck(dtype: torch.dtype, gradient: bool, kernel_device: torch.device
     leaf = queries.clone().requires_grad_(gradient)
     for mined in (positives, None):
         torch.library.opcheck(info_nce_triton.info_nce_op, (leaf, keys, queue, mined, 0.07, gradient))
-    torch.library.opcheck(info_nce_triton.mine_positives_op, (queries, queue, 3))
+    torch.library.opcheck(info_nce_triton.mine_positives_op, (queries, queue, 3, True, True))
     upstream = torch.ones(2, device=kernel_device)
     torch.library.opcheck(info_nce_triton.info_nce_backward_op, (queries.float(), upstream, dtype))
 

@@ -21,7 +21,7 @@ from dclr.errors import UserError
 from dclr.method import DCLR, PAIRS
 from dclr.models import build_backbone, load_backbone
 from dclr.pretrain import pretrain
-from kernels.info_nce import mine_positives_reference
+from kernels.info_nce import mine_positives_by_each_reference
 from kernels.view_generation import generate_views_reference
 
 TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
@@ -148,22 +148,23 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
     first_mined = []
 
     def mine_and_keep(features, queue, m):
-        first_mined.append(mine_positives_reference(features, queue, m))
+        first_mined.append(mine_positives_by_each_reference(features, queue, m))
         return first_mined[-1]
 
     replayed = iter(first_mined)
 
     def mine_and_compare(features, queue, m):
-        rows, by_reference = kernels.mine_positives(features, queue, m), mine_positives_reference(features, queue, m)
-        score = features.double() @ queue.double().transpose(-2, -1)
-        score = score.softmax(2).sum(0) if score.dim() == 3 else score
-        torch.testing.assert_close(score.gather(1, rows), score.gather(1, by_reference), rtol=1e-6, atol=0)
+        rows = kernels.mine_positives_by_each(features, queue, m)
+        by_reference = mine_positives_by_each_reference(features, queue, m)
+        score = features.double() @ queue.double().transpose(1, 2)
+        score = torch.cat([score, score.softmax(2).sum(0, keepdim=True)])
+        torch.testing.assert_close(score.gather(2, rows), score.gather(2, by_reference), rtol=1e-6, atol=1e-7)
         return next(replayed)
 
     monkeypatch.setattr("dclr.pretrain.generate_views", generate_views_reference)
-    monkeypatch.setattr("dclr.method.mine_positives", mine_and_keep)
+    monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_keep)
     by_reference = run_tiny("reference", kernels="reference", epochs=6)
-    monkeypatch.setattr("dclr.method.mine_positives", mine_and_compare)
+    monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_compare)
     by_kernels = run_tiny("triton", kernels="triton", epochs=6)
     kernels.set_backend("auto")
     curves = [[line for line in metrics(run) if "loss" in line] for run in (by_reference, by_kernels)]
@@ -172,7 +173,7 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
         *(f"{what}/{p}" for p in PAIRS for what in ("pair_loss", "positive_similarity", "hardest_negative")),
     ]
     assert len(curves[0]) == 23
-    assert len(first_mined) == 3 * 23
+    assert len(first_mined) == 23
     assert next(replayed, None) is None
     for expected, found in zip(*curves, strict=True):
         assert [found[n] for n in names] == pytest.approx([expected[n] for n in names], rel=1e-4), expected["step"]
