@@ -319,12 +319,12 @@ def measure(
                 found[name] = accuracy(inputs, *calls[name]())
                 found[name]["peak_extra_bytes"] = timing.peak_extra_memory(calls[name], device)
             except Exception as error:  # whatever it is: the other providers and cells are worth having
-                found[name] = {"skipped": _reason(error)}
+                found[name] = {"skipped": timing.reason(error)}
                 calls.pop(name, None)
         try:
             times = timing.interleaved(calls, device, repetitions) if calls else {}
         except torch.OutOfMemoryError as error:  # each fits alone, but not all graphs beside each other
-            found |= {name: {"skipped": _reason(error)} for name in calls}
+            found |= {name: {"skipped": timing.reason(error)} for name in calls}
             times = {}
     floor = None if ceilings is None else floor_ms(cell, ceilings)
     for name, of_name in times.items():
@@ -332,10 +332,6 @@ def measure(
         found[name] = asdict(of_name) | found[name] | {"share_of_floor": share}
     limits = {"floor_bytes": floor_bytes(cell), "floor_flops": floor_flops(cell), "floor_ms": floor}
     return asdict(cell) | limits | {"providers": found}
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
@@ -392,16 +388,16 @@ def time_line(row: dict[str, Any], names: Sequence[str]) -> str:
         mark = " (no graph)" if of_name["captured"] is False else ""
         columns.append(f"{of_name['median_ms']:.3g} ({of_name['low_ms']:.3g} to {of_name['high_ms']:.3g}){mark}")
     share = row["providers"].get("ours", {}).get("share_of_floor")
-    return _line([*columns, *([] if share is None else [f"{share:.0%}"])])
+    return timing.table_line([*columns, *([] if share is None else [f"{share:.0%}"])])
 
 
 def time_header(names: Sequence[str], with_floor: bool) -> str:
     columns = ["precision", "what", "B", "K", *(f"{name}, ms" for name in names)]
-    return _header([*columns, *(["ours: share of the floor"] if with_floor else [])])
+    return timing.table_header([*columns, *(["ours: share of the floor"] if with_floor else [])])
 
 
 def accuracy_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    lines = [_header(["precision", "what", "B", "K", *names])]
+    lines = [timing.table_header(["precision", "what", "B", "K", *names])]
     for row in rows:
         cell = _cell(row)
         columns = [cell.precision, cell.kind, str(cell.B), str(cell.K)]
@@ -418,25 +414,17 @@ def accuracy_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
             if of_name["peak_extra_bytes"] is not None:
                 parts.append(f"{of_name['peak_extra_bytes'] / 2**20:.1f} MiB")
             columns.append(", ".join(parts))
-        lines.append(_line(columns))
+        lines.append(timing.table_line(columns))
     return "\n".join(lines)
 
 
 def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
-    lines = [_header(["goal", "precision", "a training step", "worst", "where", ""])]
+    lines = [timing.table_header(["goal", "precision", "a training step", "worst", "where", ""])]
     for verdict in verdicts:
         ratios = ["" if verdict[name] is None else f"{verdict[name]:.2f}" for name in ("training_step", "worst")]
         columns = [verdict["goal"], verdict["precision"], *ratios, verdict["worst_at"] or "", verdict["verdict"]]
-        lines.append(_line(columns))
+        lines.append(timing.table_line(columns))
     return "\n".join(lines)
-
-
-def _line(columns: Sequence[str]) -> str:
-    return "| " + " | ".join(columns) + " |"
-
-
-def _header(columns: Sequence[str]) -> str:
-    return _line(columns) + "\n|" + "---|" * len(columns)
 
 
 COLOURS = {"as released": "tab:gray", "eager": "tab:blue", "torch.compile": "tab:orange", "ours": "tab:red"}
@@ -553,7 +541,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             rows.append(measure(cell, names, device, repetitions, ceilings))
         except RuntimeError as error:  # after some errors a GPU does nothing more in this process
-            stopped, failed = f"{cell}: {_reason(error)}", True
+            stopped, failed = f"{cell}: {timing.reason(error)}", True
             break
         print(time_line(rows[-1], names), flush=True)
     if not rows:

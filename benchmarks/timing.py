@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -155,6 +155,19 @@ def write(folder: Path, name: str, content: dict[str, Any], figure: Figure) -> N
         Path(out).mkdir(parents=True, exist_ok=True)
         for suffix in ("json", "png"):
             shutil.copy(folder / f"{name}.{suffix}", out)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, for a table."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def table_line(columns: Sequence[str]) -> str:
+    return "| " + " | ".join(columns) + " |"
+
+
+def table_header(columns: Sequence[str]) -> str:
+    return table_line(columns) + "\n|" + "---|" * len(columns)
 
 
 def _rounds(names: list[str], repetitions: int) -> Iterator[str]:

@@ -555,7 +555,7 @@ def measure(
 def _reason(failure: Exception) -> str:
     if isinstance(failure, NotAvailable):
         return str(failure)
-    return f"{type(failure).__name__}: {(str(failure).strip() or 'no message').splitlines()[0]}"
+    return timing.reason(failure)
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
@@ -640,32 +640,35 @@ def cell_table(row: dict[str, Any]) -> str:
     """What was measured in one cell, a provider a line."""
     columns = ["provider", "ms (20 % to 80 %)", "share of the bandwidth", "peak extra memory", "error"]
     moved = f"{row['bytes'] / 1e6:.1f} MB must move, {row['bytes_from_yuv'] / 1e6:.1f} from YUV"
-    lines = [f"{_cell(row)}: {moved}; rounding {row['rounding']:.1e}", "", _line(columns), "|" + "---|" * len(columns)]
+    lines = [
+        f"{_cell(row)}: {moved}; rounding {row['rounding']:.1e}",
+        "",
+        timing.table_line(columns),
+        "|" + "---|" * len(columns),
+    ]
     for name, of_name in row["providers"].items():
         if "skipped" in of_name:
-            lines.append(_line([name, f"skipped: {of_name['skipped']}", "", "", ""]))
+            lines.append(timing.table_line([name, f"skipped: {of_name['skipped']}", "", "", ""]))
             continue
         mark = " (no graph)" if of_name["captured"] is False else ""
         spread = f"{of_name['median_ms']:.3g} ({of_name['low_ms']:.3g} to {of_name['high_ms']:.3g}){mark}"
         share, peak, wrong = (of_name[key] for key in ("share_of_bandwidth", "peak_extra_bytes", "error"))
         share_text = "" if share is None else f"{share:.1%}"
         peak_text = "" if peak is None else f"{peak / 2**20:.0f} MiB"
-        lines.append(_line([name, spread, share_text, peak_text, "own draw" if wrong is None else f"{wrong:.1e}"]))
+        lines.append(
+            timing.table_line([name, spread, share_text, peak_text, "own draw" if wrong is None else f"{wrong:.1e}"])
+        )
     return "\n".join(lines)
 
 
 def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
     columns = ["goal", "precision", "at B 128", "worst", "where", ""]
-    lines = [_line(columns), "|" + "---|" * len(columns)]
+    lines = [timing.table_header(columns)]
     for verdict in verdicts:
         values = ["" if verdict[name] is None else f"{verdict[name]:.3g}" for name in ("at_128", "worst")]
         columns = [verdict["goal"], verdict["precision"], *values, verdict["worst_at"] or "", verdict["verdict"]]
-        lines.append(_line(columns))
+        lines.append(timing.table_line(columns))
     return "\n".join(lines)
-
-
-def _line(columns: Sequence[str]) -> str:
-    return "| " + " | ".join(columns) + " |"
 
 
 MARKERS = "o^sDv"
