@@ -171,10 +171,10 @@ def _merge_kernel(
     scale, B, splits,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, 0) owns the figures of pair p, and program (p, 1 + b) the gradient of query b. Both add the splits up in one order."""
-    pair = tl.program_id(0).to(tl.int64)
+    """Program (0, p) owns the figures of pair p, and program (1 + b, p) the gradient of query b. Both add the splits up in one order."""
+    pair = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
-    if tl.program_id(1) == 0:
+    if tl.program_id(0) == 0:
         loss = tl.zeros((BLOCK_R,), tl.float32)
         similar = tl.zeros((BLOCK_R,), tl.float32)
         hardest = tl.zeros((BLOCK_R,), tl.float32)
@@ -194,9 +194,9 @@ def _merge_kernel(
             hardest += tl.where(b < B, highest, 0.0)
         tl.store(losses + pair, tl.sum(loss, 0) / B * _LN2)
         tl.store(similarities + pair, tl.sum(similar, 0) / B / scale)
-        tl.store(similarities + tl.num_programs(0) + pair, tl.sum(hardest, 0) / B / scale)
+        tl.store(similarities + tl.num_programs(1) + pair, tl.sum(hardest, 0) / B / scale)
     else:
-        row = pair * B + tl.program_id(1) - 1
+        row = pair * B + tl.program_id(0) - 1
         d = tl.arange(0, D)
         peak = tl.load(peaks + row * splits + n, mask=n < splits, other=float("-inf"))
         mass = tl.load(masses + row * splits + n, mask=n < splits, other=0.0)
@@ -220,7 +220,7 @@ def _rank_kernel(
     queue,  # (S, K, D), rows and similarities apart by the strides
     peaks, masses,  # (S, B, N) as _partial_kernel writes them, at temperature 1; unused without SOFTMAX
     candidates,  # out (R, B, tiles, kept) int64: the best of each tile of the queue, best first
-    stride_pair, stride_row, first_ranking, S, B, K, splits, kept,
+    stride_pair, stride_row, first_ranking, row_blocks, S, B, K, splits, tiles, kept,
     SOFTMAX: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -230,19 +230,21 @@ def _rank_kernel(
     A candidate is one number: its upper half orders as the score does, its lower half is the row, reversed so that of two equal scores the
     lower row is the greater number. No two are equal, so the next best is the greatest below the last one: nothing is sorted or marked.
     """
-    tile = tl.program_id(1)
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    tile = tl.program_id(0) // row_blocks  # neighbours read the same part of the queue
+    b = tl.program_id(0) % row_blocks * BLOCK_B + tl.arange(0, BLOCK_B)
     rows = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, D)
     n = tl.arange(0, BLOCK_N)
-    ranking = first_ranking + tl.program_id(2)
+    ranking = first_ranking + tl.program_id(1)
     together = ranking == S
     score = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     # Not unrolled: the tiles of two similarities do not fit into registers at once.
     for s in range(tl.where(together, 0, ranking), tl.where(together, S, ranking + 1)):
         q = tl.load(features + (s * B + b)[:, None] * D + d[None, :], mask=(b < B)[:, None], other=0.0).to(DTYPE)
         offsets = rows.to(tl.int64)[:, None] * stride_row + d[None, :]
-        x = tl.load(queue + s * stride_pair + offsets, mask=(rows < K)[:, None], other=0.0).to(DTYPE)
+        x = tl.load(
+            queue + (tl.zeros((), tl.int64) + s) * stride_pair + offsets, mask=(rows < K)[:, None], other=0.0
+        ).to(DTYPE)
         similarity = _dot(q, tl.trans(x), tl.zeros((BLOCK_B, BLOCK_K), tl.float32), PRECISION, WIDEN)
         if SOFTMAX and together:
             here = (b < B)[:, None] & (n < splits)[None, :]
@@ -259,7 +261,7 @@ def _rank_kernel(
     pattern = tl.where(pattern >= 0, pattern, pattern ^ 0x7FFFFFFF)  # negative floats order backwards
     candidate = (pattern.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)[None, :]
     candidate = tl.where((rows < K)[None, :], candidate, _LOWEST)
-    out = candidates + ((tl.program_id(2).to(tl.int64) * B + b) * tl.num_programs(1) + tile) * kept
+    out = candidates + ((tl.program_id(1).to(tl.int64) * B + b) * tiles + tile) * kept
     best = tl.max(candidate, 1)
     tl.store(out, best, mask=b < B)
     for t in range(1, kept):
@@ -392,7 +394,7 @@ def merge_launch(
     block_n = triton.next_power_of_2(splits)
     launch = Launch(
         _merge_kernel,
-        (P, 1 + B if gradient else 1),
+        (1 + B if gradient else 1, P),
         {
             "keys": keys, "peaks": partials.peaks, "masses": partials.masses, "sums": partials.sums, "key_bits": partials.key_bits,
             "positive_bits": partials.positive_bits, "positive_means": partials.positive_means, "losses": losses,
@@ -421,18 +423,18 @@ def rank_launch(
     dtype = _dtype(features, queue)
     ieee = dtype == torch.float32 and precision == "ieee"
     block_b, block_k, num_warps = (16, 32 if D <= 128 else 16, 8) if ieee else (16 if B <= 16 else 32, 64, 8)
-    tiles = triton.cdiv(K, block_k)
+    row_blocks, tiles = triton.cdiv(B, block_b), triton.cdiv(K, block_k)
     kept = min(m, block_k)
     rankings = (S if each else 0) + (1 if together else 0)
     candidates = torch.empty((rankings, B, tiles, kept), dtype=torch.int64, device=features.device)
     launch = Launch(
         _rank_kernel,
-        (triton.cdiv(B, block_b), tiles, rankings),
+        (row_blocks * tiles, rankings),  # a GPU takes 2^31 along the first axis, 65535 along the second
         {
             "features": features, "queue": queue, "peaks": peaks, "masses": masses, "candidates": candidates,
             "stride_pair": queue.stride(0), "stride_row": queue.stride(1),
-            "first_ranking": 0 if each else S, "S": S, "B": B, "K": K,
-            "splits": splits, "kept": kept,
+            "first_ranking": 0 if each else S, "row_blocks": row_blocks, "S": S, "B": B, "K": K,
+            "splits": splits, "tiles": tiles, "kept": kept,
         },
         {
             "SOFTMAX": together, "D": D, "BLOCK_B": block_b, "BLOCK_K": block_k, "BLOCK_N": triton.next_power_of_2(splits),

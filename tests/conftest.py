@@ -22,6 +22,11 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # train.py and eval.py
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_manifest_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Verified videos of the tests stay out of the user's cache; processes that tests start inherit this."""
@@ -52,8 +57,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     import kernels
 
     implementation, name = request.param
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     if request.param == ("triton", "cpu") and not kernels.backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     kernels.set_backend(implementation)

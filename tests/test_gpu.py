@@ -11,10 +11,7 @@ from dclr.data.demo import render_demo
 from dclr.pretrain import pretrain
 from kernels import ViewParams, generate_views
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_views_on_the_gpu_agree_with_the_cpu():
