@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dclr.config import DataConfig, Parser
-from dclr.data import clips, decode
+from dclr.config import Parser
 from dclr.errors import UserError
-from kernels import Augmentation, ViewParams, Views, Yuv420, describe, generate_views
+from kernels import Augmentation, Views
 from kernels.view_generation import MEAN, STD
 
 AUGMENTATION = np.dtype(
@@ -183,61 +182,6 @@ def to_pixels(views: Views, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return rgb.numpy(), static.numpy(), dynamic.numpy()
 
 
-def to_yuv420(parts: Sequence[decode.YuvFrames]) -> Yuv420:
-    """Frames of B clips of one size (T frames each) -> a batch."""
-    y, u, v = (torch.from_numpy(np.stack([getattr(part, plane) for part in parts])) for plane in "yuv")
-    bt709, full_range = (torch.tensor([getattr(part, flag) for part in parts]) for flag in ("bt709", "full_range"))
-    return Yuv420(y, u, v, bt709, full_range)
-
-
-def draw_picture(video: Path, out: Path, seed: int) -> str:
-    """Write the picture of one training sample of `video`, query and key; returns what to tell the user.
-
-    Raises UserError: the video cannot be read, the picture cannot be written.
-    """
-    from dclr.pictures import view_sheet  # matplotlib takes a second to import, and training does not need it
-
-    config = DataConfig()
-    length, size = config.clip_length, (config.crop_size, config.crop_size)
-    try:
-        record = decode.verify_video(video)
-        rng = clips.sample_rng(seed, 0, 0)
-        pair = clips.draw_pair(rng, record.frames, length, config.clip_stride)
-        numbers = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
-        planes, rgb = decode.read_planes(video, record, numbers), decode.read_frames(video, record, numbers)
-    except decode.UnreadableVideo as error:
-        raise UserError(f"--video {video}: {error}") from None
-    rows = [draw_augmentation(rng, record.height, record.width, PRETRAIN) for _ in range(4)]
-
-    def part(numbers: slice) -> decode.YuvFrames:
-        return decode.YuvFrames(
-            planes.y[numbers], planes.u[numbers], planes.v[numbers], planes.bt709, planes.full_range
-        )
-
-    # As the loader draws them: query, its still, key, its still.
-    frames = to_yuv420([part(slice(0, length)), part(slice(length, 2 * length))])
-    stills = to_yuv420([part(slice(2 * length, 2 * length + 1)), part(slice(2 * length + 1, None))])
-    stills = Yuv420(stills.y[:, 0], stills.u[:, 0], stills.v[:, 0], stills.bt709, stills.full_range)
-    params = ViewParams(to_augmentation([rows[0], rows[2]]), to_augmentation([rows[1], rows[3]]), size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    views = generate_views(frames.to(device), stills.to(device), params)
-
-    samples = []
-    for b, (name, numbers) in enumerate((("query", pair.query), ("key", pair.key))):
-        clip, still = rgb[b * length : (b + 1) * length], rgb[2 * length + b]
-        name += f", frames {numbers[0]} to {numbers[-1]}"
-        samples.append((name, clip, still, rows[2 * b], rows[2 * b + 1], to_pixels(views, b)))
-    space = f"{'BT.709' if planes.bt709 else 'BT.601'}, {'full' if planes.full_range else 'limited'} range"
-    title = (
-        f"{video.name}: {record.frames} frames of {record.width} x {record.height}, YUV 4:2:0 ({space}); seed {seed}"
-    )
-    try:
-        view_sheet(samples, spread(length), title, out)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
-        raise UserError(f"--out {out}: cannot write it ({error}); name a .png file in a folder that exists") from None
-    return f"views by {describe(device)}\nwrote {out}"
-
-
 def make_parser() -> Parser:
     what = "A picture of what the network sees of a video: source, rgb, static and dynamic view of a query clip and its key clip."
     parser = Parser(prog="python -m dclr.views", description=what, allow_abbrev=False)
@@ -248,11 +192,15 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
+    from dclr.view_sheet import (
+        draw_view_sheet,  # which reads videos; what reads videos for training imports this module
+    )
+
     try:
         arguments = make_parser().parse_args()
         if arguments.seed < 0:
             raise UserError(f"--seed is {arguments.seed}, but must be at least 0")
-        print(draw_picture(arguments.video, arguments.out, arguments.seed))
+        print(draw_view_sheet(arguments.video, arguments.out, arguments.seed))
     except UserError as error:
         print(f"dclr.views: error: {error}", file=sys.stderr)
         sys.exit(2)

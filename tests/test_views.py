@@ -11,6 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from dclr import views
 from dclr.data import clips, decode
+from dclr.view_sheet import draw_view_sheet
 from dclr.views import (
     AUGMENTATION,
     FINETUNE,
@@ -267,9 +268,9 @@ def test_a_picture_of_a_video(demo_videos, tmp_path, capfd, monkeypatch):
 def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path, monkeypatch):
     """The sheet gets the views that training would make of the same draws from RGB, but for the conversion of colours."""
     seen = []
-    monkeypatch.setattr("dclr.pictures.view_sheet", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("dclr.view_sheet.view_sheet", lambda *arguments: seen.append(arguments))
     video = next(iter(sorted(demo_videos.rglob("*.mp4"))))
-    views.draw_picture(video, tmp_path / "views.png", seed=5)
+    draw_view_sheet(video, tmp_path / "views.png", seed=5)
     ((samples, shown, title, _),) = seen
     assert video.name in title
     assert shown == [0, 2, 4, 6, 9, 11, 13, 15]
