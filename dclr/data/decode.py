@@ -184,8 +184,8 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 25, keyframe_every: i
     if frames.dtype != np.uint8 or channels != 3 or height % 2 or width % 2:
         raise ValueError(f"frames must be uint8 (T, even H, even W, 3), got {frames.dtype} {frames.shape}")
     # sc_threshold=0: no further keyframes where x264 sees a scene change.
-    # One thread: the bytes do not depend on the machine.
-    options = {"preset": "veryfast", "crf": "18", "sc_threshold": "0", "threads": "1"}
+    # One thread and no assembly: with it, the same frames were encoded to other bytes from one call to the next (docs/LOG.md).
+    options = {"preset": "veryfast", "crf": "18", "sc_threshold": "0", "threads": "1", "x264-params": "asm=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
