@@ -172,11 +172,16 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
         "loss",
         *(f"{what}/{p}" for p in PAIRS for what in ("pair_loss", "positive_similarity", "hardest_negative")),
     ]
+    rounding = (
+        4 * float(np.finfo(np.float32).eps) / 0.07
+    )  # of a logit, of which four meet in a loss: all of one that is nearly 0
     assert len(curves[0]) == 23
     assert len(first_mined) == 23
     assert next(replayed, None) is None
     for expected, found in zip(*curves, strict=True):
-        assert [found[n] for n in names] == pytest.approx([expected[n] for n in names], rel=1e-4), expected["step"]
+        assert [found[n] for n in names] == pytest.approx([expected[n] for n in names], rel=1e-4, abs=rounding), (
+            expected["step"]
+        )
     assert curves[0] != curves[1]  # or one of them has not run
     weights = load_file(by_kernels / "backbone.safetensors")
     for name, tensor in load_file(by_reference / "backbone.safetensors").items():
