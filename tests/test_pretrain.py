@@ -163,9 +163,9 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
 
     monkeypatch.setattr("dclr.pretrain.generate_views", generate_views_reference)
     monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_keep)
-    by_reference = run_tiny("reference", kernels="reference", epochs=6)
+    by_reference = run_tiny("reference", kernels="reference", epochs=6, lr=0.001)
     monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_compare)
-    by_kernels = run_tiny("triton", kernels="triton", epochs=6)
+    by_kernels = run_tiny("triton", kernels="triton", epochs=6, lr=0.001)
     kernels.set_backend("auto")
     curves = [[line for line in metrics(run) if "loss" in line] for run in (by_reference, by_kernels)]
     names = [
