@@ -141,7 +141,8 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
 
     Young embeddings are so alike that rows of the queue differ by one unit in the last place; either may be mined then, and one
     other positive moves a loss by 0.1 %. So the kernels' choice must be as similar as the reference's on the same features, and
-    both runs take the rows that the first run mined. Views are kornia's in both: interpreted, they take half a minute a step.
+    both runs take the rows that the first run mined. Views are kornia's in both: interpreted, they take half a minute a step. The
+    learning rate is low: at 0.01 so small a network is chaotic, and any two roundings part within ten steps.
     """
     if not kernels.backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
@@ -172,16 +173,14 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
         "loss",
         *(f"{what}/{p}" for p in PAIRS for what in ("pair_loss", "positive_similarity", "hardest_negative")),
     ]
-    rounding = (
-        4 * float(np.finfo(np.float32).eps) / 0.07
-    )  # of a logit, of which four meet in a loss: all of one that is nearly 0
     assert len(curves[0]) == 23
     assert len(first_mined) == 23
     assert next(replayed, None) is None
     for expected, found in zip(*curves, strict=True):
-        assert [found[n] for n in names] == pytest.approx([expected[n] for n in names], rel=1e-4, abs=rounding), (
-            expected["step"]
-        )
+        # A logit rounds to 4 EPS / 0.07 = 7e-6 at first; then training enlarges what differs, similarities of at most 1 and losses alike.
+        tolerance = 1e-5 if expected["step"] <= 12 else 1e-4
+        near = pytest.approx([expected[n] for n in names], rel=tolerance, abs=tolerance)
+        assert [found[n] for n in names] == near, expected["step"]
     assert curves[0] != curves[1]  # or one of them has not run
     weights = load_file(by_kernels / "backbone.safetensors")
     for name, tensor in load_file(by_reference / "backbone.safetensors").items():
