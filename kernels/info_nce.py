@@ -157,8 +157,8 @@ def mine_positives_by_each(
     queue: Tensor,  # (S, K, D)
     m: int,
 ) -> Tensor:  # (S + 1, B, m)
-    """`mine_positives` by each of S similarities alone, and last by all together, as the five pairs of DCLR need it: each product once, and
-    no more launches than for one. Arguments and errors as there, but that features must be (S, B, D)."""
+    """`mine_positives` by each of S similarities alone, and last by all together, as the five pairs of DCLR need it, in no more launches
+    than for one. Arguments and errors as there, but that features must be (S, B, D)."""
     if features.dim() != 3:
         raise ValueError(f"features must be (S, B, D), not {tuple(features.shape)}")
     _check_mine_positives(features, queue, m)

@@ -565,12 +565,15 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                 for gradient in (True, False):
                     launch, partials = partial_launch(queries, queries, queue, positives, 0.07, gradient, precision)
                     launches.append((f"{label}{', gradient' if gradient else ''}", launch))
+                most = _Partials(queries[:2], _MOST_SPLITS, gradient=False)
                 for each, together in ((True, False), (True, True)):
                     launch, candidates = rank_launch(
-                        queries[:2], queue[:2], partials.peaks[:2], partials.masses[:2], M, each, together, precision
+                        queries[:2], queue[:2], most.peaks, most.masses, M, each, together, precision
                     )
                     launches.append((f"{label}, each{' and all' if together else ''}", launch))
-        for splits in (1, _MOST_SPLITS):
+        for splits in sorted(
+            {1, min(4096 // D, _MOST_SPLITS), _MOST_SPLITS}
+        ):  # the middle one is the largest tile of 4 warps
             partials = _Partials(queries, splits, gradient=True)
             launches.append((f"D {D}, {splits} split(s)", merge_launch(queries, partials, 0.07, True)[0]))
     for name, dtype, precision in kinds:
