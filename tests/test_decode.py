@@ -363,6 +363,22 @@ def test_planes_of_odd_sizes(tmp_path: Path) -> None:
     assert planes.u.shape == planes.v.shape == (1, 9, 12)
 
 
+def test_planes_are_written_into_larger_ones(genuine: Path) -> None:
+    path = genuine / "ucf101_sample" / "UCF-101" / "Rowing" / "v_Rowing_g16_c03.avi"
+    record = verify_video(path)
+    expected = read_planes(path, record, [7, 3, 7])
+    into = tuple(np.full(shape, 9, np.uint8) for shape in ((3, 250, 330), (3, 125, 165), (3, 125, 165)))
+    found = read_planes(path, record, [7, 3, 7], into)
+    for name, buffer in zip("yuv", into, strict=True):
+        own = getattr(found, name)
+        assert np.array_equal(own, getattr(expected, name))
+        assert np.shares_memory(own, buffer)
+        height, width = own.shape[1:]
+        assert np.array_equal(buffer[:, :height, :width], own)
+        assert (buffer[:, height:] == 9).all()
+        assert (buffer[:, :, width:] == 9).all()
+
+
 def test_the_same_frames_are_written_as_the_same_bytes(tmp_path: Path) -> None:
     """With its assembly, x264 encoded 7 of 12 demo videos to other bytes within four calls."""
     rng = np.random.default_rng(0)

@@ -57,6 +57,10 @@ class VideoRecord:
     """True: there are keyframes after frame 0, and a trial seek to each of them gave exactly its frames."""
 
 
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Writable planes y (N, H, W), u and v (N, ceil(H / 2), ceil(W / 2)), all uint8."""
+
+
 @dataclass(frozen=True)
 class YuvFrames:
     """N frames of one video as planes, chroma for every 2 x 2 pixels; the last row and column of an odd size share theirs with none."""
@@ -124,24 +128,39 @@ def read_frames(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[i
     return rgb
 
 
-def read_planes(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> YuvFrames:
+def read_planes(
+    path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int], into: Planes | None = None
+) -> YuvFrames:
     """The wanted frames as YUV 4:2:0, as most decoders give them: half the bytes of RGB, and no conversion. Otherwise as `read_frames`.
+
+    They are written to the top left of the planes in `into`, one for each frame wanted and at least as large, and what is returned
+    are views of them; what lies beside and below is left as it was. Without `into`, to new memory.
 
     Frames in another format (4:2:2, 4:4:4, 10 bits, RGB) are converted to 4:2:0, and those of a matrix that is neither BT.601's nor
     BT.709's to BT.709. A stream that names no matrix is taken for BT.601, as FFmpeg's own conversion to RGB does.
     """
     numbers = _checked_numbers(record, wanted)
     height, width = record.height, record.width
-    y = np.empty((len(numbers), height, width), dtype=np.uint8)
-    u, v = np.empty((2, len(numbers), (height + 1) // 2, (width + 1) // 2), dtype=np.uint8)
+    y, u, v = into or empty_planes(len(numbers), height, width)
+    y = y[:, :height, :width]
+    u, v = (plane[:, : (height + 1) // 2, : (width + 1) // 2] for plane in (u, v))
     bt709 = full_range = False
     reformatter = VideoReformatter()
     for goal, frame in _frames_of(path, record, numbers):
         frame, bt709, full_range = _yuv420(frame, reformatter)
+        places = np.flatnonzero(numbers == goal).tolist()
         for target, plane in zip((y, u, v), frame.planes, strict=True):
             lines = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-            target[numbers == goal] = lines[:, : plane.width]
+            for place in places:
+                target[place] = lines[:, : plane.width]
     return YuvFrames(y, u, v, bt709, full_range)
+
+
+def empty_planes(count: int, height: int, width: int) -> Planes:
+    """Memory for the planes of `count` frames, not set to anything."""
+    y = np.empty((count, height, width), dtype=np.uint8)
+    u, v = np.empty((2, count, (height + 1) // 2, (width + 1) // 2), dtype=np.uint8)
+    return y, u, v
 
 
 def _checked_numbers(record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> np.ndarray:
