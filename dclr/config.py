@@ -42,12 +42,26 @@ class RunConfig:
         "auto: Triton on a GPU, plain torch and kornia elsewhere; change it to reference to see whether a result is a kernel's doing",
         BACKENDS,
     )
+    compile: str = option(
+        "auto",
+        "torch.compile of the backbones; auto: on a GPU; change it to off for a run of a few steps, which is over before it is compiled",
+        ("auto", "on", "off"),
+    )
+    pad_channels: int = option(
+        8,
+        "zero channels between convolutions in space and in time, up to a multiple of this, for tensor cores; same results and "
+        "checkpoints; try 16, or 1 for none",
+    )
     checkpoint_every: int = option(1, "epochs between two checkpoints; raise it when an epoch takes seconds")
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "--seed", self.seed, "at least 0")
         _require(self.log_every >= 1, "--log-every", self.log_every, "at least 1")
         _require(self.kernels in BACKENDS, "--kernels", self.kernels, "one of " + ", ".join(BACKENDS))
+        _require(self.compile in ("auto", "on", "off"), "--compile", self.compile, "auto, on or off")
+        _require(
+            1 <= self.pad_channels <= 64, "--pad-channels", self.pad_channels, "1 to 64 (8 and 16 suit tensor cores)"
+        )
         _require(self.checkpoint_every >= 1, "--checkpoint-every", self.checkpoint_every, "at least 1")
 
 
@@ -334,7 +348,8 @@ def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str,
 
 # What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.
 FREE_ON_RESUME = {
-    "data", "workers", "ds_config", "kernels", "log_every", "checkpoint_every", "epochs", "lr", "milestones", "momentum", "weight_decay",
+    "data", "workers", "ds_config", "kernels", "compile", "pad_channels", "log_every", "checkpoint_every",
+    "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
 }  # fmt: skip
 

@@ -86,7 +86,9 @@ class DCLR(nn.Module):
         embeddings = self.query.embed(rgb, static, dynamic, static_map, dynamic_map)
         queries = torch.stack([embeddings[name] for name in PAIRS])  # (P, B, D)
 
-        losses, positive, hardest = contrast(queries, keys, self.queue, self._mine(mining), self.method.temperature)
+        # Mined rows are rows of the queue: to check them would be to wait for them.
+        mined, temperature = self._mine(mining), self.method.temperature
+        losses, positive, hardest = contrast(queries, keys, self.queue, mined, temperature, check_rows=False)
         self._enqueue(all_keys)
 
         relative = self.method.alignment == "relative"

@@ -9,11 +9,13 @@ import torch
 import kernels
 from dclr import config as configuration
 from dclr import distributed, engine, report
+from dclr.compiled import compile_backbone, compile_seconds, settle_compile
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.demo import render_demo
 from dclr.data.loader import Failures, Schedule, VideoSet, open_videos
 from dclr.errors import UserError
+from dclr.models import Backbone
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
 
@@ -29,6 +31,7 @@ class Run:
     device: torch.device
     ds_config: dict[str, Any]
     precision: str
+    compiles: bool
     videos: VideoSet
     resumed: bool
 
@@ -44,6 +47,13 @@ class Run:
         """config.json, on rank 0. A resumed run calls it once its checkpoint is loaded, so that a refused flag leaves no trace."""
         if self.main:
             configuration.write_config(self.folder / "config.json", self.command, self.preset, self.config)
+
+    def prepare(self, *backbones: Backbone) -> None:
+        """As --pad-channels and --compile say. Before the engine wraps them: they are changed in place."""
+        for backbone in backbones:
+            backbone.pad_channels(self.config.run.pad_channels)
+            if self.compiles:
+                compile_backbone(backbone)
 
     def schedule(self, start: int = 0) -> Schedule:
         return Schedule(
@@ -109,6 +119,7 @@ class Run:
                 },
                 "processes": distributed.world_size(),
                 "precision": self.precision,
+                "compile_seconds": round(compile_seconds(), 1),
                 "steps": self.schedule().stop,
                 "seconds": round(seconds, 1),
                 "samples_per_second": round(self.schedule().stop * self.config.optim.batch_size / seconds, 2),
@@ -124,6 +135,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     engine.micro_batch_size(ds_config, config.optim.batch_size)
     precision = engine.settle_precision(ds_config, device)
     choose_kernels(config.run.kernels, device)
+    compiles, compiling = distributed.together(lambda: settle_compile(config.run.compile, device))
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
     catalog = distributed.together(lambda: open_data(config.data))
@@ -138,7 +150,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         )
 
     folder = distributed.on_rank_zero(lambda: resume or report.open_run(config.run.out, command))
-    run = Run(command, preset, config, folder, device, ds_config, precision, videos, resume is not None)
+    run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resume is not None)
     if not run.resumed:
         run.write_config()
     run.say(f"{command}: preset {preset}, {len(videos.videos)} videos of {catalog.root} ({catalog.layout})")
@@ -150,6 +162,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         f"  {distributed.world_size()} process(es) on {device.type}, {torch.get_num_threads()} thread(s) each; {precision}"
     )
     run.say(f"  kernels: {kernels.describe(device)}")
+    run.say(f"  {compiling}")
     run.say(f"  writing to {folder}")
     return run
 
@@ -189,7 +202,7 @@ def learning_rate(optim: OptimConfig, epoch: int) -> float:
 
 class FiniteLoss:
     """The first step whose loss was no finite number. Asked only where numbers are read anyway, so that nothing waits for the device;
-    asked before every checkpoint, for DeepSpeed skips such a step, but batch statistics would keep its NaN."""
+    asked before every checkpoint. DeepSpeed's own look at the gradients would make every step wait, so its configurations turn it off."""
 
     def __init__(self, device: torch.device) -> None:
         self._first = torch.zeros(1, dtype=torch.int64, device=device)

@@ -34,6 +34,7 @@ def supervise(
         loaded = "frozen random features (no --pretrained): a baseline"
     run = start_run(command, preset, config, device, resume)
     run.say(f"  start: {loaded}")
+    run.prepare(backbone)
     classes = run.videos.catalog.classes
     dropout = config.transfer.dropout if command == "finetune" else 0.0
     classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")

@@ -1,17 +1,24 @@
 """What runs on a CPU runs on a GPU, and computes the same (`make gpu`)."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import dclr.pretrain
 from dclr import views
+from dclr.compiled import compile_backbone
 from dclr.config import resolve
 from dclr.data.demo import render_demo
+from dclr.models import build_backbone
 from dclr.pretrain import pretrain
+from dclr.report import Stopwatch
+from dclr.run import FiniteLoss
 from kernels import ViewParams, generate_views
 
 pytestmark = pytest.mark.gpu
+REPOSITORY = Path(__file__).parents[1]
 
 
 def test_views_on_the_gpu_agree_with_the_cpu():
@@ -40,3 +47,74 @@ def test_a_short_pretraining_runs_on_the_gpu(tmp_path, one_process):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 6
     assert lines[-1]["loss"] > 0
+
+
+@pytest.mark.parametrize("file", ["ddp.json", "zero1.json", "zero2.json"])
+def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatch, file):
+    """From the first steps, which compile, to the last but for the lines of the log: the driver raises at whatever waits."""
+    data = render_demo(tmp_path / "videos", train_per_class=4, test_per_class=1, progress=False)
+    watched = []
+    step = Stopwatch.step
+
+    def counted(watch):
+        step(watch)
+        watched.append(torch.cuda.get_sync_debug_mode())
+        if len(watched) == 4:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def allowed(function):
+        """What is read from the device between steps: a line of the log, and the picture of an epoch's last views."""
+
+        def wrapped(*arguments):
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("default")
+            result = function(*arguments)
+            if len(watched) < 12:  # after the last step come the checkpoint and the report, which wait too
+                torch.cuda.set_sync_debug_mode(mode)
+            return result
+
+        return wrapped
+
+    monkeypatch.setattr(Stopwatch, "step", counted)
+    monkeypatch.setattr(dclr.pretrain, "measure", allowed(dclr.pretrain.measure))
+    monkeypatch.setattr(dclr.pretrain, "view_grid", allowed(dclr.pretrain.view_grid))
+    monkeypatch.setattr(FiniteLoss, "check", allowed(FiniteLoss.check))
+    flags = {
+        "data": str(data), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 8, "fill_steps": 2, "log_every": 5, "queue_length": 16,
+        "checkpoint_every": 3, "ds_config": str(REPOSITORY / "ds_configs" / file), "workers": 2,
+    }  # fmt: skip
+    try:
+        pretrain(resolve("pretrain", "demo", flags), "demo", one_process)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched.count(2) >= 6  # 2: error
+
+
+def test_a_compiled_backbone_agrees_with_the_plain_one_in_bfloat16():
+    torch.manual_seed(0)
+    plain = build_backbone("r2plus1d_10").cuda()
+    compiled = build_backbone("r2plus1d_10").cuda()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.pad_channels(8)
+    compile_backbone(compiled)
+    clip = torch.randn(6, 3, 16, 112, 112, device="cuda")
+    truth = build_backbone("r2plus1d_10").cuda().double()
+    truth.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        exact = truth(clip.double()).float()
+        with torch.autocast("cuda", torch.bfloat16):
+            errors = [(network(clip).float() - exact).norm() / exact.norm() for network in (plain, compiled)]
+    assert errors[0] < 0.05
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_batch_of_more_than_two_to_the_31_values_is_not_wrong():
+    """128 clips of three views make activations of 2.8e9 values: 32-bit positions would wrap (pytorch/pytorch#163539)."""
+    torch.manual_seed(0)
+    backbone = build_backbone("r2plus1d_10").cuda().eval()
+    backbone.pad_channels(8)
+    clip = torch.randn(384, 3, 16, 112, 112, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        whole = backbone(clip).float()
+        parts = torch.cat([backbone(part) for part in clip.split(48)]).float()
+    assert (whole - parts).norm() / parts.norm() < 0.01

@@ -22,6 +22,7 @@ from dclr.models import (
     pool,
     save_backbone,
 )
+from dclr.models import backbone as backbone_module
 
 
 def authors_network(classes: int = 400) -> nn.Module:
@@ -109,6 +110,65 @@ def test_narrow_backbone(name: str) -> None:
     assert first.out_channels == (5 if name.startswith("r2plus1d") else 8)  # torchvision's 45 or 64, an eighth of it
     blocks = 1 if name.endswith("_10") else 2
     assert [len(getattr(backbone, f"layer{i}")) for i in range(1, 5)] == [blocks] * 4
+
+
+def gradients(network: nn.Module, clip: Tensor) -> dict[str, Tensor]:
+    """Of a loss that no feature can leave out, in training mode."""
+    features = network.train()(clip)
+    weight = torch.randn(features.shape, generator=torch.Generator().manual_seed(2), dtype=features.dtype)
+    (features * weight).sum().backward()
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None} | {"features": features}
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-9 * b[name].abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 16])
+@pytest.mark.parametrize("name", ["r2plus1d_10", "r2plus1d_18"])
+def test_gradients_and_statistics_are_torchvisions_also_with_padded_channels(name: str, multiple: int) -> None:
+    """In float64, where a wrong channel cannot pass for rounding; torchvision convolves in 3-D, ours as pictures."""
+    theirs = randomized(TORCHVISION[name]()).double()
+    theirs.avgpool, theirs.fc, theirs.flatten = nn.Identity(), nn.Identity(), nn.Identity()  # its features
+    ours = build_backbone(name).double()
+    ours.load_state_dict(without_fc(theirs), strict=True)
+    ours.pad_channels(multiple)
+    theirs.forward = lambda x: nn.Sequential(*list(theirs.children())[:5])(x)  # stem and stages, without flattening
+    clip = torch.randn(2, 3, 8, 24, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_close(gradients(ours, clip), gradients(theirs, clip))
+    assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+    with torch.no_grad():  # running statistics in use
+        torch.testing.assert_close(ours.eval()(clip), theirs.eval()(clip))
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_padded_channels_stay_zero_through_training_with_weight_decay(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, Tensor]] = []
+    convolve = backbone_module._in_time
+
+    def watched(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
+        seen.append((conv.in_channels, x.detach().clone()))
+        return convolve(x, weight, conv)
+
+    monkeypatch.setattr(backbone_module, "_in_time", watched)
+    network = randomized(build_backbone("r2plus1d_10", width))
+    before = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    network.pad_channels(8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        gradients(network, torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(step)))
+        optimizer.step()
+    assert len(seen) == 3 * 9
+    assert {x.shape[1] % 8 for _, x in seen} == {0}
+    assert any(x.shape[1] > own for own, x in seen)
+    assert not any(x[:, own:].any() for own, x in seen)
+    assert all(x[:, :own].any() for own, x in seen)
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == before
 
 
 def test_initialisation() -> None:

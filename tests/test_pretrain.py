@@ -142,7 +142,8 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
     Young embeddings are so alike that rows of the queue differ by one unit in the last place; either may be mined then, and one
     other positive moves a loss by 0.1 %. So the kernels' choice must be as similar as the reference's on the same features, and
     both runs take the rows that the first run mined. Views are kornia's in both: interpreted, they take half a minute a step. The
-    learning rate is low: at 0.01 so small a network is chaotic, and any two roundings part within ten steps.
+    learning rate is low: at 0.01 so small a network is chaotic, and any two roundings part within ten steps. At this one a gradient
+    that is wrong by 1 % in the kernels makes it fail.
     """
     if not kernels.backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
@@ -164,9 +165,9 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
 
     monkeypatch.setattr("dclr.pretrain.generate_views", generate_views_reference)
     monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_keep)
-    by_reference = run_tiny("reference", kernels="reference", epochs=6, lr=0.001)
+    by_reference = run_tiny("reference", kernels="reference", epochs=6, lr=0.0003)
     monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_compare)
-    by_kernels = run_tiny("triton", kernels="triton", epochs=6, lr=0.001)
+    by_kernels = run_tiny("triton", kernels="triton", epochs=6, lr=0.0003)
     kernels.set_backend("auto")
     curves = [[line for line in metrics(run) if "loss" in line] for run in (by_reference, by_kernels)]
     names = [

@@ -9,17 +9,53 @@
 Parameter names are torchvision's, so that its weights fit strictly but for `fc`.
 """
 
+from typing import cast
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DNoTemporal, Conv3DSimple
 
 from dclr.errors import UserError
 
-_Conv = type[Conv2Plus1D] | type[Conv3DSimple] | type[Conv3DNoTemporal]
+
+class Factored(Conv2Plus1D):
+    """torchvision's (2+1)D convolution, whose channels between space and time can be padded: see `Backbone.pad_channels`."""
+
+    channel_multiple = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        spatial, norm, _, temporal = self
+        return _factored(x, spatial, norm, temporal, self.channel_multiple)
+
+
+class FactoredStem(nn.Sequential):
+    """The plain stem as a convolution in space, then one in time; padded likewise."""
+
+    channel_multiple = 1
+
+    def __init__(self, width: int) -> None:
+        between = max(1, 45 * width // 64)  # torchvision's 45 channels at width 64
+        super().__init__(
+            nn.Conv3d(3, between, kernel_size=(1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+            nn.BatchNorm3d(between),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(between, width, kernel_size=(3, 1, 1), padding=(1, 0, 0), bias=False),
+            nn.BatchNorm3d(width),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        spatial, between, _, temporal, norm, relu = self
+        return relu(norm(_factored(x, spatial, between, temporal, self.channel_multiple)))
+
+
+_Conv = type[Factored] | type[Conv3DSimple] | type[Conv3DNoTemporal]
 
 # name -> the convolution of each of four stages, and the number of blocks in a stage
 _STAGES: dict[str, tuple[list[_Conv], int]] = {
-    "r2plus1d_10": ([Conv2Plus1D] * 4, 1),
-    "r2plus1d_18": ([Conv2Plus1D] * 4, 2),
+    "r2plus1d_10": ([Factored] * 4, 1),
+    "r2plus1d_18": ([Factored] * 4, 2),
     "r3d_10": ([Conv3DSimple] * 4, 1),
     "r3d_18": ([Conv3DSimple] * 4, 2),
     "mc3_18": ([Conv3DSimple, Conv3DNoTemporal, Conv3DNoTemporal, Conv3DNoTemporal], 2),
@@ -45,7 +81,7 @@ class Backbone(nn.Module):
         self.feature_dim = 8 * width
 
         convs, blocks = _STAGES[name]
-        self.stem = _factored_stem(width) if convs[0] is Conv2Plus1D else _plain_stem(width)
+        self.stem = FactoredStem(width) if convs[0] is Factored else _plain_stem(width)
         self.layer1 = _stage(convs[0], width, width, blocks, stride=1)
         self.layer2 = _stage(convs[1], width, 2 * width, blocks, stride=2)
         self.layer3 = _stage(convs[2], 2 * width, 4 * width, blocks, stride=2)
@@ -58,11 +94,25 @@ class Backbone(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    def pad_channels(self, multiple: int) -> None:
+        """From now on, add zero channels between the convolutions in space and in time, up to the next multiple (1: none).
+
+        Tensor cores take 8 or 16 channels at a time, and 45, 144, 230, 460 and 921 are torchvision's. Zeros are joined to the weights at
+        every forward pass; parameters, their gradients, momentum and checkpoints keep torchvision's shapes, so that nothing is there that
+        could cease to be zero. Only factored networks have such channels.
+        """
+        for module in self.modules():
+            if isinstance(module, Factored | FactoredStem):
+                module.channel_multiple = multiple
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> the last feature map, (B, 8 * width, T/8, H/16, W/16), each size rounded up.
 
         mc3_18 has no stride in time: its map is (B, 8 * width, T, H/16, W/16).
         """
+        x = x.contiguous(
+            memory_format=torch.channels_last_3d
+        )  # a CPU takes half the time in bfloat16, and so do tensor cores
         x = self.stem(x)  # (B, width, T, H/2, W/2)
         x = self.layer1(x)  # (B, width, T, H/2, W/2)
         x = self.layer2(x)  # (B, 2 * width, T/2, H/4, W/4)
@@ -91,17 +141,49 @@ def _plain_stem(width: int) -> nn.Sequential:
     )
 
 
-def _factored_stem(width: int) -> nn.Sequential:
-    """The plain stem as a convolution in space, then one in time."""
-    between = max(1, 45 * width // 64)  # torchvision's 45 channels at width 64
-    return nn.Sequential(
-        nn.Conv3d(3, between, kernel_size=(1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
-        nn.BatchNorm3d(between),
-        nn.ReLU(inplace=True),
-        nn.Conv3d(between, width, kernel_size=(3, 1, 1), padding=(1, 0, 0), bias=False),
-        nn.BatchNorm3d(width),
-        nn.ReLU(inplace=True),
-    )
+def _factored(x: Tensor, spatial: nn.Module, norm: nn.Module, temporal: nn.Module, multiple: int) -> Tensor:
+    """Convolution in space, normalisation, ReLU, convolution in time; between them zero channels, up to a multiple."""
+    space, between, time = cast(nn.Conv3d, spatial), cast(nn.BatchNorm3d, norm), cast(nn.Conv3d, temporal)
+    extra = -space.out_channels % multiple
+    to_more, from_more = (space.weight, time.weight)
+    if extra:
+        to_more, from_more = F.pad(to_more, (0, 0) * 4 + (0, extra)), F.pad(from_more, (0, 0) * 3 + (0, extra))
+    x = _in_space(x, to_more, space)
+    x = F.relu(_normalise(x, between, extra) if extra else between(x), inplace=True)
+    return _in_time(x, from_more, time)
+
+
+def _in_space(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
+    """A (1, k, k) convolution as a 2-D one of every frame. In channels_last_3d memory (B, T, H, W, C) that is a view, as below.
+
+    The same sums; but the fastest paths of cuDNN and of torch.compile are for 2-D, and on a CPU forward and backward in float32 take
+    0.6 of the time (docs/LOG.md).
+    """
+    frames = x.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
+    frames = F.conv2d(frames, weight.squeeze(2), None, conv.stride[1:], conv.padding[1:])
+    return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def _in_time(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
+    """A (3, 1, 1) convolution as a 2-D one of pictures that have time for their height and all pixels in one row."""
+    rows = x.flatten(3)  # (B, C, T, H * W)
+    rows = F.conv2d(rows, weight.squeeze(4), None, (conv.stride[0], 1), (int(conv.padding[0]), 0))
+    return rows.unflatten(3, x.shape[3:])
+
+
+def _normalise(x: Tensor, norm: nn.BatchNorm3d, extra: int) -> Tensor:
+    """`norm` of its own channels and `extra` more that are zero: with a scale and a shift of 0 they stay zero."""
+    buffers = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    own_mean, own_variance, batches = cast(tuple[Tensor, Tensor, Tensor], buffers)
+    mean, variance = F.pad(own_mean, (0, extra)), F.pad(own_variance, (0, extra), value=1.0)
+    scale, shift = F.pad(norm.weight, (0, extra)), F.pad(norm.bias, (0, extra))
+    momentum = 0.1 if norm.momentum is None else norm.momentum
+    x = F.batch_norm(x, mean, variance, scale, shift, norm.training, momentum, norm.eps)
+    if norm.training:
+        own_mean.copy_(mean[: norm.num_features])
+        own_variance.copy_(variance[: norm.num_features])
+        batches.add_(1)
+    return x
 
 
 def _stage(conv: _Conv, channels_in: int, channels_out: int, blocks: int, stride: int) -> nn.Sequential:

@@ -1,0 +1,80 @@
+"""torch.compile of the backbones: one graph a shape, no second compilation, the same numbers."""
+
+import json
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dclr import run
+from dclr.compiled import compile_backbone, compile_seconds, settle_compile
+from dclr.config import make_config
+from dclr.errors import UserError
+from dclr.models import build_backbone
+from dclr.pretrain import pretrain
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_pretraining_compiles_each_shape_once_without_a_break(tiny_pretrain, one_process, tmp_path, monkeypatch, fresh):
+    """By torch's tracer, without the slow generation of code after it: which graphs there are is decided before."""
+
+    def traced(backbone):
+        backbone.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(run, "compile_backbone", traced)
+    settings = {**tiny_pretrain, "fill_steps": 2, "compile": "on", "pad_channels": 8}
+    plain = pretrain(
+        make_config("pretrain", {**settings, "compile": "off", "out": str(tmp_path / "plain")}), "demo", one_process
+    )
+    assert counters["stats"]["unique_graphs"] == 0
+    folder = pretrain(make_config("pretrain", {**settings, "out": str(tmp_path / "run")}), "demo", one_process)
+    # The query network on three views; the key network on the query clip's two and on the key clip's three.
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+    losses = [[json.loads(line).get("loss") for line in (f / "metrics.jsonl").open()] for f in (plain, folder)]
+    assert len(losses[0]) == 8
+    assert losses[1][2:] == pytest.approx(losses[0][2:], rel=1e-3)
+    assert json.loads((folder / "report.json").read_text())["compile_seconds"] > 0
+
+
+def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
+    clip = torch.randn(2, 3, 8, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = build_backbone("r2plus1d_10", 4).double()
+    compiled = build_backbone("r2plus1d_10", 4).double()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.pad_channels(8)
+    before = compile_seconds()
+    compile_backbone(compiled)
+    for network in (plain, compiled):
+        network(clip).square().mean().backward()
+    assert compile_seconds() > before
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for (name, a), b in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9 * b.grad.abs().max().item(), msg=name)
+    for (name, a), b in zip(compiled.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(clip + 1)
+
+
+def test_what_runs_is_said_with_the_reason(monkeypatch):
+    assert settle_compile("auto", CPU) == (
+        False,
+        "backbones run as they are: on a CPU compiling takes a minute and gains nothing (--compile on to try)",
+    )
+    assert settle_compile("off", CPU)[0] is False
+    assert settle_compile("auto", torch.device("cuda"))[0] is True
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        UserError,
+        match=r"^--compile on: torch.compile needs no-such-compiler, which is not installed; install it, or pass --compile off$",
+    ):
+        settle_compile("on", CPU)
