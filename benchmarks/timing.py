@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +85,25 @@ def interleaved(
             median_ms=median, low_ms=low, high_ms=high, repetitions=repetitions, captured=captured[name]
         )
     return timings
+
+
+def consecutive(call: Callable[[], Any], device: torch.device, count: int) -> list[float]:
+    """Milliseconds of each of `count` calls, one right after the other. On CUDA from event to event on the stream: nothing waits before
+    the end, and the host's time counts where the device waits for it."""
+    if device.type == "cuda":
+        borders = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        borders[0].record()
+        for border in borders[1:]:
+            call()
+            border.record()
+        torch.cuda.synchronize(device)
+        return [begin.elapsed_time(end) for begin, end in pairwise(borders)]
+    milliseconds = []
+    for _ in range(count):
+        begin_s = time.perf_counter()
+        call()
+        milliseconds.append((time.perf_counter() - begin_s) * 1e3)
+    return milliseconds
 
 
 def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int | None:
@@ -170,7 +190,7 @@ def table_header(columns: Sequence[str]) -> str:
     return table_line(columns) + "\n|" + "---|" * len(columns)
 
 
-def _rounds(names: list[str], repetitions: int) -> Iterator[str]:
+def rounds(names: list[str], repetitions: int) -> Iterator[str]:
     """Whose turn it is: every name once a round, and each round begins with another."""
     for turn in range(repetitions):
         first = turn % len(names)
@@ -184,7 +204,7 @@ def _time_by_clock(
         for _ in range(warmup):
             provider()
     samples: dict[str, list[float]] = {name: [] for name in providers}
-    for name in _rounds(list(providers), repetitions):
+    for name in rounds(list(providers), repetitions):
         begin = time.perf_counter()
         providers[name]()
         samples[name].append((time.perf_counter() - begin) * 1e3)
@@ -199,7 +219,7 @@ def _time_by_events(
     cold = torch.empty(size, dtype=torch.uint8, device=device)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
     discarded = 1  # in the first round the device still waits for the host
-    for name in _rounds(list(replays), discarded + repetitions):
+    for name in rounds(list(replays), discarded + repetitions):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         cold.zero_()
         begin.record()
