@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import info_nce, sharding, step, step_providers, views
-from benchmarks.step_providers import PROVIDERS, Cell, find_truth, make_inputs, make_method, unwatched
+from benchmarks.step_providers import PROVIDERS, Cell, as_torchvision, find_truth, make_inputs, make_method, unwatched
 from dclr.config import OptimConfig
 from dclr.method import PAIRS
 
@@ -34,10 +34,9 @@ def truth(inputs: step_providers.Inputs) -> step_providers.Truth:
 def test_a_provider_makes_a_training_step(name, inputs, truth, one_process):
     provider, found = step.start(name, CELL, inputs, truth, CPU)
     assert found["right"], found
-    # In float32 only the order of sums differs from the truth's.
-    if provider.precision == "ieee":
+    # Of the truth's own modules in float32, only the order of sums may differ.
+    if name == "as released":
         assert found["key_error"] < 2e-5
-        assert (found["loss_error"] or 0) < 1e-5
     assert (found["loss_error"] is None) == (name == "as released")
 
     method, views_through = provider.method, {"query": 0, "key": 0}
@@ -89,7 +88,7 @@ def test_as_released_contrasts_the_same_embeddings(inputs, truth, monkeypatch):
     PROVIDERS["as released"](CELL, inputs, CPU).step(unwatched, (truth.query, truth.key))
     queries, keys, _, mining = given
 
-    method = make_method(CELL)
+    method = as_torchvision(make_method(CELL))
     with torch.no_grad():
         _, static, dynamic = method.key.backbone(torch.cat(truth.query)).chunk(3)
         maps = static.sum(1, keepdim=True), dynamic.sum(1, keepdim=True)
@@ -114,7 +113,7 @@ def test_as_released_draws_anew_and_the_others_do_not(inputs):
 
 def test_flops_are_those_of_the_convolutions():
     assert step.flops_of_view(Cell(B=1)) == pytest.approx(39.4e9, rel=1e-3)  # the published figure, docs/method.md
-    method, total = make_method(CELL), 0
+    method, total = as_torchvision(make_method(CELL)), 0
 
     def count(module: nn.Module, given: tuple[torch.Tensor], result: torch.Tensor) -> None:
         nonlocal total
