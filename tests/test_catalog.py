@@ -1,13 +1,16 @@
 """Every layout with its exact videos, and every mistake with its message."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dclr.data.catalog import Catalog, Video, open_catalog
+from dclr.data import store
+from dclr.data.catalog import Catalog, Video, catalog_arrays, official_splits, open_catalog
 from dclr.errors import UserError
 
 
@@ -481,3 +484,47 @@ def test_a_split_that_there_is_not(genuine: Path) -> None:
     catalog = open_catalog(genuine / "weizmann")
     with pytest.raises(UserError, match=r"has no val split; it has: train, test$"):
         catalog.videos("val")
+
+
+# ---------------------------------------------------------------- a packed store's
+
+
+def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Catalog]:
+    """What `open_catalog` makes of the index that a store of these would have."""
+    folder.mkdir()
+    index = {"version": np.array(store.VERSION), **catalog_arrays(catalogs)}
+    store.save_arrays(folder / store.INDEX, index)
+    return {number: open_catalog(folder, number) for number in catalogs}
+
+
+def test_a_store_gives_the_lists_of_every_split_as_they_were(ucf101: Path, tmp_path: Path) -> None:
+    write(ucf101, "ucfTrainTestlist/trainlist03.txt", "A/v_A_g01_c01.avi 2", "B/v_B_g01_c02.avi 1")
+    write(ucf101, "ucfTrainTestlist/testlist03.txt", "A/v_A_g08_c02.avi")
+    assert official_splits(ucf101) == [1, 3]
+    catalogs = {number: open_catalog(ucf101, number) for number in (1, 3)}
+    assert catalogs[3].missing == ("UCF-101/B/v_B_g01_c02.avi",)
+    for number, catalog in through_a_store(catalogs, tmp_path / "store").items():
+        assert (catalog.root, catalog.layout) == (tmp_path / "store", "UCF101 (packed)")
+        assert list(catalog.splits.items()) == list(catalogs[number].splits.items())
+        assert (catalog.classes, catalog.missing) == (("B", "A"), catalogs[number].missing)
+    refused(tmp_path / "store", "split 2 of UCF101: the store in DATA holds 1 and 3", split=2)
+
+
+def test_a_store_keeps_validation_as_test_unlabelled_videos_and_odd_names(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"not utf-8 \xff.mp4")
+    touch(tmp_path, "tree/train/ß #&(!)/1.mp4", f"tree/val/ß #&(!)/{odd}", "loose/a.mp4", "loose/b.mp4")
+    for name in ("tree", "loose"):
+        assert official_splits(tmp_path / name) == [1]
+        catalog = open_catalog(tmp_path / name)
+        again = through_a_store({1: catalog}, tmp_path / f"{name}-store")[1]
+        assert list(again.splits.items()) == list(catalog.splits.items())
+        assert again.classes == catalog.classes
+    assert list(open_catalog(tmp_path / "tree-store").splits) == ["train", "val", "test"]
+
+
+def test_official_splits_are_those_that_have_lists(genuine: Path, tmp_path: Path) -> None:
+    assert official_splits(genuine / "ucf101_sample") == [1, 2, 3]
+    assert official_splits(genuine / "hmdb51_sample") == [1]
+    write(tmp_path, "testTrainMulti_7030_splits/wave_test_split2.txt")
+    assert official_splits(tmp_path) == [2]
+    assert official_splits(genuine / "weizmann" / "splits" / "train.txt") == [1]

@@ -1,7 +1,8 @@
 """A data set on disk -> a list of videos with labels and splits.
 
-`open_catalog` recognises the official layouts by their lists, then lists of the user's own, then class folders:
+`open_catalog` recognises a packed store, the official layouts by their lists, then lists of the user's own, then class folders:
 
+    packed store   what `train.py pack` wrote; it holds the lists of the data set that it came from
     UCF101         UCF-101/<Class>/*.avi, ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt
     HMDB51         [videos/]<class>/*.avi, testTrainMulti_7030_splits/<class>_test_splitN.txt
     Kinetics-400   *.csv or annotations/*.csv (label,youtube_id,time_start,time_end,split), videos anywhere below
@@ -20,6 +21,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
+import numpy as np
+
+from dclr.data.store import Arrays, is_store, load_index, packed, unpacked
 from dclr.errors import UserError
 
 SUFFIXES = frozenset([".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv"])
@@ -46,7 +50,7 @@ class Catalog:
     root: Path
     """The folder that the videos' paths start from."""
     layout: str
-    """UCF101, HMDB51, Kinetics-400, Diving48, list file, class folders or folder of videos."""
+    """UCF101, HMDB51, Kinetics-400, Diving48, list file, class folders or folder of videos; from a store, with " (packed)" behind it."""
     classes: tuple[str, ...]
     """Names by label; empty where nothing is labelled."""
     splits: dict[str, tuple[Video, ...]]
@@ -76,6 +80,8 @@ def open_catalog(data: Path, split: int = 1) -> Catalog:
     if not data.exists():
         raise UserError(f"no such folder: {data}")
 
+    if is_store(data):
+        return _from_store(data, split)
     if (data / "ucfTrainTestlist").is_dir() or (data / "UCF-101").is_dir():
         _require_split(split, "UCF101", numbers=3)
         return _ucf101(data, split)
@@ -98,10 +104,73 @@ def open_catalog(data: Path, split: int = 1) -> Catalog:
     return _class_folders(data)
 
 
+def official_splits(data: Path) -> list[int]:
+    """The numbers of the official splits that a data set has lists for; 1 where it has none."""
+    if (data / "ucfTrainTestlist").is_dir():
+        names = [file.name for file in (data / "ucfTrainTestlist").glob("t*list0[123].txt")]
+    else:
+        names = [file.name for file in (data / "testTrainMulti_7030_splits").glob("*_test_split[123].txt")]
+    return sorted({int(name[-len("1.txt")]) for name in names}) or [1]
+
+
 def _require_split(split: int, layout: str, numbers: int) -> None:
     if not 1 <= split <= numbers:
         allowed = "1, 2 or 3" if numbers == 3 else "1: this layout has no numbered splits"
         raise UserError(f"split {split} of {layout}: must be {allowed}")
+
+
+# ---------------------------------------------------------------- the packed store
+
+
+def catalog_arrays(catalogs: dict[int, Catalog]) -> Arrays:
+    """The catalogs of a data set, by number of the official split, as a store keeps them; `_from_store` is the inverse.
+
+    `paths` names each video once, in the order of the lists; an entry is a line of a list, and its row a place in `paths`.
+    """
+    first = next(iter(catalogs.values()))
+    listed = [
+        (number, SPLITS.index(name), video)
+        for number, catalog in catalogs.items()
+        for name, videos in catalog.splits.items()
+        for video in videos
+    ]
+    rows = {path: row for row, path in enumerate(dict.fromkeys(video.path for _, _, video in listed))}
+    missing = [(number, path) for number, catalog in catalogs.items() for path in catalog.missing]
+    return {
+        "layout": packed([first.layout]),
+        "classes": packed(first.classes),
+        "paths": packed(rows),
+        "numbers": np.array(list(catalogs), dtype=np.int64),
+        "entry_number": np.array([number for number, _, _ in listed], dtype=np.int64),
+        "entry_split": np.array([split for _, split, _ in listed], dtype=np.int64),
+        "entry_row": np.array([rows[video.path] for _, _, video in listed], dtype=np.int64),
+        "entry_label": np.array([video.label for _, _, video in listed], dtype=np.int64),
+        "entry_group": packed(video.group for _, _, video in listed),
+        "missing": packed(path for _, path in missing),
+        "missing_number": np.array([number for number, _ in missing], dtype=np.int64),
+    }
+
+
+def _from_store(folder: Path, split: int) -> Catalog:
+    index = load_index(folder)
+    (layout,) = unpacked(index["layout"])
+    numbers = index["numbers"].tolist()
+    if split not in numbers:
+        raise UserError(f"split {split} of {layout}: the store in {folder} holds {' and '.join(map(str, numbers))}")
+    paths, groups = unpacked(index["paths"]), unpacked(index["entry_group"])
+    splits: dict[str, list[Video]] = {}
+    for entry in np.flatnonzero(index["entry_number"] == split).tolist():
+        row, label = int(index["entry_row"][entry]), int(index["entry_label"][entry])
+        video = Video(path=paths[row], label=label, group=groups[entry])
+        splits.setdefault(SPLITS[index["entry_split"][entry]], []).append(video)
+    missing = zip(index["missing_number"].tolist(), unpacked(index["missing"]), strict=True)
+    return Catalog(
+        root=folder,
+        layout=f"{layout} (packed)",
+        classes=tuple(unpacked(index["classes"])),
+        splits={name: tuple(videos) for name, videos in splits.items()},
+        missing=tuple(path for number, path in missing if number == split),
+    )
 
 
 # ---------------------------------------------------------------- the official layouts

@@ -8,8 +8,9 @@ is really there, and `read_frames` reads by that record: byte for byte what a de
 Rotation metadata is not applied: frames come as they are coded.
 """
 
+import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice, pairwise
@@ -19,7 +20,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 NO_PTS = np.iinfo(np.int64).min
@@ -341,3 +342,94 @@ def _check_size(frame: VideoFrame, number: int, height: int, width: int) -> None
 def _plain(error: Exception) -> str:
     """FFmpeg's own words, without the error number and the C function."""
     return str(getattr(error, "strerror", None) or error)
+
+
+# ---------------------------------------------------------------- for the packed store: resizing, and files that are quick to read
+
+_BICUBIC = int(Interpolation.BICUBIC) | 0x40000 | 0x80000
+"""With FFmpeg's SWS_ACCURATE_RND and SWS_BITEXACT, which PyAV names from version 18 on: without, black (0) becomes 1 in places, and the
+result depends on the processor. They cost 6 % of the scaling."""
+
+_COMPACT_QUANTIZER = 3
+_COMPACT_KEYFRAME_EVERY = 12
+
+
+def resized_planes(path: Path, record: VideoRecord, height: int, width: int) -> Iterator[YuvFrames]:
+    """Every frame of a video in order, one at a time (N = 1), its planes scaled to `height` x `width` by swscale (bicubic).
+
+    Matrix and range stay as they are. In the video's own size the planes are byte for byte those of `read_planes`.
+    Raises UnreadableVideo: the file is no longer what the record says.
+    """
+    converter, scaler = VideoReformatter(), VideoReformatter()
+    decoded = 0
+    with _opened(path) as (container, stream):
+        for number, frame in enumerate(_decoded(container, stream, first=0)):
+            _check_size(frame, number, record.height, record.width)
+            if number >= record.frames or _pts(frame) != record.pts[number]:
+                raise UnreadableVideo(f"frame {number} is not the one that was verified: the file changed")
+            decoded += 1
+            frame, bt709, full_range = _yuv420(frame, converter)
+            if (height, width) != (record.height, record.width):
+                # A frame that names neither matrix nor range, so that swscale converts neither.
+                frame = scaler.reformat(
+                    _plain_frame(*_plane_views(frame)), width=width, height=height, format="yuv420p",
+                    interpolation=_BICUBIC, threads=1,
+                )  # fmt: skip
+            y, u, v = _plane_views(frame)
+            yield YuvFrames(y[None], u[None], v[None], bt709, full_range)
+    if decoded < record.frames:
+        raise UnreadableVideo(f"ends before frame {decoded} of the {record.frames} verified: the file changed")
+
+
+def compact_video(frames: Iterable[YuvFrames], height: int, width: int) -> bytes:
+    """An AVI file of these frames as mpeg4: a keyframe exactly every 12 frames, no B-frames, quantizer 3, in one thread.
+
+    Sample values are coded as they are; the file names neither matrix nor range. Read by `compact_record`.
+
+    mpeg4 and not h264: at 170 x 128 it reads 1.5 times as fast as the quickest h264 of the same quality (without deblocking and CABAC), in
+    1.3 to 1.4 times the bytes. AVI reads as fast as Matroska and a little faster than mp4; in NUT seeking fails.
+    """
+    # sc_threshold: no further keyframes where the encoder sees a scene change.
+    options = {"qmin": str(_COMPACT_QUANTIZER), "qmax": str(_COMPACT_QUANTIZER), "sc_threshold": "1000000000"}
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.gop_size = _COMPACT_KEYFRAME_EVERY
+        stream.codec_context.max_b_frames = 0
+        stream.codec_context.thread_count = 1
+        for planes in frames:
+            for y, u, v in zip(planes.y, planes.u, planes.v, strict=True):
+                container.mux(stream.encode(_plain_frame(y, u, v)))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def compact_record(frames: int, height: int, width: int) -> VideoRecord:
+    """What `verify_video` finds in a file that `compact_video` made of so many frames."""
+    return VideoRecord(
+        frames=frames,
+        declared=frames,
+        height=height,
+        width=width,
+        pts=np.arange(frames),
+        keyframes=np.arange(0, frames, _COMPACT_KEYFRAME_EVERY),
+        seekable=frames > _COMPACT_KEYFRAME_EVERY,
+    )
+
+
+def _plane_views(frame: VideoFrame) -> Planes:
+    """The planes of a 4:2:0 frame without the bytes that fill up its lines; they are the frame's own memory."""
+    y, u, v = (
+        np.frombuffer(memoryview(p), np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes
+    )
+    return y, u, v
+
+
+def _plain_frame(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> VideoFrame:
+    """A 4:2:0 frame with a copy of these planes, that says nothing of its colours."""
+    height, width = y.shape
+    frame = VideoFrame(width, height, "yuv420p")
+    for target, plane in zip(_plane_views(frame), (y, u, v), strict=True):
+        target[...] = plane
+    return frame
