@@ -1,6 +1,9 @@
 """The reader against a plain decode of the whole file, on every genuine video, and the verdict on every broken one."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -64,11 +67,12 @@ def test_any_window_equals_a_full_decode_byte_for_byte(genuine: Path, name: str)
         record.keyframes,  # lands on each keyframe
         np.clip(record.keyframes - 1, 0, None),  # just before each
     ]
-    for _ in range(4):  # two windows and two stills, as training draws them
+    for _ in range(6):  # two windows and two stills, as training draws them
         starts = rng.integers(0, count, 2)
         windows.append(
             np.concatenate([(starts[:, None] + 2 * np.arange(16)).ravel() % count, rng.integers(0, count, 2)])
         )
+        windows.append(rng.integers(0, count, 1))
     for wanted in windows:
         got = read_frames(path, record, wanted)
         assert got.dtype == np.uint8
@@ -81,13 +85,68 @@ def test_a_late_window_is_reached_by_seeking(genuine: Path, monkeypatch: pytest.
     assert record.keyframes.tolist() == [0, 138, 219, 292]
     assert record.seekable
     sought = []
-    real = decode._sought
+    real = decode._seek
     monkeypatch.setattr(
-        "dclr.data.decode._sought",
-        lambda container, stream, key, pts: sought.append(key) or real(container, stream, key, pts),
+        "dclr.data.decode._seek",
+        lambda container, stream, keyframe, of: sought.append(keyframe) or real(container, stream, keyframe, of),
     )
     read_frames(path, record, [300, 301, 150, 5])
     assert sought == [138, 292]
+
+
+SKIPPABLE = {"kinetics_sample", "weizmann"}  # h264 with B-frames; the B-frames of mpeg4 here have scrambled timestamps
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_which_genuine_files_may_be_skipped_in(genuine: Path, name: str) -> None:
+    assert verify_video(genuine / name).skippable == (name.partition("/")[0] in SKIPPABLE)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """The timestamps of the frames that come out of the decoder by way of one of the module's two readers, from now on."""
+    came: list[int] = []
+    real = getattr(decode, name)
+
+    def watched(*arguments: Any, **named: Any) -> Iterator[av.VideoFrame]:
+        for frame in real(*arguments, **named):
+            came.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decode, name, watched)
+    return came
+
+
+def test_frames_that_nothing_refers_to_are_not_decoded(genuine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = genuine / "kinetics_sample/SOX5yA1l24A.mp4"
+    record = verify_video(path)
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.skip_frame = "NONREF"
+        referred_to = {frame.pts for frame in container.decode(video=0)}
+    assert len(referred_to) == 185  # of 332
+    counted, needed = counting(monkeypatch, "_decoded"), counting(monkeypatch, "_needed")
+    wanted = np.concatenate([np.arange(100, 132, 2), np.arange(250, 282, 2)])
+    got = read_planes(path, record, wanted)
+    assert counted == []
+    assert set(needed) <= referred_to | set(record.pts[wanted].tolist())
+    assert len(needed) == 127
+    monkeypatch.undo()
+    counted = counting(monkeypatch, "_decoded")
+    expected = read_planes(path, replace(record, skippable=False), wanted)
+    assert len(counted) == 131 + 62  # from frame 0 to 130, from keyframe 219 to 280
+    for name in "yuv":
+        assert np.array_equal(getattr(got, name), getattr(expected, name))
+
+
+def test_nothing_is_decoded_behind_the_last_frame_wanted(genuine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what must be decoded before it: a B-frame may refer to three later frames of a pyramid."""
+    path = genuine / "kinetics_sample/SOX5yA1l24A.mp4"
+    record = verify_video(path)
+    came = counting(monkeypatch, "_needed")
+    for wanted in range(0, 130, 7):
+        came.clear()
+        read_planes(path, record, [wanted])
+        assert record.pts[wanted] in came
+        assert sum(pts > record.pts[wanted] for pts in came) <= 3
 
 
 HMDB51 = {  # file: (declared, decoded, keyframes)
@@ -258,6 +317,105 @@ def test_a_colon_in_a_relative_path_is_no_protocol(tmp_path: Path, monkeypatch: 
     (tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
     monkeypatch.chdir(tmp_path)
     assert verify_video(Path("concat:a.mp4")).frames == 30
+
+
+def write_with_b_frames(path: Path, codec: str, **options: str) -> None:
+    """48 frames of 96 x 64, a pattern that moves and changes, a keyframe every 20."""
+    frames = np.concatenate([moving_noise(48, 64), moving_noise(48, 64)[::-1, :, :32]], axis=2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.codec_context.gop_size = 20
+        stream.codec_context.thread_count = 1
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options", "skippable"),
+    [
+        pytest.param("mp4", "libx264", {"bf": "2", "b-pyramid": "none"}, True, id="h264"),
+        pytest.param("mkv", "libx264", {"bf": "7", "b_strategy": "0"}, True, id="h264, B-frames that refer to B-frames"),
+        pytest.param("mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1"}, True, id="h264, open groups of pictures"),
+        pytest.param("ts", "libx264", {"bf": "3", "x264-params": "tff=1"}, True, id="h264, interlaced, in a transport stream"),
+        pytest.param("avi", "libx264", {"bf": "3"}, False, id="h264 in AVI: scrambled timestamps"),
+        pytest.param("mp4", "libx264", {"bf": "0"}, False, id="h264 without B-frames: nothing to skip"),
+        pytest.param("mp4", "mpeg4", {"bf": "2"}, True, id="mpeg4"),
+        pytest.param("avi", "mpeg4", {"bf": "2"}, True, id="mpeg4 in AVI, not packed"),
+        pytest.param("mp4", "libx265", {"x265-params": "log-level=none:bframes=4"}, False, id="hevc: not relied upon"),
+        pytest.param("webm", "libvpx-vp9", {"deadline": "realtime"}, False, id="vp9: not relied upon"),
+        pytest.param("mp4", "libsvtav1", {"preset": "12"}, False, id="av1: not relied upon"),
+    ],
+)  # fmt: skip
+def test_any_choice_of_frames_equals_a_full_decode(
+    tmp_path: Path, suffix: str, codec: str, options: dict[str, str], skippable: bool
+) -> None:
+    path = tmp_path / f"video.{suffix}"
+    write_with_b_frames(path, codec, **options)
+    record, frames = verify_video(path), decode_all(path)
+    assert record.frames == len(frames) == 48
+    assert record.skippable == skippable
+    rng = np.random.default_rng(0)
+    for number in range(48):  # each alone, which skips the most, and with any others
+        assert np.array_equal(read_frames(path, record, [number]), frames[[number]])
+        wanted = np.append(rng.integers(0, 48, rng.integers(0, 20)), number)
+        assert np.array_equal(read_frames(path, record, wanted), frames[wanted]), f"frames {wanted}"
+
+
+@pytest.fixture
+def av1(tmp_path: Path) -> Path:
+    """FFmpeg's AV1 decoder takes the wish to skip when it opens, and then skips what is wanted later on."""
+    path = tmp_path / "video.mp4"
+    write_with_b_frames(path, "libsvtav1", preset="12")
+    return path
+
+
+def test_the_trial_notices_frames_that_are_lost(av1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = verify_video(av1)
+    monkeypatch.setattr(decode, "_in_skipping_trial", lambda number: number % 2 == 1)
+    monkeypatch.setattr(decode, "_checksum", lambda *_: 0)  # those that come are right
+    assert not decode._skips_exactly(av1, record, dict.fromkeys(range(48), 0))
+
+
+def test_frames_that_skipping_loses_are_decoded_all_the_same(av1: Path) -> None:
+    record = replace(verify_video(av1), skippable=True)
+    wanted = np.arange(1, 48, 2)
+    assert np.array_equal(read_frames(av1, record, wanted), decode_all(av1)[wanted])
+
+
+def test_the_trial_notices_a_changed_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "video.mp4"
+    write_with_b_frames(path, "libx264", bf="3")
+    assert verify_video(path).skippable
+    real = decode._recognised
+
+    def another_frame_once(*arguments: Any) -> Iterator[tuple[int, av.VideoFrame]]:
+        frames = dict(real(*arguments))
+        yield from (frames | {20: frames[21]}).items()
+
+    monkeypatch.setattr(decode, "_recognised", another_frame_once)
+    assert not verify_video(path).skippable
+
+
+def test_a_file_with_b_frames_that_changed_since(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    write_with_b_frames(path, "libx264", bf="3")
+    record, content = verify_video(path), bytearray(path.read_bytes())
+    assert record.skippable
+    middle = len(content) // 2
+    content[middle : middle + 500] = bytes(500)
+    path.write_bytes(content)
+    with pytest.raises(UnreadableVideo, match=r"is corrupt|decoding stops at frame \d+"):
+        read_frames(path, record, range(48))
+    write_video(path, moving_noise(frames=30, size=32))
+    with pytest.raises(UnreadableVideo, match="frame size changes at frame 5"):
+        read_frames(path, record, [5])
+    write_with_b_frames(tmp_path / "slower.mkv", "libx264", bf="3")
+    write_with_b_frames(path, "libx264", bf="3")
+    (tmp_path / "slower.mkv").rename(path)  # other timestamps
+    with pytest.raises(UnreadableVideo, match="frame 5 is not the one that was verified: the file changed"):
+        read_frames(path, record, [5])
 
 
 def planes_of_all(path: Path) -> list[np.ndarray]:

@@ -60,7 +60,7 @@ def cache_file(root: Path) -> Path:
 
 def plain(found: Manifest) -> dict[str, tuple[object, ...]]:
     return {
-        path: (r.frames, r.declared, r.height, r.width, r.pts.tolist(), r.keyframes.tolist(), r.seekable)
+        path: (r.frames, r.declared, r.height, r.width, r.pts.tolist(), r.keyframes.tolist(), r.seekable, r.skippable)
         for path, r in found.records.items()
     }
 
@@ -73,6 +73,7 @@ def test_what_it_finds(root: Path) -> None:
     assert [record.frames for record in found.records.values()] == [20, 21, 22, 23]
     assert found.records["a.mp4"].keyframes.tolist() == [0, 8, 16]
     assert [record.seekable for record in found.records.values()] == [True, True, False, True]
+    assert [record.skippable for record in found.records.values()] == [True, True, False, True]
 
 
 def test_in_parallel_as_in_one_process(root: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Video files to frames and back: the only module that imports av (PyAV, FFmpeg).
 
-Frames are counted in the order the decoder gives them, never timed. Timestamps of genuine data sets are scrambled
+Frames are numbered in the order the decoder gives them, never by time. Timestamps of genuine data sets are scrambled
 (packed-B AVI files of HMDB51 and UCF101 give 1, 4, 3, 6, 5, ...), headers declare frames that do not exist (49 for 48),
 and empty packets are flagged as keyframes. So `verify_video` decodes a file once from beginning to end and records what
 is really there, and `read_frames` reads by that record: byte for byte what a decode from frame 0 gives.
+
+Reading decodes as little as it can: it seeks, where a trial has shown that seeking gives the same frames, and it skips
+frames that nothing refers to, where a trial has shown the same of that. Everywhere else it decodes and counts.
 
 Rotation metadata is not applied: frames come as they are coded.
 """
@@ -11,15 +14,17 @@ Rotation metadata is not applied: frames come as they are coded.
 import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
+from av import Packet
 from av.container import InputContainer
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
+from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
@@ -29,9 +34,17 @@ NO_PTS = np.iinfo(np.int64).min
 _BT601 = (2, 5, 6)
 """FFmpeg's AVColorSpace: unspecified, BT.470BG and SMPTE 170M, which have the same matrix. PyAV names only the second."""
 
+_PLANES_420 = ("yuv420p", "yuvj420p")
+"""FFmpeg's names of YUV 4:2:0 with 8 bits, a plane each; the second is in full range."""
+
 _TRIAL_FRAMES = 12
 """Frames compared after each trial seek. A keyframe alone proves little: the frames after a recovery point may still
 refer to frames before it, and the nearest ones are the likeliest to. 12 is a whole group of pictures in UCF101."""
+
+_SKIPPING_CODECS = ("h264", "mpeg4")
+"""Decoders whose non-reference frames may be skipped: their standards let nothing refer to such a frame, and nothing else outlives it.
+HEVC promises that within a temporal layer only, VP8 and VP9 carry probabilities and segment maps on from frame to frame, and AV1's
+decoder takes the setting at its start alone, and then lost wanted frames."""
 
 
 class UnreadableVideo(Exception):
@@ -56,6 +69,8 @@ class VideoRecord:
     """(number of keyframes,) int64, increasing frame numbers of the decoded frames that are keyframes."""
     seekable: bool
     """True: there are keyframes after frame 0, and a trial seek to each of them gave exactly its frames."""
+    skippable: bool
+    """True: there are B-frames, and a trial that skipped those which nothing refers to gave exactly the others."""
 
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -74,9 +89,10 @@ class YuvFrames:
 
 
 def verify_video(path: Path) -> VideoRecord:
-    """Decodes the whole file once, in one thread, and tries a seek to every keyframe.
+    """Decodes the whole file once, in one thread, then tries a seek to every keyframe, and tries to skip frames where there are B-frames.
 
-    After each trial seek the first 12 frames of that group of pictures are compared, as crc32 of their RGB bytes.
+    After each trial seek the first 12 frames of that group of pictures are compared, as crc32. The trial of skipping reads
+    a quarter of all frames, spread over the whole file, as training would read them, and compares each likewise.
 
     Raises UnreadableVideo: no such file, empty file, cannot be opened, no video stream, no frame decodes, decoding ends
     in an error, a frame is corrupt, the frame size changes. A file that fails late fails as a whole: what a broken
@@ -84,11 +100,13 @@ def verify_video(path: Path) -> VideoRecord:
     """
     pts: list[int] = []
     keyframes: list[int] = []
-    checksums: dict[int, int] = {}  # frame number -> crc32, for the frames that a trial seek will compare
+    checksums: dict[int, int] = {}  # frame number -> crc32, for the frames that a trial will compare
+    b_frames = False
     height = width = 0
     reformatter = VideoReformatter()
     with _opened(path) as (container, stream):
         declared = stream.frames
+        may_skip = stream.codec_context.name in _SKIPPING_CODECS
         for number, frame in enumerate(_decoded(container, stream, first=0)):
             if number == 0:
                 height, width = frame.height, frame.width
@@ -96,28 +114,34 @@ def verify_video(path: Path) -> VideoRecord:
             pts.append(_pts(frame))
             if frame.key_frame:
                 keyframes.append(number)
-            if keyframes and keyframes[-1] > 0 and number < keyframes[-1] + _TRIAL_FRAMES:
+            b_frames = b_frames or frame.pict_type == PictureType.B
+            after_seek = keyframes and keyframes[-1] > 0 and number < keyframes[-1] + _TRIAL_FRAMES
+            if after_seek or (may_skip and _in_skipping_trial(number)):
                 checksums[number] = _checksum(frame, reformatter)
     if not pts:
         raise UnreadableVideo("opens, but no frame decodes")
 
-    increasing = pts[0] != NO_PTS and all(earlier < later for earlier, later in pairwise(pts))
-    return VideoRecord(
+    record = VideoRecord(
         frames=len(pts),
         declared=declared,
         height=height,
         width=width,
         pts=np.array(pts, dtype=np.int64),
         keyframes=np.array(keyframes, dtype=np.int64),
-        seekable=increasing and _seeks_exactly(path, pts, keyframes, checksums),
+        seekable=False,
+        skippable=False,
     )
+    if pts[0] == NO_PTS or any(earlier >= later for earlier, later in pairwise(pts)):
+        return record
+    record = replace(record, seekable=_seeks_exactly(path, record, checksums))
+    return replace(record, skippable=may_skip and b_frames and _skips_exactly(path, record, checksums))
 
 
 def read_frames(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> np.ndarray:
     """The wanted frames of a video as (len(wanted), height, width, 3) uint8 RGB, in the order they are wanted.
 
     `wanted` holds frame numbers in decode order, each in [0, record.frames), in any order and with repeats. All that is
-    wanted of one file belongs into one call, which decodes no frame twice and stops after the last one wanted.
+    wanted of one file belongs into one call, which decodes only what is needed for that.
 
     Raises ValueError for a number out of range, and UnreadableVideo when the file is no longer what the record says.
     """
@@ -151,9 +175,9 @@ def read_planes(
         frame, bt709, full_range = _yuv420(frame, reformatter)
         places = np.flatnonzero(numbers == goal).tolist()
         for target, plane in zip((y, u, v), frame.planes, strict=True):
-            lines = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+            lines = _lines(plane)
             for place in places:
-                target[place] = lines[:, : plane.width]
+                target[place] = lines
     return YuvFrames(y, u, v, bt709, full_range)
 
 
@@ -174,25 +198,69 @@ def _checked_numbers(record: VideoRecord, wanted: np.ndarray | Sequence[int]) ->
 
 
 def _frames_of(path: Path, record: VideoRecord, numbers: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
-    """(number, frame) of each frame in `numbers`, once, in increasing order."""
-    if not numbers.size:
-        return
+    """(number, frame) of each frame in `numbers`, once."""
+    goals = np.unique(numbers).tolist()
+    missing = set(goals)
+    if record.skippable:
+        # What skipping does not bring is counted up to instead: the trial cannot show that every choice of frames comes, and counting
+        # has the better words for a file that changed.
+        with suppress(UnreadableVideo):
+            for number, frame in _recognised(path, record, goals):
+                yield number, frame
+                missing.remove(number)
+    if missing:
+        yield from _counted(path, record, sorted(missing))
+
+
+def _counted(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+    """`_frames_of` by decoding every frame up to the goals, or from a keyframe up to them, and counting."""
     with _opened(path) as (container, stream):
-        frames = _decoded(container, stream, first=0)
-        position = 0  # the frame that the decoder gives next
-        for goal in np.unique(numbers).tolist():
-            keyframe = _last_keyframe(record, goal)
-            if record.seekable and keyframe > position:
-                frames = _sought(container, stream, keyframe, int(record.pts[keyframe]))
-                position = keyframe
-            frame = next(islice(frames, goal - position, None), None)
-            position = goal + 1
-            if frame is None:
-                raise UnreadableVideo(f"ends before frame {goal} of the {record.frames} verified: the file changed")
-            _check_size(frame, goal, record.height, record.width)
-            if _pts(frame) != record.pts[goal]:
-                raise UnreadableVideo(f"frame {goal} is not the one that was verified: the file changed")
-            yield goal, frame
+        for start, run in _runs(record, goals):
+            if start > 0:
+                _seek(container, stream, start, record)
+            frames = _decoded(container, stream, first=start)
+            position = start  # the frame that the decoder gives next
+            for goal in run:
+                frame = next(islice(frames, goal - position, None), None)
+                position = goal + 1
+                if frame is None:
+                    raise UnreadableVideo(f"ends before frame {goal} of the {record.frames} verified: the file changed")
+                _check_size(frame, goal, record.height, record.width)
+                if _pts(frame) != record.pts[goal]:
+                    raise UnreadableVideo(f"frame {goal} is not the one that was verified: the file changed")
+                yield goal, frame
+
+
+def _recognised(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+    """`_frames_of` by timestamps, without decoding what no goal needs. For files in which every packet holds one frame and has its pts."""
+    every = set(record.pts.tolist())
+    with _opened(path) as (container, stream):
+        for start, run in _runs(record, goals):
+            if start > 0:
+                _seek(container, stream, start, record)
+            number_of = dict(zip(record.pts[run].tolist(), run, strict=True))
+            frames = _needed(container, stream, waiting=set(number_of), unwanted=every - number_of.keys())
+            for place, frame in enumerate(frames):
+                if place == 0 and frame.pts != record.pts[start]:
+                    raise UnreadableVideo(f"frame {start} is not where it was: the file changed")
+                if (number := number_of.pop(frame.pts, None)) is not None:
+                    _check_size(frame, number, record.height, record.width)
+                    yield number, frame
+
+
+def _runs(record: VideoRecord, goals: list[int]) -> list[tuple[int, list[int]]]:
+    """The goals (increasing) in runs that are decoded without a break, each with the frame to start from: 0, or a keyframe to be sought.
+
+    A run ends where a keyframe lies between two goals.
+    """
+    starting_points = np.append(0, record.keyframes) if record.seekable else np.zeros(1, dtype=np.int64)
+    last_up_to_goal = np.searchsorted(starting_points, goals, side="right") - 1
+    runs: list[tuple[int, list[int]]] = []
+    for start, goal in zip(starting_points[last_up_to_goal].tolist(), goals, strict=True):
+        if not runs or start > runs[-1][1][-1] + 1:
+            runs.append((start, []))
+        runs[-1][1].append(goal)
+    return runs
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = 25, keyframe_every: int = 12) -> None:
@@ -258,35 +326,82 @@ def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iter
         yield frame
 
 
-def _sought(container: InputContainer, stream: VideoStream, keyframe: int, pts: int) -> Iterator[VideoFrame]:
-    """`_decoded` from a keyframe on, given its frame number and timestamp; the caller checks where it landed."""
+def _needed(
+    container: InputContainer, stream: VideoStream, waiting: set[int], unwanted: set[int]
+) -> Iterator[VideoFrame]:
+    """From where the container stands, the frames whose timestamps are not in `unwanted`, and of those the ones that others refer to.
+
+    Once nothing is `waiting` any more, which is used up, the decoder is drained: what it still holds back needs no further packet.
+    """
+    decoder = stream.codec_context
     try:
-        container.seek(pts, stream=stream)
+        for packet in container.demux(stream):
+            decoder.skip_frame = "NONREF" if packet.pts in unwanted else "DEFAULT"
+            waiting.discard(packet.pts)
+            frames = decoder.decode(packet)
+            if not waiting:
+                frames += decoder.decode(None)
+            for frame in frames:
+                if frame.is_corrupt:
+                    raise UnreadableVideo("a frame is corrupt")
+                yield frame
+            if not waiting:
+                return
+    except av.error.FFmpegError as error:
+        raise UnreadableVideo(f"decoding stops: {_plain(error)}") from error
+
+
+def _seek(container: InputContainer, stream: VideoStream, keyframe: int, record: VideoRecord) -> None:
+    """To a keyframe, given its number; the caller checks where this landed."""
+    try:
+        container.seek(int(record.pts[keyframe]), stream=stream)
     except av.error.FFmpegError as error:
         raise UnreadableVideo(f"cannot seek to frame {keyframe}: {_plain(error)}") from error
-    return _decoded(container, stream, first=keyframe)
 
 
-def _seeks_exactly(path: Path, pts: list[int], keyframes: list[int], checksums: dict[int, int]) -> bool:
+def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -> bool:
     """Whether a seek to each keyframe after frame 0 gives the frames that the sequential decode gave."""
-    later_keyframes = [keyframe for keyframe in keyframes if keyframe > 0]
-    if not later_keyframes:
+    keyframes = record.keyframes[record.keyframes > 0].tolist()
+    if not keyframes:
         return False
     reformatter = VideoReformatter()
     try:
         with _opened(path) as (container, stream):
-            for keyframe, next_keyframe in zip(later_keyframes, [*later_keyframes[1:], len(pts)], strict=True):
-                compared = range(keyframe, min(next_keyframe, keyframe + _TRIAL_FRAMES))
-                frames = _sought(container, stream, keyframe, pts[keyframe])
-                for number in compared:
+            for keyframe, next_keyframe in pairwise([*keyframes, record.frames]):
+                _seek(container, stream, keyframe, record)
+                frames = _decoded(container, stream, first=keyframe)
+                for number in range(keyframe, min(next_keyframe, keyframe + _TRIAL_FRAMES)):
                     frame = next(frames, None)
-                    if frame is None or _pts(frame) != pts[number]:
+                    if frame is None or _pts(frame) != record.pts[number]:
                         return False
                     if _checksum(frame, reformatter) != checksums[number]:
                         return False
     except UnreadableVideo:
         return False
     return True
+
+
+def _skips_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -> bool:
+    """Whether every packet is one frame's, and reading that skips what it can gives the frames that the sequential decode gave."""
+    reformatter = VideoReformatter()
+    trial = [number for number in range(record.frames) if _in_skipping_trial(number)]
+    try:
+        with _opened(path) as (container, stream):
+            packets = [_pts(packet) for packet in container.demux(stream) if packet.size]
+        if sorted(packets) != record.pts.tolist():
+            return False
+        for number, frame in _recognised(path, record, trial):
+            if _checksum(frame, reformatter) != checksums[number]:
+                return False
+            trial.remove(number)
+    except (UnreadableVideo, av.error.FFmpegError):
+        return False
+    return not trial
+
+
+def _in_skipping_trial(number: int) -> bool:
+    """Pairs with gaps of two among 32 frames, then a gap of 32: whatever the order of B-frames, some are wanted and some are skipped."""
+    return number % 64 < 32 and number % 4 < 2
 
 
 def _rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
@@ -300,7 +415,7 @@ def _yuv420(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[VideoFram
     bt709 = frame.colorspace == Colorspace.ITU709
     known = bt709 or frame.colorspace in _BT601
     is_yuv = not frame.format.is_rgb and len(frame.format.components) >= 3
-    if frame.format.name in ("yuv420p", "yuvj420p") and known:
+    if frame.format.name in _PLANES_420 and known:
         return frame, bt709, full_range
     if is_yuv and known:
         space = Colorspace.ITU709 if bt709 else Colorspace.ITU601
@@ -319,17 +434,22 @@ def _yuv420(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[VideoFram
 
 
 def _checksum(frame: VideoFrame, reformatter: VideoReformatter) -> int:
-    return zlib.crc32(_rgb(frame, reformatter).data)
+    """Of the planes as they are decoded; of RGB where they are not 4:2:0 with 8 bits."""
+    if frame.format.name not in _PLANES_420:
+        return zlib.crc32(_rgb(frame, reformatter).data)
+    checksum = 0
+    for plane in frame.planes:
+        checksum = zlib.crc32(np.ascontiguousarray(_lines(plane)).data, checksum)
+    return checksum
 
 
-def _last_keyframe(record: VideoRecord, number: int) -> int:
-    """The last keyframe at or before a frame; 0 where there is none, which is where reading starts anyway."""
-    earlier = record.keyframes[record.keyframes <= number]
-    return int(earlier[-1]) if earlier.size else 0
+def _lines(plane: VideoPlane) -> np.ndarray:
+    """(height, width) uint8, a view of a plane with one byte a value."""
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
-def _pts(frame: VideoFrame) -> int:
-    return NO_PTS if frame.pts is None else frame.pts
+def _pts(timed: VideoFrame | Packet) -> int:
+    return NO_PTS if timed.pts is None else timed.pts
 
 
 def _check_size(frame: VideoFrame, number: int, height: int, width: int) -> None:
@@ -415,14 +535,13 @@ def compact_record(frames: int, height: int, width: int) -> VideoRecord:
         pts=np.arange(frames),
         keyframes=np.arange(0, frames, _COMPACT_KEYFRAME_EVERY),
         seekable=frames > _COMPACT_KEYFRAME_EVERY,
+        skippable=False,
     )
 
 
 def _plane_views(frame: VideoFrame) -> Planes:
     """The planes of a 4:2:0 frame without the bytes that fill up its lines; they are the frame's own memory."""
-    y, u, v = (
-        np.frombuffer(memoryview(p), np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes
-    )
+    y, u, v = map(_lines, frame.planes)
     return y, u, v
 
 

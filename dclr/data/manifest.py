@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dclr.data.decode import UnreadableVideo, VideoRecord, verify_video
 from dclr.errors import UserError
 
-_VERSION = 1
+_VERSION = 2
 """Of the cache file's format and of what `verify_video` finds: raise it when either changes."""
 
 _SAVE_EVERY = 300.0
@@ -188,6 +188,7 @@ def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
         "declared": np.array([record.declared for record in readable], dtype=np.int64),
         "sizes": np.array([(record.height, record.width) for record in readable], dtype=np.int64).reshape(-1, 2),
         "seekable": np.array([record.seekable for record in readable], dtype=bool),
+        "skippable": np.array([record.skippable for record in readable], dtype=bool),
         "frames": np.array([record.frames for record in readable], dtype=np.int64),
         "pts_steps": np.concatenate([*pts_steps, np.empty(0, dtype=np.int64)]),
         "keyframe_counts": np.array([len(record.keyframes) for record in readable], dtype=np.int64),
@@ -236,6 +237,7 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
             pts=np.cumsum(steps[row]),
             keyframes=keyframes[row],
             seekable=bool(arrays["seekable"][row]),
+            skippable=bool(arrays["skippable"][row]),
         )
         for row in range(len(arrays["frames"]))
     )
