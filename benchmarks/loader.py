@@ -16,6 +16,7 @@ Providers:
     torchcodec      its exact mode, all 34 frames of a sample in one call, RGB in uint8, default_collate; where it is installed (the wheel
                     must match torch: 0.11 for 2.11) and finds FFmpeg's libraries
     ours, videos    the loader of training: planes in uint8, with parameters drawn for the views
+    ours, ... store the same from what `train.py pack` makes of the videos: small videos (compact), or planes; from a warm cache of the disk
 
 They hand over different things, each what its training loop takes: as released has cropped already, which ours leaves to the GPU.
 
@@ -33,10 +34,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import av
@@ -59,9 +63,11 @@ from dclr.data import clips
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.clips import ClipPair
 from dclr.data.decode import NO_PTS, VideoRecord, YuvFrames
-from dclr.data.loader import PairSamples, Schedule, open_videos, train_loader
+from dclr.data.loader import PairSamples, Schedule, TrainBatches
 from dclr.data.manifest import load_manifest
+from dclr.data.videos import open_videos
 from dclr.errors import UserError
+from dclr.pack import pack
 from dclr.report import cpu_name, environment
 from dclr.views import PRETRAIN
 
@@ -110,6 +116,8 @@ class Reader:
     """The frames of a sample of video `index` as it reads them: query clip, key clip, their stills; RGB (2 T + 2, H, W, 3), or planes."""
     batches: Callable[[Schedule, int], Iterable[Any]]
     """What is measured: the schedule's batches, by so many workers."""
+    folder: TemporaryDirectory[str] | None = None
+    """What it reads from, if that is its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,19 +206,34 @@ def torchcodec(source: Source) -> Reader:
     return Reader(lambda index, pair: read(index, pair).numpy(), of_samples(source, read))
 
 
-def ours_from_videos(source: Source) -> Reader:
-    videos = open_videos(source.catalog, "train", workers=1, progress=False)
+def ours(source: Source) -> Reader:
+    return ours_of(source.catalog)
+
+
+def ours_packed(source: Source, compact: bool) -> Reader:
+    """From a store that is packed for it, and deleted with it."""
+    folder = TemporaryDirectory()
+    with redirect_stdout(StringIO()):
+        pack(DataConfig(data=str(source.catalog.root)), out=folder.name, compact=compact)
+    reader = ours_of(open_catalog(Path(folder.name)))
+    return replace(reader, folder=folder)
+
+
+def ours_of(catalog: Catalog) -> Reader:
+    videos = open_videos(catalog, "train", workers=1, progress=False)
     samples = PairSamples(videos, CONFIG, SEED)
     return Reader(
         lambda index, pair: videos.read(index, numbers(pair)),
-        lambda schedule, workers: train_loader(samples, schedule, workers, pin=False),
+        lambda schedule, workers: TrainBatches(samples, schedule, workers),
     )
 
 
 PROVIDERS: dict[str, Callable[[Source], Reader]] = {
     AS_RELEASED: as_released,
     "torchcodec": torchcodec,
-    "ours, videos": ours_from_videos,
+    "ours, videos": ours,
+    "ours, compact store": partial(ours_packed, compact=True),
+    "ours, store": partial(ours_packed, compact=False),
 }
 
 

@@ -21,6 +21,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def processes_of_machine() -> int:
+    """How many processes of the run a launcher started on this machine."""
+    of_launcher = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))  # torchrun's name, deepspeed's
+    return int(next((number for number in of_launcher if number), world_size()))
+
+
 def gather_batch(rows: Tensor) -> Tensor:
     """(B, ...) on each rank -> (ranks * B, ...) in rank order on all. No gradient."""
     if world_size() == 1:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dclr.config import DataConfig
-from dclr.data.loader import TEST_CLIPS, Failures, TestClips, VideoSet, test_loader
+from dclr.data.loader import TEST_CLIPS, Failures, TestClips, test_loader
+from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.models import count_correct
 from kernels import augment
@@ -41,20 +42,20 @@ def run_on_clips(
     loader = test_loader(TestClips(videos, config), VIDEOS_A_BATCH, config.workers, pin=device.type == "cuda")
     size, failures = (config.crop_size, config.crop_size), Failures("it is left out of the figures")
     values, labels, indices = [], [], []
-    with tqdm(total=len(videos.videos), desc=title, unit="video", dynamic_ncols=True, mininterval=1.0) as bar:
+    with tqdm(total=len(videos), desc=title, unit="video", dynamic_ncols=True, mininterval=1.0) as bar:
         for batch in loader:
             failures.add(batch.failures)
             bar.update(VIDEOS_A_BATCH)
             if len(batch.labels) == 0:
                 continue
-            on_device = batch.to(device)
-            output = network(augment(on_device.frames, on_device.augmentation, size)).float().cpu()
+            clip = augment(batch.frames.to(device, non_blocking=True), batch.augmentation, size)
+            output = network(clip).float().cpu()
             values.append(output.unflatten(0, (-1, TEST_CLIPS)))
             labels.append(batch.labels[::TEST_CLIPS])
             indices.append(batch.indices[::TEST_CLIPS])
     if not values:
         raise UserError(
-            f"{videos.catalog.root}: not one of {len(videos.videos)} videos can be read any more; was the folder moved or unmounted?"
+            f"{videos.root}: not one of {len(videos)} videos can be read any more; was the folder moved or unmounted?"
         )
     return ClipOutputs(torch.cat(values), torch.cat(labels), torch.cat(indices), failures.reasons)
 

@@ -8,7 +8,8 @@ import torch
 
 from dclr import evaluate, pictures
 from dclr.config import DataConfig, ModelConfig
-from dclr.data.loader import VideoSet, open_videos
+from dclr.data.decode import rgb_of
+from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import build_backbone, load_backbone, load_classifier, pool
 from dclr.run import open_data
@@ -73,7 +74,7 @@ def measure_retrieval(
     )
     catalog = open_data(data)
     gallery_videos, query_videos = (open_videos(catalog, split, max(1, data.workers)) for split in ("train", "test"))
-    if any(video.label < 0 for videos in (gallery_videos, query_videos) for video in videos.videos):
+    if any((videos.labels < 0).any() for videos in (gallery_videos, query_videos)):
         raise UserError(f"--data {catalog.root}: its videos have no labels, which retrieval needs; use class folders")
     backbone.to(device).eval()
     gallery, queries = (
@@ -121,7 +122,7 @@ def draw_sheet(
     path: Path,
 ) -> None:
     """Queries spread evenly over the test split, so over its classes, each with its nearest train videos."""
-    classes = gallery_videos.catalog.classes
+    classes = gallery_videos.classes
     count = len(queries.labels)
     rows = []
     for row in sorted({round(i * (count - 1) / max(SHEET_QUERIES - 1, 1)) for i in range(SHEET_QUERIES)}):
@@ -139,4 +140,5 @@ def draw_sheet(
 
 
 def middle_frame(videos: VideoSet, index: int) -> np.ndarray:
-    return videos.read(index, np.array([videos.records[index].frames // 2]))[0]
+    """(H, W, 3) uint8 RGB."""
+    return rgb_of(videos.read(index, np.array([videos.frames[index] // 2])))[0]

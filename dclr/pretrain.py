@@ -9,7 +9,7 @@ import torch
 
 from dclr import distributed
 from dclr.config import PretrainConfig
-from dclr.data.loader import Failures, PairBatch, PairSamples, train_loader
+from dclr.data.loader import Failures, PairBatch, PairSamples
 from dclr.engine import Engine
 from dclr.method import DCLR, PAIRS, Output
 from dclr.models import save_backbone
@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
 
     schedule = run.schedule(start)
     samples = PairSamples(run.videos, config.data, config.run.seed)
-    batches = iter(train_loader(samples, schedule, config.data.workers, pin=device.type == "cuda"))
+    batches = run.batches(samples, schedule)
     log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
     watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
     if run.main:
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 batch = next(batches)
             failures.add(batch.failures)
             with watch.part("views"):
-                query, key = make_views(batch.to(device), config.method.boundary, engine.view_dtype)
+                query, key = make_views(batch, config.method.boundary, engine.view_dtype)
             micro_step = step * engine.accumulation + part
             if step < fill_steps:
                 with watch.part("fill"), engine.autocast():

@@ -1,5 +1,6 @@
 """How every training run starts: processes, folder, configuration, videos, each settled on all ranks before the next."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from dclr.compiled import compile_backbone, compile_seconds, settle_compile
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.demo import render_demo
-from dclr.data.loader import Failures, Schedule, VideoSet, open_videos
+from dclr.data.loader import Failures, Schedule, TrainSamples
+from dclr.data.prefetch import batches_on
+from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone
 
@@ -57,10 +60,18 @@ class Run:
 
     def schedule(self, start: int = 0) -> Schedule:
         return Schedule(
-            len(self.videos.videos), self.config.optim.batch_size, self.config.optim.epochs,
+            len(self.videos), self.config.optim.batch_size, self.config.optim.epochs,
             start=start, accumulation=int(self.ds_config.get("gradient_accumulation_steps", 1)),
             rank=distributed.rank(), ranks=distributed.world_size(),
         )  # fmt: skip
+
+    def batches(self, samples: TrainSamples, schedule: Schedule) -> Iterator[Any]:
+        """The schedule's micro-batches on the run's device. Raises UserError on all ranks: there is too little memory for them."""
+        return distributed.together(
+            lambda: batches_on(
+                self.device, samples, schedule, self.config.data.workers, distributed.processes_of_machine()
+            )
+        )
 
     def resume(self, own: engine.Engine) -> dict[str, Any]:
         """What the newest checkpoint holds beside the network, loaded into `own`; for a new run, the same at step 0.
@@ -70,10 +81,10 @@ class Run:
         if not self.resumed:
             return {"step": 0, "summary": {}, "last": {}, "failures": ({}, 0), "seconds": 0.0}
         state = own.resume(self.folder / "checkpoints")
-        videos, stop = len(self.videos.videos), self.schedule().stop
+        videos, stop = len(self.videos), self.schedule().stop
         if state["videos"] != videos:
             raise UserError(
-                f"--resume {self.folder}: it was trained on {state['videos']} readable videos and {self.videos.catalog.root} "
+                f"--resume {self.folder}: it was trained on {state['videos']} readable videos and {self.videos.root} "
                 f"has {videos} now, which changes every epoch's order; start another run"
             )
         if state["step"] > stop:
@@ -90,7 +101,7 @@ class Run:
             **state,
             "failures": self.all_failures(failures),
             "seconds": seconds,
-            "videos": len(self.videos.videos),
+            "videos": len(self.videos),
         }
         own.save(self.folder / "checkpoints", step, state)
 
@@ -110,9 +121,9 @@ class Run:
                 "command": self.command,
                 "preset": self.preset,
                 "data": {
-                    "folder": str(self.videos.catalog.root),
-                    "layout": self.videos.catalog.layout,
-                    "videos": len(self.videos.videos),
+                    "folder": str(self.videos.root),
+                    "layout": self.videos.layout,
+                    "videos": len(self.videos),
                     "unreadable": self.videos.unreadable,
                     "failed_while_training": reasons,
                     "failed_reads": failed_reads,
@@ -140,9 +151,9 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         distributed.on_rank_zero(make_demo)
     catalog = distributed.together(lambda: open_data(config.data))
     videos = open_videos_once(catalog, config.data)
-    if command != "pretrain" and any(video.label < 0 for video in videos.videos):
+    if command != "pretrain" and (videos.labels < 0).any():
         raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
-    steps = Schedule(len(videos.videos), config.optim.batch_size, config.optim.epochs).stop  # refuses too large a batch
+    steps = Schedule(len(videos), config.optim.batch_size, config.optim.epochs).stop  # refuses too large a batch
     if isinstance(config, PretrainConfig) and config.method.fill_steps >= steps:
         raise UserError(
             f"--fill-steps is {config.method.fill_steps}, but must be below the run's {steps} steps, or nothing is trained: "
@@ -153,7 +164,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resume is not None)
     if not run.resumed:
         run.write_config()
-    run.say(f"{command}: preset {preset}, {len(videos.videos)} videos of {catalog.root} ({catalog.layout})")
+    run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
     if videos.unreadable:
         run.say(
             f"  {len(videos.unreadable)} videos cannot be read and are left out: listed in report.json, and by train.py check"

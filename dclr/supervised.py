@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dclr import distributed
 from dclr.config import SupervisedConfig
-from dclr.data.loader import ClipSamples, Failures, train_loader
+from dclr.data.loader import ClipSamples, Failures
 from dclr.engine import Engine
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
 from dclr.report import RunLog, Stopwatch, peak_memory_gib
@@ -35,7 +35,7 @@ def supervise(
     run = start_run(command, preset, config, device, resume)
     run.say(f"  start: {loaded}")
     run.prepare(backbone)
-    classes = run.videos.catalog.classes
+    classes = run.videos.classes
     dropout = config.transfer.dropout if command == "finetune" else 0.0
     classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
     engine = Engine(classifier, run.ds_config, config.optim, device)
@@ -44,7 +44,7 @@ def supervise(
 
     schedule = run.schedule(start)
     samples = ClipSamples(run.videos, config.data, config.run.seed)
-    batches = iter(train_loader(samples, schedule, config.data.workers, pin=device.type == "cuda"))
+    batches = run.batches(samples, schedule)
     log = RunLog(run.folder, command, schedule.stop, start) if run.main else None
     watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
     size = (config.data.crop_size, config.data.crop_size)
@@ -64,7 +64,6 @@ def supervise(
                 batch = next(batches)
             failures.add(batch.failures)
             with watch.part("augment"):
-                batch = batch.to(device)
                 clip = augment(batch.frames, batch.augmentation, size, engine.view_dtype)
             with watch.part("forward"):
                 logits = engine(clip)

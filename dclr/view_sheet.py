@@ -33,9 +33,10 @@ def draw_view_sheet(video: Path, out: Path, seed: int) -> str:
         rng = clips.sample_rng(seed, 0, 0)
         pair = clips.draw_pair(rng, record.frames, length, config.clip_stride)
         numbers = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
-        planes, rgb = decode.read_planes(video, record, numbers), decode.read_frames(video, record, numbers)
+        planes = decode.read_planes(video, record, numbers)
     except decode.UnreadableVideo as error:
         raise UserError(f"--video {video}: {error}") from None
+    rgb = decode.rgb_of(planes)
     rows = [views.draw_augmentation(rng, record.height, record.width, views.PRETRAIN) for _ in range(4)]
 
     def part(numbers: slice) -> decode.YuvFrames:

@@ -556,10 +556,11 @@ def table_of(rows: Augmentation, frames: Tensor | Yuv420) -> Tensor:
     table = torch.cat([rows.box, flags, rows.sigma[:, None], rows.factors, rows.order], dim=1)  # promoted to float32
     if isinstance(frames, Tensor):
         return table
-    # The colour space may be on the device while the rows are not: both go there, for the other way is to wait for it.
     coefficients = yuv_coefficients(frames.bt709, frames.full_range)
-    parts = [part.to(frames.y.device, non_blocking=True) for part in (table, coefficients)]
-    return torch.cat(parts, dim=1)
+    if coefficients.device != table.device:
+        # The colour space may be on the device while the rows are not: both go there, for the other way is to wait for it.
+        table, coefficients = (part.to(frames.y.device, non_blocking=True) for part in (table, coefficients))
+    return torch.cat([table, coefficients], dim=1)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 
 from dclr.config import DataConfig
 from dclr.data.catalog import open_catalog
-from dclr.data.loader import TEST_CLIPS, open_videos
+from dclr.data.loader import TEST_CLIPS
+from dclr.data.videos import open_videos
 from dclr.errors import UserError
 from dclr.evaluate import ClipOutputs, accuracy, chance_of_hit, normalized, retrieval, run_on_clips
 
@@ -133,7 +134,7 @@ def mean_colour(clip: torch.Tensor) -> torch.Tensor:
 def test_outputs_stand_in_the_order_of_the_videos_ten_clips_each(spoiled):
     found = run_on_clips(mean_colour, spoiled, CONFIG, CPU, "test")
     assert found.values.shape == (8, TEST_CLIPS, 3)
-    assert found.labels.tolist() == [video.label for video in spoiled.videos]
+    assert found.labels.tolist() == spoiled.labels.tolist()
     assert found.indices.tolist() == list(range(8))
     assert found.failures == {}
     assert found.values.isfinite().all()
@@ -146,19 +147,19 @@ def test_videos_that_fail_are_left_out_of_the_figures_and_named(spoiled, capsys)
     whole = run_on_clips(mean_colour, spoiled, CONFIG, CPU, "test")
     gone = (2, 6, 7)
     for index in gone:
-        (spoiled.catalog.root / spoiled.videos[index].path).unlink()
+        (spoiled.root / spoiled.path(index)).unlink()
     found = run_on_clips(mean_colour, spoiled, CONFIG, CPU, "test")
     kept = [index for index in range(8) if index not in gone]
     assert found.indices.tolist() == kept
     assert torch.equal(found.values, whole.values[kept])
-    assert found.labels.tolist() == [spoiled.videos[index].label for index in kept]
-    assert found.failures == {spoiled.videos[index].path: "no such file" for index in gone}
+    assert found.labels.tolist() == spoiled.labels[kept].tolist()
+    assert found.failures == {spoiled.path(index): "no such file" for index in gone}
     said = capsys.readouterr().err
     assert "it is left out of the figures" in said
     assert "next video" not in said
 
 
 def test_a_split_of_which_nothing_is_left_is_refused(spoiled):
-    shutil.rmtree(spoiled.catalog.root)
+    shutil.rmtree(spoiled.root)
     with pytest.raises(UserError, match="not one of 8 videos can be read any more"):
         run_on_clips(mean_colour, spoiled, CONFIG, CPU, "test")

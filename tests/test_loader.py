@@ -1,7 +1,10 @@
 """Batches: the same whoever reads them, equal to what a plain decode gives, and what becomes of videos that fail later."""
 
+import pickle
 import shutil
-from dataclasses import fields
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import av
@@ -12,19 +15,24 @@ import torch
 from dclr.config import DataConfig
 from dclr.data import clips, loader
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import write_video
+from dclr.data.decode import empty_planes, write_video
 from dclr.data.loader import (
+    PREFETCH,
+    Batch,
     ClipSamples,
+    Drawn,
     Failures,
     PairBatch,
     PairSamples,
+    Pieces,
+    Sample,
     Schedule,
-    VideoSet,
-    open_videos,
-    train_loader,
+    TrainBatches,
 )
+from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.views import AUGMENTATION
+from kernels import Yuv420
 
 CONFIG = DataConfig(clip_length=4, clip_stride=2, crop_size=32)
 
@@ -46,6 +54,22 @@ def mixed(tmp_path: Path) -> VideoSet:
     return open_videos(open_catalog(tmp_path / "mixed"), "train", workers=1, progress=False)
 
 
+def kept(batch: Batch) -> Batch:
+    """A batch that stays as it is, zeros in place of what lies beside smaller frames."""
+    rows = batch.query_params.clip if isinstance(batch, PairBatch) else batch.augmentation
+    y, u, v = (torch.zeros_like(plane) for plane in (batch.frames.y, batch.frames.u, batch.frames.v))
+    for b, (height, width) in enumerate(rows.size.tolist()):
+        y[b, :, :height, :width] = batch.frames.y[b, :, :height, :width]
+        for copy, plane in ((u, batch.frames.u), (v, batch.frames.v)):
+            half = (slice(None), slice((height + 1) // 2), slice((width + 1) // 2))
+            copy[b][half] = plane[b][half]
+    return replace(batch, frames=replace(batch.frames, y=y, u=u, v=v))
+
+
+def train_batches(samples: loader.TrainSamples, schedule: Schedule, workers: int = 0) -> Iterator[Batch]:
+    return map(kept, TrainBatches(samples, schedule, workers))
+
+
 def plain(batch: object) -> list[object]:
     """A batch as bytes, names and numbers: equal only if everything in it is."""
     found: list[object] = []
@@ -61,13 +85,37 @@ def plain(batch: object) -> list[object]:
 
 
 def batches(samples: loader.TrainSamples, schedule: Schedule, workers: int = 0) -> list[object]:
-    return [plain(batch) for batch in train_loader(samples, schedule, workers, pin=False)]
+    return [plain(batch) for batch in train_batches(samples, schedule, workers)]
 
 
-def sequential(path: Path) -> np.ndarray:
-    """Every frame of a video from a decode of its own, (N, H, W, 3)."""
+def sequential(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The planes of every frame of a video, of even size, from a decode of its own: y (N, H, W), u and v (N, H / 2, W / 2)."""
     with av.open(str(path), metadata_errors="ignore") as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        packed = np.stack([frame.to_ndarray(format="yuv420p") for frame in container.decode(video=0)])
+    height, width = packed.shape[1] * 2 // 3, packed.shape[2]
+    u, v = packed[:, height:].reshape(-1, 2, height // 2, width // 2).transpose(1, 0, 2, 3)
+    return packed[:, :height], u, v
+
+
+def same_planes(found: object, expected: tuple[np.ndarray, ...], numbers: object) -> bool:
+    return all(
+        np.array_equal(getattr(found, name), plane[numbers]) for name, plane in zip("yuv", expected, strict=True)
+    )
+
+
+def batch_of(samples: loader.TrainSamples, indices: list[int], epoch: int = 0) -> Batch:
+    """A batch of the samples of these videos, without a ring."""
+    parts = [samples.read(epoch, index) for index in indices]
+    height, width = (max(getattr(samples.videos, size)[indices]) for size in ("heights", "widths"))
+    planes = []
+    for name, shape in (("y", (height, width)), *((n, ((height + 1) // 2, (width + 1) // 2)) for n in "uv")):
+        planes.append(torch.full((len(parts), samples.frames_a_sample, *shape), 7, dtype=torch.uint8))
+        for target, part in zip(planes[-1].numpy(), parts, strict=True):
+            own = getattr(part.frames, name)
+            target[:, : own.shape[1], : own.shape[2]] = own
+    drawn = [Drawn(part.index, part.rows, part.frames.bt709, part.frames.full_range, {}) for part in parts]
+    flags = (torch.tensor([getattr(d, flag) for d in drawn]) for flag in ("bt709", "full_range"))
+    return kept(samples.batch(Yuv420(*planes, *flags), drawn))
 
 
 # ---------------------------------------------------------------- which samples make a batch
@@ -115,37 +163,35 @@ def test_a_batch_larger_than_the_data_set_is_refused():
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_batches_are_byte_identical_for_any_workers_and_any_start(videos, kind):
     samples = kind(videos, CONFIG, 5)
-    expected = batches(samples, Schedule(len(videos.videos), 4, 2))
+    expected = batches(samples, Schedule(len(videos), 4, 2))
     assert len(expected) == 8
     assert len({repr(batch) for batch in expected}) == 8
     for workers in (1, 2):
-        assert batches(kind(videos, CONFIG, 5), Schedule(len(videos.videos), 4, 2), workers) == expected
+        assert batches(kind(videos, CONFIG, 5), Schedule(len(videos), 4, 2), workers) == expected
     for start, workers in ((1, 0), (5, 2), (7, 1)):
-        assert batches(samples, Schedule(len(videos.videos), 4, 2, start=start), workers) == expected[start:]
+        assert batches(samples, Schedule(len(videos), 4, 2, start=start), workers) == expected[start:]
 
 
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_two_ranks_read_the_two_halves_of_the_same_samples(videos, kind):
     samples = kind(videos, CONFIG, 5)
-    (whole,) = train_loader(samples, Schedule(16, 8, 1, start=1), 0, pin=False)
-    halves = [
-        next(iter(train_loader(samples, Schedule(16, 8, 1, start=1, rank=r, ranks=2), 0, pin=False))) for r in (0, 1)
-    ]
+    (whole,) = train_batches(samples, Schedule(16, 8, 1, start=1))
+    halves = [next(train_batches(samples, Schedule(16, 8, 1, start=1, rank=r, ranks=2))) for r in (0, 1)]
     assert torch.equal(torch.cat([half.indices for half in halves]), whole.indices)
-    name = "query_frames" if kind is PairSamples else "frames"
-    assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+    for plane in "yuv":
+        assert torch.equal(torch.cat([getattr(half.frames, plane) for half in halves]), getattr(whole.frames, plane))
 
 
 def test_epochs_and_seeds_draw_differently(videos):
     def drawn(seed, epoch, index=3):
         sample = PairSamples(videos, CONFIG, seed).read(epoch, index)
-        return [np.asarray(part).tobytes() for part in (*sample[1:5], np.stack(sample[5]))]
+        return sample.frames.y.tobytes(), sample.rows.tobytes()
 
     assert drawn(0, 0) == drawn(0, 0)
     assert drawn(0, 0)[-1] != drawn(0, 1)[-1]
     assert drawn(0, 0)[-1] != drawn(1, 0)[-1]
     assert drawn(0, 0)[0] != drawn(0, 1)[0]
-    orders = [[key for batch in train_loader(PairSamples(videos, CONFIG, seed), Schedule(16, 8, 2), 0, pin=False)
+    orders = [[key for batch in train_batches(PairSamples(videos, CONFIG, seed), Schedule(16, 8, 2))
                for key in batch.indices.tolist()] for seed in (0, 1)]  # fmt: skip
     assert orders[0][:16] != orders[0][16:]
     assert orders[0] != orders[1]
@@ -157,63 +203,166 @@ def test_frames_of_a_pair_are_those_of_a_sequential_decode_at_the_drawn_numbers(
     catalog = open_catalog(genuine / "ucf101_sample")
     videos = open_videos(catalog, "test", workers=1, progress=False)
     samples = PairSamples(videos, DataConfig(), seed=3)
-    for index, (video, record) in enumerate(zip(videos.videos, videos.records, strict=True)):
-        frames = sequential(catalog.root / video.path)
-        assert len(frames) == record.frames
-        pair = clips.draw_pair(clips.sample_rng(3, 2, index), record.frames, 16, 2)
-        found_index, query, key, query_still, key_still, rows = samples.read(2, index)
-        assert found_index == index
-        assert np.array_equal(query, frames[pair.query])
-        assert np.array_equal(key, frames[pair.key])
-        assert np.array_equal(query_still, frames[pair.query_still])
-        assert np.array_equal(key_still, frames[pair.key_still])
+    for index in range(len(videos)):
+        planes = sequential(catalog.root / videos.path(index))
+        assert len(planes[0]) == videos.frames[index]
+        pair = clips.draw_pair(clips.sample_rng(3, 2, index), len(planes[0]), 16, 2)
+        batch = batch_of(samples, [index], epoch=2)
+        assert batch.indices.tolist() == [index]
+        for part, numbers in (
+            (batch.query_frames, pair.query), (batch.key_frames, pair.key),
+            (batch.query_stills, pair.query_still), (batch.key_stills, pair.key_still),
+        ):  # fmt: skip
+            assert part.y.shape[1:] == ((16, 240, 320) if np.ndim(numbers) else (240, 320))
+            assert same_planes(Yuv420(part.y[0], part.u[0], part.v[0], part.bt709, part.full_range), planes, numbers)
+        rows = samples.read(2, index).rows
         assert len({row.tobytes() for row in rows}) == 4  # clip and still of query and key: each a draw of its own
 
 
-def test_a_batch_pads_smaller_videos_and_tells_their_true_size(mixed):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_holds_its_samples_whatever_their_size_and_tells_it(mixed, workers):
+    """Batches through the ring against samples read one by one: planes, colour space, parameters, order."""
+    samples, schedule = PairSamples(mixed, CONFIG, 0), Schedule(6, 3, 2)
+    for step, batch in enumerate(train_batches(samples, schedule, workers)):
+        assert isinstance(batch, PairBatch)
+        order = clips.epoch_order(0, step // 2, 6)[step % 2 * 3 :][:3].tolist()
+        assert batch.indices.tolist() == order
+        assert batch.frames.y.shape == (3, 10, 48, 48)
+        assert batch.frames.u.shape == batch.frames.v.shape == (3, 10, 24, 24)
+        own = [samples.read(step // 2, index) for index in order]
+        for b, sample in enumerate(own):
+            height, width = mixed.heights[sample.index], mixed.widths[sample.index]
+            assert np.array_equal(batch.frames.y[b, :, :height, :width], sample.frames.y)
+            for plane in "uv":
+                expected = getattr(sample.frames, plane)
+                assert np.array_equal(getattr(batch.frames, plane)[b, :, : height // 2, : width // 2], expected)
+            assert batch.frames.bt709[b] == sample.frames.bt709
+            assert batch.frames.full_range[b] == sample.frames.full_range
+        # Four rows of parameters a sample, each at its place, and the size without what lies beside.
+        tables = [table for params in (batch.query_params, batch.key_params) for table in (params.clip, params.still)]
+        for place, table in enumerate(tables):
+            for name in AUGMENTATION.names:
+                assert np.array_equal(getattr(table, name), np.stack([sample.rows[place][name] for sample in own]))
+            assert table.size.tolist() == [[mixed.heights[index], mixed.widths[index]] for index in order]
+
+
+def test_colour_spaces_go_with_their_samples(mixed):
     samples = PairSamples(mixed, CONFIG, 0)
-    drawn = [(samples.read(0, index), {}) for index in range(3)]
-    batch = samples.collate(drawn)
-    assert isinstance(batch, PairBatch)
-    assert batch.query_frames.shape == (3, 4, 48, 48, 3)
-    assert batch.query_stills.shape == (3, 48, 48, 3)
-    assert batch.indices.tolist() == [0, 1, 2]
-    for row, (sample, _) in enumerate(drawn):
-        height, width = sample[1].shape[1:3]
-        for found, expected in (
-            (batch.query_frames[row], sample[1]), (batch.key_frames[row], sample[2]),
-            (batch.query_stills[row], sample[3]), (batch.key_stills[row], sample[4]),
-        ):  # fmt: skip
-            assert np.array_equal(found[..., :height, :width, :].numpy(), expected)
-            assert not found[..., height:, :, :].any()
-            assert not found[..., :, width:, :].any()
-    # Four rows of parameters a sample, each at its place, and the size without the padding.
-    tables = [table for params in (batch.query_params, batch.key_params) for table in (params.clip, params.still)]
-    for place, table in enumerate(tables):
-        for name in AUGMENTATION.names:
-            expected = np.stack([sample[5][place][name] for sample, _ in drawn])
-            assert np.array_equal(getattr(table, name).numpy(), expected)
-        assert {tuple(size) for size in table.size.tolist()} == {s[1].shape[1:3] for s, _ in drawn}
+    own = [samples.read(0, index) for index in range(2)]
+    drawn = [Drawn(s.index, s.rows, bool(s.index), not s.index, {}) for s in own]
+
+    class Marked(PairSamples):
+        def read(self, epoch, index, into=None):
+            sample = super().read(epoch, index, into)
+            frames = replace(sample.frames, bt709=drawn[index].bt709, full_range=drawn[index].full_range)
+            return Sample(index, frames, sample.rows)
+
+    two = replace(mixed, labels=mixed.labels[:2])
+    (batch,) = train_batches(Marked(two, CONFIG, 0), Schedule(2, 2, 1))
+    assert batch.frames.bt709.tolist() == [index == 1 for index in batch.indices.tolist()]
+    assert batch.frames.full_range.tolist() == [index == 0 for index in batch.indices.tolist()]
 
 
 def test_labels_go_with_their_videos(mixed):
-    batch = ClipSamples(mixed, CONFIG, 0).collate([(ClipSamples(mixed, CONFIG, 0).read(0, i), {}) for i in (4, 1, 0)])
-    assert batch.indices.tolist() == [4, 1, 0]
-    assert batch.labels.tolist() == [mixed.videos[i].label for i in (4, 1, 0)]
-    assert {video.label for video in mixed.videos} == {0, 1}
+    assert batch_of(ClipSamples(mixed, CONFIG, 0), [4, 1, 0]).labels.tolist() == mixed.labels[[4, 1, 0]].tolist()
+    (batch,) = train_batches(ClipSamples(mixed, CONFIG, 0), Schedule(6, 6, 1))
+    assert batch.labels.tolist() == [int(mixed.path(index)[0] == "b") for index in batch.indices.tolist()]
 
 
 def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
     found = list(loader.test_loader(loader.TestClips(mixed, CONFIG), 2, 0, pin=False))
     assert [batch.indices.tolist() for batch in found] == [[a] * 10 + [b] * 10 for a, b in ((0, 1), (2, 3), (4, 5))]
-    for index, (video, record) in enumerate(zip(mixed.videos, mixed.records, strict=True)):
-        frames = sequential(mixed.catalog.root / video.path)
-        numbers = clips.uniform_clips(record.frames, 10, 4, 2)
-        batch, row = found[index // 2], 10 * (index % 2)
-        own = batch.frames[row : row + 10, :, : record.height, : record.width]
-        assert np.array_equal(own.numpy(), frames[numbers])
-        assert set(batch.labels[row : row + 10].tolist()) == {video.label}
+    for index in range(6):
+        planes = sequential(mixed.root / mixed.path(index))
+        numbers = clips.uniform_clips(len(planes[0]), 10, 4, 2)
+        batch, rows = found[index // 2], slice(10 * (index % 2), 10 * (index % 2) + 10)
+        height, width = mixed.heights[index], mixed.widths[index]
+        assert np.array_equal(batch.frames.y[rows, :, :height, :width], planes[0][numbers])
+        assert np.array_equal(batch.frames.u[rows, :, : height // 2, : width // 2], planes[1][numbers])
+        assert np.array_equal(batch.frames.v[rows, :, : height // 2, : width // 2], planes[2][numbers])
+        assert set(batch.labels[rows].tolist()) == {mixed.labels[index]}
+        assert {tuple(size) for size in batch.augmentation.size[rows].tolist()} == {(height, width)}
+        assert batch.frames.bt709.shape == batch.frames.full_range.shape == (20,)
         assert not batch.augmentation.flip.any()
+
+
+# ---------------------------------------------------------------- the ring
+
+
+@pytest.mark.parametrize(
+    ("size", "workers", "hold"),
+    [
+        pytest.param(3, 2, 1, id="a batch is one piece"),
+        pytest.param(9, 2, 1, id="two pieces a batch, the last one smaller"),
+        pytest.param(8, 3, 2, id="two batches stay valid"),
+        pytest.param(40, 2, 2, id="more pieces a batch than are out"),
+        pytest.param(4, 0, 1, id="no workers"),
+    ],
+)
+def test_no_piece_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers, hold):
+    """By a consumer as DataLoader is: `workers * PREFETCH` pieces at once, then one for each that comes back."""
+    schedule = Schedule(size, size, 12)
+    pieces = Pieces(schedule, workers, hold)
+    sent, batches_at_once = [], []
+
+    def send():
+        piece = next(pieces_sent, None)
+        if piece is not None:
+            sent.append(piece)
+            newest = (len(sent) - 1) // len(pieces.firsts)
+            in_use = range(max(pieces.asked_for - hold + 1, 0), newest + 1)
+            assert len({number % pieces.slots for number in in_use}) == len(in_use)
+            assert piece.slot == newest % pieces.slots
+            batches_at_once.append(len(in_use))
+
+    pieces_sent = iter(pieces)
+    for _ in range(workers * PREFETCH):
+        send()
+    for number in range(12):
+        pieces.asked_for = number
+        for _ in pieces.firsts:
+            send()
+    assert max(batches_at_once) == pieces.slots  # every slot is needed
+
+    by_batch = [sent[first : first + len(pieces.firsts)] for first in range(0, len(sent), len(pieces.firsts))]
+    assert [[place for piece in batch for place in piece.places] for batch in by_batch] == list(schedule)
+    for batch in by_batch:
+        rows = [piece.first_row + row for piece in batch for row in range(len(piece.places))]
+        assert rows == list(range(size))
+        assert max(len(piece.places) for piece in batch) <= loader.PIECE
+
+
+def test_a_piece_for_a_slot_in_use_is_refused():
+    pieces = iter(Pieces(Schedule(4, 4, 9), workers=1, hold=1))
+    with pytest.raises(RuntimeError, match="batch 2 would be written over batch -1"):
+        list(pieces)  # nothing has been asked for
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+def test_a_batch_stays_as_it_is_until_enough_others_are_asked_for(videos, hold):
+    """However long the consumer takes, and while the workers read on."""
+    samples, schedule = PairSamples(videos, CONFIG, 5), Schedule(16, 4, 2)
+    expected = batches(samples, schedule)
+    held: list[Batch] = []
+    for number, batch in enumerate(TrainBatches(samples, schedule, 2, hold)):
+        held = [*held, batch][-hold:]
+        time.sleep(0.15)
+        assert [plain(kept(b)) for b in held] == expected[number + 1 - len(held) : number + 1]
+    assert number == 7
+
+
+def test_frames_are_views_of_the_ring_and_little_else_comes_from_a_worker(videos):
+    samples = PairSamples(videos, CONFIG, 0)
+    found = TrainBatches(samples, Schedule(16, 4, 2), workers=2)
+    for number, batch in enumerate(found):
+        start = found.ring.slot(number % found.ring.slots).data_ptr()
+        assert found.slot().data_ptr() == start
+        for plane in (batch.frames.y, batch.frames.u, batch.frames.v, batch.query_frames.y, batch.key_stills.v):
+            assert start <= plane.data_ptr() < start + found.ring.slot_bytes
+    piece = next(iter(Pieces(Schedule(16, 4, 2), workers=2, hold=1)))
+    sent = len(pickle.dumps(loader.RingSamples(samples, found.ring).__getitems__(piece)))
+    assert sent < 1000 * len(piece.places)
+    assert sent < found.ring.slot_bytes / 100
 
 
 # ---------------------------------------------------------------- videos that fail after they were verified
@@ -221,12 +370,12 @@ def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
 
 def spoil(videos: VideoSet, index: int, how: str) -> str:
     """Make a verified video unreadable; returns its path in the catalog."""
-    path = videos.catalog.root / videos.videos[index].path
+    path = videos.root / videos.path(index)
     if how == "delete":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:200])
-    return videos.videos[index].path
+    return videos.path(index)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -234,9 +383,9 @@ def spoil(videos: VideoSet, index: int, how: str) -> str:
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_a_video_that_fails_later_gives_its_place_to_the_next_of_the_epochs_order(mixed, kind, how, workers, capsys):
     samples, schedule = kind(mixed, CONFIG, 1), Schedule(6, 3, 2)
-    before = list(train_loader(samples, schedule, 0, pin=False))
+    before = list(train_batches(samples, schedule))
     path = spoil(mixed, 2, how)
-    after = list(train_loader(samples, schedule, workers, pin=False))
+    after = list(train_batches(samples, schedule, workers))
 
     failures = Failures()
     for step, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -256,20 +405,24 @@ def test_a_video_that_fails_later_gives_its_place_to_the_next_of_the_epochs_orde
 def test_the_sample_that_takes_the_place_is_its_own_of_that_epoch(mixed):
     order = clips.epoch_order(1, 0, 6).tolist()
     spoil(mixed, order[0], "delete")
-    sample, _ = PairSamples(mixed, CONFIG, 1)[(0, 0)]
-    own, _ = PairSamples(mixed, CONFIG, 1)[(0, 1)]
-    assert sample[0] == own[0] == order[1]
-    assert np.array_equal(sample[1], own[1])
+    samples, height, width = PairSamples(mixed, CONFIG, 1), mixed.heights[order[1]], mixed.widths[order[1]]
+    into = [empty_planes(10, 48, 48) for _ in range(2)]
+    replaced, own = samples.draw(0, 0, into[0]), samples.draw(0, 1, into[1])
+    assert replaced.index == own.index == order[1]
+    assert (replaced.failures, own.failures) == ({mixed.path(order[0]): "no such file"}, {})
+    assert replaced.rows.tobytes() == own.rows.tobytes()
+    assert np.array_equal(into[0][0][:, :height, :width], into[1][0][:, :height, :width])
+    assert np.array_equal(into[0][0][:, :height, :width], samples.read(0, order[1]).frames.y)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_when_no_video_can_be_read_any_more_the_run_ends_with_one_line(mixed, workers):
-    shutil.rmtree(mixed.catalog.root)
+    shutil.rmtree(mixed.root)
     with pytest.raises(UserError) as caught:
-        list(train_loader(PairSamples(mixed, CONFIG, 0), Schedule(6, 3, 1), workers, pin=False))
+        list(train_batches(PairSamples(mixed, CONFIG, 0), Schedule(6, 3, 1), workers))
     assert "\n" not in str(caught.value)
     assert str(caught.value) == (
-        f"{mixed.catalog.root}: not one of 6 videos can be read any more; was the folder moved or unmounted?"
+        f"{mixed.root}: not one of 6 videos can be read any more; was the folder moved or unmounted?"
     )
 
 
@@ -281,7 +434,7 @@ def test_a_test_split_leaves_videos_that_fail_out(mixed, workers):
     assert [list(batch.failures) for batch in found] == [[path], [], [other]]
     spoil(mixed, 5, "delete")
     *_, empty = loader.test_loader(loader.TestClips(mixed, CONFIG), 2, 0, pin=False)
-    assert (len(empty.frames), len(empty.labels)) == (0, 0)
+    assert (len(empty.frames.y), len(empty.frames.bt709), len(empty.labels)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("layout", ["flat", "class folders"])
@@ -294,18 +447,12 @@ def test_faulty_files_are_left_out_and_never_crash_a_worker(genuine, tmp_path, l
             (folder / "xy"[number % 2]).mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / "xy"[number % 2])
     videos = open_videos(open_catalog(folder), "train", workers=2, progress=False)
-    assert {Path(video.path).name for video in videos.videos} == {
+    assert {Path(videos.path(index)).name for index in range(len(videos))} == {
         "no_duration.webm", "non_utf8_metadata.3gp", "rotated_90.mov"
     }  # fmt: skip
     assert len(videos.unreadable) == 7
     assert all(reason and "\n" not in reason for reason in videos.unreadable.values())
     for kind in (PairSamples, ClipSamples):
-        (batch,) = train_loader(kind(videos, CONFIG, 0), Schedule(3, 3, 1), workers=2, pin=False)
+        (batch,) = train_batches(kind(videos, CONFIG, 0), Schedule(3, 3, 1), workers=2)
         assert sorted(batch.indices.tolist()) == [0, 1, 2]
         assert batch.failures == {}
-
-
-def test_a_folder_of_which_nothing_can_be_read_is_refused_with_a_reason(tmp_path):
-    (tmp_path / "empty.mp4").touch()
-    with pytest.raises(UserError, match=r"none of the 1 videos of split train can be read \(empty.mp4: empty file\)"):
-        open_videos(open_catalog(tmp_path), "train", workers=1, progress=False)

@@ -181,6 +181,21 @@ def read_planes(
     return YuvFrames(y, u, v, bt709, full_range)
 
 
+def rgb_of(frames: YuvFrames) -> np.ndarray:
+    """Frames as (N, H, W, 3) uint8 RGB, for pictures: by FFmpeg's conversion, as `read_frames` where the video is in 4:2:0."""
+    count, height, width = frames.y.shape
+    rgb = np.empty((count, height, width, 3), dtype=np.uint8)
+    image, reformatter = VideoFrame(width, height, "yuv420p"), VideoReformatter()
+    image.colorspace = Colorspace.ITU709 if frames.bt709 else Colorspace.ITU601
+    image.color_range = ColorRange.JPEG if frames.full_range else ColorRange.MPEG
+    for number in range(count):
+        for plane, source in zip(image.planes, (frames.y, frames.u, frames.v), strict=True):
+            lines = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+            lines[:, : plane.width] = source[number]
+        rgb[number] = _rgb(image, reformatter)
+    return rgb
+
+
 def empty_planes(count: int, height: int, width: int) -> Planes:
     """Memory for the planes of `count` frames, not set to anything."""
     y = np.empty((count, height, width), dtype=np.uint8)
@@ -313,7 +328,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iterator[VideoFrame]:
     """The frames from where the container stands to its end; `first` is the number of the next one, for messages."""
-    frames = container.decode(stream)
+    frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
     for number in count(first):
         try:
             frame = next(frames, None)
@@ -326,6 +341,12 @@ def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iter
         yield frame
 
 
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """From where the container stands to its end, then an empty one. Goes between PyAV's own iterator and whoever may leave before the
+    end: left, this one closes it. Merely dropped, it never frees a packet of 150 bytes (PyAV 18.0), a file that is read in part."""
+    yield from container.demux(stream)
+
+
 def _needed(
     container: InputContainer, stream: VideoStream, waiting: set[int], unwanted: set[int]
 ) -> Iterator[VideoFrame]:
@@ -335,7 +356,7 @@ def _needed(
     """
     decoder = stream.codec_context
     try:
-        for packet in container.demux(stream):
+        for packet in _packets(container, stream):
             decoder.skip_frame = "NONREF" if packet.pts in unwanted else "DEFAULT"
             waiting.discard(packet.pts)
             frames = decoder.decode(packet)

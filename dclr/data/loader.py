@@ -1,13 +1,18 @@
-"""Batches from videos: decoded by worker processes, uint8 until the device, and at any step the same whoever asks.
+"""Batches from videos: decoded by worker processes, uint8 planes until the device, and at any step the same whoever asks.
 
 What a sample is depends on (seed, epoch, index) alone; which samples make a batch on (seed, step, batch size). So the number of
 workers and of ranks, and whether the run was resumed, change nothing.
+
+Letters: B samples in a micro-batch, T frames a clip, H, W the largest height and width of the videos (of a test batch: of its videos).
+What lies beside and below a smaller frame is undefined, and nobody reads it: augmentation rows hold the frame's true size.
 """
 
+import gc
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,83 +23,90 @@ from torch.utils.data import DataLoader, Dataset
 from dclr import views
 from dclr.config import DataConfig
 from dclr.data import clips
-from dclr.data.catalog import Catalog, Video
-from dclr.data.decode import UnreadableVideo, VideoRecord, read_frames
-from dclr.data.manifest import load_manifest
+from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, empty_planes
+from dclr.data.ring import FrameRing
+from dclr.data.videos import VideoSet
 from dclr.errors import UserError
-from kernels import Augmentation, ViewParams
+from kernels import Augmentation, ViewParams, Yuv420
 
 TEST_CLIPS = 10  # clips a video, uniformly spaced: the test protocol of the released code
+PIECE = 8  # samples at most that a worker is asked for at a time: the workers share out a micro-batch
+PREFETCH = 2  # pieces that a worker has been asked for and not given: one that it reads, one that waits
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class VideoSet:
-    """The readable videos of one split, in catalog order; a sample's index is a place in this list."""
+class PairBatch:
+    """Two clips of each of B videos and a still of each clip, for pretraining."""
 
-    catalog: Catalog
-    videos: tuple[Video, ...]
-    records: tuple[VideoRecord, ...]
-    unreadable: dict[str, str]  # path -> reason
-
-    def read(self, index: int, wanted: np.ndarray) -> np.ndarray:
-        """Frames (len(wanted), H, W, 3) uint8 of a video. Raises UnreadableVideo."""
-        return read_frames(self.catalog.root / self.videos[index].path, self.records[index], wanted)
-
-
-def open_videos(catalog: Catalog, split: str, workers: int, progress: bool = True) -> VideoSet:
-    """The split's videos that a full decode could read, once and cached. Raises UserError: none can be."""
-    listed = catalog.videos(split)
-    manifest = load_manifest(catalog.root, [v.path for v in listed], workers=workers, progress=progress)
-    videos = tuple(v for v in listed if v.path in manifest.records)
-    if not videos:
-        first, reason = next(iter(manifest.unreadable.items()))
-        raise UserError(
-            f"{catalog.root}: none of the {len(listed)} videos of split {split} can be read ({first}: {reason}); see train.py check"
-        )
-    unreadable = {v.path: manifest.unreadable[v.path] for v in listed if v.path in manifest.unreadable}
-    return VideoSet(catalog, videos, tuple(manifest.records[v.path] for v in videos), unreadable)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Fields are tensors, parameters of views, or plain values; frames are uint8."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """Frames and labels on `device`. View parameters stay: they are checked on the host, and travel as one small table."""
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """Called by DataLoader, so that copies to the GPU do not wait."""
-        return self._map(lambda t: t.pin_memory())
-
-    def _map(self, move: Callable[[Tensor], Tensor]) -> Any:
-        values = [getattr(self, f.name) for f in fields(self)]
-        return type(self)(*(move(v) if isinstance(v, Tensor) else v for v in values))
-
-
-@dataclass(frozen=True)
-class PairBatch(Batch):
-    """Two clips of each of B videos, for pretraining."""
-
-    query_frames: Tensor  # (B, T, H, W, 3) uint8, zero-padded to the largest frame of the batch
-    query_stills: Tensor  # (B, H, W, 3) uint8
+    frames: Yuv420  # planes (B, 2 T + 2, H, W): query clip, key clip, query still, key still
     query_params: ViewParams
-    key_frames: Tensor  # (B, T, H, W, 3) uint8
-    key_stills: Tensor  # (B, H, W, 3) uint8
     key_params: ViewParams
     indices: Tensor  # (B,) int64: which videos
     failures: dict[str, str]  # path -> reason, of videos that gave their place to the next
 
+    @property
+    def query_frames(self) -> Yuv420:  # (B, T, H, W), as key_frames
+        return self._part(slice(0, self._length))
+
+    @property
+    def key_frames(self) -> Yuv420:
+        return self._part(slice(self._length, 2 * self._length))
+
+    @property
+    def query_stills(self) -> Yuv420:  # (B, H, W), as key_stills
+        return self._part(-2)
+
+    @property
+    def key_stills(self) -> Yuv420:
+        return self._part(-1)
+
+    @property
+    def _length(self) -> int:
+        return self.frames.y.shape[1] // 2 - 1
+
+    def _part(self, places: slice | int) -> Yuv420:
+        """Views of some frames of every sample."""
+        own = self.frames
+        return Yuv420(own.y[:, places], own.u[:, places], own.v[:, places], own.bt709, own.full_range)
+
 
 @dataclass(frozen=True)
-class ClipBatch(Batch):
+class ClipBatch:
     """One clip of each of B videos (training), or all test clips of some videos, one after the other."""
 
-    frames: Tensor  # (B, T, H, W, 3) uint8
+    frames: Yuv420  # planes (B, T, H, W)
     augmentation: Augmentation
     labels: Tensor  # (B,) int64
     indices: Tensor  # (B,) int64: which videos
+    failures: dict[str, str]
+
+    def pin_memory(self) -> "ClipBatch":
+        """Called by the DataLoader of test clips, so that copies to the GPU do not wait."""
+        own = self.frames
+        return replace(self, frames=replace(own, y=own.y.pin_memory(), u=own.u.pin_memory(), v=own.v.pin_memory()))
+
+
+Batch = PairBatch | ClipBatch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one video gives to a batch."""
+
+    index: int
+    frames: YuvFrames
+    rows: np.ndarray  # dtype AUGMENTATION: one for each clip and still
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample whose frames lie in the ring: all else, which is what travels from a worker."""
+
+    index: int
+    rows: np.ndarray  # as Sample's
+    bt709: bool
+    full_range: bool
     failures: dict[str, str]
 
 
@@ -109,80 +121,96 @@ def read_or_next(videos: VideoSet, order: np.ndarray, place: int, read: Callable
         try:
             return read(index), failures
         except UnreadableVideo as error:
-            failures[videos.videos[index].path] = str(error)
+            failures[videos.path(index)] = str(error)
     raise UserError(
-        f"{videos.catalog.root}: not one of {len(order)} videos can be read any more; was the folder moved or unmounted?"
+        f"{videos.root}: not one of {len(order)} videos can be read any more; was the folder moved or unmounted?"
     )
 
 
-class TrainSamples(Dataset[Any], ABC):
+class TrainSamples(ABC):
     """Random samples by (epoch, place in the epoch's order)."""
+
+    frames_a_sample: int
 
     def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
         self.videos, self.config, self.seed = videos, config, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, dict[str, str]]:
-        epoch, place = key
+    def draw(self, epoch: int, place: int, into: Planes) -> Drawn:
+        """Reads a sample's frames into `into`, which a video that fails on the way may have written to before."""
         if self._order[0] != epoch:
-            self._order = (epoch, clips.epoch_order(self.seed, epoch, len(self.videos.videos)))
-        return read_or_next(self.videos, self._order[1], place, lambda index: self.read(epoch, index))
+            self._order = (epoch, clips.epoch_order(self.seed, epoch, len(self.videos)))
+        order = self._order[1]
+        sample, failures = read_or_next(self.videos, order, place, lambda index: self.read(epoch, index, into))
+        return Drawn(sample.index, sample.rows, sample.frames.bt709, sample.frames.full_range, failures)
 
     @abstractmethod
-    def read(self, epoch: int, index: int) -> Any:
+    def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
         """The sample of a video in an epoch: a pure function of (seed, epoch, index). Raises UnreadableVideo."""
 
     @abstractmethod
-    def collate(self, drawn: Sequence[tuple[Any, dict[str, str]]]) -> Batch:
-        """Samples with their failures -> a batch."""
+    def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> Batch:
+        """Frames of B samples and the rest of them -> a batch, without copying frames."""
 
 
 class PairSamples(TrainSamples):
     """Pretraining: two clips of a video and a still of each."""
 
-    def read(self, epoch: int, index: int) -> tuple[Any, ...]:
-        """A sample: index, frames of both clips, both stills, and four augmentation rows."""
-        rng = clips.sample_rng(self.seed, epoch, index)
-        pair = clips.draw_pair(rng, self.videos.records[index].frames, self.config.clip_length, self.config.clip_stride)
-        wanted = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
-        frames = self.videos.read(index, wanted)  # one pass over the file for all four
-        height, width = frames.shape[1:3]
-        rows = [views.draw_augmentation(rng, height, width, views.PRETRAIN) for _ in range(4)]
-        length = self.config.clip_length
-        return index, frames[:length], frames[length:-2], frames[-2], frames[-1], rows
+    def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
+        super().__init__(videos, config, seed)
+        self.frames_a_sample = 2 * config.clip_length + 2
 
-    def collate(self, drawn: Sequence[tuple[tuple[Any, ...], dict[str, str]]]) -> PairBatch:
-        samples = [sample for sample, _ in drawn]
-        indices, query, key, query_still, key_still, rows = zip(*samples, strict=True)
-        query_row, query_still_row, key_row, key_still_row = (
-            views.to_augmentation([r[i] for r in rows]) for i in range(4)
+    def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
+        """Frames of the query clip, the key clip, the query's still and the key's; rows of query, its still, key, its still."""
+        rng = clips.sample_rng(self.seed, epoch, index)
+        count, length, stride = int(self.videos.frames[index]), self.config.clip_length, self.config.clip_stride
+        pair = clips.draw_pair(rng, count, length, stride)
+        wanted = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
+        frames = self.videos.read(index, wanted, into)  # one pass over the file for all four
+        height, width = frames.y.shape[1:]
+        return Sample(
+            index, frames, np.stack([views.draw_augmentation(rng, height, width, views.PRETRAIN) for _ in range(4)])
         )
+
+    def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> PairBatch:
+        rows = np.stack([sample.rows for sample in drawn])  # (B, 4)
+        query, query_still, key, key_still = (views.to_augmentation(rows[:, i]) for i in range(4))
         size = (self.config.crop_size, self.config.crop_size)
         return PairBatch(
-            pad(query),
-            pad(query_still),
-            ViewParams(query_row, query_still_row, size),
-            pad(key),
-            pad(key_still),
-            ViewParams(key_row, key_still_row, size),
-            torch.tensor(indices),
-            merge(failures for _, failures in drawn),
+            frames,
+            ViewParams(query, query_still, size),
+            ViewParams(key, key_still, size),
+            torch.tensor([sample.index for sample in drawn]),
+            merge(sample.failures for sample in drawn),
         )
 
 
 class ClipSamples(TrainSamples):
     """Supervised training: one random clip of a video."""
 
-    def read(self, epoch: int, index: int) -> tuple[int, np.ndarray, list[np.ndarray]]:
-        rng = clips.sample_rng(self.seed, epoch, index)
-        count, length, stride = self.videos.records[index].frames, self.config.clip_length, self.config.clip_stride
-        frames = self.videos.read(
-            index, clips.window(clips.random_start(rng, count, length, stride), count, length, stride)
-        )
-        return index, frames[None], [views.draw_augmentation(rng, frames.shape[1], frames.shape[2], views.FINETUNE)]
+    def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
+        super().__init__(videos, config, seed)
+        self.frames_a_sample = config.clip_length
 
-    def collate(self, drawn: Sequence[Any]) -> ClipBatch:
-        return collate_clips(self.videos, drawn)
+    def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
+        """Frames of the clip and its row."""
+        rng = clips.sample_rng(self.seed, epoch, index)
+        count, length, stride = int(self.videos.frames[index]), self.config.clip_length, self.config.clip_stride
+        wanted = clips.window(clips.random_start(rng, count, length, stride), count, length, stride)
+        frames = self.videos.read(index, wanted, into)
+        return Sample(
+            index, frames, views.draw_augmentation(rng, frames.y.shape[1], frames.y.shape[2], views.FINETUNE)[None]
+        )
+
+    def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> ClipBatch:
+        indices = [sample.index for sample in drawn]
+        return ClipBatch(
+            frames,
+            views.to_augmentation(np.concatenate([sample.rows for sample in drawn])),
+            torch.from_numpy(self.videos.labels[indices]),
+            torch.tensor(indices),
+            merge(sample.failures for sample in drawn),
+        )
 
 
 class TestClips(Dataset[Any]):
@@ -194,44 +222,40 @@ class TestClips(Dataset[Any]):
         self.videos, self.config = videos, config
 
     def __len__(self) -> int:
-        return len(self.videos.videos)
+        return len(self.videos)
 
-    def __getitem__(self, index: int) -> Any:
-        count = self.videos.records[index].frames
-        wanted = clips.uniform_clips(count, TEST_CLIPS, self.config.clip_length, self.config.clip_stride)
-        try:
-            frames = self.videos.read(index, wanted.ravel())
-        except UnreadableVideo as error:
-            return None, {self.videos.videos[index].path: str(error)}
-        row = views.centre_crop(*frames.shape[1:3])
-        return (index, frames.reshape(*wanted.shape, *frames.shape[1:]), [row] * TEST_CLIPS), {}
+    def __getitems__(self, indices: Sequence[int]) -> ClipBatch:
+        """A batch of these videos. One that fails is left out: a figure must not count another video in its place."""
+        own, length = self.videos, self.config.clip_length
+        frames_a_video = TEST_CLIPS * length
+        height, width = int(own.heights[indices].max()), int(own.widths[indices].max())
+        planes = empty_planes(len(indices) * frames_a_video, height, width)
+        read: list[int] = []
+        flags: list[tuple[bool, bool]] = []
+        failures: dict[str, str] = {}
+        for index in indices:
+            wanted = clips.uniform_clips(int(own.frames[index]), TEST_CLIPS, length, self.config.clip_stride)
+            first = len(read) * frames_a_video
+            y, u, v = (plane[first : first + frames_a_video] for plane in planes)
+            try:
+                frames = own.read(index, wanted.ravel(), (y, u, v))
+            except UnreadableVideo as error:
+                failures[own.path(index)] = str(error)
+                continue
+            read.append(index)
+            flags.append((frames.bt709, frames.full_range))
 
-    def collate(self, drawn: Sequence[Any]) -> ClipBatch:
-        """Videos that fail are left out: a figure must not count another video in their place."""
-        return collate_clips(self.videos, drawn)
-
-
-def collate_clips(videos: VideoSet, drawn: Sequence[tuple[Any, dict[str, str]]]) -> ClipBatch:
-    samples = [sample for sample, _ in drawn if sample is not None]
-    indices = [index for index, clip_frames, _ in samples for _ in clip_frames]
-    return ClipBatch(
-        pad([clip for _, clip_frames, _ in samples for clip in clip_frames]),
-        views.to_augmentation([row for _, _, rows in samples for row in rows] or np.empty(0, views.AUGMENTATION)),
-        torch.tensor([videos.videos[index].label for index in indices], dtype=torch.int64),
-        torch.tensor(indices, dtype=torch.int64),
-        merge(failures for _, failures in drawn),
-    )
-
-
-def pad(images: Sequence[np.ndarray]) -> Tensor:
-    """Arrays (..., H, W, 3) of equal leading sizes -> (len, ..., max H, max W, 3), each at the top left, zeros elsewhere."""
-    if not images:
-        return torch.empty(0, 1, 1, 1, 3, dtype=torch.uint8)
-    height, width = (max(image.shape[axis] for image in images) for axis in (-3, -2))
-    buffer = np.zeros((len(images), *images[0].shape[:-3], height, width, 3), np.uint8)
-    for slot, image in zip(buffer, images, strict=True):
-        slot[..., : image.shape[-3], : image.shape[-2], :] = image
-    return torch.from_numpy(buffer)
+        of_clips = np.repeat(np.array(read, np.int64), TEST_CLIPS)  # (B,)
+        rows = [views.centre_crop(int(own.heights[index]), int(own.widths[index])) for index in of_clips]
+        y, u, v = (torch.from_numpy(plane).unflatten(0, (-1, length))[: len(of_clips)] for plane in planes)
+        bt709, full_range = torch.tensor(flags).reshape(-1, 2).bool().repeat_interleave(TEST_CLIPS, 0).unbind(1)
+        return ClipBatch(
+            Yuv420(y, u, v, bt709, full_range),
+            views.to_augmentation(np.array(rows, views.AUGMENTATION)),
+            torch.from_numpy(own.labels[of_clips]),
+            torch.from_numpy(of_clips),
+            failures,
+        )
 
 
 def merge(parts: Any) -> dict[str, str]:
@@ -262,6 +286,7 @@ class Schedule:
             )
         self.batch_size, self.accumulation, self.start = batch_size, accumulation, start
         self.rank, self.ranks = rank, ranks
+        self.micro_batch_size = batch_size // (accumulation * ranks)
         self.steps_per_epoch = count // batch_size
         self.stop = epochs * self.steps_per_epoch
 
@@ -269,7 +294,7 @@ class Schedule:
         return (self.stop - self.start) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        micro = self.batch_size // (self.accumulation * self.ranks)
+        micro = self.micro_batch_size
         for step in range(self.start, self.stop):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             for part in range(self.accumulation):
@@ -277,24 +302,113 @@ class Schedule:
                 yield [(epoch, place) for place in range(first, first + micro)]
 
 
-def train_loader(samples: TrainSamples, schedule: Schedule, workers: int, pin: bool) -> Iterator[Any]:
-    """Micro-batches of a whole run in order; one loader for all epochs, so that no epoch starts with idle workers."""
-    loader: DataLoader[Any] = DataLoader(
-        samples,
-        batch_sampler=schedule,
-        collate_fn=samples.collate,
-        num_workers=workers,
-        pin_memory=pin,
-    )
-    return _in_one_line(iter(loader))
+@dataclass(frozen=True)
+class Piece:
+    """Samples that a worker is asked for, and where in the ring the first of them belongs."""
+
+    slot: int
+    first_row: int
+    places: list[tuple[int, int]]  # (epoch, place)
 
 
-def _in_one_line(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same; a worker's UserError without the traceback that DataLoader puts before its message."""
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+class Pieces:
+    """What DataLoader sends to workers: the schedule's micro-batches, cut up, each batch with a slot of the ring.
+
+    How many slots are enough: while batch n is asked for, and until the next one is, batches n - hold + 1 to n are the consumer's.
+    DataLoader has sent at most `workers * PREFETCH` pieces beyond the last one it was asked for, which is the last of batch n at most:
+    with k pieces a batch, these are of batches up to n + ceil(workers * PREFETCH / k). From the first to the last that is
+    hold + ceil(workers * PREFETCH / k) batches; batch n lies in slot n % slots.
+    """
+
+    def __init__(self, schedule: Schedule, workers: int, hold: int) -> None:
+        size = schedule.micro_batch_size
+        self.piece = math.ceil(size / math.ceil(size / PIECE))  # samples, the same for all pieces but the last
+        self.firsts = range(0, size, self.piece)  # rows
+        self.slots = hold + math.ceil(workers * PREFETCH / len(self.firsts))
+        self.schedule, self.hold = schedule, hold
+        self.asked_for = -1  # the last batch that the consumer asked for
+
+    def __iter__(self) -> Iterator[Piece]:
+        for number, places in enumerate(self.schedule):
+            for first in self.firsts:
+                if number - self.slots > self.asked_for - self.hold:
+                    raise RuntimeError(
+                        f"batch {number} would be written over batch {number - self.slots}, which is in use"
+                    )
+                yield Piece(number % self.slots, first, places[first : first + self.piece])
+
+
+class RingSamples(Dataset[Any]):
+    """What workers see: a piece in, its frames written into the ring, all else out."""
+
+    def __init__(self, samples: TrainSamples, ring: FrameRing) -> None:
+        self.samples, self.ring = samples, ring
+
+    def __getitems__(self, piece: Piece) -> list[Drawn]:
+        return [
+            self.samples.draw(epoch, place, self.ring.row(piece.slot, row))
+            for row, (epoch, place) in enumerate(piece.places, start=piece.first_row)
+        ]
+
+
+class TrainBatches(Iterator[Any]):
+    """Micro-batches of a whole run in order; one pool of workers for all epochs, so that no epoch starts with idle ones.
+
+    Frames are views of a ring of shared memory that workers decode into. A batch's frames stay as they are until `hold` more batches
+    have been asked for: with hold = 1, until the next one is. Parameters, labels and the rest are the batch's own.
+    """
+
+    def __init__(
+        self, samples: TrainSamples, schedule: Schedule, workers: int, hold: int = 1, processes: int = 1
+    ) -> None:
+        """`processes`: of the machine, that each make such batches. Raises UserError: their rings take too much of its memory."""
+        videos = samples.videos
+        self.samples, self._pieces = samples, Pieces(schedule, workers, hold)
+        self.ring = FrameRing(
+            self._pieces.slots, schedule.micro_batch_size, samples.frames_a_sample,
+            int(videos.heights.max()), int(videos.widths.max()), processes,
+        )  # fmt: skip
+        loader: DataLoader[Any] = DataLoader(
+            RingSamples(samples, self.ring),
+            batch_sampler=self._pieces,  # type: ignore[arg-type]  # typed as lists of keys, but any iterable of what __getitems__ takes will do
+            collate_fn=as_it_is,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            # Forked, workers share the ring and the list of videos with this process; started in any other way they would get copies.
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=leave_inherited_objects_alone,
+        )
+        self._drawn: Iterator[list[Drawn]] = iter(loader)  # workers start here
+
+    def __next__(self) -> Any:
+        self._pieces.asked_for += 1
+        drawn: list[Drawn] = []
+        try:
+            for _ in self._pieces.firsts:
+                drawn += next(self._drawn)
+        except UserError as error:
+            # The workers end here. Left to whoever collects garbage, their queues could be closed before they are told to, and each
+            # would be waited for 5 seconds. DataLoader's frames, which the traceback holds, refer to them too.
+            error.__traceback__ = None
+            self._drawn = iter(())
+            # From a worker it comes with a traceback before its message.
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        bt709, full_range = (torch.tensor([getattr(d, flag) for d in drawn]) for flag in ("bt709", "full_range"))
+        return self.samples.batch(Yuv420(*self.ring.planes(self.slot()), bt709, full_range), drawn)
+
+    def slot(self) -> Tensor:
+        """The memory of the newest batch's frames, as `FrameRing.planes` takes it."""
+        return self.ring.slot(self._pieces.asked_for % self.ring.slots)
+
+
+def as_it_is(fetched: T) -> T:
+    """For DataLoader, whose default makes tensors of everything."""
+    return fetched
+
+
+def leave_inherited_objects_alone(worker: int) -> None:
+    """Garbage collection writes to every object it looks at: a forked worker's first one copied 82 MB of the parent's memory."""
+    gc.freeze()
 
 
 def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool) -> DataLoader[Any]:
@@ -303,9 +417,11 @@ def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool
         samples,
         batch_size=videos_a_batch,
         shuffle=False,
-        collate_fn=samples.collate,
+        collate_fn=as_it_is,
         num_workers=workers,
         pin_memory=pin,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=leave_inherited_objects_alone,
     )
 
 

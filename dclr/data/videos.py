@@ -1,0 +1,163 @@
+"""The readable videos of one split, as arrays: worker processes inherit them and never copy them.
+
+A Python object lies beside its own reference count, so a worker that only looks at inherited objects copies the memory they lie in,
+page by page, until it has all of it (pytorch/pytorch#13246). Arrays have one count for all their numbers. Kinetics' list of 240,000
+videos would cost each worker a hundred megabytes as objects; so it costs nothing.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dclr.data.catalog import Catalog, Video
+from dclr.data.decode import Planes, VideoRecord, YuvFrames, read_planes
+from dclr.data.manifest import load_manifest
+from dclr.data.store import is_store, open_store
+from dclr.errors import UserError
+
+
+class Source(Protocol):
+    """Where the frames of a split's videos are read from."""
+
+    def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
+        """The wanted frames of video `index`, as `decode.read_planes`. Raises UnreadableVideo."""
+        ...
+
+
+class Ragged:
+    """Arrays of different lengths, end to end in one."""
+
+    def __init__(self, arrays: Iterable[np.ndarray], dtype: Any) -> None:
+        arrays = list(arrays)
+        self._values = np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
+        self._starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._values[self._starts[index] : self._starts[index + 1]]
+
+
+def pack_texts(texts: Iterable[str]) -> Ragged:
+    """As bytes; `text_of` reads one."""
+    return Ragged((np.frombuffer(os.fsencode(text), np.uint8) for text in texts), np.uint8)
+
+
+def text_of(packed: Ragged, index: int) -> str:
+    return os.fsdecode(packed[index].tobytes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSet:
+    """N videos in catalog order; a sample's index is a place in it."""
+
+    root: Path
+    """The folder that paths start from."""
+    layout: str
+    """As the catalog's."""
+    classes: tuple[str, ...]
+    """Names by label; empty where nothing is labelled."""
+    unreadable: dict[str, str]
+    """Path -> reason, of the videos of the split that are left out."""
+    paths: Ragged
+    """Relative to root: see `path`."""
+    labels: np.ndarray
+    """(N,) int64, places in `classes`; -1: unlabelled."""
+    frames: np.ndarray
+    """(N,) int64, frames that decode."""
+    heights: np.ndarray
+    """(N,) int64, pixels."""
+    widths: np.ndarray
+    """(N,) int64, pixels."""
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        """Relative to root, as the catalog has it."""
+        return text_of(self.paths, index)
+
+    def read(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
+        """The wanted frames of a video, as `decode.read_planes`. Raises UnreadableVideo."""
+        return self.source.read_planes(index, wanted, into)
+
+
+class VideoFiles:
+    """A Source: video files, each decoded by the record of its verification."""
+
+    def __init__(self, root: Path, paths: Ragged, records: Sequence[VideoRecord]) -> None:
+        self._root, self._paths = root, paths
+        self._columns = {
+            field.name: _column([getattr(r, field.name) for r in records]) for field in fields(VideoRecord)
+        }
+
+    def record(self, index: int) -> VideoRecord:
+        """What verifying the video found."""
+        row: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
+        return VideoRecord(**{name: v.item() if isinstance(v, np.generic) else v for name, v in row.items()})
+
+    def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
+        return read_planes(self._root / text_of(self._paths, index), self.record(index), wanted, into)
+
+
+def _column(values: list[Any]) -> Ragged | np.ndarray:
+    """One field of all records: numbers as an array, arrays end to end."""
+    return Ragged(values, values[0].dtype) if isinstance(values[0], np.ndarray) else np.array(values)
+
+
+def open_videos(catalog: Catalog, split: str, workers: int, progress: bool = True) -> VideoSet:
+    """The split's videos that a full decode could read, once and cached, or those that a packed store holds.
+
+    Raises UserError: there are none; a damaged store (see `open_store`).
+    """
+    listed = catalog.videos(split)
+    if is_store(catalog.root):
+        return _packed_videos(catalog, listed)
+    manifest = load_manifest(catalog.root, [v.path for v in listed], workers=workers, progress=progress)
+    videos = [v for v in listed if v.path in manifest.records]
+    if not videos:
+        first, reason = next(iter(manifest.unreadable.items()))
+        raise UserError(
+            f"{catalog.root}: none of the {len(listed)} videos of split {split} can be read ({first}: {reason}); see train.py check"
+        )
+    paths = pack_texts(v.path for v in videos)
+    records = [manifest.records[v.path] for v in videos]
+    return VideoSet(
+        root=catalog.root,
+        layout=catalog.layout,
+        classes=catalog.classes,
+        unreadable={v.path: manifest.unreadable[v.path] for v in listed if v.path in manifest.unreadable},
+        paths=paths,
+        labels=np.array([v.label for v in videos], np.int64),
+        frames=np.array([record.frames for record in records], np.int64),
+        heights=np.array([record.height for record in records], np.int64),
+        widths=np.array([record.width for record in records], np.int64),
+        source=VideoFiles(catalog.root, paths, records),
+    )
+
+
+def _packed_videos(catalog: Catalog, listed: Sequence[Video]) -> VideoSet:
+    """The same from a store, whose index knows what a verification would find."""
+    store = open_store(catalog.root)
+    videos = [v for v in listed if v.path not in store.unreadable]
+    if not videos:
+        raise UserError(f"{catalog.root}: none of these {len(listed)} videos could be packed; see train.py check")
+    rows = store.rows_of(v.path for v in videos)
+    return VideoSet(
+        root=catalog.root,
+        layout=catalog.layout,
+        classes=catalog.classes,
+        unreadable={v.path: store.unreadable[v.path] for v in listed if v.path in store.unreadable},
+        paths=pack_texts(v.path for v in videos),
+        labels=np.array([v.label for v in videos], np.int64),
+        frames=store.frames[rows],
+        heights=store.heights[rows],
+        widths=store.widths[rows],
+        source=store.source(rows),
+    )

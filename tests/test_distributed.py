@@ -1,0 +1,21 @@
+"""What a process knows of the others before it talks to them."""
+
+import pytest
+
+from dclr import distributed
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        pytest.param({"LOCAL_WORLD_SIZE": "4"}, 4, id="torchrun"),
+        pytest.param({"LOCAL_SIZE": "8"}, 8, id="deepspeed"),
+        pytest.param({}, 1, id="no launcher"),
+    ],
+)
+def test_processes_of_the_machine_are_what_the_launcher_says(monkeypatch, launcher, expected):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.processes_of_machine() == expected

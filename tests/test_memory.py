@@ -1,0 +1,187 @@
+"""Memory stays flat, however many epochs are read and however many videos there are.
+
+Run as a script it measures training batches: `python tests/test_memory.py FOLDER`, in a process of its own, where no other test has been.
+"""
+
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dclr.config import DataConfig
+from dclr.data.catalog import Video, open_catalog
+from dclr.data.decode import VideoRecord, empty_planes
+from dclr.data.loader import PairSamples, Schedule, TrainBatches, leave_inherited_objects_alone
+from dclr.data.videos import VideoFiles, VideoSet, open_videos, pack_texts
+
+EPOCHS = 30
+SETTLED = 8  # epochs until every worker has seen every video and holds what it will always hold
+CONFIG = DataConfig(clip_length=4, crop_size=32)
+MIB = 2**20
+
+needs_rollup = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists() or "Pss_Anon" not in Path("/proc/self/smaps_rollup").read_text(),
+    reason="needs Pss_Anon in /proc/PID/smaps_rollup (Linux 5.4)",
+)
+
+
+def memory(process: int | None, kind: str) -> int:
+    """Bytes of a process by a name of /proc/PID/smaps_rollup. Pss_Anon: a page that n processes share counts as 1/n of it."""
+    rollup = Path(f"/proc/{process or 'self'}/smaps_rollup").read_text()
+    found = re.search(rf"^{kind}:\s+(\d+) kB$", rollup, re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    ]
+
+
+def allocated(libc: ctypes.CDLL) -> int:
+    """Bytes that C code has allocated and not freed, whatever the allocator keeps in reserve."""
+    libc.mallinfo2.restype = MallocInfo
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+# ---------------------------------------------------------------- by epochs
+
+
+def test_a_sample_leaves_nothing_allocated(demo_videos):
+    """To the byte, in one process. An iterator of PyAV's that was dropped before its end left 150 bytes: a megabyte every 7,000 samples."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs mallinfo2 (glibc 2.33)")
+    samples = PairSamples(open_videos(open_catalog(demo_videos), "train", workers=1, progress=False), CONFIG, 0)
+    count, videos = 200, len(samples.videos)
+    into = empty_planes(samples.frames_a_sample, int(samples.videos.heights.max()), int(samples.videos.widths.max()))
+
+    def read(first: int) -> tuple[int, int]:
+        for number in range(first, first + count):
+            samples.draw(number // videos, number % videos, into)
+        gc.collect()
+        return allocated(libc), sys.getallocatedblocks()
+
+    read(0)
+    before, after = read(count), read(2 * count)
+    assert after[0] - before[0] < 50 * count
+    assert after[1] - before[1] < 0.5 * count  # Python's own objects: less than one for two samples
+
+
+class Leaky(PairSamples):
+    """Keeps 16 KiB of every sample, in the worker that read it."""
+
+    kept: list[bytes] = []  # noqa: RUF012
+
+    def read(self, epoch, index, into=None):
+        self.kept.append(os.urandom(16 * 1024))
+        return super().read(epoch, index, into)
+
+
+def growth(samples: PairSamples) -> int:
+    """Bytes that this process and its workers take together, each page counted once, at the end more than after epoch SETTLED."""
+    videos, found = len(samples.videos), []
+    for number, batch in enumerate(TrainBatches(samples, Schedule(videos, videos // 2, EPOCHS), workers=2)):
+        assert batch.frames.y.any()
+        if number in (2 * SETTLED, 2 * EPOCHS - 6):  # the workers have not read everything yet
+            time.sleep(0.5)  # but all that they have been asked for
+            workers = [worker.pid for worker in multiprocessing.active_children()]
+            assert len(workers) == 2
+            found.append(sum(memory(process, "Pss_Anon") for process in (None, *workers)))
+    return found[1] - found[0]
+
+
+@needs_rollup
+def test_memory_stays_flat_over_epochs(demo_videos):
+    """300 samples by two workers: at most 2 MiB more, of what forked processes still copy. A leak of 16 KiB a sample would be 5 MiB."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, __file__, demo_videos], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kept, with_leak = json.loads(run.stdout)
+    assert kept < 2 * MIB
+    assert with_leak > kept + 3 * MIB
+
+
+# ---------------------------------------------------------------- by videos
+
+
+def in_worker(work: Callable[[], None]) -> int:
+    """Bytes that a forked process has more of its own after `work`."""
+
+    def run(result):
+        leave_inherited_objects_alone(0)
+        before = memory(None, "Private_Dirty")
+        work()
+        result.put(memory(None, "Private_Dirty") - before)
+
+    context = multiprocessing.get_context("fork")
+    result = context.SimpleQueue()
+    worker = context.Process(target=run, args=(result,))
+    worker.start()
+    found = result.get()
+    worker.join()
+    return found
+
+
+@needs_rollup
+def test_a_worker_does_not_copy_the_list_of_videos():
+    """200,000 videos, about as many as Kinetics-400 has: as arrays a look at each costs nothing, as objects all their memory."""
+    listed = tuple(Video(path=f"train/{n % 400:03d}/{n:011d}_000010_000020.mp4", label=n % 400) for n in range(200_000))
+    record = VideoRecord(
+        frames=3,
+        declared=3,
+        height=240,
+        width=320,
+        seekable=False,
+        skippable=False,
+        pts=np.arange(3),
+        keyframes=np.zeros(1, np.int64),
+    )
+    records = [record] * len(listed)
+    paths, ones = pack_texts(video.path for video in listed), np.ones(len(listed), np.int64)
+    source = VideoFiles(Path("/data"), paths, records)
+    videos = VideoSet(
+        root=Path("/data"), layout="", classes=(), unreadable={}, paths=paths, labels=ones, frames=ones, heights=ones,
+        widths=ones, source=source,
+    )  # fmt: skip
+
+    def look_at_arrays() -> None:
+        for index in range(0, len(videos), 3):  # a page holds about 60 of them
+            assert videos.path(index) == listed_path(index)
+            assert source.record(index).width == 320
+
+    def listed_path(index: int) -> str:
+        return f"train/{index % 400:03d}/{index:011d}_000010_000020.mp4"
+
+    def look_at_objects() -> None:
+        for index in range(0, len(listed), 3):
+            assert listed[index].path == listed_path(index)
+
+    assert in_worker(look_at_arrays) < 2 * MIB
+    assert in_worker(look_at_objects) > 15 * MIB
+
+
+@needs_rollup
+def test_a_worker_that_collects_garbage_copies_nothing():
+    """Of what it inherited; torch and what it imports are 80 MiB of objects."""
+    assert in_worker(gc.collect) < 10 * MIB
+
+
+if __name__ == "__main__":
+    found = open_videos(open_catalog(Path(sys.argv[1])), "train", workers=1, progress=False)
+    print(json.dumps([growth(kind(found, CONFIG, 0)) for kind in (PairSamples, Leaky)]))
