@@ -1,7 +1,7 @@
 # make demo    everything once on the built-in demo videos, from installation to a table of figures: about 7 minutes on two cores
 # make test    lint, types and all tests
 # make setup   the environment only
-# make gpu     the tests that need a CUDA device, then the benchmarks, with $(PYTHON) as it is: nothing is installed
+# make gpu     the tests that need a CUDA device, then the benchmarks, with $(PYTHON) as it is: nothing is installed; DATA=DIR
 
 PYTHON ?= python3
 VENV = .venv
@@ -13,7 +13,7 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test lint gpu
+.PHONY: setup demo demo-quick test lint gpu gpu-test gpu-step gpu-kernels gpu-runs
 
 setup: $(VENV)/.ready
 
@@ -46,11 +46,34 @@ lint: setup
 test: lint
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest
 
-# The benchmarks run even if a test fails, so that one visit to a GPU brings everything home; the exit status is that of all.
+# Everything runs even if something fails, so that one visit to a GPU brings all of it home; the exit status is that of all. Each of the parts
+# takes less than ten minutes. DATA names a data set's folder, for what reads videos.
 gpu:
 	status=0; \
-	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu || status=1; \
+	for part in gpu-test gpu-step gpu-kernels gpu-runs; do $(MAKE) $$part || status=1; done; \
+	exit $$status
+
+gpu-test:
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu
+
+gpu-step:
+	status=0; \
+	$(PYTHON) benchmarks/step.py --minutes 4 || status=1; \
+	$(PYTHON) benchmarks/step.py --ideas || status=1; \
+	exit $$status
+
+gpu-kernels:
+	status=0; \
 	$(PYTHON) benchmarks/resources.py || status=1; \
-	$(PYTHON) benchmarks/info_nce.py --minutes 5 || status=1; \
+	$(PYTHON) benchmarks/info_nce.py --minutes 4 || status=1; \
 	$(PYTHON) benchmarks/views.py --minutes 3 || status=1; \
+	exit $$status
+
+gpu-runs:
+	status=0; \
+	$(PYTHON) benchmarks/sharding.py || status=1; \
+	if [ -n "$(DATA)" ]; then \
+		$(PYTHON) benchmarks/loader.py --data $(DATA) --minutes 3 || status=1; \
+		$(PYTHON) benchmarks/train.py --data $(DATA) || status=1; \
+	else echo "loaders and whole runs are not measured: give a data set, make gpu DATA=DIR"; fi; \
 	exit $$status

@@ -68,6 +68,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
         if output is not None:
             with watch.part("key update"):
                 method.update_key()
+            run.tell_compile_time()
         watch.step()
         done = step + 1
         epoch_ended = done % schedule.steps_per_epoch == 0

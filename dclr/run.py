@@ -37,6 +37,7 @@ class Run:
     compiles: bool
     videos: VideoSet
     resumed: bool
+    told: bool = False  # how long compiling took
 
     @property
     def main(self) -> bool:
@@ -57,6 +58,12 @@ class Run:
             backbone.pad_channels(self.config.run.pad_channels)
             if self.compiles:
                 compile_backbone(backbone)
+
+    def tell_compile_time(self) -> None:
+        """Once, after the first step that went through all networks."""
+        if self.compiles and not self.told:
+            self.say(f"  compiled in {compile_seconds():.0f} s")
+        self.told = True
 
     def schedule(self, start: int = 0) -> Schedule:
         return Schedule(

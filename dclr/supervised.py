@@ -73,6 +73,7 @@ def supervise(
                 engine.backward(loss)
             with watch.part("optimizer"):
                 engine.step()
+        run.tell_compile_time()
         watch.step()
         done = step + 1
         epoch_ended = done % schedule.steps_per_epoch == 0

@@ -22,7 +22,9 @@ def fresh() -> None:
     counters.clear()
 
 
-def test_pretraining_compiles_each_shape_once_without_a_break(tiny_pretrain, one_process, tmp_path, monkeypatch, fresh):
+def test_pretraining_compiles_each_shape_once_without_a_break(
+    tiny_pretrain, one_process, tmp_path, monkeypatch, fresh, capfd
+):
     """By torch's tracer, without the slow generation of code after it: which graphs there are is decided before."""
 
     def traced(backbone):
@@ -35,6 +37,7 @@ def test_pretraining_compiles_each_shape_once_without_a_break(tiny_pretrain, one
     )
     assert counters["stats"]["unique_graphs"] == 0
     folder = pretrain(make_config("pretrain", {**settings, "out": str(tmp_path / "run")}), "demo", one_process)
+    assert capfd.readouterr().out.count("compiled in") == 1
     # The query network on three views; the key network on the query clip's two and on the key clip's three.
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]

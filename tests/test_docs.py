@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
-from benchmarks import weizmann
+from benchmarks import tables, weizmann
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +16,18 @@ def test_the_table_in_the_log_is_the_one_of_the_committed_results():
     assert weizmann.with_table(page, figures) == page
     figures["DCLR features, retrieval R@1"]["mean"] += 0.01
     assert weizmann.with_table(page, figures) != page
+
+
+def test_the_readmes_tables_are_those_of_the_committed_results(tmp_path):
+    page = (ROOT / "README.md").read_text()
+    assert tables.with_tables(page, tables.tables()) == page
+    # And they follow the results.
+    shutil.copytree(tables.timing.RESULTS, tmp_path / "results")
+    file = tmp_path / "results" / "cpu" / "sharding.json"
+    result = json.loads(file.read_text())
+    result["rows"]["ZeRO-1"]["ratio_to_ddp"] += 1
+    file.write_text(json.dumps(result))
+    assert tables.with_tables(page, tables.tables(tmp_path / "results")) != page
 
 
 def test_results_name_device_versions_commit_and_date():
