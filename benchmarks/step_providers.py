@@ -4,6 +4,7 @@ All of them begin with the same weights, the same queue and the same frames, whi
 passes them through both networks, computes the loss and its gradient, steps, moves the key network and enqueues the keys.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from kornia import augmentation as K
 from torch import Tensor, nn
+from torchvision.models.video.resnet import Conv2Plus1D
 from torchvision.transforms import v2
 
 from benchmarks import info_nce, timing, views
 from benchmarks.timing import Precision
+from dclr.compiled import compile_backbone, settle_compile
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.engine import Engine, read_ds_config, settle_precision
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS
 from dclr.models import activation_map
+from dclr.models.backbone import Factored, FactoredStem
 from dclr.views import PRETRAIN
 from kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 
@@ -111,10 +115,23 @@ def make_method(cell: Cell) -> DCLR:
 
 
 def configure(method: DCLR, device: torch.device) -> None:
-    """What pretraining does to the networks before DeepSpeed has them: on a GPU both backbones are compiled, in place."""
-    if device.type == "cuda":
-        for encoder in (method.query, method.key):
-            encoder.backbone.compile(dynamic=False, fullgraph=True)  # a graph for each size of batch
+    """What pretraining does to the networks before DeepSpeed has them, by the defaults of its flags."""
+    defaults = RunConfig()
+    for encoder in (method.query, method.key):
+        encoder.backbone.pad_channels(defaults.pad_channels)
+        if settle_compile(defaults.compile, device)[0]:
+            compile_backbone(encoder.backbone)
+
+
+def as_torchvision(method: DCLR) -> DCLR:
+    """The same weights in torchvision's own modules: 3-D convolutions, in whatever memory the views come."""
+    theirs: dict[type, type] = {Factored: Conv2Plus1D, FactoredStem: nn.Sequential}
+    for encoder in (method.query, method.key):
+        for module in encoder.backbone.modules():
+            module.__class__ = theirs.get(type(module), type(module))
+        stages = nn.Sequential(OrderedDict(encoder.backbone.named_children()))
+        setattr(encoder, "backbone", stages)  # noqa: B010  (no Backbone any more)
+    return method
 
 
 class Provider:
@@ -208,7 +225,7 @@ class Eager(Provider):
 
     def __init__(self, cell: Cell, inputs: Inputs, device: torch.device) -> None:
         self.inputs, self.device = inputs, device
-        self.method = make_method(cell).to(device)
+        self.method = as_torchvision(make_method(cell)).to(device)
         self.optimizer = sgd(self.method.query)
 
     def step(self, part: Part, given: tuple[Views, Views] | None = None) -> Tensor:
@@ -238,7 +255,7 @@ class Released(Provider):
 
     def __init__(self, cell: Cell, inputs: Inputs, device: torch.device) -> None:
         self.inputs = inputs
-        self.method = make_method(cell).to(device)
+        self.method = as_torchvision(make_method(cell)).to(device)
         self.precision = "tf32" if device.type == "cuda" else "ieee"
         self.optimizer = sgd(self.method.query)
         self.augment = K.VideoSequential(
@@ -340,7 +357,7 @@ class Truth(NamedTuple):
 @torch.no_grad()
 def find_truth(cell: Cell, inputs: Inputs, device: torch.device) -> Truth:
     """The first step's loss and keys in float32, no tf32, default memory, reference kernels."""
-    method = make_method(cell).to(device)
+    method = as_torchvision(make_method(cell)).to(device)
     with reference_kernels(), timing.float32_products("ieee"), cudnn("allow_tf32", False):
         query, key = (
             Views(*(view.contiguous() for view in generate_views(clips.planes, clips.stills, clips.host_params)))
