@@ -3,8 +3,10 @@
     python benchmarks/step.py                     on a GPU: r2plus1d_10, then r2plus1d_18, at 128, 40, 256 and 8 clips of 16 x 112 x 112
     python benchmarks/step.py --minutes 10        no new cell is begun after 10 minutes; the goals' cell, r2plus1d_10 at 128, comes first
     python benchmarks/step.py --quick             the first cell only, fewer rounds
+    python benchmarks/step.py --ideas             changes of ours (benchmarks/step_ideas.py), each beside ours in the first cell
 
-Time to expect on one H100 or H200: 20 minutes for the first, of which half is torch.compile. This is an estimate: no GPU has run it yet.
+Time to expect on one H100 or H200: 20 minutes for the first, of which half is torch.compile, and 15 for the ideas. These are estimates:
+no GPU has run them yet.
 Without a GPU it runs at 2 clips of that size and at smaller clips (about 5 minutes on two cores).
 
 A sample is a video: two clips, and all views of both. A step makes the views, passes them through the query and the key network,
@@ -31,7 +33,10 @@ where the method is the same, against float32 without tf32. Then all stay in mem
 turn begins with a step that is not measured, because memory of the last turn is given back before it, and times are the distances of
 events on the stream, so that waiting for the host counts. Milliseconds by part come from further steps, with events between the parts.
 
-Prints tables, writes step.json and step.png into results/DEVICE; --quick adds its name to the files'.
+An idea is measured alone with ours, so that one that keeps memory or fails touches no other. Its TFLOP/s count the work of ours, also
+where it has less to do; keys on a second stream show as "keys" only what the loss still waits for.
+
+Prints tables, writes step.json and step.png into results/DEVICE; --ideas and --quick add their names to the files'.
 """
 
 import argparse
@@ -57,6 +62,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import timing
+from benchmarks.step_ideas import IDEAS
 from benchmarks.step_providers import (
     DS_CONFIG,
     METHOD,
@@ -73,6 +79,7 @@ from benchmarks.step_providers import (
 from benchmarks.timing import Ceilings
 from dclr import engine
 from dclr.engine import read_ds_config, settle_precision
+from dclr.errors import UserError
 from dclr.models import build_backbone
 from dclr.report import Stopwatch, environment
 from dclr.views import PRETRAIN
@@ -137,7 +144,7 @@ def start(
 ) -> tuple[Provider, dict[str, Any]]:
     """A provider after its first steps, with a full queue, and what these told. Raises ArithmeticError: its loss is not finite."""
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    provider = PROVIDERS[name](cell, inputs, device)
+    provider = (PROVIDERS | IDEAS)[name](cell, inputs, device)
     began = time.perf_counter()
     given = (truth.query, truth.key) if truth and provider.own_draw else None
     loss = float(provider.step(unwatched, given))  # waits for the device
@@ -278,6 +285,8 @@ def numbers(
 
 
 def reason(failure: Exception) -> str:
+    if isinstance(failure, UserError):
+        return str(failure)
     return OUT_OF_MEMORY if isinstance(failure, torch.OutOfMemoryError) else timing.reason(failure)
 
 
@@ -315,6 +324,28 @@ def judge(rows: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
                 met = "met" if of_ours["right"] else "met, by a step that was not checked"
                 verdict |= found | {"verdict": met if found["value"] >= goal.least else "not met"}
     return verdicts
+
+
+def compare_ideas(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each row, which holds ours and an idea: how many times as fast as ours the idea is, and how many times its memory."""
+    found = []
+    for row in rows:
+        (_, ours), (name, idea) = row["providers"].items()
+        result: dict[str, Any] = {"idea": name, "value": None, "by_round": None, "without_views": None, "memory": None}
+        found.append(result)
+        if "skipped" in idea or "skipped" in ours:
+            result["verdict"] = idea["skipped"] if "skipped" in idea else f"ours: {ours['skipped']}"
+            continue
+        if idea["right"] is False:
+            result["verdict"] = "computes something else"
+            continue
+        result |= _compare(idea, ours)
+        if ours["peak_bytes"]:
+            result["memory"] = idea["peak_bytes"] / ours["peak_bytes"]
+        slowest, fastest = min(result["by_round"]), max(result["by_round"])
+        told = "faster" if slowest > 1 else "slower" if fastest < 1 else "not told from ours by these rounds"
+        result["verdict"] = told if idea["right"] else f"{told}, not checked"
+    return found
 
 
 def _compare(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -373,6 +404,29 @@ def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def idea_table(found: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        timing.table_header(["idea", "times as fast as ours", "by round", "without views", "times its memory", ""])
+    ]
+    for of in found:
+        rounds = of["by_round"]
+        columns = ["" if of[key] is None else f"{of[key]:.3g}" for key in ("value", "without_views", "memory")]
+        columns.insert(1, "" if rounds is None else f"{min(rounds):.3g} to {max(rounds):.3g}")
+        lines.append(timing.table_line([of["idea"], *columns, of["verdict"]]))
+    return "\n".join(lines)
+
+
+def merge_ideas(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row to draw: ours as it was beside the first idea, and every idea."""
+    providers: dict[str, Any] = {}
+    for row in rows:
+        providers = row["providers"] | providers
+    return {
+        **rows[0],
+        "providers": {"ours": providers["ours"]} | {name: providers[name] for name in IDEAS if name in providers},
+    }
+
+
 COLOURS = {"as released": "tab:gray", "eager bf16": "tab:blue", "ours": "tab:red", "ours, float32": "tab:pink"}
 
 
@@ -382,6 +436,7 @@ def plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str, capti
         1, 2, figsize=(14, 1.8 + 0.3 * max(len(names) * (len(rows) + 0.7), 8)), width_ratios=(1, 1.1)
     )
     height = 0.8 / len(names)
+    colours = {name: COLOURS.get(name, plt.get_cmap("viridis")(rank / len(names))) for rank, name in enumerate(names)}
     for place, row in enumerate(rows):
         for rank, name in enumerate(names):
             of, y = row["providers"][name], place - 0.4 + height * (rank + 0.5)
@@ -389,11 +444,11 @@ def plot(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str, capti
                 left.text(0.0, y, f"  {of['skipped'][:40]}", va="center", fontsize=7, color="dimgray")
                 continue
             label = name if place == 0 else None
-            left.barh(y, of["samples_per_second"], 0.9 * height, color=COLOURS[name], label=label)
+            left.barh(y, of["samples_per_second"], 0.9 * height, color=colours[name], label=label)
             left.text(of["samples_per_second"], y, f" {of['samples_per_second']:.3g}", va="center", fontsize=7)
     left.set_yticks(range(len(rows)), [str(_cell(row)).replace(", ", "\n") for row in rows], fontsize=8)
-    left.invert_yaxis()
     left.margins(x=0.12)
+    left.set_ylim(len(rows) - 0.5, -0.5)  # room for those that have no bar
     left.set_xlabel("samples a second")
 
     done = [name for name in names if "skipped" not in rows[0]["providers"][name]]
@@ -432,7 +487,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the first cell only, fewer rounds")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="B", help="of the cells, only those")
     parser.add_argument("--backbones", nargs="+", help="of the cells, only those")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="only those")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--providers", nargs="+", choices=PROVIDERS, help="only those")
+    which.add_argument(
+        "--ideas", nargs="*", choices=IDEAS, metavar="IDEA", help=f"all, or of these: {'; '.join(IDEAS)}"
+    )
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no new cell is begun after that")
     parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of the devices' folders")
@@ -448,6 +507,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds, steps = QUICK_ROUNDS if arguments.quick else ROUNDS[device.type]
     rounds = arguments.rounds or rounds
     cells = plan(arguments, device.type)
+    measured = [(cell, names) for cell in cells]
+    if arguments.ideas is not None:
+        measured = [(cell, ("ours", idea)) for cell in cells[:1] for idea in arguments.ideas or IDEAS]
     surroundings = environment(device)
     precision = settle_precision(read_ds_config(DS_CONFIG), device)
     implementation = f"ours is: {describe(device)}, {precision}"
@@ -462,26 +524,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows: list[dict[str, Any]] = []
     stopped, failed = None, False
-    for cell in cells:
+    for cell, providers in measured:
         if time.monotonic() - begin > 60 * arguments.minutes:
             stopped = f"{arguments.minutes:g} minutes were over"
             break
         try:
-            rows.append(measure(cell, names, device, rounds, steps, ceilings))
+            rows.append(measure(cell, providers, device, rounds, steps, ceilings))
         except RuntimeError as failure:  # after some errors a GPU does nothing more in this process
             stopped, failed = f"{cell}: {reason(failure)}", True
             break
         print(f"\n{cell_table(rows[-1])}", flush=True)
     if not rows:
         raise SystemExit(f"nothing was measured: {stopped or 'no cell is left of the grid'}")
-    not_reached = [str(cell) for cell in cells[len(rows) :]]
-    verdicts = judge(rows, device.type)
-    print(f"\nGoals; those of a GPU are stated for an H200\n\n{goal_table(verdicts)}\n")
+    judged: dict[str, list[dict[str, Any]]]
+    if arguments.ideas is None:
+        question, title = (
+            "how fast is a training step of pretraining, and which part of it takes the time?",
+            "A training step",
+        )
+        not_reached = [str(cell) for cell, _ in measured[len(rows) :]]
+        judged, drawn = {"goals": judge(rows, device.type)}, rows
+        print(f"\nGoals; those of a GPU are stated for an H200\n\n{goal_table(judged['goals'])}\n")
+    else:
+        question, title = "which changes make our training step faster or smaller?", "Ideas for the training step"
+        not_reached = [idea for _, (_, idea) in measured[len(rows) :]]
+        judged, drawn = {"ideas": compare_ideas(rows)}, [merge_ideas(rows)]
+        print(f"\n{idea_table(judged['ideas'])}\n")
     if stopped:
-        print(f"stopped, {stopped}; not measured: {len(not_reached)} of {len(cells)} cells")
+        print(f"stopped, {stopped}; not measured: {len(not_reached)} of {len(measured)}")
 
     content = {
-        "question": "how fast is a training step of pretraining, and which part of it takes the time?",
+        "question": question,
         "command": " ".join(["python benchmarks/step.py", *argv]),
         "environment": surroundings,
         "convolutions": convolutions(device),
@@ -491,21 +564,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ds_config": f"ds_configs/{DS_CONFIG.name}",
         "ceilings": None if ceilings is None else asdict(ceilings),
         "milliseconds_per_step": goal_milliseconds(rows, device),
-        "goals": verdicts,
+        **judged,
         "stopped": stopped,
         "not_reached": not_reached,
         "rows": rows,
     }
-    name = "step_quick" if arguments.quick else "step"
+    name = "step" + ("" if arguments.ideas is None else "_ideas") + ("_quick" if arguments.quick else "")
     folder = timing.results_folder(device, arguments.results)
     caption = (
         f"{surroundings['device']}, {surroundings['date'][:10]}, torch {surroundings['versions']['torch']}, "
         f"commit {surroundings['commit']}; {implementation}\nmedian of {rounds} rounds of {steps} steps"
     )
-    timing.write(folder, name, content, plot(rows, names, "A training step: two clips, all views", caption))
+    figure = plot(drawn, list(drawn[0]["providers"]), f"{title}: two clips, all views", caption)
+    timing.write(folder, name, content, figure)
     print(f"Wrote {folder / name}.json and .png")
     skipped = [
-        of.get("skipped", OUT_OF_MEMORY) for row in rows for who, of in row["providers"].items() if "ours" in who
+        of.get("skipped", OUT_OF_MEMORY)
+        for row in rows
+        for who, of in row["providers"].items()
+        if "ours" in who and who not in IDEAS  # an idea may fail
     ]
     if any(why != OUT_OF_MEMORY for why in skipped):
         raise SystemExit("ours failed somewhere: see above")

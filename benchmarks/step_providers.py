@@ -192,7 +192,14 @@ class _Watched(nn.Module):
 
 
 class Ours(Provider):
-    def __init__(self, cell: Cell, inputs: Inputs, device: torch.device, bfloat16: bool = True) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        inputs: Inputs,
+        device: torch.device,
+        bfloat16: bool = True,
+        configure: Callable[[DCLR, torch.device], None] = configure,  # benchmarks/step_ideas.py has others
+    ) -> None:
         self.inputs, self.method = inputs, make_method(cell)
         configure(self.method, device)
         config = read_ds_config(DS_CONFIG)
