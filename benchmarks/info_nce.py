@@ -559,7 +559,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = {
         "question": "how fast is the contrastive loss over a queue, with the search for its positives?",
-        "command": " ".join(["python benchmarks/info_nce.py", *argv]),
+        "command": timing.command("info_nce", argv),
         "environment": surroundings,
         "implementation": implementation,
         "seconds": round(time.monotonic() - begin, 1),

@@ -546,11 +546,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def published(argument: str) -> str:
-    """Of the command line, with a folder's name for its path: where things lie is nobody's business."""
-    return Path(argument).resolve().name if "/" in argument else argument
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = make_parser().parse_args(argv)
@@ -593,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = "loader_quick" if arguments.quick else "loader"
     content = {
         "question": "how many training samples a second does one core read?",
-        "command": " ".join(["python benchmarks/loader.py", *(published(argument) for argument in argv)]),
+        "command": timing.command("loader", argv),
         "environment": surroundings,
         "seconds": round(time.monotonic() - begin, 1),
         "sample": f"2 windows of {CONFIG.clip_length} frames at stride {CONFIG.clip_stride}, 2 stills",

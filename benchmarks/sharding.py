@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = {
         "question": "what do DeepSpeed's stages cost or save beside plain DistributedDataParallel?",
-        "command": " ".join(["python benchmarks/sharding.py", *argv]),
+        "command": timing.command("sharding", argv),
         "environment": surroundings,
         "processes": processes,
         "task": asdict(task),

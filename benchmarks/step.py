@@ -555,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = {
         "question": question,
-        "command": " ".join(["python benchmarks/step.py", *argv]),
+        "command": timing.command("step", argv),
         "environment": surroundings,
         "convolutions": convolutions(device),
         "implementation": implementation,

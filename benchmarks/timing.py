@@ -177,6 +177,12 @@ def write(folder: Path, name: str, content: dict[str, Any], figure: Figure) -> N
             shutil.copy(folder / f"{name}.{suffix}", out)
 
 
+def command(script: str, arguments: Sequence[str]) -> str:
+    """What was typed, with a folder's name for its path: where things lie is nobody's business."""
+    named = [Path(argument).resolve().name if "/" in argument else argument for argument in arguments]
+    return " ".join([f"python benchmarks/{script}.py", *named])
+
+
 def reason(error: Exception) -> str:
     """The first line of an error, for a table."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{table(rows)}\n\n{verdict}")
     content = {
         "question": "how fast is a whole pretraining run, and how long does it wait for data?",
-        "command": " ".join(["python benchmarks/train.py", *argv]),
+        "command": timing.command("train", argv),
         "environment": surroundings,
         "settings": settings,
         "batch": batch,

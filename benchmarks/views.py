@@ -811,7 +811,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = {
         "question": "how fast are the three views made from decoded frames?",
-        "command": " ".join(["python benchmarks/views.py", *argv]),
+        "command": timing.command("views", argv),
         "environment": surroundings,
         "implementation": implementation,
         "seconds": round(time.monotonic() - begin, 1),

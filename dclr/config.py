@@ -33,8 +33,9 @@ class RunConfig:
     out: str = option("", "folder of the run; change it to keep several apart (default: the next free runs/COMMAND-N)")
     seed: int = option(0, "decides every random draw; change it to repeat an experiment with other draws")
     ds_config: str = option(
-        "ds_configs/zero1.json",
-        "DeepSpeed configuration: sharding and precision; change it to ddp.json for plain data parallel, zero2.json to shard gradients too",
+        "ds_configs/ddp.json",
+        "DeepSpeed configuration: sharding and precision; change it to zero1.json or zero2.json where memory is short: they share out "
+        "the optimizer's state, and zero2.json gradients too",
     )
     log_every: int = option(10, "optimizer steps between two log lines; raise it where a step takes milliseconds")
     kernels: str = option(
