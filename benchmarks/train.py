@@ -86,25 +86,10 @@ def link_videos(data: Path, count: int, folder: Path) -> Path:
 
 
 def command(case: Case, data: Path, out: Path, settings: Sequence[str], epochs: int, workers: int) -> list[str]:
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_accelerators",
-        str(case.processes),
-        "train.py",
-        "pretrain",
-    ]
-    return [
-        *launcher,
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        *settings,
-        "--epochs",
-        str(epochs),
-        "--workers",
-        str(workers),
-    ]
+    # What the script `deepspeed` calls, which need not lie beside the interpreter.
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(case.processes)]
+    what = ["--data", str(data), "--out", str(out), *settings, "--epochs", str(epochs), "--workers", str(workers)]
+    return [*launcher, "train.py", "pretrain", *what]
 
 
 def figures_of(folder: Path, batch: int) -> dict[str, float]:

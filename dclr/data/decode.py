@@ -190,8 +190,7 @@ def rgb_of(frames: YuvFrames) -> np.ndarray:
     image.color_range = ColorRange.JPEG if frames.full_range else ColorRange.MPEG
     for number in range(count):
         for plane, source in zip(image.planes, (frames.y, frames.u, frames.v), strict=True):
-            lines = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-            lines[:, : plane.width] = source[number]
+            _lines(plane)[...] = source[number]
         rgb[number] = _rgb(image, reformatter)
     return rgb
 
