@@ -26,7 +26,7 @@ from dclr.config import RunConfig
 from dclr.errors import UserError
 from dclr.method import DCLR
 from dclr.models import Backbone
-from dclr.models.backbone import Factored, FactoredStem, _in_space, _in_time, _normalise
+from dclr.models.backbone import Factored, FactoredStem, _in_space, _in_time, _normalise, _padded
 from kernels import Views
 
 _Convs = tuple[nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.Conv3d]
@@ -52,14 +52,6 @@ def _in_3d(x: Tensor, convs: nn.Sequential, multiple: int) -> Tensor:
     x = F.conv3d(x, to_more, None, space.stride, space.padding)
     x = F.relu(_normalise(x, between, extra) if extra else between(x), inplace=True)
     return F.conv3d(x, from_more, None, time.stride, time.padding)
-
-
-def _padded(space: nn.Conv3d, time: nn.Conv3d, multiple: int) -> tuple[Tensor, Tensor, int]:
-    """Weights into and out of the channels between the two, with zeros for `extra` more of them."""
-    extra = -space.out_channels % multiple
-    if not extra:
-        return space.weight, time.weight, 0
-    return F.pad(space.weight, (0, 0) * 4 + (0, extra)), F.pad(time.weight, (0, 0) * 3 + (0, extra)), extra
 
 
 def in_3d(method: DCLR, device: torch.device) -> None:

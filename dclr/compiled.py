@@ -4,7 +4,6 @@ import os
 import shutil
 
 import torch
-from torch._dynamo.utils import calculate_time_spent
 
 from dclr.errors import UserError
 from dclr.models import Backbone
@@ -37,4 +36,6 @@ def compile_backbone(backbone: Backbone) -> None:
 
 def compile_seconds() -> float:
     """Spent on compiling in this process so far, forward and backward."""
+    from torch._dynamo.utils import calculate_time_spent  # late: evaluation and packing have no use for what it loads
+
     return calculate_time_spent()["total_wall_time"]

@@ -23,8 +23,12 @@ def rank() -> int:
 
 def processes_of_machine() -> int:
     """How many processes of the run a launcher started on this machine."""
-    of_launcher = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))  # torchrun's name, deepspeed's
-    return int(next((number for number in of_launcher if number), world_size()))
+    names = (
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "WORLD_SIZE",
+    )  # torchrun's name, deepspeed's, and another launcher's: all there are
+    return int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
 
 
 def gather_batch(rows: Tensor) -> Tensor:

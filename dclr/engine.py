@@ -40,9 +40,8 @@ def start_processes() -> torch.device:
         device = torch.device("cuda", local)
     else:
         device = torch.device("cpu")
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.processes_of_machine()))
     # Its start would compile a shared-memory kernel: minutes, and a crash where there is no C++ compiler. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:

@@ -15,6 +15,7 @@ from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig
 from dclr.models import ProjectionHead, activation_map, build_backbone, pool
 from kernels import Views, contrast, mine_positives_by_each
+from kernels.backend import to_device
 
 # An embedding is named by what it holds of which view: vs is the static part of the rgb clip, sv the static view itself.
 # A pair is named by its query; its key is the same content seen from the other side.
@@ -136,14 +137,14 @@ class DCLR(nn.Module):
         own = slice(rank * size, (rank + 1) * size)
         if ranks > 1:
             order = torch.randperm(ranks * size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-            mine = _copied(order[own], key.rgb.device)
+            mine = to_device(order[own], key.rgb.device)
             key = Views(*(distributed.gather_batch(view)[mine] for view in key))
         rgb, static, dynamic = self.key.backbone(torch.cat(key)).chunk(3)
         maps = torch.cat([activation_map(static), activation_map(dynamic)], dim=1)  # (B, 2, t, h, w)
         embeddings = self.key.embed(rgb, static, dynamic, maps[:, :1], maps[:, 1:])
         keys = torch.stack([embeddings[KEY_OF_PAIR[name]] for name in PAIRS], dim=1)  # (B, P, D)
         if ranks > 1:
-            back = _copied(order.argsort(), keys.device)
+            back = to_device(order.argsort(), keys.device)
             keys, maps = distributed.gather_batch(keys)[back], distributed.gather_batch(maps)[back]
         own_maps = maps[own] if ranks > 1 else maps
         all_keys = keys.transpose(0, 1).contiguous()
@@ -173,11 +174,6 @@ class DCLR(nn.Module):
         rows = (self.enqueued + torch.arange(keys.shape[1], device=keys.device)) % length
         self.queue.index_copy_(1, rows, keys.to(self.queue.dtype))
         self.enqueued += keys.shape[1]
-
-
-def _copied(numbers: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to the device; a GPU's host would wait for a copy from memory that is not pinned."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 def align(rgb: Tensor, static: Tensor, dynamic: Tensor, relative: bool) -> Tensor:

@@ -37,7 +37,8 @@ from dclr.data.decode import (
     verify_video,
 )
 from dclr.data.manifest import load_manifest
-from dclr.data.store import Arrays, packed, shard_name, unpacked
+from dclr.data.store import Arrays, shard_name
+from dclr.data.texts import packed, unpacked
 from dclr.errors import UserError
 from dclr.run import DEMO_VIDEOS, make_demo
 

@@ -91,3 +91,10 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
     """Raises ValueError: the two are on different devices."""
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, not on {tensor.device}")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: what is copied to a GPU from memory that is not pinned, waits."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

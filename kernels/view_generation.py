@@ -26,7 +26,7 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from kernels.backend import check_same_device, runs_triton
+from kernels.backend import check_same_device, runs_triton, to_device
 
 # ImageNet's channel means and standard deviations, of RGB in 0 to 1.
 MEAN = (0.485, 0.456, 0.406)
@@ -135,7 +135,7 @@ def generate_views(
 
     # In one table, so that rows on the CPU take one copy to the device.
     table = torch.cat([table_of(params.clip, frames), table_of(params.still, stills)])  # (2 B, C)
-    table = _to_device(table, _luma(frames).device)
+    table = to_device(table, _luma(frames).device)
     return Views(*generate_views_op(*_planes(frames), *_planes(stills), table, *params.size, boundary, dtype))
 
 
@@ -178,7 +178,7 @@ def augment(
 
     from kernels.view_generation_triton import augment_op, table_of
 
-    table = _to_device(table_of(augmentation, frames), _luma(frames).device)
+    table = to_device(table_of(augmentation, frames), _luma(frames).device)
     return augment_op(*_planes(frames), table, *size, dtype)
 
 
@@ -346,13 +346,6 @@ def _shape(frames: Tensor | Yuv420) -> tuple[int, ...]:
 
 def _planes(frames: Tensor | Yuv420) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return (frames.y, frames.u, frames.v) if isinstance(frames, Yuv420) else (frames, None, None)
-
-
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it: what is copied to a GPU from memory that is not pinned, waits."""
-    if table.device.type == "cpu" and device.type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)
 
 
 def _with_time(stills: Tensor | Yuv420) -> Tensor | Yuv420:

@@ -35,6 +35,7 @@ from dclr.data.decode import (
 )
 from dclr.data.manifest import load_manifest
 from dclr.data.store import open_store, shard_name
+from dclr.data.texts import unpacked
 from dclr.errors import UserError
 
 
@@ -531,7 +532,7 @@ def test_videos_may_have_moved(videos, tmp_path):
     videos.rename(tmp_path / "moved")
     again = content(pack_small(tmp_path / "moved", out))
     assert [name for name in whole if again[name] != whole[name]] == [store.INDEX]
-    assert store.unpacked(store.load_index(out)["source"]) == [str(tmp_path / "moved")]
+    assert unpacked(store.load_index(out)["source"]) == [str(tmp_path / "moved")]
 
 
 def test_a_folder_that_holds_something_else_is_refused(videos, tmp_path):

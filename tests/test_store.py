@@ -13,7 +13,7 @@ import pytest
 import train
 from dclr import pack
 from dclr.config import DataConfig
-from dclr.data import store
+from dclr.data import store, texts
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import UnreadableVideo, empty_planes, write_video
 from dclr.data.store import Store, load_arrays, open_store, save_arrays
@@ -283,14 +283,14 @@ def test_check_finds_a_single_changed_bit_and_says_how_to_mend_it(spoiled, packe
 
 def test_arrays_come_back_and_their_file_depends_on_nothing_else(tmp_path, monkeypatch):
     names = ["ß #&(!).mp4", os.fsdecode(b"not \xff utf-8"), ""]
-    arrays = {"version": np.array(store.VERSION), "names": store.packed(names), "matrix": np.arange(6).reshape(2, 3)}
+    arrays = {"version": np.array(store.VERSION), "names": texts.packed(names), "matrix": np.arange(6).reshape(2, 3)}
     digest = save_arrays(tmp_path / "a.npz", arrays)
     monkeypatch.setattr("time.time", lambda: 2e9)
     assert save_arrays(tmp_path / "b.npz", arrays) == digest
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     read, read_digest = load_arrays(tmp_path / "a.npz")
     assert read_digest == digest
-    assert store.unpacked(read["names"]) == names
+    assert texts.unpacked(read["names"]) == names
     assert np.array_equal(read["matrix"], arrays["matrix"])
     assert sorted(os.listdir(tmp_path)) == ["a.npz", "b.npz"]  # nothing half-written stays
 

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dclr.data.decode import UnreadableVideo, VideoRecord, verify_video
+from dclr.data.texts import packed, unpacked
 from dclr.errors import UserError
 
 _VERSION = 2
@@ -181,8 +182,8 @@ def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
     pts_steps = [np.diff(record.pts, prepend=np.int64(0)) for record in readable]
     arrays = {
         "version": np.array(_VERSION),
-        "paths": _packed(list(known)),
-        "reasons": _packed([finding if isinstance(finding, str) else "" for _, finding in known.values()]),
+        "paths": packed(list(known)),
+        "reasons": packed([finding if isinstance(finding, str) else "" for _, finding in known.values()]),
         "stamps": np.array(stamps, dtype=np.int64).reshape(-1, 2),
         "readable": np.array([record is not None for record in records], dtype=bool),
         "declared": np.array([record.declared for record in readable], dtype=np.int64),
@@ -241,19 +242,10 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
         )
         for row in range(len(arrays["frames"]))
     )
-    paths, reasons = _unpacked(arrays["paths"]), _unpacked(arrays["reasons"])
+    paths, reasons = unpacked(arrays["paths"]), unpacked(arrays["reasons"])
     return {
         path: ((int(size), int(mtime)), next(records) if readable else reason)
         for path, reason, (size, mtime), readable in zip(
             paths, reasons, arrays["stamps"], arrays["readable"], strict=True
         )
     }
-
-
-def _packed(texts: list[str]) -> np.ndarray:
-    """uint8. A numpy array of strings would take 4 bytes a letter of the longest for each."""
-    return np.frombuffer("".join(f"{text}\0" for text in texts).encode("utf-8", "surrogateescape"), dtype=np.uint8)
-
-
-def _unpacked(packed: np.ndarray) -> list[str]:
-    return packed.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, compact_record, empty_planes
+from dclr.data.texts import unpacked
 from dclr.errors import UserError
 
 INDEX, PLAN = "dclr-index.npz", "dclr-plan.npz"
@@ -290,15 +291,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def packed(texts: Iterable[str]) -> np.ndarray:
-    """uint8. Bytes that are not UTF-8 survive as they do in file names."""
-    return np.frombuffer("".join(f"{text}\0" for text in texts).encode("utf-8", "surrogateescape"), dtype=np.uint8)
-
-
-def unpacked(texts: np.ndarray) -> list[str]:
-    return texts.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
 def _mapped(folder: Path, number: int) -> np.ndarray:

@@ -144,13 +144,18 @@ def _plain_stem(width: int) -> nn.Sequential:
 def _factored(x: Tensor, spatial: nn.Module, norm: nn.Module, temporal: nn.Module, multiple: int) -> Tensor:
     """Convolution in space, normalisation, ReLU, convolution in time; between them zero channels, up to a multiple."""
     space, between, time = cast(nn.Conv3d, spatial), cast(nn.BatchNorm3d, norm), cast(nn.Conv3d, temporal)
-    extra = -space.out_channels % multiple
-    to_more, from_more = (space.weight, time.weight)
-    if extra:
-        to_more, from_more = F.pad(to_more, (0, 0) * 4 + (0, extra)), F.pad(from_more, (0, 0) * 3 + (0, extra))
+    to_more, from_more, extra = _padded(space, time, multiple)
     x = _in_space(x, to_more, space)
     x = F.relu(_normalise(x, between, extra) if extra else between(x), inplace=True)
     return _in_time(x, from_more, time)
+
+
+def _padded(space: nn.Conv3d, time: nn.Conv3d, multiple: int) -> tuple[Tensor, Tensor, int]:
+    """Weights into and out of the channels between the two, with zeros for `extra` more of them."""
+    extra = -space.out_channels % multiple
+    if not extra:
+        return space.weight, time.weight, 0
+    return F.pad(space.weight, (0, 0) * 4 + (0, extra)), F.pad(time.weight, (0, 0) * 3 + (0, extra)), extra
 
 
 def _in_space(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
