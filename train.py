@@ -13,9 +13,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from dclr import checkpoint, stop
 from dclr import config as configuration
+from dclr.distributed import launched_rank
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
@@ -63,7 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         start.add_argument(
             "--resume", nargs="?", const="", metavar="RUN",
-            help="go on with the run in this folder (without a value: in --out), with its settings",
+            help="go on with the run in this folder (without a value: in --out), with its settings; auto: with the one in --out where "
+            "there is a checkpoint, else begin it, so that the same command can be given again and again",
         )  # fmt: skip
         configuration.add_flags(
             sub, [group for _, group in configuration.groups(configuration.COMMANDS[command])], command=command
@@ -96,11 +99,9 @@ def main(arguments: list[str]) -> None:
         return
 
     preset, resume = flags.pop("preset", None), flags.pop("resume", None)
-    folder, stored = None, None
-    if resume is not None:
-        folder = Path(resume or flags.get("out") or "")
-        if not resume and "out" not in flags:
-            raise UserError("--resume needs the run's folder: --resume RUN, or --resume --out RUN")
+    folder = run_to_resume(resume, flags)
+    stored = None
+    if folder is not None:
         written_by, preset_of_run, stored = configuration.read_config(folder / "config.json")
         if written_by != command:
             raise UserError(
@@ -117,34 +118,63 @@ def main(arguments: list[str]) -> None:
     config = configuration.resolve(command, preset, flags, stored)
 
     from dclr import engine
+    from dclr.lifeline import Lifeline
     from dclr.pretrain import pretrain
     from dclr.supervised import supervise
 
     device = engine.start_processes()
     try:
-        if isinstance(config, configuration.PretrainConfig):
-            pretrain(config, preset, device, folder)
-        else:
-            supervise(command, config, preset, device, folder)
+        with Lifeline():
+            if isinstance(config, configuration.PretrainConfig):
+                pretrain(config, preset, device, folder)
+            else:
+                supervise(command, config, preset, device, folder)
     finally:
         engine.stop_processes()
 
 
-def refuse(error: UserError) -> NoReturn:
+def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
+    """The folder that --resume names, of a run to go on with; None: begin one. Raises UserError: it names none."""
+    if resume is None:
+        return None
+    if resume and resume != "auto":
+        return Path(resume)
+    if "out" not in flags:
+        right = "--resume auto --out RUN" if resume else "--resume RUN, or --resume --out RUN"
+        raise UserError(f"--resume needs the run's folder: {right}")
+    folder = Path(flags["out"])
+    if resume == "auto" and checkpoint.newest(folder / "checkpoints") is None:
+        if (folder / "report.json").exists():
+            raise UserError(f"--resume auto: {folder} holds a finished run without checkpoints: give another --out")
+        # Left by a run that never came to a checkpoint: a new one may take its place.
+        (folder / "config.json").unlink(missing_ok=True)
+        return None
+    return folder
+
+
+def refuse(error: UserError) -> None:
     """One line for all processes of a run: rank 0's. The others wait, for a launcher ends all at the first exit, and it must not come
     before that line; one that is still there after a while has something to say that rank 0 does not know."""
-    from dclr.distributed import launched_rank
-
     if launched_rank() > 0:
         time.sleep(30)
     print(f"train.py: error: {error}", file=sys.stderr)
-    sys.exit(2)
+
+
+def run(arguments: list[str]) -> int:
+    """`main`; returns the exit status: 0 done, 2 refused, 75 asked to stop with a checkpoint written, 130 Ctrl-C before training began."""
+    try:
+        main(arguments)
+    except UserError as error:
+        refuse(error)
+        return 2
+    except stop.Stopped as stopped:
+        if launched_rank() == 0:
+            print(f"train.py: {stopped}", flush=True)
+        return stop.STATUS
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run(sys.argv[1:]))

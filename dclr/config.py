@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dclr.errors import UserError
+from dclr.files import write_whole
 from dclr.models import BACKBONES
 from kernels import BACKENDS, EMBEDDING_SIZES
 
@@ -374,7 +375,7 @@ def flat(config: Config) -> dict[str, Any]:
 def write_config(path: Path, command: str, preset: str, config: Config) -> None:
     """The resolved configuration, grouped, as JSON; `read_config` is its inverse."""
     text = json.dumps({"command": command, "preset": preset, **dataclasses.asdict(config)}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, (text + "\n").encode())
 
 
 def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:

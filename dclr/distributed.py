@@ -79,6 +79,36 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return told[0]  # type: ignore[return-value]
 
 
+class Exchange:
+    """Whole numbers that each rank adds to once a step, summed over ranks. Nobody waits: a sum is asked for one step after it was begun.
+
+    All ranks get the same sum at the same step, so that what they do about it they do together. On the CPU (gloo), also where the
+    network is on GPUs: looking at it makes no host wait for its device.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._begun: tuple[Any, Tensor] | None = None
+
+    def add(self, *numbers: int) -> list[int]:
+        """Begin the sum of these over ranks; returns the sum of those of the call before (zeros in the first)."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        if self._group is None:
+            return own.tolist()  # alone, there is nothing to wait for
+        total = self.finish() or [0] * len(numbers)
+        self._begun = (dist.all_reduce(own, group=self._group, async_op=True), own)
+        return total
+
+    def finish(self) -> list[int] | None:
+        """The last sum begun, once it is there. To be called before the processes part."""
+        if self._begun is None:
+            return None
+        work, total = self._begun
+        work.wait()
+        self._begun = None
+        return total.tolist()
+
+
 def launched_rank() -> int:
     """The rank a launcher gave this process, also before and after it joined the others."""
     return int(os.environ.get("RANK", "0"))

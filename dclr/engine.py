@@ -4,7 +4,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dclr import distributed
+from dclr import checkpoint, distributed, statistics
 from dclr.config import OptimConfig
 from dclr.errors import UserError
 
-KEPT_CHECKPOINTS = 2
+MOMENTUM = "momentum_buffer"
+"""torch's name of what SGD keeps for each parameter."""
+
+RANKS = "ranks/statistics"
+"""In a checkpoint: BatchNorm's statistics of every rank."""
 
 
 def start_processes() -> torch.device:
@@ -142,6 +145,12 @@ class Engine:
         except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             raise UserError(f"--ds_config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         self.module: nn.Module = module
+        # At once and not in the first step, so that a checkpoint can be put into it before. Under ZeRO the groups hold flat parts.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter][MOMENTUM] = torch.zeros_like(parameter)
+        if self._sharded:
+            self._optimizer._lazy_init_hp_params_optimizer_state()  # else DeepSpeed finds them after its first step only
 
     def __call__(self, *inputs: Any) -> Any:
         """The network's forward, under the configured autocast."""
@@ -176,56 +185,84 @@ class Engine:
             group["lr"] = lr
 
     def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
-        """Write folder/step-N, then name it in folder/latest, then delete all but the newest few.
+        """A checkpoint of network and momentum, whole however they are sharded; see `checkpoint.write`.
 
-        DeepSpeed writes its own `latest` without a barrier and not atomically; a kill could leave it naming a torn checkpoint.
+        Raises UserError on all ranks: it cannot be written; earlier ones are intact.
         """
-        tag = f"step-{step:07d}"
-        stored = {"step": step, **state}
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=stored, save_latest=False)
-        if distributed.world_size() > 1:
-            dist.barrier()
-        if distributed.rank() == 0:
-            (folder / tag / "world_size.json").write_text(json.dumps(distributed.world_size()))
-            temporary = folder / "latest.tmp"
-            with temporary.open("w") as file:
-                file.write(tag)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / "latest")
-            for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old, ignore_errors=True)
+        ranks = statistics.of_all_ranks(self.module)
+        network = {**self.module.state_dict(), **statistics.by_name(self.module, ranks.mean(0))}
+        tensors = {f"model/{name}": tensor for name, tensor in network.items()}
+        tensors |= {f"momentum/{name}": tensor for name, tensor in self._momentum().items()}
+        tensors[RANKS] = ranks
+
+        def write() -> None:
+            try:
+                checkpoint.write(folder, step, tensors, {**state, "processes": distributed.world_size()})
+            except OSError as error:
+                last = checkpoint.newest(folder)
+                left = f"the last checkpoint, {last.name}, is intact" if last else "there is no checkpoint before it"
+                raise UserError(
+                    f"the checkpoint of step {step} cannot be written to {folder} ({error.strerror}): {left}; "
+                    "make room or mend it, then go on with --resume"
+                ) from None
+
+        distributed.on_rank_zero(write)
 
     def resume(self, folder: Path) -> dict[str, Any]:
         """Load the newest checkpoint under `folder` into network and optimizer; returns its state, with `step`.
 
-        Reads pickles: only for checkpoints this project wrote. Raises UserError: none there, another world size, another network.
+        However many processes wrote it, and at whatever ZeRO stage. Raises UserError on all ranks: none there, damaged, another network.
         """
-        try:
-            tag = (folder / "latest").read_text().strip()
-        except OSError:
-            raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from") from None
-        try:
-            written = json.loads((folder / tag / "world_size.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"--resume: {folder / tag} is damaged (no world_size.json)") from None
-        if written != distributed.world_size():
-            raise UserError(
-                f"--resume: {folder / tag} was written by {written} processes and this run has {distributed.world_size()}; "
-                f"start it with {written}"
-            )
-        shards = any((folder / tag).glob("*_optim_states.pt"))  # stages 1 and 2 read each other's, stage 0 writes none
-        if shards != self._engine.zero_optimization():
-            stages = ("1 or 2", "0") if shards else ("0", "1 or 2")
-            raise UserError(
-                f"--resume: {folder / tag} was written with zero_optimization.stage {stages[0]} and --ds_config has {stages[1]}; "
-                "resume with the configuration it was written with"
-            )
-        try:
-            _, state = self._engine.load_checkpoint(str(folder), tag=tag)
-        except RuntimeError as error:
-            raise UserError(f"--resume: {folder / tag} holds another network ({str(error).splitlines()[0]})") from None
+        tensors, state = distributed.together(lambda: self._read(folder))
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            self._put(parameter, tensors[f"momentum/{name}"].to(self.device))
+        if state["processes"] == distributed.world_size():
+            statistics.put(self.module, tensors[RANKS][distributed.rank()].to(self.device))
         return state
+
+    def _read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The newest checkpoint, once it is in the network."""
+        path = checkpoint.newest(folder)
+        if path is None:
+            raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from")
+        tensors, state = checkpoint.read(path)
+        expected = {f"momentum/{name}": p.shape for name, p in self.module.named_parameters() if p.requires_grad}
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("momentum/")}
+        try:
+            if found != expected:
+                raise RuntimeError("its momentum is of other parameters")
+            if tensors[RANKS].shape != (state["processes"], statistics.count(self.module)):
+                raise RuntimeError("its batch statistics are of other layers")
+            self.module.load_state_dict(
+                {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+            )
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"--resume: {path} holds another network ({str(error).splitlines()[0]})") from None
+        return tensors, state
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self._engine.zero_optimization())
+
+    def _momentum(self) -> dict[str, Tensor]:
+        """Whole, by the name of its parameter, on all ranks."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if self._sharded:
+            return {name: safe_get_full_optimizer_state(p, MOMENTUM) for name, p in trained.items()}
+        return {name: self._optimizer.state[p][MOMENTUM] for name, p in trained.items()}
+
+    def _put(self, parameter: nn.Parameter, momentum: Tensor) -> None:
+        """A parameter's momentum into the optimizer, and its value as it is now, of which ZeRO has a copy."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self._sharded:
+            safe_set_full_fp32_param(parameter, parameter.detach())
+            safe_set_full_optimizer_state(parameter, momentum, MOMENTUM)
+        else:
+            self._optimizer.state[parameter][MOMENTUM].copy_(momentum)
 
 
 def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:

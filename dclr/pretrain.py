@@ -10,11 +10,14 @@ import torch
 from dclr import distributed
 from dclr.config import PretrainConfig
 from dclr.data.loader import Failures, PairBatch, PairSamples
+from dclr.drift import check_same
 from dclr.engine import Engine
 from dclr.method import DCLR, PAIRS, Output
 from dclr.models import save_backbone
 from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import FiniteLoss, learning_rate, start_run
+from dclr.run import FiniteLoss, MeanLoss, learning_rate, start_run
+from dclr.statistics import average
+from dclr.stop import StopRequest
 from dclr.views import view_grid
 from kernels import Views, generate_views
 
@@ -22,7 +25,10 @@ GRID_CLIPS = 4  # clips in the picture of the three views
 
 
 def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: Path | None = None) -> Path:
-    """Train, checkpointing on the way; returns the run's folder. Raises UserError: see start_run, Engine and Engine.resume."""
+    """Train, checkpointing on the way; returns the run's folder.
+
+    Raises UserError: see start_run, Engine, Engine.resume and Run.save; Stopped: a signal asked for it, and a checkpoint is written.
+    """
     run = start_run("pretrain", preset, config, device, resume)
     torch.manual_seed(config.run.seed)
     method = DCLR(config.model, config.method, seed=config.run.seed)
@@ -35,63 +41,76 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     samples = PairSamples(run.videos, config.data, config.run.seed)
     batches = run.batches(samples, schedule)
     log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
-    watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
+    watch, failures, finite, mean_loss = Stopwatch(device), Failures(), FiniteLoss(device), MeanLoss(device)
     if run.main:
         failures.reasons, failures.count = state["failures"]
     fill_steps = config.method.fill_steps
     engine.train()
     began = time.time() - state["seconds"]
 
-    for step in range(start, schedule.stop):
-        epoch = step // schedule.steps_per_epoch
-        lr = learning_rate(config.optim, epoch)
-        engine.set_learning_rate(lr)
-        output = None
-        for part in range(engine.accumulation):
-            with watch.part("data", host=True):
-                batch = next(batches)
-            failures.add(batch.failures)
-            with watch.part("views"):
-                query, key = make_views(batch, config.method.boundary, engine.view_dtype)
-            micro_step = step * engine.accumulation + part
-            if step < fill_steps:
-                with watch.part("fill"), engine.autocast():
-                    method.fill(key, micro_step)
-                continue
-            with watch.part("forward"):
-                output = engine(query, key, micro_step)
-            finite.see(output.loss, step + 1)
-            with watch.part("backward"):
-                engine.backward(output.loss)
-            with watch.part("optimizer"):
-                engine.step()
-        if output is not None:
-            with watch.part("key update"):
-                method.update_key()
-            run.tell_compile_time()
-        watch.step()
-        done = step + 1
-        epoch_ended = done % schedule.steps_per_epoch == 0
-        saves = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
+    with StopRequest() as request:
+        for step in range(start, schedule.stop):
+            epoch = step // schedule.steps_per_epoch
+            lr = learning_rate(config.optim, epoch)
+            engine.set_learning_rate(lr)
+            output = None
+            for part in range(engine.accumulation):
+                with watch.part("data", host=True):
+                    batch = next(batches)
+                failures.add(batch.failures)
+                with watch.part("views"):
+                    query, key = make_views(batch, config.method.boundary, engine.view_dtype)
+                micro_step = step * engine.accumulation + part
+                if step < fill_steps:
+                    with watch.part("fill"), engine.autocast():
+                        method.fill(key, micro_step)
+                    continue
+                with watch.part("forward"):
+                    output = engine(query, key, micro_step)
+                finite.see(output.loss, step + 1)
+                mean_loss.add(output.loss)
+                with watch.part("backward"):
+                    engine.backward(output.loss)
+                with watch.part("optimizer"):
+                    engine.step()
+            if output is not None:
+                with watch.part("key update"):
+                    method.update_key()
+                run.tell_compile_time()
+            watch.step()
+            done = step + 1
+            asked_to_stop, failed = run.exchange.add(request.asked, len(failures.reasons))
+            epoch_ended = done % schedule.steps_per_epoch == 0
+            regular = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
+            logs = done % config.run.log_every == 0 or regular or done == fill_steps + 1
 
-        if log and (step == start or epoch_ended):
-            log.picture("views", view_grid(query, GRID_CLIPS), done)
-        if done % config.run.log_every == 0 or saves or done == fill_steps + 1:
-            last = measure(output, config, engine, lr, done, watch)
+            if log and (step == start or epoch_ended):
+                log.picture("views", view_grid(query, GRID_CLIPS), done)
+            if logs:
+                last = measure(output, config, engine, lr, done, watch)
+                if log:
+                    log.write(done, last, shown(last))
+                if output is not None and "alignment_at_first_step" not in summary:
+                    names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
+                    summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
+            if logs or asked_to_stop:
+                finite.check()
+                check_same(method, done)
+            if regular or asked_to_stop:
+                if log:
+                    log.flush()
+                loss = mean_loss.take() if regular else None
+                run.save(engine, done, {"summary": summary, "last": last}, failures, time.time() - began, loss)
+            if asked_to_stop and done < schedule.stop:
+                raise run.stopped(done)
             if log:
-                log.write(done, last, shown(last))
-            if output is not None and "alignment_at_first_step" not in summary:
-                names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
-                summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
-            finite.check()
-        if log:
-            log.advance()
-        if saves:
-            run.save(engine, done, {"summary": summary, "last": last}, failures, time.time() - began)
+                log.advance()
 
     if log:
         log.close()
-        save_backbone(method.query.backbone, run.folder / "backbone.safetensors")
+    run.exchange.finish()
+    average(method.query.backbone)
+    run.write(lambda: save_backbone(method.query.backbone, run.folder / "backbone.safetensors"))
     run.write_report({**summary, "last": last}, failures, time.time() - began)
     run.say(f"done: {run.folder / 'backbone.safetensors'}")
     return run.folder

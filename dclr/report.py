@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dclr.errors import UserError
+from dclr.files import write_whole
 
 
 def say(message: str) -> None:
@@ -59,10 +60,8 @@ def make_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written aside, then renamed: a reader never sees half a file. NaN and infinities are refused (not JSON)."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """A reader never sees half a file. NaN and infinities are refused (not JSON)."""
+    write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -158,16 +157,18 @@ class Stopwatch:
 class RunLog:
     """The three places a run's numbers go: the bar, TensorBoard and metrics.jsonl. Made on rank 0 only.
 
-    On a resume at step n, points of step n and later, written after the checkpoint, are dropped from both files.
+    Points after `start_step`, written by a part of the run that came to no checkpoint, are dropped from both files. Raises UserError:
+    the folder cannot be written any more.
     """
 
     def __init__(self, folder: Path, title: str, total_steps: int, start_step: int = 0) -> None:
-        self._lines = folder / "metrics.jsonl"
-        kept = []
-        if start_step and self._lines.exists():
-            kept = [line for line in self._lines.read_text().splitlines() if _step(line) <= start_step]
-        self._lines.write_text("".join(line + "\n" for line in kept))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._folder, self._lines = folder, folder / "metrics.jsonl"
+        with self._writing():
+            kept = []
+            if self._lines.exists():
+                kept = [line for line in self._lines.read_text().splitlines() if _step(line) <= start_step]
+            write_whole(self._lines, "".join(line + "\n" for line in kept).encode())
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -183,20 +184,37 @@ class RunLog:
 
     def write(self, step: int, metrics: dict[str, float], shown: dict[str, str]) -> None:
         """All `metrics` to the files, `shown` on the bar."""
-        with self._lines.open("a") as file:
-            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with self._writing():
+            with self._lines.open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
         self._bar.set_postfix(shown, refresh=False)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """image: (H, W, 3) uint8."""
-        self._board.add_image(name, image, step, dataformats="HWC")
+        with self._writing():
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """To the disk, before a checkpoint: a resumed run does not do these steps again. TensorBoard keeps points for two minutes."""
+        with self._writing():
+            self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
+        with self._writing():
+            self._board.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self._folder} ({error.strerror}): make room or mend it, then go on with --resume"
+            ) from None
 
 
 def _step(line: str) -> float:

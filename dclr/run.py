@@ -1,7 +1,8 @@
 """How every training run starts: processes, folder, configuration, videos, each settled on all ranks before the next."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dclr.data.prefetch import batches_on
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone
+from dclr.stop import Stopped
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
 
@@ -37,6 +39,7 @@ class Run:
     compiles: bool
     videos: VideoSet
     resumed: bool
+    exchange: distributed.Exchange = field(default_factory=distributed.Exchange)
     told: bool = False  # how long compiling took
 
     @property
@@ -48,9 +51,9 @@ class Run:
             report.say(message)
 
     def write_config(self) -> None:
-        """config.json, on rank 0. A resumed run calls it once its checkpoint is loaded, so that a refused flag leaves no trace."""
-        if self.main:
-            configuration.write_config(self.folder / "config.json", self.command, self.preset, self.config)
+        """config.json. A resumed run calls it once its checkpoint is loaded, so that a refused flag leaves no trace."""
+        path = self.folder / "config.json"
+        self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
 
     def prepare(self, *backbones: Backbone) -> None:
         """As --pad-channels and --compile say. Before the engine wraps them: they are changed in place."""
@@ -88,11 +91,19 @@ class Run:
         if not self.resumed:
             return {"step": 0, "summary": {}, "last": {}, "failures": ({}, 0), "seconds": 0.0}
         state = own.resume(self.folder / "checkpoints")
+        wrong = {"videos", "fingerprint", "summary", "last", "failures", "seconds"} - state.keys()
+        if wrong:
+            raise UserError(f"--resume {self.folder}: its checkpoint is of no training run (it lacks {min(wrong)})")
         videos, stop = len(self.videos), self.schedule().stop
-        if state["videos"] != videos:
+        if (state["videos"], state["fingerprint"]) != (videos, self.videos.fingerprint()):
+            counts = (
+                f"{state['videos']} readable videos then, {videos} now"
+                if state["videos"] != videos
+                else "as many, but not the same"
+            )
             raise UserError(
-                f"--resume {self.folder}: it was trained on {state['videos']} readable videos and {self.videos.root} "
-                f"has {videos} now, which changes every epoch's order; start another run"
+                f"--resume {self.folder}: the videos of {self.videos.root} are not those it was trained on ({counts}): "
+                "bring them back, or start another run"
             )
         if state["step"] > stop:
             raise UserError(
@@ -102,15 +113,46 @@ class Run:
         self.say(f"  resumed at step {state['step']}")
         return state
 
-    def save(self, own: engine.Engine, step: int, state: dict[str, Any], failures: Failures, seconds: float) -> None:
-        """A checkpoint that `resume` reads."""
+    def save(
+        self,
+        own: engine.Engine,
+        step: int,
+        state: dict[str, Any],
+        failures: Failures,
+        seconds: float,
+        loss: float | None,
+    ) -> None:
+        """A checkpoint that `resume` reads. `loss`: what the best checkpoint, which is kept, is the lowest of.
+
+        Raises UserError on all ranks: it cannot be written.
+        """
         state = {
             **state,
             "failures": self.all_failures(failures),
             "seconds": seconds,
             "videos": len(self.videos),
+            "fingerprint": self.videos.fingerprint(),
+            "loss": loss,
         }
         own.save(self.folder / "checkpoints", step, state)
+
+    def write(self, work: Callable[[], None]) -> None:
+        """`work`, on rank 0, which writes into the run's folder. Raises UserError on all ranks: it cannot."""
+
+        def attempt() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to {self.folder} ({error.strerror}): make room or mend it, then --resume"
+                ) from None
+
+        distributed.on_rank_zero(attempt)
+
+    def stopped(self, step: int) -> Stopped:
+        """To be raised once the checkpoint of that step is written."""
+        self.exchange.finish()
+        return Stopped(f"asked to stop: checkpoint written at step {step}; --resume {self.folder} goes on")
 
     def all_failures(self, failures: Failures) -> tuple[dict[str, str], int]:
         """Reasons by path and the number of failed reads, over all ranks. Rank 0 of a resumed run goes on from them."""
@@ -120,31 +162,27 @@ class Run:
     def write_report(self, content: dict[str, Any], failures: Failures, seconds: float) -> None:
         """report.json, on rank 0. `seconds` of training, over all parts of a resumed run."""
         reasons, failed_reads = self.all_failures(failures)
-        if not self.main:
-            return
-        report.write_json(
-            self.folder / "report.json",
-            {
-                "command": self.command,
-                "preset": self.preset,
-                "data": {
-                    "folder": str(self.videos.root),
-                    "layout": self.videos.layout,
-                    "videos": len(self.videos),
-                    "unreadable": self.videos.unreadable,
-                    "failed_while_training": reasons,
-                    "failed_reads": failed_reads,
-                },
-                "processes": distributed.world_size(),
-                "precision": self.precision,
-                "compile_seconds": round(compile_seconds(), 1),
-                "steps": self.schedule().stop,
-                "seconds": round(seconds, 1),
-                "samples_per_second": round(self.schedule().stop * self.config.optim.batch_size / seconds, 2),
-                "environment": report.environment(self.device),
-                **content,
+        content = {
+            "command": self.command,
+            "preset": self.preset,
+            "data": {
+                "folder": str(self.videos.root),
+                "layout": self.videos.layout,
+                "videos": len(self.videos),
+                "unreadable": self.videos.unreadable,
+                "failed_while_training": reasons,
+                "failed_reads": failed_reads,
             },
-        )
+            "processes": distributed.world_size(),
+            "precision": self.precision,
+            "compile_seconds": round(compile_seconds(), 1),
+            "steps": self.schedule().stop,
+            "seconds": round(seconds, 1),
+            "samples_per_second": round(self.schedule().stop * self.config.optim.batch_size / seconds, 2),
+            "environment": report.environment(self.device),
+            **content,
+        }
+        self.write(lambda: report.write_json(self.folder / "report.json", content))
 
 
 def start_run(command: str, preset: str, config: Config, device: torch.device, resume: Path | None) -> Run:
@@ -216,6 +254,23 @@ def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
 def learning_rate(optim: OptimConfig, epoch: int) -> float:
     """A tenth for each milestone that has passed."""
     return optim.lr * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
+
+
+class MeanLoss:
+    """Of the steps since it was last asked for, over all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum, self._count = torch.zeros((), device=device), 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        self._sum = self._sum + loss.detach()
+        self._count += 1
+
+    def take(self) -> float | None:
+        """None: there was no loss, or one was not finite."""
+        mean = distributed.mean_over_ranks(self._sum / max(self._count, 1)).item()
+        count, self._count, self._sum = self._count, 0, torch.zeros_like(self._sum)
+        return mean if count and math.isfinite(mean) else None
 
 
 class FiniteLoss:

@@ -9,10 +9,13 @@ from torch.nn import functional as F
 from dclr import distributed
 from dclr.config import SupervisedConfig
 from dclr.data.loader import ClipSamples, Failures
+from dclr.drift import check_same
 from dclr.engine import Engine
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
 from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import FiniteLoss, learning_rate, start_run
+from dclr.run import FiniteLoss, MeanLoss, learning_rate, start_run
+from dclr.statistics import average
+from dclr.stop import StopRequest
 from kernels import augment
 
 
@@ -21,7 +24,8 @@ def supervise(
 ) -> Path:
     """`finetune` the whole network or train a `linear` classifier on the frozen backbone; returns the run's folder.
 
-    Raises UserError: see start_run, load_backbone, Engine and Engine.resume; a data set without labels.
+    Raises UserError: see start_run, load_backbone, Engine, Engine.resume and Run.save; a data set without labels. Stopped: a signal asked
+    for it, and a checkpoint is written.
     """
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(config.model.backbone, config.model.width)
@@ -46,63 +50,76 @@ def supervise(
     samples = ClipSamples(run.videos, config.data, config.run.seed)
     batches = run.batches(samples, schedule)
     log = RunLog(run.folder, command, schedule.stop, start) if run.main else None
-    watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
+    watch, failures, finite, mean_loss = Stopwatch(device), Failures(), FiniteLoss(device), MeanLoss(device)
     size = (config.data.crop_size, config.data.crop_size)
     if run.main:
         failures.reasons, failures.count = state["failures"]
     engine.train()
     began = time.time() - state["seconds"]
 
-    for step in range(start, schedule.stop):
-        epoch = step // schedule.steps_per_epoch
-        lr = learning_rate(config.optim, epoch)
-        engine.set_learning_rate(lr)
-        # Dropout's random state is a function of the step, so a resumed run drops what the uninterrupted one did.
-        torch.manual_seed((config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
-        for _ in range(engine.accumulation):
-            with watch.part("data", host=True):
-                batch = next(batches)
-            failures.add(batch.failures)
-            with watch.part("augment"):
-                clip = augment(batch.frames, batch.augmentation, size, engine.view_dtype)
-            with watch.part("forward"):
-                logits = engine(clip)
-                loss = F.cross_entropy(logits, batch.labels)
-            finite.see(loss, step + 1)
-            with watch.part("backward"):
-                engine.backward(loss)
-            with watch.part("optimizer"):
-                engine.step()
-        run.tell_compile_time()
-        watch.step()
-        done = step + 1
-        epoch_ended = done % schedule.steps_per_epoch == 0
-        saves = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
+    with StopRequest() as request:
+        for step in range(start, schedule.stop):
+            epoch = step // schedule.steps_per_epoch
+            lr = learning_rate(config.optim, epoch)
+            engine.set_learning_rate(lr)
+            # Dropout's random state is a function of the step, so a resumed run drops what the uninterrupted one did.
+            torch.manual_seed((config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
+            for _ in range(engine.accumulation):
+                with watch.part("data", host=True):
+                    batch = next(batches)
+                failures.add(batch.failures)
+                with watch.part("augment"):
+                    clip = augment(batch.frames, batch.augmentation, size, engine.view_dtype)
+                with watch.part("forward"):
+                    logits = engine(clip)
+                    loss = F.cross_entropy(logits, batch.labels)
+                finite.see(loss, step + 1)
+                mean_loss.add(loss)
+                with watch.part("backward"):
+                    engine.backward(loss)
+                with watch.part("optimizer"):
+                    engine.step()
+            run.tell_compile_time()
+            watch.step()
+            done = step + 1
+            asked_to_stop, failed = run.exchange.add(request.asked, len(failures.reasons))
+            epoch_ended = done % schedule.steps_per_epoch == 0
+            regular = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
+            logs = done % config.run.log_every == 0 or regular
 
-        if done % config.run.log_every == 0 or saves:
-            correct = count_correct(logits, batch.labels, 1) / len(logits)
-            values = torch.tensor([loss.item(), correct], device=device)
-            last = dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True))
-            milliseconds = watch.read()
-            last |= {
-                "lr": lr,
-                "samples_per_second": config.optim.batch_size / milliseconds["total"] * 1e3,
-                "data_wait_share": milliseconds["data"] / milliseconds["total"],
-                "memory/peak_gib": peak_memory_gib(device),
-                **{f"milliseconds/{name}": value for name, value in milliseconds.items()},
-            }
+            if logs:
+                correct = count_correct(logits, batch.labels, 1) / len(logits)
+                values = torch.tensor([loss.item(), correct], device=device)
+                last = dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True))
+                milliseconds = watch.read()
+                last |= {
+                    "lr": lr,
+                    "samples_per_second": config.optim.batch_size / milliseconds["total"] * 1e3,
+                    "data_wait_share": milliseconds["data"] / milliseconds["total"],
+                    "memory/peak_gib": peak_memory_gib(device),
+                    **{f"milliseconds/{name}": value for name, value in milliseconds.items()},
+                }
+                if log:
+                    log.write(done, last, shown(last))
+            if logs or asked_to_stop:
+                finite.check()
+                check_same(classifier, done)
+            if regular or asked_to_stop:
+                if log:
+                    log.flush()
+                mean = mean_loss.take() if regular else None
+                run.save(engine, done, {"summary": {}, "last": last}, failures, time.time() - began, mean)
+            if asked_to_stop and done < schedule.stop:
+                raise run.stopped(done)
             if log:
-                log.write(done, last, shown(last))
-            finite.check()
-        if log:
-            log.advance()
-        if saves:
-            run.save(engine, done, {"last": last}, failures, time.time() - began)
+                log.advance()
 
     if log:
         log.close()
-        save_backbone(classifier.backbone, run.folder / "backbone.safetensors")
-        save_classifier(classifier, classes, run.folder / "classifier.safetensors")
+    run.exchange.finish()
+    average(classifier)
+    run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors"))
+    run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
     run.write_report({"start": loaded, "last": last}, failures, time.time() - began)
     run.say(
         f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dclr import supervised as loop
+from dclr.checkpoint import newest, read
 from dclr.config import make_config
 from dclr.data.decode import write_video
 from dclr.errors import UserError
@@ -48,7 +49,7 @@ def test_finetuning_trains_everything_and_leaves_every_file_of_the_contract(run_
     run = run_tiny("finetune")
     left = {path.relative_to(run).as_posix() for path in run.rglob("*")}
     files = {"config.json", "report.json", "metrics.jsonl", "backbone.safetensors", "classifier.safetensors"}
-    assert files | {"checkpoints/latest"} <= left
+    assert files | {"checkpoints/step-0000008.safetensors"} <= left
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     report = json.loads((run / "report.json").read_text())
     assert (report["command"], report["start"], report["steps"]) == ("finetune", "from scratch", 8)
@@ -68,8 +69,8 @@ def test_the_classifier_comes_back_with_its_classes_and_the_backbone_beside_it(r
     classifier, classes = load_classifier(run)
     assert classes == CLASSES
     assert load_classifier(run / "classifier.safetensors")[1] == CLASSES
-    (latest,) = (run / "checkpoints").glob("step-*")
-    saved = torch.load(latest / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    tensors, _ = read(newest(run / "checkpoints"))
+    saved = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     assert torch.equal(classifier.fc.weight, saved["fc.weight"])
     assert torch.equal(classifier.fc.bias, saved["fc.bias"])
     backbone = load_file(run / "backbone.safetensors")
@@ -178,4 +179,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_its_step(run_tiny, monkeypat
     monkeypatch.setattr(loop, "augment", spoiled)
     with pytest.raises(UserError, match=r"^the loss is not finite at step 6: lower --lr"):
         run_tiny("finetune", log_every=100)
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-0000004"
+    assert newest(tmp_path / "run" / "checkpoints").stem == "step-0000004"

@@ -129,6 +129,10 @@ class Selection:
         """`Store.read_planes` of video `index` of these."""
         return self.store.read_planes(int(self.rows[index]), wanted, into)
 
+    def identity(self) -> list[np.ndarray]:
+        """The videos' checksums."""
+        return [self.store.crc32[self.rows]]
+
 
 def is_store(folder: Path) -> bool:
     """Whether a folder was written, or begun, by `train.py pack`."""

@@ -5,6 +5,7 @@ page by page, until it has all of it (pytorch/pytorch#13246). Arrays have one co
 videos would cost each worker a hundred megabytes as objects; so it costs nothing.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -27,20 +28,24 @@ class Source(Protocol):
         """The wanted frames of video `index`, as `decode.read_planes`. Raises UnreadableVideo."""
         ...
 
+    def identity(self) -> list[np.ndarray]:
+        """Arrays that change when the content of a video does."""
+        ...
+
 
 class Ragged:
     """Arrays of different lengths, end to end in one."""
 
     def __init__(self, arrays: Iterable[np.ndarray], dtype: Any) -> None:
         arrays = list(arrays)
-        self._values = np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
+        self.values = np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
         self._starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._values[self._starts[index] : self._starts[index + 1]]
+        return self.values[self._starts[index] : self._starts[index + 1]]
 
 
 def pack_texts(texts: Iterable[str]) -> Ragged:
@@ -87,6 +92,14 @@ class VideoSet:
         """The wanted frames of a video, as `decode.read_planes`. Raises UnreadableVideo."""
         return self.source.read_planes(index, wanted, into)
 
+    def fingerprint(self) -> str:
+        """Of which videos these are, in which order, and what is in them as far as it is known without reading them again."""
+        own = (self.paths.values, self.labels, self.frames, self.heights, self.widths, *self.source.identity())
+        digest = hashlib.sha256()
+        for array in own:
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
 
 class VideoFiles:
     """A Source: video files, each decoded by the record of its verification."""
@@ -104,6 +117,10 @@ class VideoFiles:
 
     def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
         return read_planes(self._root / text_of(self._paths, index), self.record(index), wanted, into)
+
+    def identity(self) -> list[np.ndarray]:
+        """Timestamps, keyframes and the rest of what verifying found."""
+        return [column.values if isinstance(column, Ragged) else column for column in self._columns.values()]
 
 
 def _column(values: list[Any]) -> Ragged | np.ndarray:
