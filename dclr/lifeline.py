@@ -67,7 +67,7 @@ class Lifeline:
         else:
             if _lost_connection(error):
                 # Somebody else is gone: the thread finds out who, says so and ends this process.
-                self._thread.join(self._limit + 3 * self._beat)
+                self._thread.join(self._limit + 3 * self._beat + _COURTESY)
             self._last_words(error)
         self._leaving.set()
         self._thread.join()

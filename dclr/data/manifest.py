@@ -52,6 +52,8 @@ class Manifest:
     """By path relative to root."""
     unreadable: dict[str, str]
     """Path relative to root -> the reason in one line."""
+    sizes: dict[str, int]
+    """Bytes of the files in `records`."""
 
 
 def load_manifest(
@@ -65,6 +67,7 @@ def load_manifest(
     cache = _cache_file(root, cache_dir)
     known = _load(cache)
     findings: dict[str, Finding] = {}
+    sizes: dict[str, int] = {}
     todo: dict[str, Stamp] = {}
     for path in paths:
         try:
@@ -75,6 +78,7 @@ def load_manifest(
         if not os.access(root / path, os.R_OK):
             findings[path] = "no permission to read it"
             continue
+        sizes[path] = status.st_size
         stamp = (status.st_size, status.st_mtime_ns)
         if path in known and known[path][0] == stamp:
             findings[path] = known[path][1]
@@ -100,6 +104,7 @@ def load_manifest(
         root=root,
         records={path: finding for path, finding in in_order.items() if isinstance(finding, VideoRecord)},
         unreadable={path: finding for path, finding in in_order.items() if isinstance(finding, str)},
+        sizes={path: sizes[path] for path, finding in in_order.items() if isinstance(finding, VideoRecord)},
     )
 
 

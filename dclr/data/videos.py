@@ -104,8 +104,9 @@ class VideoSet:
 class VideoFiles:
     """A Source: video files, each decoded by the record of its verification."""
 
-    def __init__(self, root: Path, paths: Ragged, records: Sequence[VideoRecord]) -> None:
-        self._root, self._paths = root, paths
+    def __init__(self, root: Path, paths: Ragged, records: Sequence[VideoRecord], sizes: Sequence[int] = ()) -> None:
+        """`sizes`: of the files in bytes."""
+        self._root, self._paths, self._sizes = root, paths, np.array(sizes, np.int64)
         self._columns = {
             field.name: _column([getattr(r, field.name) for r in records]) for field in fields(VideoRecord)
         }
@@ -119,8 +120,10 @@ class VideoFiles:
         return read_planes(self._root / text_of(self._paths, index), self.record(index), wanted, into)
 
     def identity(self) -> list[np.ndarray]:
-        """Timestamps, keyframes and the rest of what verifying found."""
-        return [column.values if isinstance(column, Ragged) else column for column in self._columns.values()]
+        """The files' sizes, timestamps, keyframes and the rest of what verifying found."""
+        return [self._sizes] + [
+            column.values if isinstance(column, Ragged) else column for column in self._columns.values()
+        ]
 
 
 def _column(values: list[Any]) -> Ragged | np.ndarray:
@@ -155,7 +158,7 @@ def open_videos(catalog: Catalog, split: str, workers: int, progress: bool = Tru
         frames=np.array([record.frames for record in records], np.int64),
         heights=np.array([record.height for record in records], np.int64),
         widths=np.array([record.width for record in records], np.int64),
-        source=VideoFiles(catalog.root, paths, records),
+        source=VideoFiles(catalog.root, paths, records, [manifest.sizes[v.path] for v in videos]),
     )
 
 

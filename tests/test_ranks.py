@@ -1,0 +1,345 @@
+"""Two ranks: they start alike and are told when they part, one that dies ends the run, and a checkpoint fits another number of ranks."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import REPOSITORY, as_flags
+from test_engine import METHOD, MODEL, OPTIM, float32_config, make_method, make_views
+from test_resume import assert_same_end, numbers, steps
+
+from dclr import checkpoint, distributed, statistics
+from dclr.drift import check_same, checksums
+from dclr.engine import Engine, start_processes, stop_processes
+from dclr.errors import UserError
+from dclr.lifeline import Lifeline
+from dclr.method import DCLR
+from kernels import Views
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: object) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    work(rank, *arguments)
+
+
+def on_two_ranks(work: Callable[..., None], *arguments: object) -> list[int | None]:
+    """Exit codes of two processes that run work(rank, ...)."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    processes = [context.Process(target=as_rank, args=(rank, port, work, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+# ---------------------------------------------------------------- they start alike, and part
+
+
+def train_with_own_statistics(rank: int, folder: Path) -> None:
+    device = start_processes()
+    torch.manual_seed(rank)  # other weights, queue and buffers on each rank
+    method = DCLR(MODEL, METHOD)
+    with torch.no_grad():
+        for buffer in statistics.running_statistics(method).values():
+            buffer.add_(rank)
+    own = Engine(method, float32_config(1), OPTIM, device)
+    start = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    own.train()
+    for step in range(3):
+        query, key = (
+            Views(*(view[2 * rank : 2 * rank + 2] for view in make_views(seed))) for seed in (step, 10 + step)
+        )
+        own.backward(own(query, key, step).loss)
+        own.step()
+        method.update_key()
+    check_same(method, 3)
+    own.save(folder, 3, {})
+    torch.save((start, {k: v.clone() for k, v in method.state_dict().items()}), folder / f"rank{rank}.pt")
+
+    with torch.no_grad():  # one bit of one weight of one rank
+        if rank == 1:
+            method.key.backbone.get_parameter("layer2.0.conv1.0.0.weight").view(torch.int32).flatten()[7] ^= 1
+    try:
+        check_same(method, 4)
+    except UserError as error:
+        (folder / f"drift{rank}").write_text(str(error))
+    stop_processes()
+
+
+def test_ranks_start_alike_save_the_statistics_of_all_and_notice_one_flipped_bit(tmp_path):
+    assert on_two_ranks(train_with_own_statistics, tmp_path) == [0, 0]
+    (start, end), (other_start, other_end) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert [name for name in start if not torch.equal(start[name], other_start[name])] == []
+    differ = {name for name in end if not torch.equal(end[name], other_end[name])}
+    names = set(statistics.running_statistics(make_method()))
+    assert differ == names  # what the ranks' own clips make differ, and nothing else
+
+    tensors, state = checkpoint.read(tmp_path / "step-0000003.safetensors")
+    assert state["processes"] == 2
+    for name in end:
+        expected = (end[name] + other_end[name]) / 2 if name in names else end[name]
+        torch.testing.assert_close(tensors[f"model/{name}"], expected, rtol=1e-6, atol=1e-7)
+
+    messages = {(tmp_path / f"drift{rank}").read_text() for rank in range(2)}
+    (message,) = messages  # both ranks stop
+    assert message.startswith(
+        "rank 1 has drifted from rank 0 at step 4: key.backbone.layer2.0.conv1.0.0.weight differs; "
+    )
+
+
+def test_a_checksum_changes_with_every_bit_of_every_kind_of_tensor():
+    module = torch.nn.BatchNorm1d(3)
+    before = checksums(module)
+    assert before.keys() == {"weight", "bias", "num_batches_tracked"}
+    for bit in range(32):
+        with torch.no_grad():
+            module.weight.view(torch.int32)[1] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
+        assert checksums(module)["weight"] != before["weight"]
+        with torch.no_grad():
+            module.weight.view(torch.int32)[1] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
+    assert checksums(module) == before
+    module.num_batches_tracked += 1
+    assert checksums(module)["num_batches_tracked"] != before["num_batches_tracked"]
+
+
+# ---------------------------------------------------------------- another number of ranks
+
+
+def advance(own: Engine, method: DCLR, which: range) -> list[float]:
+    """Mean losses over ranks of these steps on the same global batches; BatchNorm frozen, since its batch is a rank's."""
+    own.train(False)
+    rank, size, losses = distributed.rank(), OPTIM.batch_size // distributed.world_size(), []
+    for step in which:
+        query, key = (
+            Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed))) for seed in (step, 10 + step)
+        )
+        output = own(query, key, step)
+        own.backward(output.loss)
+        own.step()
+        method.update_key()
+        losses.append(distributed.mean_over_ranks(output.loss.detach()).item())
+    return losses
+
+
+def two_ranks_write(rank: int, folder: Path, stage: int) -> None:
+    method = make_method_on(device := start_processes())
+    own = Engine(method, float32_config(stage), OPTIM, device)
+    advance(own, method, range(2))
+    own.save(folder, 2, {})
+    stop_processes()
+
+
+def two_ranks_go_on(rank: int, folder: Path, stage: int) -> None:
+    torch.manual_seed(9)
+    device = start_processes()
+    method = DCLR(MODEL, METHOD)
+    own = Engine(method, float32_config(stage), OPTIM, device)
+    assert own.resume(folder)["processes"] == 1
+    own.save(folder / "again", 2, {})
+    losses = advance(own, method, range(2, 5))
+    if rank == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))
+    stop_processes()
+
+
+def make_method_on(device: torch.device) -> DCLR:
+    return make_method().to(device)
+
+
+def assert_same_momentum(first: Path, second: Path) -> None:
+    ours, theirs = (
+        {k: v for k, v in checkpoint.read(p)[0].items() if k.startswith("momentum/")} for p in (first, second)
+    )
+    assert ours.keys() == theirs.keys()
+    assert any(tensor.abs().sum() > 0 for tensor in ours.values())
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 2)], ids=["ddp to zero1", "zero1 to zero2"])
+def test_a_checkpoint_of_one_rank_goes_on_with_two_momentum_included(tmp_path, one_process, before, after):
+    method = make_method()
+    own = Engine(method, float32_config(before), OPTIM, one_process)
+    advance(own, method, range(2))
+    own.save(tmp_path, 2, {})
+    (tmp_path / "again").mkdir()
+    expected = advance(own, method, range(2, 5))
+    assert on_two_ranks(two_ranks_go_on, tmp_path, after) == [0, 0]
+    assert_same_momentum(tmp_path / "again" / "step-0000002.safetensors", tmp_path / "step-0000002.safetensors")
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 0)], ids=["zero2 to zero1", "zero1 to ddp"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_momentum_included(tmp_path, one_process, before, after):
+    whole = make_method()
+    expected = advance(Engine(whole, float32_config(0), OPTIM, one_process), whole, range(5))
+    assert on_two_ranks(two_ranks_write, tmp_path, before) == [0, 0]
+    torch.manual_seed(9)
+    method = DCLR(MODEL, METHOD)
+    own = Engine(method, float32_config(after), OPTIM, one_process)
+    assert own.resume(tmp_path)["processes"] == 2
+    (tmp_path / "again").mkdir()
+    own.save(tmp_path / "again", 2, {})
+    assert_same_momentum(tmp_path / "again" / "step-0000002.safetensors", tmp_path / "step-0000002.safetensors")
+    assert advance(own, method, range(2, 5)) == pytest.approx(expected[2:], rel=1e-5)
+
+
+# ---------------------------------------------------------------- one that dies
+
+
+def live(rank: int, folder: Path, fate: str) -> None:
+    """Two ranks that add up numbers until rank 1 (or 0) meets its fate."""
+    sys.stderr = (folder / f"err{rank}").open("w", buffering=1)
+    dist.init_process_group("gloo")
+    doomed = 0 if fate == "killed, the first" else 1
+    with Lifeline(beat=0.2, limit=3.0):
+        for number in range(1_000_000):
+            if rank == doomed and number == 20:
+                if fate == "an error":
+                    raise ValueError("a bug\nof two lines")
+                if fate == "refused":
+                    raise UserError("no such video")
+                if fate == "fine":
+                    time.sleep(4)  # longer than the limit: its thread lives
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            if fate == "fine" and number == 30:
+                break
+            distributed.mean_over_ranks(torch.ones(1))
+            time.sleep(0.01)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("fate", "statuses", "said"),
+    [
+        ("killed", {0: 1, 1: -9}, {0: "rank 1 is gone: process "}),
+        ("killed, the first", {0: -9, 1: 1}, {1: "rank 0 is gone: "}),
+        (
+            "an error",
+            {0: 1, 1: 1},
+            {0: "rank 1 has failed (ValueError: a bug of two lines); its own output says where"},
+        ),
+        ("refused", {0: 2}, {0: "no such video"}),
+        ("fine", {0: 0, 1: 0}, {}),
+    ],
+)
+def test_a_rank_that_dies_takes_the_run_down_and_is_named(tmp_path, fate, statuses, said):
+    began = time.monotonic()
+    found = dict(enumerate(on_two_ranks(live, tmp_path, fate)))
+    assert time.monotonic() - began < 60
+    assert {rank: found[rank] for rank in statuses} == statuses
+    for rank, words in said.items():
+        lines = [
+            line for line in (tmp_path / f"err{rank}").read_text().splitlines() if line.startswith("train.py: error: ")
+        ]
+        assert len(lines) == 1
+        assert lines[0].startswith("train.py: error: " + words)
+    if not said:
+        assert "train.py" not in (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def two_process_run(flags: dict, environment: dict[str, str]) -> list[subprocess.Popen]:
+    """train.py on two ranks, without a launcher; each leads a process group."""
+    port, processes = str(free_port()), []
+    for rank in range(2):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train.py", "pretrain", *as_flags(flags)]
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )  # fmt: skip
+        processes.append(process)
+    return processes
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in numbers(run)):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{run} did not come to step {step}")
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on_bit_for_bit(
+    clean_environment, tiny_pretrain, tmp_path
+):
+    """In the middle of an epoch; then Ctrl-C, which every process of a terminal gets, workers too."""
+    flags = {**tiny_pretrain, "epochs": 10, "workers": 1, "resume": "auto"}
+    whole = two_process_run({**flags, "out": tmp_path / "whole"}, clean_environment)
+    assert [process.wait(200) for process in whole] == [0, 0]
+    flags["out"] = tmp_path / "run"
+    for step, stop in (
+        (6, lambda p: p[1].send_signal(signal.SIGUSR1)),
+        (20, lambda p: [os.killpg(x.pid, signal.SIGINT) for x in p]),
+    ):
+        processes = two_process_run(flags, clean_environment)
+        wait_for_step(tmp_path / "run", step)
+        stop(processes)
+        began = time.monotonic()
+        output, _ = processes[0].communicate(timeout=60)
+        assert [process.wait(60) for process in processes] == [75, 75], output
+        assert time.monotonic() - began < 30
+        assert f"asked to stop: checkpoint written at step {steps(tmp_path / 'run')[-1]}" in output
+        assert "Traceback" not in output
+    processes = two_process_run(flags, clean_environment)
+    assert [process.wait(200) for process in processes] == [0, 0]
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_ctrl_c_and_sigterm_under_a_launcher_leave_a_checkpoint_within_30_seconds(
+    clean_environment, tiny_pretrain, tmp_path, launcher
+):
+    flags = as_flags({**tiny_pretrain, "epochs": 200, "out": tmp_path / "run", "checkpoint_every": 100})
+    folder = Path(sys.executable).parent
+    if launcher == "deepspeed":
+        start = [str(folder / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "train.py"]
+    else:
+        start = [
+            str(folder / "torchrun"),
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(free_port()),
+            "train.py",
+            "pretrain",
+        ]
+    process = subprocess.Popen(
+        [*start, *flags], cwd=REPOSITORY, env={**clean_environment, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        wait_for_step(tmp_path / "run", 5)
+        os.killpg(process.pid, signal.SIGINT if launcher == "deepspeed" else signal.SIGTERM)
+        began = time.monotonic()
+        output, _ = process.communicate(timeout=60)  # until the last process of the run has closed it
+        assert time.monotonic() - began < 30
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert len(steps(tmp_path / "run")) == 1, output
+    assert "asked to stop: checkpoint written at step" in output

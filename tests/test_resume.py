@@ -1,0 +1,313 @@
+"""A run that was stopped at any step, by any signal, goes on as if nothing had happened; or it says why it cannot."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import as_flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from dclr import files, stop
+from dclr import pretrain as pretraining
+from dclr import supervised as supervising
+from dclr.checkpoint import newest, read
+from dclr.errors import UserError
+from dclr.stop import Stopped
+
+TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
+
+
+def numbers(run: Path) -> list[dict]:
+    """metrics.jsonl without what is measured by the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def board(run: Path) -> list[tuple[int, float]]:
+    return [(e.step, e.value) for e in EventAccumulator(str(run / "tensorboard")).Reload().Scalars("loss")]
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Network, queue and pointer, batch statistics, momentum, numbers, TensorBoard: bit for bit."""
+    (ours, state), (theirs, other_state) = (read(newest(r / "checkpoints")) for r in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert state["step"] == other_state["step"]
+    assert numbers(run) == numbers(other)
+    assert board(run) == board(other)
+
+
+def signal_at(monkeypatch, loop, step: int, number: signal.Signals) -> None:
+    """The process gets the signal while it computes that step (from 1)."""
+    real, calls = loop.Stopwatch.step, []
+
+    def counted(self):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        real(self)
+
+    monkeypatch.setattr(loop.Stopwatch, "step", counted)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the run may catch it."""
+
+
+@pytest.fixture(scope="module")
+def accumulating(float32, tmp_path_factory) -> Path:
+    """A configuration of two micro-batches a step."""
+    path = tmp_path_factory.mktemp("ds") / "two.json"
+    path.write_text(json.dumps({**json.loads(float32.read_text()), "gradient_accumulation_steps": 2}))
+    return path
+
+
+@pytest.fixture
+def flags(tiny_pretrain, accumulating) -> dict:
+    return {**tiny_pretrain, "ds_config": str(accumulating)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo_videos, accumulating, one_process, tmp_path_factory) -> Path:
+    """8 steps of two micro-batches, the first of which fills the queue; mined from step 5."""
+    from dclr.config import make_config
+
+    settings = {
+        "data": str(demo_videos), "ds_config": str(accumulating), "width": 4, "clip_length": 8, "crop_size": 32,
+        "batch_size": 4, "epochs": 2, "workers": 0, "log_every": 1, "queue_length": 18, "embedding_dim": 32,
+        "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9, "out": str(tmp_path_factory.mktemp("whole") / "run"),
+    }  # fmt: skip
+    return pretraining.pretrain(make_config("pretrain", settings), "demo", one_process)
+
+
+# ---------------------------------------------------------------- exactly
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 7])
+def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(
+    train_main, flags, uninterrupted, monkeypatch, tmp_path, step
+):
+    """While the queue fills, in the middle of an epoch, before mining and after."""
+    with monkeypatch.context() as patch:
+        signal_at(patch, pretraining, step, signal.SIGUSR1)
+        with pytest.raises(
+            Stopped, match=f"^asked to stop: checkpoint written at step {step}; --resume .*run goes on$"
+        ):
+            train_main(**flags, out=tmp_path / "run", resume="auto")
+    assert steps(tmp_path / "run")[-1] == step
+    train_main(**flags, out=tmp_path / "run", resume="auto")
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("kill_at", [11, 14])
+def test_a_run_killed_between_two_micro_batches_of_a_step_goes_on_bit_for_bit(
+    train_main, flags, uninterrupted, monkeypatch, tmp_path, kill_at
+):
+    """Its gradient is half summed then: it is summed anew, from the last checkpoint."""
+    real, calls = pretraining.make_views, []
+
+    def views(*arguments):
+        calls.append(1)
+        if len(calls) == kill_at + 1:
+            raise Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "make_views", views)
+        with pytest.raises(Killed):
+            train_main(**flags, out=tmp_path / "run")
+    assert steps(tmp_path / "run") == [4]
+    train_main(resume=tmp_path / "run")
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_begun_again_by_the_same_command(
+    train_main, flags, uninterrupted, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "measure", lambda *arguments: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train_main(**flags, out=tmp_path / "run", resume="auto")
+    assert (tmp_path / "run" / "config.json").exists()
+    train_main(**flags, out=tmp_path / "run", resume="auto")
+    assert_same_end(tmp_path / "run", uninterrupted)
+    train_main(**flags, out=tmp_path / "run", resume="auto")  # done: there is nothing left to do
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
+def test_finetuning_with_dropout_goes_on_bit_for_bit(train_main, tiny, monkeypatch, tmp_path):
+    flags = {**tiny, "dropout": 0.5, "lr": 0.05}
+    train_main("finetune", **flags, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        signal_at(patch, supervising, 3, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train_main("finetune", **flags, out=tmp_path / "run", resume="auto")
+    assert steps(tmp_path / "run") == [3]
+    train_main("finetune", **flags, out=tmp_path / "run", resume="auto")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_resume_auto_wants_a_folder_and_does_not_take_a_finished_runs(train_main, flags, tmp_path):
+    with pytest.raises(UserError, match=r"needs the run's folder: --resume auto --out RUN$"):
+        train_main(resume="auto")
+    train_main(**flags, out=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match=r"holds a finished run without checkpoints: give another --out$"):
+        train_main(**flags, out=tmp_path / "run", resume="auto")
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", stop.SIGNALS)
+def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags, monkeypatch, tmp_path, capsys, number):
+    """Ctrl-C comes twice, as under a launcher: the second changes nothing."""
+    before = [signal.getsignal(n) for n in stop.SIGNALS]
+    signal_at(monkeypatch, pretraining, 2, number)
+    monkeypatch.setattr(pretraining, "average", lambda module: pytest.fail("went on"))
+    real = os.replace
+
+    def replace(source, target):
+        if source.name == "unfinished":
+            os.kill(os.getpid(), number)
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    assert train.run(as_flags({**flags, "out": tmp_path / "run"})) == 75
+    assert (
+        f"train.py: asked to stop: checkpoint written at step 2; --resume {tmp_path / 'run'} goes on"
+        in capsys.readouterr().out
+    )
+    assert steps(tmp_path / "run") == [2]
+    assert [signal.getsignal(n) for n in stop.SIGNALS] == before
+
+
+def test_a_signal_in_the_last_step_changes_nothing(train_main, flags, uninterrupted, monkeypatch, tmp_path):
+    signal_at(monkeypatch, pretraining, 8, signal.SIGTERM)
+    train_main(**flags, out=tmp_path / "run")
+    assert_same_end(tmp_path / "run", uninterrupted)
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+# ---------------------------------------------------------------- disks and data that fail
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(train_main, flags, uninterrupted, monkeypatch, tmp_path):
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        if "unfinished" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(UserError) as caught:
+            train_main(**flags, out=tmp_path / "run")
+    assert str(caught.value) == (
+        f"the checkpoint of step 8 cannot be written to {tmp_path / 'run' / 'checkpoints'} (No space left on device): the last "
+        "checkpoint, step-0000004.safetensors, is intact; make room or mend it, then go on with --resume"
+    )
+    train_main(resume=tmp_path / "run")
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A file system of 4 MB, which needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(path: Path) -> None:
+    """To the last byte of its file system."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only", "vanished"])
+def test_a_run_whose_folder_fails_says_so_in_one_line_and_can_go_on(
+    train_main, flags, uninterrupted, monkeypatch, small_disk, fault
+):
+    """On a true file system: all that writes there may fail first, not the checkpoint alone."""
+    run = small_disk / "run"
+    real, calls = pretraining.make_views, []
+
+    def views(*arguments):
+        calls.append(1)
+        if len(calls) == 11:  # step 6
+            if fault == "full":
+                fill(small_disk / "other")
+            elif fault == "read-only":
+                subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+            else:
+                shutil.move(run, small_disk / "away")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "make_views", views)
+        with pytest.raises(UserError) as caught:
+            train_main(**flags, out=run)
+    message = str(caught.value)
+    assert message.startswith(f"cannot write to {run} (")
+    assert "\n" not in message
+    if fault == "full":
+        (small_disk / "other").unlink()
+    elif fault == "read-only":
+        subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    else:
+        assert not run.exists()
+        shutil.move(small_disk / "away", run)
+    assert steps(run) == [4]
+    train_main(resume=run)
+    assert_same_end(run, uninterrupted)
+
+
+@pytest.mark.parametrize("change", ["removed", "swapped", "replaced"])
+def test_a_data_set_that_changed_under_a_run_is_refused(train_main, flags, demo_videos, monkeypatch, tmp_path, change):
+    data = tmp_path / "data"
+    shutil.copytree(demo_videos, data)
+    flags["data"] = str(data)
+    with monkeypatch.context() as patch:
+        signal_at(patch, pretraining, 3, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train_main(**flags, out=tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    first, second = (data / line.split()[0] for line in (data / "splits" / "train.txt").read_text().splitlines()[:2])
+    if change == "removed":
+        first.write_bytes(b"")
+        told = r"\(16 readable videos then, 15 now\)"
+    elif change == "swapped":
+        first.rename(data / "aside")
+        second.rename(first)
+        (data / "aside").rename(second)
+        told = r"\(as many, but not the same\)"
+    else:
+        shutil.copy(data / (data / "splits" / "test.txt").read_text().split()[0], first)
+        told = r"\(as many, but not the same\)"
+    with pytest.raises(
+        UserError, match=rf"are not those it was trained on {told}: bring them back, or start another run$"
+    ):
+        train_main(resume=tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert steps(tmp_path / "run") == [3]
