@@ -116,7 +116,8 @@ def settle_precision(config: dict[str, Any], device: torch.device) -> str:
 class Engine:
     """A network under DeepSpeed with SGD. `batch_size` clips make one optimizer step, over all ranks and accumulation steps.
 
-    Attributes: module, device, accumulation (micro-batches a step), micro_batch (clips a rank sees at a time).
+    Attributes: module, device, sgd (the optimizer below DeepSpeed's), accumulation (micro-batches a step), micro_batch (clips a rank
+    sees at a time).
     Raises UserError: a batch size that ranks times accumulation does not divide, or that the DeepSpeed configuration contradicts.
     """
 
@@ -134,10 +135,13 @@ class Engine:
             if distributed.world_size() > 1:
                 dist.broadcast(buffer, src=0)
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        # The one optimizer under every stage. Fused: it can leave a step out without the host's knowing (dclr/finite.py).
+        self.sgd = torch.optim.SGD(
+            trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
+        )
         try:
             self._engine, self._optimizer, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
+                model=module, optimizer=self.sgd, config=config, dist_init_required=False
             )
         except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             raise UserError(f"--ds_config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
@@ -170,6 +174,11 @@ class Engine:
     def step(self) -> None:
         """To be called after every `backward`; the optimizer steps once `accumulation` micro-batches have gone through."""
         self._engine.step()
+
+    @property
+    def overflowed(self) -> bool:
+        """ZeRO itself left the last step out, for a gradient that is not finite: where --ds_config has it compute their norm."""
+        return bool(getattr(self._optimizer, "overflow", False))
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self._optimizer.param_groups:

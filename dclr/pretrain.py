@@ -11,10 +11,11 @@ from dclr import distributed
 from dclr.config import PretrainConfig
 from dclr.data.loader import Failures, PairBatch, PairSamples
 from dclr.engine import Engine
+from dclr.finite import FiniteGuard
 from dclr.method import DCLR, PAIRS, Output
 from dclr.models import save_backbone
-from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import FiniteLoss, learning_rate, start_run
+from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
+from dclr.run import learning_rate, start_run
 from dclr.views import view_grid
 from kernels import Views, generate_views
 
@@ -35,7 +36,8 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     samples = PairSamples(run.videos, config.data, config.run.seed)
     batches = run.batches(samples, schedule)
     log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
-    watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
+    watch, failures = Stopwatch(device), Failures()
+    finite = FiniteGuard(engine, config.run.on_nonfinite, state.get("skipped", 0))
     if run.main:
         failures.reasons, failures.count = state["failures"]
     fill_steps = config.method.fill_steps
@@ -47,6 +49,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
         lr = learning_rate(config.optim, epoch)
         engine.set_learning_rate(lr)
         output = None
+        finite.begin(step + 1)
         for part in range(engine.accumulation):
             with watch.part("data", host=True):
                 batch = next(batches)
@@ -56,15 +59,17 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
             micro_step = step * engine.accumulation + part
             if step < fill_steps:
                 with watch.part("fill"), engine.autocast():
-                    method.fill(key, micro_step)
+                    keys = method.fill(key, micro_step)
+                finite.see(key_terms(keys), batch.indices)
                 continue
             with watch.part("forward"):
                 output = engine(query, key, micro_step)
-            finite.see(output.loss, step + 1)
+            finite.see(loss_terms(output), batch.indices)
             with watch.part("backward"):
                 engine.backward(output.loss)
             with watch.part("optimizer"):
                 engine.step()
+        finite.end()
         if output is not None:
             with watch.part("key update"):
                 method.update_key()
@@ -77,22 +82,30 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
         if log and (step == start or epoch_ended):
             log.picture("views", view_grid(query, GRID_CLIPS), done)
         if done % config.run.log_every == 0 or saves or done == fill_steps + 1:
-            last = measure(output, config, engine, lr, done, watch)
+            finite.check()
+            last = measure(output, config, engine, lr, done - finite.skipped, watch) | finite.metrics()
             if log:
                 log.write(done, last, shown(last))
-            if output is not None and "alignment_at_first_step" not in summary:
+            if "alignment_at_first_step" not in summary and math.isfinite(last.get("loss", math.nan)):
                 names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
                 summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
-            finite.check()
         if log:
             log.advance()
         if saves:
-            run.save(engine, done, {"summary": summary, "last": last}, failures, time.time() - began)
+            run.save(
+                engine,
+                done,
+                {"summary": summary, "last": last, "skipped": finite.skipped},
+                failures,
+                time.time() - began,
+            )
 
     if log:
         log.close()
         save_backbone(method.query.backbone, run.folder / "backbone.safetensors")
-    run.write_report({**summary, "last": last}, failures, time.time() - began)
+    run.write_report(
+        {**summary, "last": json_numbers(last), "skipped_steps": finite.skipped}, failures, time.time() - began
+    )
     run.say(f"done: {run.folder / 'backbone.safetensors'}")
     return run.folder
 
@@ -104,10 +117,28 @@ def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype) -> tuple[Vie
     return generate_views(*query, boundary=boundary, dtype=dtype), generate_views(*key, boundary=boundary, dtype=dtype)
 
 
+def loss_terms(output: Output) -> dict[str, torch.Tensor]:
+    """The loss and what it is made of, by the names of the log."""
+    return {
+        "loss": output.loss.detach(),
+        **{f"pair_loss/{name}": value for name, value in zip(PAIRS, output.losses, strict=True)},
+        "alignment": output.alignment,
+        "repel": output.repel,
+    }
+
+
+def key_terms(keys: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Keys (P, B, D) -> one number a pair, finite if all of its keys are: they are of length 1."""
+    return {f"key/{name}": value for name, value in zip(PAIRS, keys.float().sum((1, 2)), strict=True)}
+
+
 def measure(
     output: Output | None, config: PretrainConfig, engine: Engine, lr: float, done: int, watch: Stopwatch
 ) -> dict[str, float]:
-    """The step's numbers, means over ranks, by the names TensorBoard and metrics.jsonl show; without losses while the queue fills."""
+    """The step's numbers, means over ranks, by the names TensorBoard and metrics.jsonl show; without losses while the queue fills.
+
+    done: steps whose keys are in the queue.
+    """
     method, batch_size = config.method, config.optim.batch_size
     milliseconds = watch.read()
     metrics = {
@@ -122,12 +153,9 @@ def measure(
     if output is None:
         return metrics
     named = {
-        "loss": output.loss.detach(),
-        **{f"pair_loss/{name}": value for name, value in zip(PAIRS, output.losses, strict=True)},
-        "alignment": output.alignment,
+        **loss_terms(output),
         "alignment_other_form": output.alignment_other_form,
         "alignment_key_maps": output.alignment_key_maps,
-        "repel": output.repel,
         **{f"positive_similarity/{name}": value for name, value in zip(PAIRS, output.positive, strict=True)},
         **{f"hardest_negative/{name}": value for name, value in zip(PAIRS, output.hardest_negative, strict=True)},
     }

@@ -216,21 +216,3 @@ def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
 def learning_rate(optim: OptimConfig, epoch: int) -> float:
     """A tenth for each milestone that has passed."""
     return optim.lr * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
-
-
-class FiniteLoss:
-    """The first step whose loss was no finite number. Asked only where numbers are read anyway, so that nothing waits for the device;
-    asked before every checkpoint. DeepSpeed's own look at the gradients would make every step wait, so its configurations turn it off."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._first = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def see(self, loss: torch.Tensor, step: int) -> None:
-        self._first = torch.where((self._first == 0) & ~loss.detach().isfinite(), step, self._first)
-
-    def check(self) -> None:
-        """Raises UserError on all ranks where any has seen one."""
-        if steps := [step for step in distributed.gather_batch(self._first).tolist() if step]:
-            raise UserError(
-                f"the loss is not finite at step {min(steps)}: lower --lr; checkpoints before it are intact"
-            )

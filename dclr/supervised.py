@@ -10,9 +10,10 @@ from dclr import distributed
 from dclr.config import SupervisedConfig
 from dclr.data.loader import ClipSamples, Failures
 from dclr.engine import Engine
+from dclr.finite import FiniteGuard
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
-from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import FiniteLoss, learning_rate, start_run
+from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
+from dclr.run import learning_rate, start_run
 from kernels import augment
 
 
@@ -46,7 +47,8 @@ def supervise(
     samples = ClipSamples(run.videos, config.data, config.run.seed)
     batches = run.batches(samples, schedule)
     log = RunLog(run.folder, command, schedule.stop, start) if run.main else None
-    watch, failures, finite = Stopwatch(device), Failures(), FiniteLoss(device)
+    watch, failures = Stopwatch(device), Failures()
+    finite = FiniteGuard(engine, config.run.on_nonfinite, state.get("skipped", 0))
     size = (config.data.crop_size, config.data.crop_size)
     if run.main:
         failures.reasons, failures.count = state["failures"]
@@ -59,6 +61,7 @@ def supervise(
         engine.set_learning_rate(lr)
         # Dropout's random state is a function of the step, so a resumed run drops what the uninterrupted one did.
         torch.manual_seed((config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
+        finite.begin(step + 1)
         for _ in range(engine.accumulation):
             with watch.part("data", host=True):
                 batch = next(batches)
@@ -68,11 +71,12 @@ def supervise(
             with watch.part("forward"):
                 logits = engine(clip)
                 loss = F.cross_entropy(logits, batch.labels)
-            finite.see(loss, step + 1)
+            finite.see({"loss": loss}, batch.indices)
             with watch.part("backward"):
                 engine.backward(loss)
             with watch.part("optimizer"):
                 engine.step()
+        finite.end()
         run.tell_compile_time()
         watch.step()
         done = step + 1
@@ -80,6 +84,7 @@ def supervise(
         saves = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
 
         if done % config.run.log_every == 0 or saves:
+            finite.check()
             correct = count_correct(logits, batch.labels, 1) / len(logits)
             values = torch.tensor([loss.item(), correct], device=device)
             last = dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True))
@@ -91,19 +96,21 @@ def supervise(
                 "memory/peak_gib": peak_memory_gib(device),
                 **{f"milliseconds/{name}": value for name, value in milliseconds.items()},
             }
+            last |= finite.metrics()
             if log:
                 log.write(done, last, shown(last))
-            finite.check()
         if log:
             log.advance()
         if saves:
-            run.save(engine, done, {"last": last}, failures, time.time() - began)
+            run.save(engine, done, {"last": last, "skipped": finite.skipped}, failures, time.time() - began)
 
     if log:
         log.close()
         save_backbone(classifier.backbone, run.folder / "backbone.safetensors")
         save_classifier(classifier, classes, run.folder / "classifier.safetensors")
-    run.write_report({"start": loaded, "last": last}, failures, time.time() - began)
+    run.write_report(
+        {"start": loaded, "last": json_numbers(last), "skipped_steps": finite.skipped}, failures, time.time() - began
+    )
     run.say(
         f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}"
     )
