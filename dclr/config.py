@@ -55,6 +55,12 @@ class RunConfig:
         "checkpoints; try 16, or 1 for none",
     )
     checkpoint_every: int = option(1, "epochs between two checkpoints; raise it when an epoch takes seconds")
+    on_nonfinite: str = option(
+        "stop",
+        "what a loss or gradient that is not finite does; stop: the run ends and names the step, its terms and samples; change it to skip "
+        "to leave such steps out and count them",
+        ("stop", "skip"),
+    )
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "--seed", self.seed, "at least 0")
@@ -65,6 +71,7 @@ class RunConfig:
             1 <= self.pad_channels <= 64, "--pad-channels", self.pad_channels, "1 to 64 (8 and 16 suit tensor cores)"
         )
         _require(self.checkpoint_every >= 1, "--checkpoint-every", self.checkpoint_every, "at least 1")
+        _require(self.on_nonfinite in ("stop", "skip"), "--on-nonfinite", self.on_nonfinite, "stop or skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +357,7 @@ def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str,
 
 # What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.
 FREE_ON_RESUME = {
-    "data", "workers", "ds_config", "kernels", "compile", "pad_channels", "log_every", "checkpoint_every",
+    "data", "workers", "ds_config", "kernels", "compile", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
 }  # fmt: skip

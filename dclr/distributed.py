@@ -49,6 +49,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / world_size()
 
 
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def gather_objects(value: Any) -> list[Any]:
     """One object from each rank, in rank order, on all."""
     if world_size() == 1:

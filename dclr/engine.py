@@ -92,6 +92,11 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"--ds_config {path}: {section} would cast parameters and lose the key network's small updates; use torch_autocast"
             )
+    if config.get("torch_autocast", {}).get("dtype", "bfloat16") != "bfloat16":
+        raise UserError(
+            f"--ds_config {path}: torch_autocast.dtype must be bfloat16: float16 needs a loss scale, whose overflows are part of its work, "
+            "and here a gradient that is not finite stops a run"
+        )
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(
@@ -119,7 +124,8 @@ def settle_precision(config: dict[str, Any], device: torch.device) -> str:
 class Engine:
     """A network under DeepSpeed with SGD. `batch_size` clips make one optimizer step, over all ranks and accumulation steps.
 
-    Attributes: module, device, accumulation (micro-batches a step), micro_batch (clips a rank sees at a time).
+    Attributes: module, device, sgd (the optimizer below DeepSpeed's), accumulation (micro-batches a step), micro_batch (clips a rank
+    sees at a time).
     Raises UserError: a batch size that ranks times accumulation does not divide, or that the DeepSpeed configuration contradicts.
     """
 
@@ -137,18 +143,22 @@ class Engine:
             if distributed.world_size() > 1:
                 dist.broadcast(buffer, src=0)
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        # The one optimizer under every stage. Fused: it can leave a step out without the host's knowing (dclr/finite.py).
+        self.sgd = torch.optim.SGD(
+            trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
+        )
         try:
             self._engine, self._optimizer, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
+                model=module, optimizer=self.sgd, config=config, dist_init_required=False
             )
         except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             raise UserError(f"--ds_config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         self.module: nn.Module = module
-        # At once and not in the first step, so that a checkpoint can be put into it before. Under ZeRO the groups hold flat parts.
-        for group in optimizer.param_groups:
+        # At once and not in the first step: a checkpoint may be put into it before that, and that step may be left out, which would leave
+        # uninitialised memory behind. Under ZeRO the groups hold flat parts by now.
+        for group in self.sgd.param_groups:
             for parameter in group["params"]:
-                optimizer.state[parameter][MOMENTUM] = torch.zeros_like(parameter)
+                self.sgd.state[parameter][MOMENTUM] = torch.zeros_like(parameter)
         if self._sharded:
             self._optimizer._lazy_init_hp_params_optimizer_state()  # else DeepSpeed finds them after its first step only
 
@@ -179,6 +189,11 @@ class Engine:
     def step(self) -> None:
         """To be called after every `backward`; the optimizer steps once `accumulation` micro-batches have gone through."""
         self._engine.step()
+
+    @property
+    def overflowed(self) -> bool:
+        """ZeRO itself left the last step out, for a gradient that is not finite: where --ds_config has it compute their norm."""
+        return bool(getattr(self._optimizer, "overflow", False))
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -252,7 +267,7 @@ class Engine:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if self._sharded:
             return {name: safe_get_full_optimizer_state(p, MOMENTUM) for name, p in trained.items()}
-        return {name: self._optimizer.state[p][MOMENTUM] for name, p in trained.items()}
+        return {name: self.sgd.state[p][MOMENTUM] for name, p in trained.items()}
 
     def _put(self, parameter: nn.Parameter, momentum: Tensor) -> None:
         """A parameter's momentum into the optimizer, and its value as it is now, of which ZeRO has a copy."""
@@ -262,7 +277,7 @@ class Engine:
             safe_set_full_fp32_param(parameter, parameter.detach())
             safe_set_full_optimizer_state(parameter, momentum, MOMENTUM)
         else:
-            self._optimizer.state[parameter][MOMENTUM].copy_(momentum)
+            self.sgd.state[parameter][MOMENTUM].copy_(momentum)
 
 
 def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:

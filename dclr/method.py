@@ -105,9 +105,11 @@ class DCLR(nn.Module):
         return Output(loss, losses.detach(), alignment.detach(), raw, hinted, repel.detach(), positive, hardest)
 
     @torch.no_grad()
-    def fill(self, key: Views, step: int) -> None:
-        """Only write a batch's keys into the queue."""
-        self._enqueue(self._encode_key(key, step)[1])
+    def fill(self, key: Views, step: int) -> Tensor:
+        """Only write a batch's keys into the queue; returns those of the own clips (P, B, D)."""
+        keys, all_keys, _ = self._encode_key(key, step)
+        self._enqueue(all_keys)
+        return keys
 
     @torch.no_grad()
     def update_key(self) -> None:

@@ -12,10 +12,11 @@ from dclr.config import PretrainConfig
 from dclr.data.loader import Failures, PairBatch, PairSamples
 from dclr.drift import check_same
 from dclr.engine import Engine
+from dclr.finite import FiniteGuard
 from dclr.method import DCLR, PAIRS, Output
 from dclr.models import save_backbone
-from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import FiniteLoss, MeanLoss, learning_rate, start_run
+from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
+from dclr.run import MeanLoss, learning_rate, start_run
 from dclr.statistics import average
 from dclr.stop import StopRequest
 from dclr.views import view_grid
@@ -41,7 +42,8 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     samples = PairSamples(run.videos, config.data, config.run.seed)
     batches = run.batches(samples, schedule)
     log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
-    watch, failures, finite, mean_loss = Stopwatch(device), Failures(), FiniteLoss(device), MeanLoss(device)
+    watch, failures, mean_loss = Stopwatch(device), Failures(), MeanLoss(device)
+    finite = FiniteGuard(engine, config.run.on_nonfinite, state["skipped"])
     if run.main:
         failures.reasons, failures.count = state["failures"]
     fill_steps = config.method.fill_steps
@@ -54,6 +56,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
             lr = learning_rate(config.optim, epoch)
             engine.set_learning_rate(lr)
             output = None
+            finite.begin(step + 1)
             for part in range(engine.accumulation):
                 with watch.part("data", host=True):
                     batch = next(batches)
@@ -63,16 +66,18 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 micro_step = step * engine.accumulation + part
                 if step < fill_steps:
                     with watch.part("fill"), engine.autocast():
-                        method.fill(key, micro_step)
+                        keys = method.fill(key, micro_step)
+                    finite.see(key_terms(keys), batch.indices)
                     continue
                 with watch.part("forward"):
                     output = engine(query, key, micro_step)
-                finite.see(output.loss, step + 1)
+                finite.see(loss_terms(output), batch.indices)
                 mean_loss.add(output.loss)
                 with watch.part("backward"):
                     engine.backward(output.loss)
                 with watch.part("optimizer"):
                     engine.step()
+            finite.end()
             if output is not None:
                 with watch.part("key update"):
                     method.update_key()
@@ -86,21 +91,22 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
 
             if log and (step == start or epoch_ended):
                 log.picture("views", view_grid(query, GRID_CLIPS), done)
-            if logs:
-                last = measure(output, config, engine, lr, done, watch)
-                if log:
-                    log.write(done, last, shown(last))
-                if output is not None and "alignment_at_first_step" not in summary:
-                    names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
-                    summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
             if logs or asked_to_stop:
                 finite.check()
                 check_same(method, done)
+            if logs:
+                last = measure(output, config, engine, lr, done - finite.skipped, watch) | finite.metrics()
+                if log:
+                    log.write(done, last, shown(last))
+                if "alignment_at_first_step" not in summary and math.isfinite(last.get("loss", math.nan)):
+                    names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
+                    summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
             if regular or asked_to_stop:
                 if log:
                     log.flush()
                 loss = mean_loss.take() if regular else None
-                run.save(engine, done, {"summary": summary, "last": last}, failures, time.time() - began, loss)
+                moving = {"summary": summary, "last": last, "skipped": finite.skipped}
+                run.save(engine, done, moving, failures, time.time() - began, loss)
             if asked_to_stop and done < schedule.stop:
                 raise run.stopped(done)
             if log:
@@ -111,7 +117,8 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     run.exchange.finish()
     average(method.query.backbone)
     run.write(lambda: save_backbone(method.query.backbone, run.folder / "backbone.safetensors"))
-    run.write_report({**summary, "last": last}, failures, time.time() - began)
+    content = {**summary, "last": json_numbers(last), "skipped_steps": finite.skipped}
+    run.write_report(content, failures, time.time() - began)
     run.say(f"done: {run.folder / 'backbone.safetensors'}")
     return run.folder
 
@@ -123,10 +130,28 @@ def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype) -> tuple[Vie
     return generate_views(*query, boundary=boundary, dtype=dtype), generate_views(*key, boundary=boundary, dtype=dtype)
 
 
+def loss_terms(output: Output) -> dict[str, torch.Tensor]:
+    """The loss and what it is made of, by the names of the log."""
+    return {
+        "loss": output.loss.detach(),
+        **{f"pair_loss/{name}": value for name, value in zip(PAIRS, output.losses, strict=True)},
+        "alignment": output.alignment,
+        "repel": output.repel,
+    }
+
+
+def key_terms(keys: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Keys (P, B, D) -> one number a pair, finite if all of its keys are: they are of length 1."""
+    return {f"key/{name}": value for name, value in zip(PAIRS, keys.float().sum((1, 2)), strict=True)}
+
+
 def measure(
     output: Output | None, config: PretrainConfig, engine: Engine, lr: float, done: int, watch: Stopwatch
 ) -> dict[str, float]:
-    """The step's numbers, means over ranks, by the names TensorBoard and metrics.jsonl show; without losses while the queue fills."""
+    """The step's numbers, means over ranks, by the names TensorBoard and metrics.jsonl show; without losses while the queue fills.
+
+    done: steps whose keys are in the queue.
+    """
     method, batch_size = config.method, config.optim.batch_size
     milliseconds = watch.read()
     metrics = {
@@ -141,12 +166,9 @@ def measure(
     if output is None:
         return metrics
     named = {
-        "loss": output.loss.detach(),
-        **{f"pair_loss/{name}": value for name, value in zip(PAIRS, output.losses, strict=True)},
-        "alignment": output.alignment,
+        **loss_terms(output),
         "alignment_other_form": output.alignment_other_form,
         "alignment_key_maps": output.alignment_key_maps,
-        "repel": output.repel,
         **{f"positive_similarity/{name}": value for name, value in zip(PAIRS, output.positive, strict=True)},
         **{f"hardest_negative/{name}": value for name, value in zip(PAIRS, output.hardest_negative, strict=True)},
     }

@@ -64,6 +64,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def json_numbers(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN and no infinity: null instead."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit and date: what a figure needs beside it to be worth anything."""
     from importlib.metadata import version
@@ -184,10 +189,9 @@ class RunLog:
 
     def write(self, step: int, metrics: dict[str, float], shown: dict[str, str]) -> None:
         """All `metrics` to the files, `shown` on the bar."""
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._writing():
             with self._lines.open("a") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+                file.write(json.dumps({"step": step, **json_numbers(metrics)}) + "\n")
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
         self._bar.set_postfix(shown, refresh=False)

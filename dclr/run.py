@@ -89,9 +89,9 @@ class Run:
         Raises UserError: see Engine.resume; a data set that has changed, or an end of training that has passed.
         """
         if not self.resumed:
-            return {"step": 0, "summary": {}, "last": {}, "failures": ({}, 0), "seconds": 0.0}
+            return {"step": 0, "summary": {}, "last": {}, "failures": ({}, 0), "seconds": 0.0, "skipped": 0}
         state = own.resume(self.folder / "checkpoints")
-        wrong = {"videos", "fingerprint", "summary", "last", "failures", "seconds"} - state.keys()
+        wrong = {"videos", "fingerprint", "summary", "last", "failures", "seconds", "skipped"} - state.keys()
         if wrong:
             raise UserError(f"--resume {self.folder}: its checkpoint is of no training run (it lacks {min(wrong)})")
         videos, stop = len(self.videos), self.schedule().stop
@@ -271,21 +271,3 @@ class MeanLoss:
         mean = distributed.mean_over_ranks(self._sum / max(self._count, 1)).item()
         count, self._count, self._sum = self._count, 0, torch.zeros_like(self._sum)
         return mean if count and math.isfinite(mean) else None
-
-
-class FiniteLoss:
-    """The first step whose loss was no finite number. Asked only where numbers are read anyway, so that nothing waits for the device;
-    asked before every checkpoint. DeepSpeed's own look at the gradients would make every step wait, so its configurations turn it off."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._first = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def see(self, loss: torch.Tensor, step: int) -> None:
-        self._first = torch.where((self._first == 0) & ~loss.detach().isfinite(), step, self._first)
-
-    def check(self) -> None:
-        """Raises UserError on all ranks where any has seen one."""
-        if steps := [step for step in distributed.gather_batch(self._first).tolist() if step]:
-            raise UserError(
-                f"the loss is not finite at step {min(steps)}: lower --lr; checkpoints before it are intact"
-            )

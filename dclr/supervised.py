@@ -11,9 +11,10 @@ from dclr.config import SupervisedConfig
 from dclr.data.loader import ClipSamples, Failures
 from dclr.drift import check_same
 from dclr.engine import Engine
+from dclr.finite import FiniteGuard
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
-from dclr.report import RunLog, Stopwatch, peak_memory_gib
-from dclr.run import FiniteLoss, MeanLoss, learning_rate, start_run
+from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
+from dclr.run import MeanLoss, learning_rate, start_run
 from dclr.statistics import average
 from dclr.stop import StopRequest
 from kernels import augment
@@ -50,7 +51,8 @@ def supervise(
     samples = ClipSamples(run.videos, config.data, config.run.seed)
     batches = run.batches(samples, schedule)
     log = RunLog(run.folder, command, schedule.stop, start) if run.main else None
-    watch, failures, finite, mean_loss = Stopwatch(device), Failures(), FiniteLoss(device), MeanLoss(device)
+    watch, failures, mean_loss = Stopwatch(device), Failures(), MeanLoss(device)
+    finite = FiniteGuard(engine, config.run.on_nonfinite, state["skipped"])
     size = (config.data.crop_size, config.data.crop_size)
     if run.main:
         failures.reasons, failures.count = state["failures"]
@@ -64,6 +66,7 @@ def supervise(
             engine.set_learning_rate(lr)
             # Dropout's random state is a function of the step, so a resumed run drops what the uninterrupted one did.
             torch.manual_seed((config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
+            finite.begin(step + 1)
             for _ in range(engine.accumulation):
                 with watch.part("data", host=True):
                     batch = next(batches)
@@ -73,12 +76,13 @@ def supervise(
                 with watch.part("forward"):
                     logits = engine(clip)
                     loss = F.cross_entropy(logits, batch.labels)
-                finite.see(loss, step + 1)
+                finite.see({"loss": loss}, batch.indices)
                 mean_loss.add(loss)
                 with watch.part("backward"):
                     engine.backward(loss)
                 with watch.part("optimizer"):
                     engine.step()
+            finite.end()
             run.tell_compile_time()
             watch.step()
             done = step + 1
@@ -87,6 +91,9 @@ def supervise(
             regular = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
             logs = done % config.run.log_every == 0 or regular
 
+            if logs or asked_to_stop:
+                finite.check()
+                check_same(classifier, done)
             if logs:
                 correct = count_correct(logits, batch.labels, 1) / len(logits)
                 values = torch.tensor([loss.item(), correct], device=device)
@@ -99,16 +106,21 @@ def supervise(
                     "memory/peak_gib": peak_memory_gib(device),
                     **{f"milliseconds/{name}": value for name, value in milliseconds.items()},
                 }
+                last |= finite.metrics()
                 if log:
                     log.write(done, last, shown(last))
-            if logs or asked_to_stop:
-                finite.check()
-                check_same(classifier, done)
             if regular or asked_to_stop:
                 if log:
                     log.flush()
                 mean = mean_loss.take() if regular else None
-                run.save(engine, done, {"summary": {}, "last": last}, failures, time.time() - began, mean)
+                run.save(
+                    engine,
+                    done,
+                    {"summary": {}, "last": last, "skipped": finite.skipped},
+                    failures,
+                    time.time() - began,
+                    mean,
+                )
             if asked_to_stop and done < schedule.stop:
                 raise run.stopped(done)
             if log:
@@ -120,7 +132,8 @@ def supervise(
     average(classifier)
     run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors"))
     run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
-    run.write_report({"start": loaded, "last": last}, failures, time.time() - began)
+    content = {"start": loaded, "last": json_numbers(last), "skipped_steps": finite.skipped}
+    run.write_report(content, failures, time.time() - began)
     run.say(
         f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}"
     )

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dclr.config import MethodConfig, ModelConfig, OptimConfig
 from dclr.engine import Engine, micro_batch_size, read_ds_config, settle_precision, start_processes, stop_processes
 from dclr.errors import UserError
+from dclr.finite import FiniteGuard
 from dclr.method import DCLR
-from dclr.run import FiniteLoss
 from kernels import Views
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -221,6 +221,7 @@ def test_precision_falls_back_to_float32_where_a_cpu_has_no_fast_bfloat16_and_sa
         ("[]", "must hold a JSON object"),
         ('{"bf16": {"enabled": true}}', "use torch_autocast"),
         ('{"optimizer": {}}', "has a section optimizer"),
+        ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "dtype must be bfloat16"),
         ('{"zero_optimization": {"stage": 3}}', "must be 0, 1 or 2"),
     ],
 )
@@ -268,26 +269,30 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("file", ["ddp.json", "zero1.json", "zero2.json"])
-def test_nothing_in_a_step_makes_the_host_wait(one_process, file, accumulation):
-    """Forward, backward, optimizer, key network and queue, also once it is full and mined; with the shipped configurations. On a GPU the
-    driver itself looks (tests/test_gpu.py)."""
+def test_nothing_in_a_step_makes_the_host_wait(one_process, file, accumulation, on_nonfinite):
+    """Forward, backward, the look at the numbers, optimizer, key network and queue, also once it is full and mined; with the shipped
+    configurations. On a GPU the driver itself looks (tests/test_gpu.py)."""
     config = {**read_ds_config(CONFIGS / file), "gradient_accumulation_steps": accumulation}
     method = make_method()
     engine = Engine(method, config, OptimConfig(batch_size=4 * accumulation, lr=0.01), one_process)
     engine.train()
-    finite = FiniteLoss(one_process)
+    finite = FiniteGuard(engine, on_nonfinite)
     waits = Waits()
     for step in range(4):
+        with waits:
+            finite.begin(step + 1)
         for part in range(accumulation):
             query, key = make_views(2 * step), make_views(2 * step + 1)
             with waits:
                 output = engine(query, key, step * accumulation + part)
-                finite.see(output.loss, step + 1)
+                finite.see({"loss": output.loss}, torch.arange(4))
                 engine.backward(output.loss)
                 engine.step()
         with waits:
+            finite.end()
             method.update_key()
     assert method.enqueued.item() == 16 * accumulation > METHOD.queue_length
     assert waits.found == []

@@ -11,10 +11,10 @@ from dclr import views
 from dclr.compiled import compile_backbone
 from dclr.config import resolve
 from dclr.data.demo import render_demo
+from dclr.finite import FiniteGuard
 from dclr.models import build_backbone
 from dclr.pretrain import pretrain
 from dclr.report import Stopwatch
-from dclr.run import FiniteLoss
 from kernels import ViewParams, generate_views
 
 pytestmark = pytest.mark.gpu
@@ -49,8 +49,9 @@ def test_a_short_pretraining_runs_on_the_gpu(tmp_path, one_process):
     assert lines[-1]["loss"] > 0
 
 
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 @pytest.mark.parametrize("file", ["ddp.json", "zero1.json", "zero2.json"])
-def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatch, file):
+def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatch, file, on_nonfinite):
     """From the first steps, which compile, to the last but for the lines of the log: the driver raises at whatever waits."""
     data = render_demo(tmp_path / "videos", train_per_class=4, test_per_class=1, progress=False)
     watched = []
@@ -78,10 +79,11 @@ def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatc
     monkeypatch.setattr(Stopwatch, "step", counted)
     monkeypatch.setattr(dclr.pretrain, "measure", allowed(dclr.pretrain.measure))
     monkeypatch.setattr(dclr.pretrain, "view_grid", allowed(dclr.pretrain.view_grid))
-    monkeypatch.setattr(FiniteLoss, "check", allowed(FiniteLoss.check))
+    monkeypatch.setattr(FiniteGuard, "check", allowed(FiniteGuard.check))
     flags = {
         "data": str(data), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 8, "fill_steps": 2, "log_every": 5, "queue_length": 16,
         "checkpoint_every": 3, "ds_config": str(REPOSITORY / "ds_configs" / file), "workers": 2,
+        "on_nonfinite": on_nonfinite,
     }  # fmt: skip
     try:
         pretrain(resolve("pretrain", "demo", flags), "demo", one_process)

@@ -409,13 +409,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_its_step_and_spares_the_chec
         return query, key
 
     monkeypatch.setattr(loop, "make_views", spoiled)
-    message = "^the loss is not finite at step 6: lower --lr; checkpoints before it are intact$"
+    every_pair = ", ".join(f"pair_loss/{pair} nan" for pair in PAIRS)
+    message = (
+        rf"^the numbers are not finite at step 6: {every_pair}, alignment nan, repel nan \(samples \d+, \d+, \d+, \d+\); "
+        "nothing was updated, the last checkpoint is intact: lower --lr, or --on-nonfinite skip$"
+    )
     with pytest.raises(UserError, match=message):
         run_tiny(log_every=log_every, epochs=3)
     assert newest(tmp_path / "run" / "checkpoints").stem == "step-0000004"
     assert all(tensor.isfinite().all() for tensor in saved(tmp_path / "run")[0].values())
     if log_every == 1:
-        assert metrics(tmp_path / "run")[-1]["loss"] is None  # NaN is not JSON
+        assert metrics(tmp_path / "run")[-1]["step"] == 5
 
 
 def test_a_run_that_would_only_fill_the_queue_is_refused(run_tiny, tmp_path):

@@ -177,6 +177,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_its_step(run_tiny, monkeypat
         return clip * float("nan") if len(calls) == 6 else clip
 
     monkeypatch.setattr(loop, "augment", spoiled)
-    with pytest.raises(UserError, match=r"^the loss is not finite at step 6: lower --lr"):
+    with pytest.raises(
+        UserError,
+        match=r"^the numbers are not finite at step 6: loss nan \(samples (\d+, ){3}\d+\); nothing was updated",
+    ):
         run_tiny("finetune", log_every=100)
     assert newest(tmp_path / "run" / "checkpoints").stem == "step-0000004"
