@@ -189,7 +189,7 @@ def test_initialisation() -> None:
 def test_unknown_backbone() -> None:
     with pytest.raises(UserError, match="'resnet50': choose one of r2plus1d_10, r2plus1d_18, r3d_10, r3d_18, mc3_18"):
         build_backbone("resnet50")
-    with pytest.raises(UserError, match="width must be at least 1, not 0"):
+    with pytest.raises(UserError, match="width must be 1 to 1024, not 0"):
         build_backbone("r3d_18", width=0)
 
 
