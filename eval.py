@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
 def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """How clips are cut and which network it is: defaults, preset, the configuration beside the checkpoint, flags; last one wins.
 
-    The data set is the flag's alone, but a run on the demo videos is measured on them.
+    The data set is the flag's alone, and so is what its lists may name, but a run on the demo videos is measured on them.
     """
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
     preset = flags.pop("preset", None)
@@ -105,6 +105,7 @@ def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"--data is needed: {checkpoint} was trained on {stored['data']}; name the data set to measure it on"
         )
+    stored.pop("allow_outside", None)  # a checkpoint may come from anywhere
     return {**stored, **flags}
 
 

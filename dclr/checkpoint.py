@@ -76,7 +76,7 @@ def _state(metadata: dict[str, str] | None) -> dict[str, Any]:
     if not metadata or metadata.get("format") != _FORMAT:
         raise ValueError(f"its format is not {_FORMAT!r}")
     state = json.loads(metadata.get("state", ""))
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
         raise ValueError("its state names no step")
     return state
 

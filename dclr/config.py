@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from dclr.errors import UserError
 from dclr.files import write_whole
-from dclr.models import BACKBONES
+from dclr.models import BACKBONES, MAX_WIDTH
 from kernels import BACKENDS, EMBEDDING_SIZES
 
 
@@ -84,6 +84,11 @@ class DataConfig:
     split: int = option(
         1, "which of the official train/test splits, 1 to 3 (UCF101, HMDB51); change it to average over splits"
     )
+    allow_outside: str = option(
+        "no",
+        "whether list files may name videos outside of the data folder (absolute, or by ..); change it to yes for lists that you trust",
+        ("no", "yes"),
+    )
     clip_length: int = option(16, "frames a clip, T; lower it for quick experiments (the backbones divide it by 8)")
     clip_stride: int = option(
         2, "source frames from one kept frame to the next; raise it for slow motion or high frame rates"
@@ -95,10 +100,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.split <= 3, "--split", self.split, "1, 2 or 3")
+        _require(self.allow_outside in ("no", "yes"), "--allow-outside", self.allow_outside, "no or yes")
         _require(self.clip_length >= 1, "--clip-length", self.clip_length, "at least 1")
         _require(self.clip_stride >= 1, "--clip-stride", self.clip_stride, "at least 1")
         _require(self.crop_size >= 16, "--crop-size", self.crop_size, "at least 16 (the backbones divide it by 16)")
-        _require(self.workers >= 0, "--workers", self.workers, "at least 0 (0: decode in the training process)")
+        _require(0 <= self.workers <= 1024, "--workers", self.workers, "0 to 1024 (0: decode in the training process)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +122,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, "--backbone", self.backbone, "one of " + ", ".join(BACKBONES))
-        _require(self.width >= 1, "--width", self.width, "at least 1")
+        _require(1 <= self.width <= MAX_WIDTH, "--width", self.width, f"1 to {MAX_WIDTH}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,12 +392,32 @@ def write_config(path: Path, command: str, preset: str, config: Config) -> None:
 
 
 def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
-    """(command, preset, flat values) of a config.json. Raises UserError when it is missing or not one."""
+    """(command, preset, flat values) of a config.json. Raises UserError when it is missing, not one, or a value is of another type than
+    its flag's."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        command, preset = stored.pop("command"), stored.pop("preset")
-        return command, preset, {k: v for group in stored.values() for k, v in group.items()}
+        command, preset = str(stored.pop("command")), str(stored.pop("preset"))
+        values = {k: v for group in stored.values() for k, v in group.items()}
+        for name, default in _DEFAULTS.items():
+            if name in values and not _is_alike(values[name], default):
+                raise UserError(f"{path}: {name} is {values[name]!r:.80}, but must be {_KINDS[type(default)]}")
+        return command, preset, values
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path}: not the configuration of a run (damaged, or written by something else)") from None
+
+
+_DEFAULTS = {f.name: f.default for c in COMMANDS.values() for _, group in groups(c) for f in dataclasses.fields(group)}
+_KINDS = {str: "a text", int: "a whole number below 2 ** 31", float: "a number", tuple: "a list of whole numbers"}
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+    """Whether a value read from a file is what argparse would have made of the flag with this default."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(_is_alike(item, 0) for item in value)
+    if isinstance(default, float) and isinstance(value, float):
+        return True
+    if isinstance(default, int | float):
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+    return isinstance(value, str)

@@ -75,7 +75,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--ds_config {path}: {error.strerror}; ds_configs/ holds zero1.json, zero2.json and ddp.json"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--ds_config {path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"--ds_config {path}: must hold a JSON object, as ds_configs/zero1.json does")

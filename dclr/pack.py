@@ -40,6 +40,7 @@ from dclr.data.manifest import load_manifest
 from dclr.data.store import Arrays, shard_name
 from dclr.data.texts import packed, unpacked
 from dclr.errors import UserError
+from dclr.files import sync_folder
 from dclr.run import DEMO_VIDEOS, make_demo
 
 SHARD_BYTES = 2**30
@@ -86,7 +87,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
     source, folder = Path(data.data or DEMO_VIDEOS), Path(out)
     if store.is_store(source):
         raise UserError(f"--data {source} is a packed store already: give the videos that it was made from")
-    catalogs = {number: open_catalog(source, number) for number in official_splits(source)}
+    catalogs = {number: open_catalog(source, number, data.allow_outside == "yes") for number in official_splits(source)}
     root = next(iter(catalogs.values())).root
     if out and folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out} lies in the data folder, where it could be taken for videos: give another place")
@@ -251,7 +252,7 @@ def begin(folder: Path, plan: Arrays) -> bytes:
     Raises UserError where they differ, or where the folder holds something else.
     """
     if (folder / store.PLAN).is_file():
-        before, digest = store.load_arrays(folder / store.PLAN)
+        before, digest = store.load_plan(folder)
         if difference := difference_of(before, plan):
             raise UserError(
                 f"{folder} was begun with {difference}: pack as before, or into another folder (or delete this one)"
@@ -259,6 +260,7 @@ def begin(folder: Path, plan: Arrays) -> bytes:
     elif any(not entry.name.startswith(("dclr-", "shard-")) for entry in folder.iterdir()):
         raise UserError(f"--out {folder} holds something that is not a packed store: give an empty or a new folder")
     else:
+        store.check_plan(folder / store.PLAN, plan)  # or no one could open what is packed by it
         digest = store.save_arrays(folder / store.PLAN, plan)
     for leftover in folder.glob("*.part"):
         remove(leftover)
@@ -319,15 +321,18 @@ def finished(job: Job, number: int) -> Arrays | None:
     vouched = job.folder / f"shard-{number:05d}.npz"
     if not vouched.is_file():
         return None
+    rows = job.shards[number]
     try:
         found, _ = store.load_arrays(vouched)
+        ours = "plan" in found and found["plan"].tobytes() == job.digest
+        if ours:
+            store.check_shard(vouched, found, None if job.compact else job.plan["sizes"][rows], len(rows))
     except UserError:
         print(f"warning: {vouched} is damaged: its shard is made again", file=sys.stderr)
         return None
-    if found["plan"].tobytes() != job.digest:
+    if not ours:
         print(f"warning: {vouched} belongs to another store: its shard is made again", file=sys.stderr)
         return None
-    rows = job.shards[number]
     sizes = job.plan["sizes"].copy()
     sizes[rows] = found["sizes"]
     if fault := store.size_fault(job.folder, job.compact, number, rows, sizes):
@@ -362,7 +367,7 @@ def write_shard(job: Job, number: int, count: Any) -> None:
         found["sizes"] = job.plan["sizes"][rows]  # those of failed videos too: their place stays empty
     remove(shard)  # a folder cannot be renamed onto another
     os.rename(aside, shard)
-    store.sync_folder(job.folder)
+    sync_folder(job.folder)
     store.save_arrays(job.folder / f"shard-{number:05d}.npz", {**found, "reasons": packed(reasons)})
 
 
@@ -412,7 +417,7 @@ def write_small_videos(job: Job, rows: np.ndarray, aside: Path, count: Any) -> I
             yield str(reason)
         else:
             yield len(content), zlib.crc32(content), colours.bt709, colours.full_range
-    store.sync_folder(aside)
+    sync_folder(aside)
 
 
 def small_frames(job: Job, row: int, count: Any) -> Iterator[YuvFrames]:

@@ -171,7 +171,9 @@ class RunLog:
         with self._writing():
             kept = []
             if self._lines.exists():
-                kept = [line for line in self._lines.read_text().splitlines() if _step(line) <= start_step]
+                kept = [
+                    line for line in self._lines.read_text(errors="replace").splitlines() if _step(line) <= start_step
+                ]
             write_whole(self._lines, "".join(line + "\n" for line in kept).encode())
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(
@@ -222,8 +224,9 @@ class RunLog:
 
 
 def _step(line: str) -> float:
-    """Of a line of metrics.jsonl; past every other for one that a kill cut short."""
+    """Of a line of metrics.jsonl; past every other for one that a kill cut short, or that is no such line."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if isinstance(step, int | float) else math.inf

@@ -24,6 +24,11 @@ from dclr.stop import Stopped
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
 
+_MOVING = {
+    "videos": int, "fingerprint": str, "summary": dict, "last": dict, "failures": list, "seconds": (int, float), "skipped": int
+}  # fmt: skip
+"""What a checkpoint's state holds beside the step, which checkpoint.py looks at. Each may come from somebody else's file."""
+
 
 @dataclass
 class Run:
@@ -91,9 +96,11 @@ class Run:
         if not self.resumed:
             return {"step": 0, "summary": {}, "last": {}, "failures": ({}, 0), "seconds": 0.0, "skipped": 0}
         state = own.resume(self.folder / "checkpoints")
-        wrong = {"videos", "fingerprint", "summary", "last", "failures", "seconds", "skipped"} - state.keys()
-        if wrong:
-            raise UserError(f"--resume {self.folder}: its checkpoint is of no training run (it lacks {min(wrong)})")
+        wrong = [name for name, kinds in _MOVING.items() if not isinstance(state.get(name), kinds)]
+        if wrong or [type(part) for part in state["failures"]] != [dict, int]:
+            raise UserError(
+                f"--resume {self.folder}: its checkpoint is of no training run ({(wrong or ['failures'])[0]})"
+            )
         videos, stop = len(self.videos), self.schedule().stop
         if (state["videos"], state["fingerprint"]) != (videos, self.videos.fingerprint()):
             counts = (
@@ -240,7 +247,11 @@ def make_demo() -> None:
 
 def open_data(data: DataConfig) -> Catalog:
     """The data set that was asked for, or the demo videos where none was."""
-    return open_catalog(Path(data.data), data.split) if data.data else open_catalog(DEMO_VIDEOS)
+    return (
+        open_catalog(Path(data.data), data.split, data.allow_outside == "yes")
+        if data.data
+        else open_catalog(DEMO_VIDEOS)
+    )
 
 
 def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dclr.data import store
+from dclr.data import store, texts
 from dclr.data.catalog import Catalog, Video, catalog_arrays, official_splits, open_catalog
 from dclr.errors import UserError
 
@@ -134,7 +134,7 @@ LISTS = "DATA/ucfTrainTestlist"
             "testlist01.txt",
             ["../A/v_A_g01_c01.avi"],
             f"{LISTS}/testlist01.txt:1: UCF-101/../A/v_A_g01_c01.avi must be relative to the data folder "
-            "and stay inside it",
+            "and stay inside it (or trust the list: --allow-outside yes)",
         ),
         ("classInd.txt", ["B", "2 A"], f"{LISTS}/classInd.txt:1: expected `number Class`, got 'B'"),
         ("classInd.txt", ["0 B", "1 A"], f"{LISTS}/classInd.txt: the classes must be numbered 1 to 2, each once"),
@@ -317,7 +317,7 @@ def test_diving48(diving48: Path) -> None:
         (
             "Diving48_V2_train.json",
             '[{"vid_name": "a"}]',
-            "DATA/Diving48_V2_train.json: entry 0 must have a vid_name and a label of 0 or more",
+            "DATA/Diving48_V2_train.json: entry 0 must have a vid_name and a label of 0 or more, below 100,000",
         ),
         ("Diving48_V2_train.json", "{}", "DATA/Diving48_V2_train.json must hold a JSON list"),
         (
@@ -391,8 +391,14 @@ def test_a_list_of_another_name_is_all_there_is(tmp_path: Path) -> None:
         ("1.mp4 -1", "expected `path label [group]`, the label a number, got '1.mp4 -1'"),
         ("1.mp4 0 a b", "expected `path label [group]`, the label a number, got '1.mp4 0 a b'"),
         ("1.mp4 2", "label 2 is beyond the 2 classes of DATA/splits/classes.txt"),
-        ("/1.mp4 0", "/1.mp4 must be relative to the data folder and stay inside it"),
-        ("a/../../1.mp4 0", "a/../../1.mp4 must be relative to the data folder and stay inside it"),
+        (
+            "/1.mp4 0",
+            "/1.mp4 must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)",
+        ),
+        (
+            "a/../../1.mp4 0",
+            "a/../../1.mp4 must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)",
+        ),
     ],
 )
 def test_list_mistakes(tmp_path: Path, line: str, message: str) -> None:
@@ -492,7 +498,23 @@ def test_a_split_that_there_is_not(genuine: Path) -> None:
 def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Catalog]:
     """What `open_catalog` makes of the index that a store of these would have."""
     folder.mkdir()
-    index = {"version": np.array(store.VERSION), **catalog_arrays(catalogs)}
+    lists = catalog_arrays(catalogs)
+    videos = len(texts.unpacked(lists["paths"]))
+    nothing = np.zeros(videos, np.int64)
+    index = {
+        "version": np.array(store.VERSION),
+        "compact": np.array(True),
+        "short_side": np.array(128),
+        "source": texts.packed(["videos"]),
+        **lists,
+        "reasons": texts.packed(["not packed"] * videos),
+        "stamps": np.zeros((videos, 2), np.int64),
+        **dict.fromkeys(("frames", "heights", "widths", "sizes", "offsets"), nothing),
+        "shards": nothing - 1,
+        "crc32": nothing.astype(np.uint32),
+        "bt709": nothing.astype(bool),
+        "full_range": nothing.astype(bool),
+    }
     store.save_arrays(folder / store.INDEX, index)
     return {number: open_catalog(folder, number) for number in catalogs}
 
@@ -528,3 +550,98 @@ def test_official_splits_are_those_that_have_lists(genuine: Path, tmp_path: Path
     write(tmp_path, "testTrainMulti_7030_splits/wave_test_split2.txt")
     assert official_splits(tmp_path) == [2]
     assert official_splits(genuine / "weizmann" / "splits" / "train.txt") == [1]
+
+
+# ---------------------------------------------------------------- lists from anywhere
+
+LEAVES = "must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)"
+NO_NAME = "its lists hold characters that no file name can have (null, or half of a surrogate pair)"
+EXPECTED = "expected `path label [group]`, the label a number"
+DIVES = {
+    "Diving48_V2_train.json": '[{"vid_name": "1", "label": 0}]',
+    "Diving48_V2_test.json": '[{"vid_name": "1", "label": 0}]',
+}
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"train.txt": "1.mp4 0\n../out.mp4 0\n"}, f"DATA/train.txt:2: ../out.mp4 {LEAVES}"),
+        ({"train.txt": "1.mp4 0\nC:\\..\\out.mp4 0\n"}, None),  # a name like any other, here
+        ({"train.txt": f"1.mp4 0\n{'a' * 300}.mp4 0\n{'b/' * 2500}1.mp4 0\n"}, None),  # too long for the disk: missing
+        ({"train.txt": "1.mp4 0\n1.mp4\0 0\n"}, f"DATA: {NO_NAME}"),
+        ({"train.txt": "1.mp4 0 a\0b\n"}, f"DATA: {NO_NAME}"),
+        ({"train.txt": "1.mp4 0\n", "classes.txt": "a\0b\n"}, f"DATA: {NO_NAME}"),
+        ({"train.txt": "1.mp4 100000\n"}, f"DATA/train.txt:1: {EXPECTED}, got '1.mp4 100000'"),
+        ({"train.txt": f"1.mp4 {'9' * 5000}\n"}, f"DATA/train.txt:1: {EXPECTED}, got '1.mp4 {'9' * 5000}'"),
+        (
+            {"train.txt": "x" * 10_001},
+            "DATA/train.txt:1: a line of 10,001 characters, in what should be a list of videos or classes",
+        ),
+        ({"splits/train.txt/x": ""}, "DATA/splits/train.txt cannot be read: Is a directory"),
+        ({"a.csv/x": ""}, "DATA/a.csv cannot be read: Is a directory"),
+        ({"a.csv": "x" * 200_000}, None),
+        ({"a.csv": f"{HEADER}\nzumba,y,inf,10,train,0\n"}, "DATA/a.csv:2: time_start and time_end must be seconds"),
+        ({"a.csv": f"{HEADER}\nzumba,../../../etc/passwd,0,10,train,0\nzumba,1,0,10,train,0\n"}, None),
+        (
+            {"a.csv": f"{HEADER}\n{'z' * 200_000},y,0,10,train,0\n"},
+            "DATA/a.csv is not a table of comma-separated values: field larger than field limit (131072)",
+        ),
+        ({"a.csv": f"{HEADER}\nzum\0ba,1,0,10,train,0\n"}, f"DATA: {NO_NAME}"),
+        (
+            {**DIVES, "Diving48_V2_train.json": "[" * 100_000},
+            "DATA/Diving48_V2_train.json is not JSON: maximum recursion depth exceeded while decoding a JSON array "
+            "from a unicode string",
+        ),
+        ({**DIVES, "Diving48_V2_train.json": '[{"vid_name": "../../1", "label": 0}]'}, None),
+        ({**DIVES, "Diving48_V2_train.json": '[{"vid_name": "\\ud800", "label": 0}]'}, f"DATA: {NO_NAME}"),
+        (
+            {**DIVES, "Diving48_V2_train.json": '[{"vid_name": "1", "label": 1000000000}]'},
+            "DATA/Diving48_V2_train.json: entry 0 must have a vid_name and a label of 0 or more, below 100,000",
+        ),
+        ({**DIVES, "Diving48_vocab.json": '[["a", 3, {}]]'}, None),
+        ({**DIVES, "Diving48_vocab.json/x": ""}, "DATA/Diving48_vocab.json cannot be read: Is a directory"),
+        (
+            {"ucfTrainTestlist/classInd.txt": "99999999999 A"},
+            f"{LISTS}/classInd.txt:1: expected `number Class`, got '99999999999 A'",
+        ),
+    ],
+)
+def test_a_list_that_was_made_to_harm_is_refused_or_names_what_is_not_there(
+    tmp_path: Path, lists: dict[str, str], message: str | None
+) -> None:
+    touch(tmp_path, "1.mp4")
+    for name, content in lists.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    if message is not None:
+        refused(tmp_path, message)
+        return
+    catalog = open_catalog(tmp_path)
+    assert {video.path for videos in catalog.splits.values() for video in videos} == {"1.mp4"}
+    assert catalog_arrays({1: catalog})["missing"].dtype == np.uint8  # what is missing can be packed
+
+
+def test_official_lists_leave_the_data_folder_only_where_they_are_allowed_to(ucf101: Path, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"outside-{tmp_path.name}"
+    touch(outside, "A/v_A_g01_c01.avi")
+    absolute = f"{outside}/A/v_A_g01_c01.avi"
+    up = f"../../{outside.name}/A/v_A_g01_c01.avi"
+    for path, plain in ((absolute, absolute), (up, f"UCF-101/{up}")):
+        write(ucf101, "ucfTrainTestlist/testlist01.txt", path)
+        refused(ucf101, f"{LISTS}/testlist01.txt:1: {plain} {LEAVES}")
+        assert labels(open_catalog(ucf101, allow_outside=True), "test") == {plain: 1}
+    hmdb = tmp_path / "hmdb"
+    touch(hmdb, "A/1.avi")
+    write(hmdb, "testTrainMulti_7030_splits/A_test_split1.txt", "1.avi 1", f"{absolute} 2")
+    refused(hmdb, f"{HMDB51_LISTS}/A_test_split1.txt:2: {absolute} {LEAVES}")
+    assert labels(open_catalog(hmdb, allow_outside=True), "test") == {absolute: 0}
+
+
+def test_a_link_out_of_the_data_folder_is_followed(tmp_path: Path) -> None:
+    """Whoever made it could write to this disk; a list that was downloaded could not have."""
+    touch(tmp_path, "elsewhere/1.mp4")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path, "data/train.txt", "linked/1.mp4 0")
+    assert labels(open_catalog(tmp_path / "data"), "train") == {"linked/1.mp4": 0}

@@ -189,7 +189,7 @@ def test_initialisation() -> None:
 def test_unknown_backbone() -> None:
     with pytest.raises(UserError, match="'resnet50': choose one of r2plus1d_10, r2plus1d_18, r3d_10, r3d_18, mc3_18"):
         build_backbone("resnet50")
-    with pytest.raises(UserError, match="width must be at least 1, not 0"):
+    with pytest.raises(UserError, match="width must be 1 to 1024, not 0"):
         build_backbone("r3d_18", width=0)
 
 
@@ -304,11 +304,10 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: py
     save_backbone(build_backbone("r3d_10", width=4), path)
     before = path.read_bytes()
 
-    def torn(tensors: dict, file: Path, metadata: dict) -> None:
-        Path(file).write_bytes(b"half")
+    def full(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("dclr.models.weights.save_file", torn)
+    monkeypatch.setattr("dclr.files.os.fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save_backbone(build_backbone("r3d_10", width=4), path)
     assert path.read_bytes() == before

@@ -1,8 +1,13 @@
 """A packed store: what is read from it, and how it says what is wrong with it."""
 
+import hashlib
+import io
 import os
 import re
 import shutil
+import struct
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -300,3 +305,245 @@ def test_a_store_is_a_catalog_with_only_the_splits_that_it_holds(packed):
     assert [video.path for video in catalog.videos("train")] == VIDEOS
     with pytest.raises(UserError, match=re.escape("split 2 of class folders: the store in")):
         open_catalog(packed / "planes", 2)
+
+
+# ---------------------------------------------------------------- an index that somebody else has signed
+
+
+def read_all(folder: Path, expected: dict[str, tuple[np.ndarray, ...]]) -> str:
+    """Opens a store and reads every video as training would. Returns how it ended; any other exception is the test's failure.
+
+    Frames that are read must be the right ones of the video, as far as its index says that there are so many.
+    """
+    try:
+        catalog = open_catalog(folder)
+        videos = catalog.videos("train")
+        opened = open_store(folder)
+        rows = opened.rows_of(video.path for video in videos if video.path not in opened.unreadable)
+    except UserError:
+        return "refused"
+    ended = "read"
+    for video, row in zip([v for v in videos if v.path not in opened.unreadable], rows.tolist(), strict=True):
+        assert -1 <= video.label < len(catalog.classes)
+        try:
+            frames = whole(opened, row)
+        except UnreadableVideo:
+            ended = "unreadable"
+            continue
+        assert any(
+            all(np.array_equal(plane, right[: len(plane)]) for plane, right in zip(frames, planes, strict=True))
+            for planes in expected.values()
+        ), video.path
+    return ended
+
+
+ODD = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 7, 2**14, 2**31, 2**40, 2**62, 2**63 - 1)
+
+
+def mutated(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
+    """One array spoiled at random: a value, a type, a shape, a length, or the array itself; and its name."""
+    name = str(rng.choice(list(arrays)))
+    array = arrays[name].copy()
+    match int(rng.integers(8)):
+        case 0:
+            return {key: value for key, value in arrays.items() if key != name}, name
+        case 1:
+            array = array.astype(rng.choice(["int8", "uint8", "int32", "int64", "uint64", "bool", ">i8"]))
+        case 2:
+            array = array[None] if rng.random() < 0.5 else array[..., None]
+        case 3:
+            array = array.ravel()[: int(rng.integers(array.size + 1))]
+        case 4:
+            array = np.repeat(array.ravel(), int(rng.integers(2, 4)))
+        case 5:
+            array = rng.permutation(array.ravel()).reshape(array.shape)
+        case _ if array.size:
+            with np.errstate(over="ignore"):
+                array.ravel()[int(rng.integers(array.size))] = np.array(rng.choice(ODD)).astype(array.dtype)
+    return {**arrays, name: array}, name
+
+
+@pytest.mark.parametrize("kind", ["planes", "compact"])
+def test_a_store_whose_index_is_spoiled_at_random_and_signed_is_refused_or_read_as_it_is(spoiled, kind):
+    """Every array is hit in most of its ways: 600 spoiled indexes of 20 arrays."""
+    folder = spoiled / kind
+    index, _ = load_arrays(folder / store.INDEX)
+    opened = open_store(folder)
+    expected = {video: whole(opened, row) for row, video in enumerate(VIDEOS)}
+    assert read_all(folder, expected) == "read"
+    rng = np.random.default_rng(0)
+    ends: dict[str, set[str]] = {}
+    for _ in range(600):
+        arrays, name = mutated(index, rng)
+        save_arrays(folder / store.INDEX, arrays)
+        ends.setdefault(name, set()).add(read_all(folder, expected))
+    assert ends.keys() == index.keys()
+    assert all("refused" in found for found in ends.values()), ends
+
+
+def spoil(folder: Path, **changed: object) -> str:
+    """The refusal of a store whose index has these arrays changed: what must be, by a function of the array that was."""
+    index, _ = load_arrays(folder / store.INDEX)
+    arrays = {name: array.copy() for name, array in index.items()}
+    for name, change in changed.items():
+        made = change(arrays[name]) if callable(change) else change
+        arrays[name] = made if isinstance(made, np.ndarray) else np.array(made, dtype=index[name].dtype)
+    save_arrays(folder / store.INDEX, arrays)
+    for way in (lambda: open_catalog(folder), lambda: open_store(folder)):
+        with pytest.raises(UserError) as caught:
+            way()
+    message = str(caught.value)
+    start, end = f"{folder / store.INDEX} cannot be used: ", "; delete it and pack again"
+    assert message.startswith(start), message
+    return message.removeprefix(start).removesuffix(end)
+
+
+def at(place: int, value: int):
+    def change(array: np.ndarray) -> np.ndarray:
+        array[place] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frames": at(0, 2**62)}, "frames must be 1 to 16,777,216, or 0 in no shard"),
+        ({"frames": at(0, 0)}, "frames must be 1 to 16,777,216, or 0 in no shard"),
+        ({"frames": at(1, 21)}, "sizes must be frames times the bytes of a frame"),
+        ({"heights": at(2, -40)}, "heights must be 1 to 16,384, or 0 in no shard"),
+        ({"widths": at(2, 2**40)}, "widths must be 1 to 16,384, or 0 in no shard"),
+        ({"sizes": at(0, -1)}, "sizes must be 0 to 1,125,899,906,842,624"),
+        ({"offsets": at(0, 8)}, "offsets must be where the video before ends"),
+        ({"offsets": at(4, 2**60)}, "offsets must be 0 to 1,125,899,906,842,624"),
+        ({"shards": at(0, 1)}, "shards must be 0 for the first video that is in one"),
+        ({"shards": at(4, 9)}, "shards must be that of the video before, or the next"),
+        ({"shards": at(4, 0)}, "shards must be that of the video before, or the next"),
+        ({"shards": at(0, -2)}, "shards must be -1 or more"),
+        ({"shards": at(4, -1)}, "reasons must be given for what is in no shard"),
+        ({"short_side": 16}, "short_side must be at least that of every video"),
+        ({"entry_row": at(0, 5)}, "entry_row must be 0 to 4"),
+        ({"entry_row": at(0, -1)}, "entry_row must be 0 to 4"),
+        ({"entry_label": at(0, 2)}, "entry_label must be -1 to 1"),
+        ({"entry_split": at(0, 3)}, "entry_split must be 0 to 2"),
+        ({"entry_number": at(0, 2)}, "entry_number must be one of the numbers"),
+        ({"numbers": [1, 1]}, "numbers must be some of 1, 2 and 3, each once"),
+        ({"numbers": []}, "numbers must be some of 1, 2 and 3, each once"),
+        ({"paths": texts.packed(["a", "a", "b", "c", "d"])}, "paths must be at least one, and each another"),
+        ({"paths": texts.packed(["a"])}, "paths must be of shape (5,), not (1,)"),
+        ({"paths": at(-1, 65)}, "paths must be texts, each with a null character behind it"),
+        (
+            {"missing": texts.packed(["a"]), "missing_number": np.array([2])},
+            "missing_number must be one of the numbers",
+        ),
+        ({"layout": texts.packed([])}, "layout must be of shape (1,), not (0,)"),
+        ({"crc32": np.zeros(5, np.int64)}, "crc32 must be an array of uint32"),
+        ({"compact": np.array([True])}, "compact must be of shape (), not (1,)"),
+        ({"frames": np.zeros((5, 1), np.int64)}, "frames must be of shape (any,), not (5, 1)"),
+        ({"stamps": np.zeros((4, 2), np.int64)}, "stamps must be of shape (5, 2), not (4, 2)"),
+        ({"compact": True}, "offsets must be 0 in a compact store"),
+    ],
+)
+def test_an_index_that_says_what_cannot_be_is_refused_by_the_array(spoiled, changed, message):
+    assert spoil(spoiled / "planes", **changed) == message
+
+
+def test_a_small_video_of_more_frames_than_bytes_is_refused(spoiled):
+    assert spoil(spoiled / "compact", frames=at(0, 2**24)) == "sizes must be more than a byte a frame"
+
+
+def signed(path: Path, content: bytes) -> None:
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def npz_of(header: bytes, data: bytes, compression: int = zipfile.ZIP_STORED, members: int = 1) -> bytes:
+    """A .npz file with a header of one's own."""
+    npy = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for number in range(members):
+            archive.writestr(f"{'version' if number == 0 else number}.npy", npy)
+    return file.getvalue()
+
+
+GOOD_HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': (), }\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(npz_of(GOOD_HEADER.replace(b"()", b"(10**15,)"), b"\0" * 8), id="a header that is no literal"),
+        pytest.param(npz_of(GOOD_HEADER.replace(b"()", b"(1000000000000000,)"), b"\0" * 8), id="petabytes"),
+        pytest.param(npz_of(GOOD_HEADER.replace(b"()", b"(-1,)"), b"\0" * 8), id="a negative length"),
+        pytest.param(npz_of(GOOD_HEADER.replace(b"()", b"(" * 3000), b""), id="a deep header"),
+        pytest.param(npz_of(GOOD_HEADER.replace(b"<i8", b"|O"), b"\0" * 8), id="objects"),
+        pytest.param(npz_of(GOOD_HEADER.replace(b"<i8", b"<f8"), b"\0" * 8), id="floats"),
+        pytest.param(npz_of(GOOD_HEADER, b""), id="cut short"),
+        pytest.param(npz_of(GOOD_HEADER, b"\0" * 10**6, zipfile.ZIP_DEFLATED), id="compressed"),
+        pytest.param(npz_of(GOOD_HEADER, b"\0" * 8)[:-30], id="no directory"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"PK\x05\x06" + b"\0" * 18, id="no members"),
+    ],
+)
+def test_a_signed_file_that_is_none_of_ours_is_refused_before_memory_is_taken(tmp_path, content):
+    signed(tmp_path / store.INDEX, content)
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=r"dclr-index\.npz was not written by train\.py pack \(.+\): delete it and pack again"
+    ):
+        open_catalog(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_members_that_lie_on_each_other_are_refused(tmp_path):
+    """The directory of a zip file may name the same bytes a thousand times."""
+    content = npz_of(GOOD_HEADER.replace(b"()", b"(1000,)"), b"\0" * 8000)
+    directory = content.rindex(b"PK\x01\x02")
+    entry, end = content[directory : content.rindex(b"PK\x05\x06")], bytearray(content[content.rindex(b"PK\x05\x06") :])
+    struct.pack_into("<HHI", end, 8, 50, 50, 50 * len(entry))
+    signed(tmp_path / store.INDEX, content[:directory] + 50 * entry + end)
+    with pytest.raises(UserError, match="its members are larger than the file"):
+        open_catalog(tmp_path)
+
+
+def test_a_file_too_large_to_be_an_index_is_not_read(tmp_path):
+    with (tmp_path / store.INDEX).open("wb") as file:
+        file.truncate(store.MAX_FILE + 1)  # sparse
+    with pytest.raises(UserError, match=r"was not written by train\.py pack \(1,073,741,825 bytes\)"):
+        open_catalog(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["planes", "compact"])
+def test_what_is_said_of_a_shard_is_checked_and_what_cannot_be_is_made_again(spoiled, packed, kind, capsys):
+    folder, name = spoiled / kind, "shard-00001.npz"
+    found, _ = load_arrays(folder / name)
+    index = (folder / store.INDEX).read_bytes()
+    flags = ["--out", str(folder), "--short-side", "32", "--workers", "1", *["--compact"][: kind == "compact"]]
+    for changed in (
+        {"sizes": found["sizes"][:0]},
+        {"sizes": found["sizes"].astype(np.float32).astype(np.int32)},
+        {"sizes": -found["sizes"]},
+        {"crc32": found["crc32"].astype(np.int64)},
+        {"reasons": texts.packed(["", ""])},
+        {"plan": found["plan"][:5]},
+        {"bt709": np.array(True)},
+    ):
+        save_arrays(folder / name, {**found, **changed})
+        train.main(["pack", "--data", str(packed / "videos"), *flags])
+        said = "belongs to another store" if "plan" in changed else "is damaged"
+        assert f"{name} {said}: its shard is made again" in capsys.readouterr().err
+        assert (folder / store.INDEX).read_bytes() == index
+
+
+def test_sizes_of_a_shard_that_only_add_up_to_the_planned_ones_are_not_taken(spoiled, packed, capsys):
+    folder = spoiled / "planes"
+    for path in sorted(folder.glob("shard-*.npz")):
+        found, _ = load_arrays(path)
+        if len(found["sizes"]) == 2:
+            break
+    save_arrays(path, {**found, "sizes": found["sizes"] + [8, -8]})
+    train.main(["pack", "--data", str(packed / "videos"), "--out", str(folder), "--short-side", "32", "--workers", "1"])
+    assert f"{path.name} is damaged: its shard is made again" in capsys.readouterr().err
+    open_store(folder)

@@ -11,6 +11,9 @@
     class folders  <class>/*, or {train,val,test}/<class>/*, or the videos side by side (unlabelled)
 
 No video is opened here. A file that a list names and the disk lacks is kept out of the splits and named in `missing`.
+
+Lists come from elsewhere more often than not, so a path in one must stay in the data folder, unless `allow_outside` lets it go
+anywhere. Links are followed wherever they point: they were made on this machine, and data sets are commonly put together of them.
 """
 
 import csv
@@ -18,17 +21,22 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 
-from dclr.data.store import Arrays, is_store, load_index
+from dclr.data.store import Arrays, is_store, leaves_folder, load_index
 from dclr.data.texts import packed, unpacked
 from dclr.errors import UserError
 
 SUFFIXES = frozenset([".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv"])
 SPLITS = ("train", "val", "test")
+MAX_LINE = 10_000
+"""Characters of a line of a list; no path has half as many."""
+MAX_CLASSES = 100_000
+"""A label is one of so many, or a list's typing error would be a classifier of gigabytes."""
 LAYOUTS = "UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, or a folder of videos"
 
 
@@ -37,7 +45,7 @@ class Video:
     """One video of a catalog."""
 
     path: str
-    """Relative to the catalog's root, with forward slashes."""
+    """Relative to the catalog's root, with forward slashes; out of it, or absolute, only where lists are allowed to."""
     label: int
     """Place in the catalog's `classes`; -1: unlabelled."""
     group: str = ""
@@ -67,17 +75,18 @@ class Catalog:
         return self.splits[split]
 
 
-def open_catalog(data: Path, split: int = 1) -> Catalog:
+def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Catalog:
     """Lists the data set under a folder, or the one that a list file (*.txt) names.
 
-    `split` is the number of the official split, 1 to 3, of UCF101 and HMDB51; other layouts have only 1. UserError for
-    whatever is wrong with the folder, the split or the lists, with file and line where a list is to blame.
+    `split` is the number of the official split, 1 to 3, of UCF101 and HMDB51; other layouts have only 1. With `allow_outside`,
+    lists may name videos outside of the data folder. UserError for whatever is wrong with the folder, the split or the lists,
+    with file and line where a list is to blame.
     """
     if data.is_file():
         if data.suffix.lower() != ".txt":
             raise UserError(f"{data} is a file; give a folder of videos or a .txt list of them")
         _require_split(split, "list file", numbers=1)
-        return _list_file(data)
+        return _list_file(data, allow_outside)
     if not data.exists():
         raise UserError(f"no such folder: {data}")
 
@@ -85,10 +94,10 @@ def open_catalog(data: Path, split: int = 1) -> Catalog:
         return _from_store(data, split)
     if (data / "ucfTrainTestlist").is_dir() or (data / "UCF-101").is_dir():
         _require_split(split, "UCF101", numbers=3)
-        return _ucf101(data, split)
+        return _ucf101(data, split, allow_outside)
     if (data / "testTrainMulti_7030_splits").is_dir():
         _require_split(split, "HMDB51", numbers=3)
-        return _hmdb51(data, split)
+        return _hmdb51(data, split, allow_outside)
     if kinetics_lists := [file for folder in (data, data / "annotations") for file in _kinetics_lists(folder)]:
         _require_split(split, "Kinetics-400", numbers=1)
         return _kinetics(data, kinetics_lists)
@@ -97,10 +106,10 @@ def open_catalog(data: Path, split: int = 1) -> Catalog:
         return _diving48(data)
     if (data / "splits").is_dir():
         _require_split(split, "list file", numbers=1)
-        return _list_file(data / "splits" / "train.txt")
+        return _list_file(data / "splits" / "train.txt", allow_outside)
     if (data / "train.txt").is_file():
         _require_split(split, "list file", numbers=1)
-        return _list_file(data / "train.txt")
+        return _list_file(data / "train.txt", allow_outside)
     _require_split(split, "class folders", numbers=1)
     return _class_folders(data)
 
@@ -177,14 +186,14 @@ def _from_store(folder: Path, split: int) -> Catalog:
 # ---------------------------------------------------------------- the official layouts
 
 
-def _ucf101(data: Path, split: int) -> Catalog:
+def _ucf101(data: Path, split: int, allow_outside: bool) -> Catalog:
     lists = data / "ucfTrainTestlist"
     class_file = lists / "classInd.txt"
     names: dict[int, str] = {}
     for where, line in _lines(class_file):
         match line.split():
-            case [number, name] if number.isdecimal():
-                names[int(number)] = name
+            case [number, name] if (place := _label(number)) is not None:
+                names[place] = name
             case _:
                 raise UserError(f"{where}: expected `number Class`, got {line!r}")
     if sorted(names) != list(range(1, len(names) + 1)):
@@ -199,23 +208,22 @@ def _ucf101(data: Path, split: int) -> Catalog:
             raise UserError(f"{where}: class {name!r} is not in {class_file}")
         # v_ApplyEyeMakeup_g01_c03: clip 3 of group 1; groups are numbered within their class.
         group = re.search(r"_(g\d+)_c\d+$", PurePosixPath(path).stem)
-        return Video(
-            path=_inside(f"UCF-101/{path}", where), label=labels[name], group=f"{name}_{group[1]}" if group else ""
-        )
+        path = _inside(PurePosixPath("UCF-101", path), where, allow_outside)
+        return Video(path=path, label=labels[name], group=f"{name}_{group[1]}" if group else "")
 
     train = []
     for where, line in _lines(lists / f"trainlist{split:02d}.txt"):
         path, _, number = line.rpartition(" ")
-        if not path or not number.isdecimal():
+        if not path or (label := _label(number)) is None:
             raise UserError(f"{where}: expected `Class/video.avi number`, got {line!r}")
         train.append(video(where, path.strip()))
-        if int(number) != train[-1].label + 1:
+        if label != train[-1].label + 1:
             raise UserError(f"{where}: label {number} contradicts {class_file}, which says {train[-1].label + 1}")
     test = [video(where, line) for where, line in _lines(lists / f"testlist{split:02d}.txt")]
     return _catalog(data, "UCF101", tuple(names[number] for number in sorted(names)), {"train": train, "test": test})
 
 
-def _hmdb51(data: Path, split: int) -> Catalog:
+def _hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
     lists = data / "testTrainMulti_7030_splits"
     classes = tuple(sorted({file.name.rpartition("_test_split")[0] for file in lists.glob("*_test_split[123].txt")}))
     if not classes:
@@ -228,7 +236,7 @@ def _hmdb51(data: Path, split: int) -> Catalog:
             if not file or use not in ("0", "1", "2"):
                 raise UserError(f"{where}: expected `video.avi 0|1|2` (unused, train, test), got {line!r}")
             if use != "0":
-                path = _inside(f"{folder}/{file.strip()}", where)
+                path = _inside(PurePosixPath(folder, file.strip()), where, allow_outside)
                 splits["train" if use == "1" else "test"].append(Video(path=path, label=label))
     return _catalog(data, "HMDB51", classes, splits)
 
@@ -236,8 +244,10 @@ def _hmdb51(data: Path, split: int) -> Catalog:
 def _kinetics_lists(folder: Path) -> Iterator[Path]:
     """The CSV files of a folder whose first line is Kinetics'."""
     for file in sorted(folder.glob("*.csv")):
-        with file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
-            if {"youtube_id", "time_start", "time_end", "split"} <= set(next(csv.reader(text), [])):
+        with _reading(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+            first = text.readline(MAX_LINE)
+        with suppress(csv.Error):  # not a table at all
+            if {"youtube_id", "time_start", "time_end", "split"} <= set(next(csv.reader([first]), [])):
                 yield file
 
 
@@ -246,14 +256,14 @@ def _kinetics(data: Path, lists: list[Path]) -> Catalog:
     is reported on its validation split, which is then "test" too."""
     rows: dict[str, tuple[str, str]] = {}  # <youtube id>_<start>_<end> -> (split, class name)
     for file in lists:
-        with file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+        with _reading(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
             reader = csv.DictReader(text)
             for row in reader:
                 where = f"{file}:{reader.line_num}"
                 split = "val" if row["split"] in ("validate", "validation") else row["split"]
                 try:
                     name = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError):
                     raise UserError(f"{where}: time_start and time_end must be seconds") from None
                 if split not in SPLITS:
                     raise UserError(f"{where}: split must be train, val, validate or test, got {split!r}")
@@ -284,15 +294,19 @@ def _diving48(data: Path) -> Catalog:
         entries[split] = []
         for place, entry in enumerate(_json_list(file)):
             match entry:
-                case {"vid_name": str(name), "label": int(label)} if label >= 0:
+                case {"vid_name": str(name), "label": int(label)} if 0 <= label < MAX_CLASSES:
                     entries[split].append((name, label))
                 case _:
-                    raise UserError(f"{file}: entry {place} must have a vid_name and a label of 0 or more")
+                    raise UserError(
+                        f"{file}: entry {place} must have a vid_name and a label of 0 or more, below {MAX_CLASSES:,}"
+                    )
 
     largest = max((label for split in entries.values() for _, label in split), default=-1)
     if any(data.glob("Diving48*_vocab.json")):
         vocabulary = _only(data, "Diving48*_vocab.json")
-        classes = tuple("-".join(name) if isinstance(name, list) else str(name) for name in _json_list(vocabulary))
+        classes = tuple(
+            "-".join(map(str, name)) if isinstance(name, list) else str(name) for name in _json_list(vocabulary)
+        )
         if largest >= len(classes):
             raise UserError(f"label {largest} is beyond the {len(classes)} classes of {vocabulary}")
     else:
@@ -315,7 +329,7 @@ def _diving48(data: Path) -> Catalog:
 # ---------------------------------------------------------------- the user's own layouts
 
 
-def _list_file(file: Path) -> Catalog:
+def _list_file(file: Path, allow_outside: bool) -> Catalog:
     """A list named train, val or test brings the others of these beside it; a list of another name is all there is."""
     root = file.parent.parent if file.parent.name == "splits" else file.parent
     files = {split: file.with_name(f"{split}.txt") for split in SPLITS}
@@ -333,14 +347,12 @@ def _list_file(file: Path) -> Catalog:
             if line.startswith("#"):
                 continue
             fields = line.split()
-            if len(fields) not in (2, 3) or not fields[1].isdecimal():
+            if len(fields) not in (2, 3) or (label := _label(fields[1])) is None:
                 raise UserError(f"{where}: expected `path label [group]`, the label a number, got {line!r}")
-            label = int(fields[1])
             if classes is not None and label >= len(classes):
                 raise UserError(f"{where}: label {label} is beyond the {len(classes)} classes of {class_file}")
-            splits[split].append(
-                Video(path=_inside(fields[0], where), label=label, group=fields[2] if len(fields) == 3 else "")
-            )
+            path = _inside(PurePosixPath(fields[0]), where, allow_outside)
+            splits[split].append(Video(path=path, label=label, group=fields[2] if len(fields) == 3 else ""))
     if classes is None:
         largest = max((video.label for videos in splits.values() for video in videos), default=-1)
         classes = tuple(str(label) for label in range(largest + 1))
@@ -387,14 +399,18 @@ def _catalog(
     root: Path, layout: str, classes: tuple[str, ...], splits: dict[str, list[Video]], missing: Iterable[str] = ()
 ) -> Catalog:
     """Drops videos that are not on disk and splits that are empty, and lets "val" be "test" where there is no other."""
-    absent = [video.path for videos in splits.values() for video in videos if not (root / video.path).is_file()]
+    named = [video for videos in splits.values() for video in videos]
+    missing = tuple(missing)
+    _require_texts(root, [*classes, *missing, *(text for video in named for text in (video.path, video.group))])
+    # os.path, not Path: for a name that is too long, or a folder that may not be looked into, a Path raises.
+    absent = [video.path for video in named if not os.path.isfile(root / video.path)]
     gone = set(absent)
     present = {split: tuple(video for video in videos if video.path not in gone) for split, videos in splits.items()}
     present = {split: videos for split, videos in present.items() if videos}
     missing = (*missing, *absent)
     if not present:
-        named = f"; its lists name {len(missing)}, such as {missing[0]}" if missing else f"; recognised are {LAYOUTS}"
-        raise UserError(f"no videos found in {root}{named}")
+        listed = f"; its lists name {len(missing)}, such as {missing[0]}" if missing else f"; recognised are {LAYOUTS}"
+        raise UserError(f"no videos found in {root}{listed}")
     if "val" in present and "test" not in present:
         present["test"] = present["val"]
     return Catalog(root=root, layout=layout, classes=classes, splits=present, missing=missing)
@@ -402,18 +418,23 @@ def _catalog(
 
 def _lines(file: Path) -> list[tuple[str, str]]:
     """(file:line, text) of the lines that are not blank. Bytes that are not UTF-8 survive as they do in file names."""
-    try:
+    with _reading(file):
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except FileNotFoundError:
-        raise UserError(f"missing list file: {file}") from None
-    numbered = enumerate(text.split("\n"), start=1)
-    return [(f"{file}:{number}", line.strip()) for number, line in numbered if line.strip()]
+    lines = [(f"{file}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
+    for where, line in lines:
+        if len(line) > MAX_LINE:
+            raise UserError(
+                f"{where}: a line of {len(line):,} characters, in what should be a list of videos or classes"
+            )
+    return [(where, line) for where, line in lines if line]
 
 
 def _json_list(file: Path) -> list[object]:
+    with _reading(file):
+        text = file.read_bytes()
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, list):
         raise UserError(f"{file} must hold a JSON list")
@@ -429,12 +450,44 @@ def _only(folder: Path, pattern: str) -> Path:
     return files[0]
 
 
-def _inside(path: str, where: str) -> str:
-    """The path in its plain form; UserError where it leaves the root."""
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise UserError(f"{where}: {path} must be relative to the data folder and stay inside it")
-    return str(pure)
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """UserError for a list that is missing, cannot be read, or is no table."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"missing list file: {file}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except csv.Error as error:
+        raise UserError(f"{file} is not a table of comma-separated values: {error}") from None
+
+
+def _label(text: str) -> int | None:
+    """The number of a class; None for what is none."""
+    label = int(text) if text.isdecimal() and len(text) < 10 else MAX_CLASSES
+    return label if label < MAX_CLASSES else None
+
+
+def _inside(path: PurePosixPath, where: str, allow_outside: bool) -> str:
+    """The path in its plain form; UserError where it leaves the root and must not."""
+    if leaves_folder(str(path)) and not allow_outside:
+        raise UserError(
+            f"{where}: {path} must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)"
+        )
+    return str(path)
+
+
+def _require_texts(root: Path, texts: list[str]) -> None:
+    """Raises UserError where a text of the lists can be no file's name: the rest of the project need not ask again."""
+    try:
+        whole = "".join(texts)
+        whole.encode("utf-8", "surrogateescape")
+        if "\0" not in whole:
+            return
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{root}: its lists hold characters that no file name can have (null, or half of a surrogate pair)")
 
 
 def _videos_in(folder: Path) -> list[Path]:

@@ -12,15 +12,17 @@ A *row* is a video's place in the index, which holds every video that any offici
 
 import hashlib
 import io
+import math
 import mmap
 import os
+import shlex
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +31,7 @@ from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, compact_record, empty_planes
 from dclr.data.texts import unpacked
 from dclr.errors import UserError
+from dclr.files import write_whole
 
 INDEX, PLAN = "dclr-index.npz", "dclr-plan.npz"
 
@@ -36,6 +39,10 @@ VERSION = 1
 """Of the folder's format: raise it when that changes."""
 
 SHORT_SIDE = 128
+
+MAX_FILE, MAX_FRAMES, MAX_SIDE, MAX_BYTES = 2**30, 2**24, 2**14, 2**50
+"""Bytes of a file of arrays (Kinetics-400's index takes 60 MB), frames of a video, pixels of a side, bytes of a shard: far beyond any data
+set's, and low enough that no product or sum of them leaves int64."""
 
 _OPEN_SHARDS = 256
 """Mapped at a time in a process: each holds a file descriptor, and 1,024 are allowed by default."""
@@ -167,19 +174,34 @@ def store_of(folder: Path, index: Arrays) -> Store:
 
 
 def load_index(folder: Path) -> Arrays:
-    """Raises UserError: the store is unfinished, of another version, or its index is damaged."""
+    """Raises UserError: the store is unfinished, of another version, or its index is damaged or says what cannot be."""
     if not (folder / INDEX).is_file():
-        plan, _ = load_arrays(folder / PLAN)
+        plan, _ = load_plan(folder)
         raise UserError(f"{folder} is an unfinished store: run `{pack_command(folder, plan)}` to finish it")
     index, _ = load_arrays(folder / INDEX)
+    check_index(folder / INDEX, index)
     return index
 
 
+def load_plan(folder: Path) -> tuple[Arrays, bytes]:
+    """The plan and its digest. Raises UserError as `load_index`."""
+    plan, digest = load_arrays(folder / PLAN)
+    check_plan(folder / PLAN, plan)
+    return plan, digest
+
+
 def pack_command(folder: Path, plan: Arrays) -> str:
-    """What makes, or mends, the store in `folder`."""
-    (source,) = unpacked(plan["source"])
+    """What makes, or mends, the store in `folder`: to be copied into a shell, so what the file says of its source is quoted."""
+    (source,) = map(shlex.quote, unpacked(plan["source"]))
     size = "" if plan["short_side"] == SHORT_SIDE else f" --short-side {plan['short_side']}"
-    return f"train.py pack --data {source} --out {folder}{size}{' --compact' if plan['compact'] else ''}"
+    outside = " --allow-outside yes" if any(map(leaves_folder, unpacked(plan["paths"]))) else ""
+    compact = " --compact" if plan["compact"] else ""
+    return f"train.py pack --data {source} --out {shlex.quote(str(folder))}{size}{outside}{compact}"
+
+
+def leaves_folder(path: str) -> bool:
+    """Whether a path of a list may point out of the data folder."""
+    return path.startswith("/") or ".." in PurePosixPath(path).parts
 
 
 def damaged_shards(store: Store, workers: int, progress: bool = True) -> dict[str, str]:
@@ -233,6 +255,122 @@ def size_fault(folder: Path, compact: bool, number: int, rows: np.ndarray, sizes
         return f"cannot be read ({error.strerror})"
 
 
+# ---------------------------------------------------------------- what an index may say
+
+
+def check_plan(path: Path, plan: Arrays) -> None:
+    """Raises UserError, naming the array of `path` that says what cannot be.
+
+    A digest tells that a byte has changed, not who wrote the file: nothing in it is used before it has been looked at here.
+    """
+    _check_lists(path, plan)
+    _check_planes(path, plan)
+
+
+def check_index(path: Path, index: Arrays) -> None:
+    """As `check_plan`, with what is only known once all is packed."""
+    _check_lists(path, index)
+    _check_columns(path, index, (len(index["frames"]),), uint32=["crc32"], bool=["bt709", "full_range"])
+    if index["compact"]:
+        _check_small_videos(path, index)
+    else:
+        _check_planes(path, index)
+
+
+def check_shard(path: Path, found: Arrays, sizes: np.ndarray | None, rows: int) -> None:
+    """The same of what was found while a shard of so many rows was written; `sizes` as planned, where they were not free to differ."""
+    _check_columns(
+        path, found, (rows,), int64=["sizes"], uint32=["crc32"], bool=["bt709", "full_range"], texts=["reasons"]
+    )
+    _require(path, "sizes", _between(found["sizes"], 0, MAX_BYTES), f"0 to {MAX_BYTES:,}")
+    _require(path, "sizes", sizes is None or found["sizes"] == sizes, "those of the plan")
+
+
+def _check_lists(path: Path, index: Arrays) -> None:
+    """All but where the videos lie."""
+    _check_columns(path, index, (), int64=["version", "short_side"], bool=["compact"])
+    _check_columns(path, index, (1,), texts=["source", "layout"])
+    _check_columns(path, index, (None,), int64=["numbers", "entry_row", "missing_number", "frames"], texts=["classes"])
+    numbers, classes, videos = index["numbers"], len(unpacked(index["classes"])), len(index["frames"])
+    entries, missing = index["entry_row"].shape, index["missing_number"].shape
+    _check_columns(path, index, entries, int64=["entry_number", "entry_split", "entry_label"], texts=["entry_group"])
+    _check_columns(path, index, missing, texts=["missing"])
+    places = ["heights", "widths", "sizes", "shards", "offsets"]
+    _check_columns(path, index, (videos,), int64=places, texts=["paths", "reasons"])
+    _check_columns(path, index, (videos, 2), int64=["stamps"])
+
+    paths, shards, stored = unpacked(index["paths"]), index["shards"], index["shards"] >= 0
+    absent = np.array([reason != "" for reason in unpacked(index["reasons"])], dtype=bool)
+    short_sides = np.minimum(index["heights"], index["widths"])
+    least = stored.astype(np.int64)  # a video that is in no shard has no frames and no size
+    for name, right, rule in (
+        ("numbers", 0 < len(numbers) == len(set(numbers.tolist()) & {1, 2, 3}), "some of 1, 2 and 3, each once"),
+        ("missing_number", np.isin(index["missing_number"], numbers), "one of the numbers"),
+        ("entry_number", np.isin(index["entry_number"], numbers), "one of the numbers"),
+        ("entry_split", _between(index["entry_split"], 0, 2), "0 to 2"),
+        ("entry_row", _between(index["entry_row"], 0, videos - 1), f"0 to {videos - 1}"),
+        ("entry_label", _between(index["entry_label"], -1, classes - 1), f"-1 to {classes - 1}"),
+        ("paths", 0 < videos == len(set(paths)), "at least one, and each another"),
+        ("shards", shards >= -1, "-1 or more"),
+        ("shards", shards[stored][:1] == 0, "0 for the first video that is in one"),
+        ("shards", _between(np.diff(shards[stored]), 0, 1), "that of the video before, or the next"),
+        ("reasons", stored | absent, "given for what is in no shard"),
+        ("frames", _between(index["frames"], least, least * MAX_FRAMES), f"1 to {MAX_FRAMES:,}, or 0 in no shard"),
+        ("heights", _between(index["heights"], least, least * MAX_SIDE), f"1 to {MAX_SIDE:,}, or 0 in no shard"),
+        ("widths", _between(index["widths"], least, least * MAX_SIDE), f"1 to {MAX_SIDE:,}, or 0 in no shard"),
+        ("short_side", np.max(short_sides, initial=1) <= index["short_side"], "at least that of every video"),
+        ("sizes", _between(index["sizes"], 0, MAX_BYTES), f"0 to {MAX_BYTES:,}"),
+        ("offsets", _between(index["offsets"], 0, MAX_BYTES), f"0 to {MAX_BYTES:,}"),
+    ):
+        _require(path, name, right, rule)
+
+
+def _check_planes(path: Path, index: Arrays) -> None:
+    """Every video's planes follow those of the video before. That they end where the shard does is `size_fault`'s to say."""
+    chroma = (index["heights"] + 1) // 2 * ((index["widths"] + 1) // 2)
+    sizes = index["frames"] * (index["heights"] * index["widths"] + 2 * chroma)
+    _require(path, "sizes", index["sizes"] == sizes, "frames times the bytes of a frame")
+    stored = index["shards"] >= 0
+    starts, first = index["offsets"][stored], np.diff(index["shards"][stored], prepend=-1) == 1
+    ends = np.roll(starts + sizes[stored], 1)  # of the video before
+    _require(path, "offsets", starts == np.where(first, 0, ends), "where the video before ends")
+
+
+def _check_small_videos(path: Path, index: Arrays) -> None:
+    """Every video is a file of its own; a frame takes more than a byte, so no reader prepares for frames that cannot be there."""
+    absent = np.array([reason != "" for reason in unpacked(index["reasons"])], dtype=bool)
+    _require(path, "offsets", index["offsets"] == 0, "0 in a compact store")
+    _require(path, "sizes", absent | (index["sizes"] > index["frames"]), "more than a byte a frame")
+
+
+def _check_columns(
+    path: Path, arrays: Arrays, shape: tuple[int | None, ...], texts: Sequence[str] = (), **names: Sequence[str]
+) -> None:
+    """The arrays of these names are there, of the type that they are listed under, and of this shape (None: of any length)."""
+    for kind, name in [("texts", name) for name in texts] + [
+        (kind, n) for kind, listed in names.items() for n in listed
+    ]:
+        array = arrays.get(name, np.empty(0))
+        dtype = "uint8" if kind == "texts" else kind
+        _require(path, name, name in arrays and array.dtype == dtype, f"an array of {dtype}")
+        found: tuple[int, ...] = array.shape
+        if kind == "texts":
+            ended = array.ndim == 1 and not array[-1:].any()
+            _require(path, name, ended, "texts, each with a null character behind it")
+            found = (int(np.count_nonzero(array == 0)),)
+        right = len(found) == len(shape) and all(want in (None, have) for want, have in zip(shape, found, strict=True))
+        _require(path, name, right, f"of shape {shape}, not {found}".replace("None", "any"))
+
+
+def _between(values: np.ndarray, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
+    return (low <= values) & (values <= high)
+
+
+def _require(path: Path, name: str, right: np.ndarray | bool, rule: str) -> None:
+    if not np.all(right):
+        raise UserError(f"{path} cannot be used: {name} must be {rule}; delete it and pack again")
+
+
 # ---------------------------------------------------------------- the files
 
 
@@ -261,40 +399,54 @@ def save_arrays(path: Path, arrays: Arrays) -> bytes:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:  # dated 1980, always
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
     digest = hashlib.sha256(content.getbuffer()).digest()
-    temporary = path.with_name(f"{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(content.getbuffer())
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    write_whole(path, content.getvalue() + digest, aside=path.with_name(f"{path.name}.part"))
     return digest
 
 
 def load_arrays(path: Path) -> tuple[Arrays, bytes]:
     """The arrays and the digest. Raises UserError: the file cannot be read, a byte of it has changed, it is of another version."""
     try:
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise UserError(f"{path} was not written by train.py pack ({size:,} bytes): delete it and pack again")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     digest = content[-32:]
     if hashlib.sha256(memoryview(content)[:-32]).digest() != digest:
         raise UserError(f"{path} is damaged: delete it and run the train.py pack command of this store again")
-    with np.load(io.BytesIO(content[:-32]), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    if arrays["version"] != VERSION:
-        raise UserError(f"{path} is of version {arrays['version']}, not {VERSION}: pack the videos into another folder")
+    try:
+        arrays = _arrays_of(content[:-32])
+        version = int(arrays["version"])
+    except Exception as error:  # whatever a file that was not written by `save_arrays` makes of its readers
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} was not written by train.py pack ({reason}): delete it and pack again") from error
+    if version != VERSION:
+        raise UserError(f"{path} is of version {version}, not {VERSION}: pack the videos into another folder")
     return arrays, digest
 
 
-def sync_folder(folder: Path) -> None:
-    """Names written to the folder survive a loss of power from here on."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _arrays_of(content: bytes) -> Arrays:
+    """The members of a .npz file as `save_arrays` writes them, uncompressed. Raises ValueError and more: it is another file.
+
+    Nothing is unpickled, and nothing is allocated that the file does not hold: a header may promise terabytes.
+    """
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > len(content):
+            raise ValueError("its members are larger than the file")
+        for member in members:
+            file = io.BytesIO(archive.read(member))
+            major, _ = np.lib.format.read_magic(file)
+            if major != 1:
+                raise ValueError(f"{member.filename} is of .npy version {major}")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            values = file.read()
+            if dtype.kind not in "biu" or len(values) != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{member.filename} does not hold the numbers that its header promises")
+            # A copy, for memory of one's own can be written to.
+            arrays[member.filename.removesuffix(".npy")] = np.frombuffer(values, dtype).reshape(shape).copy()
+    return arrays
 
 
 def _mapped(folder: Path, number: int) -> np.ndarray:

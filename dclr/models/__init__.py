@@ -1,12 +1,13 @@
 """Networks: video backbones under torchvision's parameter names, projection heads, and their weights on disk."""
 
-from dclr.models.backbone import BACKBONES, Backbone, build_backbone
+from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone
 from dclr.models.classifier import Classifier, count_correct, load_classifier, save_classifier
 from dclr.models.heads import ProjectionHead, activation_map, pool
 from dclr.models.weights import load_backbone, save_backbone
 
 __all__ = [
     "BACKBONES",
+    "MAX_WIDTH",
     "Backbone",
     "Classifier",
     "ProjectionHead",

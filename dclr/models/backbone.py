@@ -64,6 +64,9 @@ _STAGES: dict[str, tuple[list[_Conv], int]] = {
 BACKBONES = tuple(_STAGES)
 """The names that `build_backbone` knows."""
 
+MAX_WIDTH = 1024
+"""Sixteen times the standard networks': what a file says of its width must not fill the memory."""
+
 
 class Backbone(nn.Module):
     """A stem and four stages of residual blocks.
@@ -124,12 +127,12 @@ def build_backbone(name: str, width: int = 64) -> Backbone:
     """A freshly initialised backbone: convolutions Kaiming normal by fan-out, batch normalisation 1 and 0.
 
     Raises:
-        UserError: a name not in BACKBONES, or a width below 1.
+        UserError: a name not in BACKBONES, or a width that is not 1 to MAX_WIDTH.
     """
     if name not in BACKBONES:
         raise UserError(f"no backbone is called {name!r}: choose one of {', '.join(BACKBONES)}")
-    if width < 1:
-        raise UserError(f"a backbone's width must be at least 1, not {width}")
+    if not 1 <= width <= MAX_WIDTH:
+        raise UserError(f"a backbone's width must be 1 to {MAX_WIDTH}, not {width}")
     return Backbone(name, width)
 
 

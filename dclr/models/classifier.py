@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone, build_backbone
 from dclr.models.heads import pool
-from dclr.models.weights import write_safetensors
+from dclr.models.weights import check_fits, read_safetensors, write_safetensors
 
 FILE_NAME = "classifier.safetensors"
 """What a run's folder calls its classifier."""
@@ -54,23 +53,34 @@ def save_classifier(classifier: Classifier, classes: tuple[str, ...], path: Path
 
 
 def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
-    """The classifier and its class names. Raises UserError: no such file, or not one of ours."""
+    """The classifier and its class names. Raises UserError: no such file, or not one of ours.
+
+    Memory is only taken for a network whose shapes are those of the file's tensors, which are there: a name may say anything.
+    """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--checkpoint: no {file}; give the folder of a finetune or linear run, or its {FILE_NAME}")
+    tensors, metadata = read_safetensors(file)
+    head = {name.removeprefix("fc."): tensor for name, tensor in tensors.items() if name.startswith("fc.")}
+    body = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
-        classes = tuple(json.loads(metadata["classes"]))
-        classifier = Classifier(build_backbone(metadata["backbone"], int(metadata["width"])), len(classes))
-        classifier.fc.load_state_dict({k.removeprefix("fc."): v for k, v in tensors.items() if k.startswith("fc.")})
-        classifier.backbone.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("fc.")})
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        classes = json.loads(metadata["classes"])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("its classes are no list of names")
+        with torch.device("meta"):  # shapes without memory
+            backbone = build_backbone(metadata["backbone"], int(metadata["width"]))
+        check_fits(file, body, backbone)
+        shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+        if shapes != {"weight": (len(classes), backbone.feature_dim), "bias": (len(classes),)}:
+            raise ValueError(f"fc is not one of {len(classes)} classes by {backbone.feature_dim} features")
+    except (KeyError, ValueError, RecursionError, UserError) as error:
         raise UserError(
             f"--checkpoint {file}: not a classifier written by train.py finetune or linear ({error})"
         ) from None
-    return classifier, classes
+    classifier = Classifier(build_backbone(backbone.name, backbone.width), len(classes))
+    classifier.fc.load_state_dict(head)
+    classifier.backbone.load_state_dict(body, strict=False)  # as load_backbone
+    return classifier, tuple(classes)
 
 
 def count_correct(logits: Tensor, labels: Tensor, k: int) -> int:

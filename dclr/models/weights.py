@@ -8,17 +8,19 @@
 Foreign files are read with torch.load(weights_only=True): they cannot run code.
 """
 
-import os
 import pickle
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from dclr.errors import UserError
-from dclr.models.backbone import BACKBONES, Backbone, build_backbone
+from dclr.files import write_whole
+from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone
 
 FILE_NAME = "backbone.safetensors"
 """What a run's folder calls its query backbone."""
@@ -37,14 +39,8 @@ def save_backbone(backbone: Backbone, path: Path) -> None:
 def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     """Written whole under another name, synced and then renamed, so that `path` never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(content, metadata))
 
 
 def load_backbone(path: Path, backbone: Backbone) -> str:
@@ -63,28 +59,34 @@ def load_backbone(path: Path, backbone: Backbone) -> str:
         raise UserError(f"no such file: {path}")
 
     if file.suffix == ".safetensors":
-        tensors, kind = _read_safetensors(file)
+        tensors, metadata = read_safetensors(file)
+        kind = "written by dclr"
+        if metadata.get("format") != "dclr":
+            tensors, kind = _without(tensors, _CLASSIFIER), "a state dict"
     else:
         tensors, kind = _read_torch(file)
-    _check_fits(file, tensors, backbone)
-    # Not strict because of the step counters alone, which `_check_fits` does not require.
+    check_fits(file, tensors, backbone)
+    # Not strict because of the step counters alone, which `check_fits` does not require.
     backbone.load_state_dict(tensors, strict=False)
     return f"{file}: {backbone.name} (width {backbone.width}), {kind}"
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str]:
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, which are as large as the file at most, and the texts beside them. Raises UserError: not a whole safetensors file."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {error}") from error
-    if metadata.get("format") == "dclr":
-        return tensors, "written by dclr"
-    return _without(tensors, _CLASSIFIER), "a state dict"
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118  (it is no dict)
+    except Exception as error:  # whatever a damaged file makes of the reader
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{file} cannot be read as safetensors: {reason}") from error
 
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
+    if zipfile.is_zipfile(file):
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise UserError(f"{file} is compressed, which torch.save never does: it could fill the memory")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -99,7 +101,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+        isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items()
     ):
         raise UserError(
             f"{file} holds no state dict: give a dictionary of tensors, or one with such a state_dict in it"
@@ -112,11 +114,20 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
     return _without(tensors, _CLASSIFIER), "a state dict"
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor of numbers in memory: files may also hold sparse, quantized and meta tensors."""
+    if not isinstance(value, Tensor):
+        return False
+    return (
+        value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized and not value.is_nested
+    )
+
+
 def _without(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
-def _check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
+def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
     """Raise UserError, naming the likely network, unless every tensor is one of the backbone's and of its shape."""
     expected = _shapes(backbone.state_dict())
     found = _shapes(tensors)
@@ -146,7 +157,7 @@ def _check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> N
 def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
     """The name and width of the backbone that has exactly these shapes."""
     first_norm = found.get("layer1.0.conv1.1.weight")  # as many numbers as the width, in every backbone
-    if first_norm is None or len(first_norm) != 1:
+    if first_norm is None or len(first_norm) != 1 or not 1 <= first_norm[0] <= MAX_WIDTH:
         return None
     width = first_norm[0]
     for name in BACKBONES:
@@ -158,5 +169,6 @@ def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes by name, but for BatchNorm's step counters, which files from before torch 0.4.1 lack and nobody reads."""
-    return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+    """Shapes by name, but for BatchNorm's step counters, single numbers, which files from before torch 0.4.1 lack and nobody reads."""
+    counters = {name for name, tensor in tensors.items() if name.endswith("num_batches_tracked") and tensor.ndim == 0}
+    return {name: tensor.shape for name, tensor in tensors.items() if name not in counters}
