@@ -24,7 +24,7 @@ from dclr.stop import Stopped
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
 
-_MOVING = {
+_MOVING: dict[str, Any] = {
     "videos": int, "fingerprint": str, "summary": dict, "last": dict, "failures": list, "seconds": (int, float), "skipped": int
 }  # fmt: skip
 """What a checkpoint's state holds beside the step, which checkpoint.py looks at. Each may come from somebody else's file."""
