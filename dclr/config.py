@@ -49,6 +49,11 @@ class RunConfig:
         "torch.compile of the backbones; auto: on a GPU; change it to off for a run of a few steps, which is over before it is compiled",
         ("auto", "on", "off"),
     )
+    deterministic: str = option(
+        "no",
+        "yes: only algorithms that give the same bits every time, slower on a GPU; to repeat or resume a run there to the bit; a CPU always does",
+        ("no", "yes"),
+    )
     pad_channels: int = option(
         8,
         "zero channels between convolutions in space and in time, up to a multiple of this, for tensor cores; same results and "
@@ -67,6 +72,7 @@ class RunConfig:
         _require(self.log_every >= 1, "--log-every", self.log_every, "at least 1")
         _require(self.kernels in BACKENDS, "--kernels", self.kernels, "one of " + ", ".join(BACKENDS))
         _require(self.compile in ("auto", "on", "off"), "--compile", self.compile, "auto, on or off")
+        _require(self.deterministic in ("no", "yes"), "--deterministic", self.deterministic, "no or yes")
         _require(
             1 <= self.pad_channels <= 64, "--pad-channels", self.pad_channels, "1 to 64 (8 and 16 suit tensor cores)"
         )
@@ -363,7 +369,7 @@ def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str,
 
 # What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.
 FREE_ON_RESUME = {
-    "data", "workers", "ds_config", "kernels", "compile", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
+    "data", "workers", "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """What the processes of a run say to each other. With one process, or none started, every function is the identity."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -56,12 +58,27 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+_patient: dist.ProcessGroup | None = None
+"""The processes once more, for what may take days; None: as always, for half an hour."""
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Inside, `gather_objects`, `together` and `on_rank_zero` wait as long as it takes: verifying a large data set takes hours."""
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
+    try:
+        yield
+    finally:
+        _patient = None
+
+
 def gather_objects(value: Any) -> list[Any]:
     """One object from each rank, in rank order, on all."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient)
     return values
 
 

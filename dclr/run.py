@@ -1,6 +1,7 @@
 """How every training run starts: processes, folder, configuration, videos, each settled on all ranks before the next."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,6 +199,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     engine.micro_batch_size(ds_config, config.optim.batch_size)
     precision = engine.settle_precision(ds_config, device)
     choose_kernels(config.run.kernels, device)
+    choose_algorithms(config.run.deterministic == "yes")
     compiles, compiling = distributed.together(lambda: settle_compile(config.run.compile, device))
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
@@ -239,6 +241,16 @@ def choose_kernels(backend: str, device: torch.device) -> None:
         raise UserError(f"--kernels {backend}: {error}") from None
 
 
+def choose_algorithms(deterministic: bool) -> None:
+    """For this process. An operation that has no deterministic algorithm raises RuntimeError, which names it."""
+    if deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # what cuBLAS needs for it, read when it is first used
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = False  # which would choose by the clock
+
+
 def make_demo() -> None:
     """Render the built-in demo videos, once."""
     report.say(f"no --data: using the built-in demo videos in {DEMO_VIDEOS}")
@@ -258,7 +270,8 @@ def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
     """The train split's readable videos: verified by one process a machine, then read from its cache by the others."""
     first = engine.local_rank() == 0
     workers = max(1, data.workers)
-    videos = distributed.together(lambda: open_videos(catalog, "train", workers) if first else None)
+    with distributed.patience():
+        videos = distributed.together(lambda: open_videos(catalog, "train", workers) if first else None)
     return videos or open_videos(catalog, "train", workers, progress=False)
 
 

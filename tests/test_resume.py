@@ -159,6 +159,16 @@ def test_finetuning_with_dropout_goes_on_bit_for_bit(train_main, tiny, monkeypat
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+def test_deterministic_algorithms_exist_for_all_that_a_run_does(train_main, flags, uninterrupted, tmp_path):
+    """torch raises where there is none. On a GPU tests/test_gpu.py asks."""
+    try:
+        train_main(**flags, out=tmp_path / "run", deterministic="yes")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
 def test_resume_auto_wants_a_folder_and_does_not_take_a_finished_runs(train_main, flags, tmp_path):
     with pytest.raises(UserError, match=r"needs the run's folder: --resume auto --out RUN$"):
         train_main(resume="auto")
