@@ -1,6 +1,8 @@
 # make demo    everything once on the built-in demo videos, from installation to a table of figures: about 7 minutes on two cores
 # make test    lint, types and all tests
 # make setup   the environment only
+# make chaos   kills a run of two ranks a hundred times and looks whether it ends as if nothing had happened: about 12 minutes on two cores
+# make soak    an hour's run, whose memory, files and threads must not grow; DATA=DIR
 # make gpu     the tests that need a CUDA device, then the benchmarks, with $(PYTHON) as it is: nothing is installed; DATA=DIR
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test lint gpu gpu-test gpu-step gpu-kernels gpu-runs gpu-ideas
+.PHONY: setup demo demo-quick test lint chaos soak gpu gpu-test gpu-step gpu-kernels gpu-runs gpu-ideas
 
 setup: $(VENV)/.ready
 
@@ -45,6 +47,12 @@ lint: setup
 # Without a GPU, also where there is one: the kernels in Triton's interpreter, everything else on the CPU.
 test: lint
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest
+
+chaos: setup
+	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/chaos.py --kills 100
+
+soak: setup
+	CUDA_VISIBLE_DEVICES= $(BIN)/python benchmarks/soak.py --data $(DATA)
 
 # Everything runs even if something fails, so that one visit to a GPU brings all of it home; the exit status is that of all. The parts are meant to
 # take less than ten minutes each. DATA names a data set's folder, for what reads videos.

@@ -51,7 +51,7 @@ class RunConfig:
     )
     deterministic: str = option(
         "no",
-        "yes: only algorithms that give the same bits every time, slower on a GPU; to repeat or resume a run there to the bit; a CPU always does",
+        "yes: only algorithms that give the same bits every time; slower; change it to repeat or resume a run on a GPU to the bit, as on a CPU",
         ("no", "yes"),
     )
     pad_channels: int = option(

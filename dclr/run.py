@@ -248,7 +248,6 @@ def choose_algorithms(deterministic: bool) -> None:
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
         )  # what cuBLAS needs for it, read when it is first used
     torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = False  # which would choose by the clock
 
 
 def make_demo() -> None:

@@ -38,7 +38,7 @@ from dclr.data.demo import render_demo  # noqa: E402
 
 RANKS = 2
 INTERVAL = 4  # steps: an epoch of 16 videos
-EPOCHS = 12
+EPOCHS = 10
 LONGEST = 60.0  # seconds until a run whose rank has died must be down
 TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
 
@@ -188,7 +188,7 @@ def attempt(folder: Path, run: Path, draw: random.Random, how: str, seconds: flo
             if _ < skipped and not ended:
                 ended |= wait(processes, LONGEST, until=lambda: not unfinished.exists())
         if not ended:
-            time.sleep(draw.uniform(0, 0.002))
+            time.sleep(draw.uniform(0, 0.001))
     else:
         ended = wait(processes, draw.uniform(0, seconds))
     if any(status != 0 for status in ended.values()):

@@ -129,7 +129,7 @@ def test_a_batch_of_more_than_two_to_the_31_values_is_not_wrong():
 def test_a_run_stopped_and_resumed_on_a_gpu_gives_the_losses_of_the_uninterrupted_one(
     tmp_path, one_process, monkeypatch, deterministic
 ):
-    """Bit for bit with deterministic algorithms. Without, sums of atomic additions round otherwise in each run: within 1 % over ten steps."""
+    """Bit for bit with deterministic algorithms. Without, atomic additions round otherwise in each run: within 1 % over ten steps."""
     data = render_demo(tmp_path / "videos", train_per_class=2, test_per_class=1, progress=False)
     flags = {
         "data": str(data), "epochs": 6, "batch_size": 8, "fill_steps": 2, "log_every": 1, "queue_length": 16, "lr": 1e-4,

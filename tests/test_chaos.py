@@ -1,0 +1,21 @@
+"""Ten kills of a run of two ranks. `make chaos` is the same program with a hundred."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+
+@pytest.mark.timeout(600)
+def test_a_run_killed_ten_times_ends_as_if_nothing_had_happened(clean_environment):
+    """Its own checks come after every kill (tests/chaos.py); here, that there were the kills that it is about."""
+    command = [sys.executable, "tests/chaos.py", "--kills", "10", "--seed", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment, capture_output=True, text=True, timeout=590)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["kills"] == 10
+    assert summary["while writing"] >= 2
+    assert summary["one rank"] == 1
+    assert summary["finished"] >= 1
