@@ -36,10 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
         sub.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
         if command == "check":
-            configuration.add_flags(sub, [configuration.DataConfig], only={"data", "split", "workers"})
+            configuration.add_flags(sub, [configuration.DataConfig], only={"data", "split", "workers", "video_timeout"})
             continue
         if command == "pack":
-            configuration.add_flags(sub, [configuration.DataConfig], only={"data", "workers"})
+            configuration.add_flags(sub, [configuration.DataConfig], only={"data", "workers", "video_timeout"})
             store = sub.add_argument_group("what is written")
             store.add_argument(
                 "--out", default=argparse.SUPPRESS, metavar="STORE",

@@ -14,7 +14,7 @@ from dclr.compiled import compile_backbone, compile_seconds, settle_compile
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.demo import render_demo
-from dclr.data.loader import Failures, Schedule, TrainSamples
+from dclr.data.loader import Failures, Schedule, TrainSamples, check_bad
 from dclr.data.prefetch import batches_on
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
@@ -158,6 +158,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         distributed.on_rank_zero(make_demo)
     catalog = distributed.together(lambda: open_data(config.data))
     videos = open_videos_once(catalog, config.data)
+    check_bad(videos, {}, config.data.max_bad)
     if command != "pretrain" and (videos.labels < 0).any():
         raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
     steps = Schedule(len(videos), config.optim.batch_size, config.optim.epochs).stop  # refuses too large a batch
@@ -208,9 +209,9 @@ def open_data(data: DataConfig) -> Catalog:
 def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
     """The train split's readable videos: verified by one process a machine, then read from its cache by the others."""
     first = engine.local_rank() == 0
-    workers = max(1, data.workers)
-    videos = distributed.together(lambda: open_videos(catalog, "train", workers) if first else None)
-    return videos or open_videos(catalog, "train", workers, progress=False)
+    workers, timeout = max(1, data.workers), data.video_timeout
+    videos = distributed.together(lambda: open_videos(catalog, "train", workers, timeout=timeout) if first else None)
+    return videos or open_videos(catalog, "train", workers, progress=False, timeout=timeout)
 
 
 def learning_rate(optim: OptimConfig, epoch: int) -> float:
