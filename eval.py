@@ -46,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
             "--preset", choices=configuration.PRESETS, metavar="NAME",
             help="clips and network of this recipe, for a checkpoint without a config.json beside it (default: the published ones)",
         )  # fmt: skip
-        configuration.add_flags(sub, [configuration.DataConfig])
+        # Not --max-bad: what fails is left out of the figures, and listed.
+        clips = {f.name for f in dataclasses.fields(configuration.DataConfig)} - {"max_bad"}
+        configuration.add_flags(sub, [configuration.DataConfig], only=clips)
         if command == "retrieval":
             configuration.add_flags(sub, [configuration.ModelConfig])
             configuration.add_flags(sub, [configuration.RunConfig], only={"seed"})

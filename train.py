@@ -38,10 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
         sub.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
         if command == "check":
-            configuration.add_flags(sub, [configuration.DataConfig], only={"data", "split", "allow_outside", "workers"})
+            shown = {"data", "split", "allow_outside", "workers", "video_timeout"}
+            configuration.add_flags(sub, [configuration.DataConfig], only=shown)
             continue
         if command == "pack":
-            configuration.add_flags(sub, [configuration.DataConfig], only={"data", "allow_outside", "workers"})
+            shown = {"data", "allow_outside", "workers", "video_timeout"}
+            configuration.add_flags(sub, [configuration.DataConfig], only=shown)
             store = sub.add_argument_group("what is written")
             store.add_argument(
                 "--out", default=argparse.SUPPRESS, metavar="STORE",

@@ -20,7 +20,7 @@ def check(data: DataConfig) -> None:
         check_store(catalog, workers=max(1, data.workers))
         return
     paths = sorted({video.path for videos in catalog.splits.values() for video in videos})
-    manifest = load_manifest(catalog.root, paths, workers=max(1, data.workers))
+    manifest = load_manifest(catalog.root, paths, workers=max(1, data.workers), timeout=data.video_timeout)
     print("\n".join([*describe_catalog(catalog), *describe_videos(catalog, manifest), *describe_missing(catalog)]))
 
 

@@ -51,7 +51,7 @@ class RunConfig:
     )
     deterministic: str = option(
         "no",
-        "yes: only algorithms that give the same bits every time; slower; change it to repeat or resume a run on a GPU to the bit, as on a CPU",
+        "yes: only algorithms that give the same bits every time, slower; change it to resume a run on a GPU to the bit, as on a CPU",
         ("no", "yes"),
     )
     pad_channels: int = option(
@@ -101,7 +101,19 @@ class DataConfig:
     )
     crop_size: int = option(112, "height and width of a clip in pixels; lower it for quick experiments")
     workers: int = option(
-        2, "decoding processes for each training process; raise it while the bar shows time spent waiting for data"
+        2,
+        "decoding processes for each training process; raise it while the bar shows time spent waiting for data; 0 decodes in the training "
+        "process, where a video that crashes the decoder ends the run and one that never ends holds it up",
+    )
+
+    video_timeout: float = option(
+        60.0,
+        "seconds that the decoder may take without giving a frame, before the video counts as unreadable; raise it for slow network disks",
+    )
+    max_bad: float = option(
+        1.0,
+        "percent of the split's videos that may be unreadable or fail while training, before the run stops; raise it for a data set that "
+        "is known to be damaged",
     )
 
     def __post_init__(self) -> None:
@@ -111,6 +123,8 @@ class DataConfig:
         _require(self.clip_stride >= 1, "--clip-stride", self.clip_stride, "at least 1")
         _require(self.crop_size >= 16, "--crop-size", self.crop_size, "at least 16 (the backbones divide it by 16)")
         _require(0 <= self.workers <= 1024, "--workers", self.workers, "0 to 1024 (0: decode in the training process)")
+        _require(0 < self.video_timeout < math.inf, "--video-timeout", self.video_timeout, "above 0 seconds")
+        _require(0 <= self.max_bad <= 100, "--max-bad", self.max_bad, "between 0 and 100 percent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +383,8 @@ def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str,
 
 # What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.
 FREE_ON_RESUME = {
-    "data", "workers", "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
+    "data", "workers", "video_timeout", "max_bad", "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every",
+    "checkpoint_every", "on_nonfinite",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
 }  # fmt: skip

@@ -48,7 +48,7 @@ class FiniteGuard:
         self._in_a_row = 0
         self._lag = (
             2 if engine.device.type == "cuda" else 0
-        )  # as far as the host may be ahead of the GPU (DeviceBatches)
+        )  # steps that the host may be ahead of the GPU (DeviceBatches)
         self._pending: deque[Seen] = deque()
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
         self._buffers = list(engine.module.buffers()) if self._skips else []

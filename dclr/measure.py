@@ -27,7 +27,7 @@ def measure_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, f
             f"--checkpoint {checkpoint} knows {len(classes)} classes and {catalog.root} has {len(catalog.classes)}; "
             f"they must be the same ({', '.join(odd[:3]) or 'their order differs'})"
         )
-    videos = open_videos(catalog, "test", max(1, data.workers))
+    videos = open_videos(catalog, "test", max(1, data.workers), timeout=data.video_timeout)
     network = classifier.to(device).eval()
     outputs = evaluate.run_on_clips(network, videos, data, device, "accuracy")
     result = evaluate.accuracy(outputs)
@@ -73,7 +73,9 @@ def measure_retrieval(
         else load_backbone(checkpoint, backbone)
     )
     catalog = open_data(data)
-    gallery_videos, query_videos = (open_videos(catalog, split, max(1, data.workers)) for split in ("train", "test"))
+    gallery_videos, query_videos = (
+        open_videos(catalog, split, max(1, data.workers), timeout=data.video_timeout) for split in ("train", "test")
+    )
     if any((videos.labels < 0).any() for videos in (gallery_videos, query_videos)):
         raise UserError(f"--data {catalog.root}: its videos have no labels, which retrieval needs; use class folders")
     backbone.to(device).eval()

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dclr.config import DataConfig
-from dclr.data import store
+from dclr.data import store, supervise
 from dclr.data.catalog import catalog_arrays, official_splits, open_catalog
 from dclr.data.decode import (
     UnreadableVideo,
@@ -94,7 +94,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
 
     lists = catalog_arrays(catalogs)
     paths = unpacked(lists["paths"])
-    manifest = load_manifest(root, paths, workers=max(1, data.workers))
+    manifest = load_manifest(root, paths, workers=max(1, data.workers), timeout=data.video_timeout)
     if not manifest.records:
         first, reason = next(iter(manifest.unreadable.items()))
         raise UserError(f"{root}: none of its {len(paths)} videos can be read ({first}: {reason}); see train.py check")
@@ -112,7 +112,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
         check_space(job, todo)
         if len(todo) < len(job.shards):
             print(f"{len(job.shards) - len(todo)} of {len(job.shards)} shards are there already")
-        write_shards(job, todo, max(1, data.workers))
+        write_shards(job, todo, max(1, data.workers), data.video_timeout)
         failed = write_index(job)
     for path, reason in failed.items():
         print(f"warning: {path} could not be packed ({reason}); it is listed as unreadable", file=sys.stderr)
@@ -423,10 +423,14 @@ def write_small_videos(job: Job, rows: np.ndarray, aside: Path, count: Any) -> I
 def small_frames(job: Job, row: int, count: Any) -> Iterator[YuvFrames]:
     path = job.paths[row]
     height, width = int(job.plan["heights"][row]), int(job.plan["widths"][row])
-    for frame in resized_planes(job.root / path, job.records[path], height, width):
-        yield frame
-        with count.get_lock():
-            count.value += 1
+    supervise.begin(row)
+    try:
+        for frame in resized_planes(job.root / path, job.records[path], height, width):
+            yield frame
+            with count.get_lock():
+                count.value += 1
+    finally:
+        supervise.begin(None)
 
 
 def check_small_video(file: Path, promised: VideoRecord) -> None:
@@ -497,13 +501,15 @@ def write_index(job: Job) -> dict[str, str]:
 # ---------------------------------------------------------------- workers
 
 
-def write_shards(job: Job, todo: list[int], workers: int) -> None:
-    """Each of these shards, in processes of their own; a bar counts frames. Raises UserError."""
+def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> None:
+    """Each of these shards, in processes of their own; a bar counts frames. Raises UserError: a worker died, or decodes no frame for
+    `timeout` seconds. Videos were verified in the same way before, so both are the exception, and end the work."""
     context = multiprocessing.get_context("fork")  # as in dclr.data.manifest
     next_place, count, messages = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
+    progresses = [supervise.Progress() for _ in range(min(workers, len(todo)))]
     processes = [
-        context.Process(target=_work, args=(job, todo, next_place, count, messages), daemon=True)
-        for _ in range(min(workers, len(todo)))
+        context.Process(target=_work, args=(job, todo, next_place, count, messages, progress), daemon=True)
+        for progress in progresses
     ]
     frames = sum(int(job.plan["frames"][job.shards[number]].sum()) for number in todo)
     try:
@@ -516,6 +522,7 @@ def write_shards(job: Job, todo: list[int], workers: int) -> None:
                 running = [process for process in processes if process.is_alive()]
                 bar.update(count.get_obj().value - bar.n)  # without its lock, which a dead worker may hold
                 _check(job, processes, messages)
+                _check_progress(job, progresses, timeout)
     finally:
         for process in processes:
             if process.pid is not None:
@@ -534,8 +541,21 @@ def _check(job: Job, processes: Sequence[BaseProcess], messages: Any) -> None:
         )
 
 
-def _work(job: Job, todo: list[int], next_place: Any, count: Any, messages: Any) -> None:
+def _check_progress(job: Job, progresses: Sequence[supervise.Progress], timeout: float) -> None:
+    """Raises UserError where a worker that is reading a video does not get on."""
+    for progress in progresses:
+        idle, row = progress.idle(), progress.item
+        if row is not None and idle > timeout:
+            reason = supervise.describe(supervise.STALLED, timeout)
+            raise UserError(
+                f"{job.root / job.paths[row]}: {reason}, though it did before; what is finished in {job.folder} stays: "
+                "run the same command again, perhaps with a higher --video-timeout"
+            )
+
+
+def _work(job: Job, todo: list[int], next_place: Any, count: Any, messages: Any, progress: supervise.Progress) -> None:
     """A worker: takes the next shard until there is none."""
+    progress.report_here()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

@@ -16,7 +16,7 @@ from dclr.compiled import compile_backbone, compile_seconds, settle_compile
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.demo import render_demo
-from dclr.data.loader import Failures, Schedule, TrainSamples
+from dclr.data.loader import Failures, Schedule, TrainSamples, check_bad
 from dclr.data.prefetch import batches_on
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
@@ -47,6 +47,7 @@ class Run:
     resumed: bool
     exchange: distributed.Exchange = field(default_factory=distributed.Exchange)
     told: bool = False  # how long compiling took
+    failed: int = 0  # videos on the ranks, added up, that check_failures has looked at
 
     @property
     def main(self) -> bool:
@@ -144,6 +145,12 @@ class Run:
         }
         own.save(self.folder / "checkpoints", step, state)
 
+    def check_failures(self, failures: Failures, count: int) -> None:
+        """`count`: how many videos have failed on the ranks, added up. Raises UserError on all: more than --max-bad of the videos have."""
+        if count > self.failed:
+            self.failed = count
+            check_bad(self.videos, self.all_failures(failures)[0], self.config.data.max_bad)
+
     def write(self, work: Callable[[], None]) -> None:
         """`work`, on rank 0, which writes into the run's folder. Raises UserError on all ranks: it cannot."""
 
@@ -205,6 +212,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         distributed.on_rank_zero(make_demo)
     catalog = distributed.together(lambda: open_data(config.data))
     videos = open_videos_once(catalog, config.data)
+    check_bad(videos, {}, config.data.max_bad)
     if command != "pretrain" and (videos.labels < 0).any():
         raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
     steps = Schedule(len(videos), config.optim.batch_size, config.optim.epochs).stop  # refuses too large a batch
@@ -219,6 +227,8 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     if not run.resumed:
         run.write_config()
     run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
+    if catalog.missing:
+        run.say(f"  {len(catalog.missing)} listed videos are not on disk: named by train.py check")
     if videos.unreadable:
         run.say(
             f"  {len(videos.unreadable)} videos cannot be read and are left out: listed in report.json, and by train.py check"
@@ -268,10 +278,17 @@ def open_data(data: DataConfig) -> Catalog:
 def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
     """The train split's readable videos: verified by one process a machine, then read from its cache by the others."""
     first = engine.local_rank() == 0
-    workers = max(1, data.workers)
+    workers, timeout = max(1, data.workers), data.video_timeout
     with distributed.patience():
-        videos = distributed.together(lambda: open_videos(catalog, "train", workers) if first else None)
-    return videos or open_videos(catalog, "train", workers, progress=False)
+        videos = distributed.together(
+            lambda: open_videos(catalog, "train", workers, timeout=timeout) if first else None
+        )
+        videos = videos or open_videos(catalog, "train", workers, progress=False, timeout=timeout)
+        if len(set(distributed.gather_objects(videos.fingerprint()))) > 1:
+            raise UserError(
+                f"--data {catalog.root}: the processes find different videos there; every machine must see the same files"
+            )
+    return videos
 
 
 def learning_rate(optim: OptimConfig, epoch: int) -> float:

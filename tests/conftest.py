@@ -1,9 +1,12 @@
 """Fixtures shared by all tests."""
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,32 @@ def train_main(one_process: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
         train.main([*command, *as_flags(flags)])
 
     return run
+
+
+def children(process: int | str = "self") -> list[int]:
+    """Processes that this one, or another, has started and that still run, whoever knows of them, and what those have started."""
+    found = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with suppress(OSError):
+            for child in map(int, (task / "children").read_text().split()):
+                if Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "Z":
+                    found += [child, *children(child)]
+    return found
+
+
+def crash() -> None:
+    """As FFmpeg does on a file it cannot bear."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def loop() -> None:
+    while True:
+        pass
+
+
+def block() -> None:
+    """In C, with Python's lock held: no thread and no signal handler of the process gets a turn."""
+    ctypes.PyDLL(None).usleep(100_000_000)
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

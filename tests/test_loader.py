@@ -1,9 +1,13 @@
 """Batches: the same whoever reads them, equal to what a plain decode gives, and what becomes of videos that fail later."""
 
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import block, children, crash, loop
 
 from dclr.config import DataConfig
 from dclr.data import clips, loader
@@ -29,7 +34,8 @@ from dclr.data.loader import (
     Schedule,
     TrainBatches,
 )
-from dclr.data.videos import VideoSet, open_videos
+from dclr.data.supervise import shared_array
+from dclr.data.videos import VideoFiles, VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.views import AUGMENTATION
 from kernels import Yuv420
@@ -435,6 +441,206 @@ def test_a_test_split_leaves_videos_that_fail_out(mixed, workers):
     spoil(mixed, 5, "delete")
     *_, empty = loader.test_loader(loader.TestClips(mixed, CONFIG), 2, 0, pin=False)
     assert (len(empty.frames.y), len(empty.frames.bt709), len(empty.labels)) == (0, 0, 0)
+
+
+# ---------------------------------------------------------------- videos on which the decoder crashes, or never returns
+
+
+def hurt(monkeypatch: pytest.MonkeyPatch, index: int, fault: Callable[[], None]) -> None:
+    """Reading video `index` does this from now on, in processes forked later."""
+    read = VideoFiles.read_planes
+
+    def read_planes(self, number, wanted, into=None):
+        if number == index:
+            fault()
+        return read(self, number, wanted, into)
+
+    monkeypatch.setattr(VideoFiles, "read_planes", read_planes)
+
+
+FAULTS = pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (crash, "the decoder crashes on it (SIGSEGV)"),
+        (loop, "the decoder gives no frame for 1 s"),
+        (block, "the decoder gives no frame for 1 s"),
+    ],
+)
+
+
+def runs(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    return False
+
+
+def gone(processes: list[int], seconds: float = 3) -> bool:
+    """Whether all of these end by then."""
+    end = time.monotonic() + seconds
+    while any(map(runs, processes)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@FAULTS
+def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not_tried_again(
+    mixed, monkeypatch, fault, reason
+):
+    """Three epochs by two workers: the time-out passes at most once in each of them."""
+    mixed = replace(mixed, timeout=1)
+    samples, schedule = PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 3)
+    before = list(train_batches(samples, schedule))
+    hurt(monkeypatch, 2, fault)
+    began = time.monotonic()
+    after = list(train_batches(samples, schedule, 2))
+    assert time.monotonic() - began < 8
+    for step, (old, new) in enumerate(zip(before, after, strict=True)):
+        order = clips.epoch_order(1, step // 2, 6).tolist()
+        expected = [order[(order.index(i) + 1) % 6] if i == 2 else i for i in old.indices.tolist()]
+        assert new.indices.tolist() == expected
+        assert new.failures == ({mixed.path(2): reason} if 2 in old.indices.tolist() else {})
+        for b, index in enumerate(expected):  # nothing of the torn attempt is left
+            height, width = mixed.heights[index], mixed.widths[index]
+            own = samples.read(step // 2, index).frames
+            assert np.array_equal(new.frames.y[b, :, :height, :width], own.y)
+    assert children() == []
+
+
+@FAULTS
+def test_a_test_split_leaves_videos_that_the_decoder_dies_on_out(mixed, monkeypatch, fault, reason):
+    mixed = replace(mixed, timeout=1)
+    hurt(monkeypatch, 3, fault)
+    found = list(loader.test_loader(loader.TestClips(mixed, CONFIG), 2, 2, pin=False))
+    assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0, 1], [2], [4, 5]]
+    assert [batch.failures for batch in found] == [{}, {mixed.path(3): reason}, {}]
+    assert children() == []
+
+
+def test_a_decoder_killed_once_reads_the_video_after_all(mixed, monkeypatch):
+    """By the kernel, perhaps, for want of memory."""
+    times = shared_array(1, np.int64)
+
+    def killed_at_first() -> None:
+        times[0] += 1
+        if times[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    expected = batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1))
+    hurt(monkeypatch, 2, killed_at_first)
+    assert batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1), 2) == expected
+    assert times[0] == 2
+    hurt(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    found = list(train_batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1), 2))
+    assert merged(found) == {mixed.path(4): "the decoder crashes on it (SIGKILL)"}
+
+
+def merged(found: list[Batch]) -> dict[str, str]:
+    return loader.merge(batch.failures for batch in found)
+
+
+def test_a_bug_in_a_worker_comes_out_with_its_traceback(mixed, monkeypatch):
+    def bug() -> None:
+        raise ZeroDivisionError("a bug")
+
+    hurt(monkeypatch, 2, bug)
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError, match="a bug") as caught:
+        list(train_batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1), 2))
+    assert "in bug" in str(caught.value)  # the line in the child
+    assert gone(children())
+    assert time.monotonic() - began < 4
+
+
+def test_signals_to_the_whole_group_leave_the_workers_reading(mixed):
+    """A terminal's Ctrl-C and a scheduler's signals reach all processes: it is the training process that decides."""
+    samples, schedule = PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 20)
+    expected = batches(samples, schedule)
+    found = []
+    for number, batch in enumerate(train_batches(samples, schedule, 2)):
+        found.append(plain(batch))
+        if number == 3:
+            processes = children()
+            assert len(processes) == 4  # two workers, a decoder each
+            for process in processes:
+                for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                    os.kill(process, sent)
+            time.sleep(0.2)
+            assert children() == processes
+    assert found == expected
+    assert gone(processes)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_batches_that_are_dropped_end_their_workers_at_once(mixed, monkeypatch, busy):
+    """Also while a decoder does not return and its time is not up."""
+    if busy:
+        hurt(monkeypatch, 2, block)
+    found = TrainBatches(PairSamples(mixed, CONFIG, 1), Schedule(6, 1, 20), 2)
+    next(found)
+    time.sleep(0.3)
+    processes = children()
+    assert len(processes) == 4
+    began = time.monotonic()
+    del found
+    assert gone(processes)
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("end", ["killed", "exception", "left"])
+@pytest.mark.parametrize("busy", [False, True])
+def test_no_process_outlives_the_training_process(mixed, monkeypatch, tmp_path, busy, end):
+    """Whether it is killed, dies of an exception, or ends with batches that it has not asked for."""
+    if busy:
+        hurt(monkeypatch, clips.epoch_order(1, 0, 6)[3], block)
+
+    def train() -> None:
+        found = TrainBatches(PairSamples(mixed, CONFIG, 1), Schedule(6, 1, 20), 2)
+        keep.append(found)  # as a traceback's frames do
+        next(found)
+        time.sleep(0.3)
+        (tmp_path / "part").write_text(" ".join(map(str, children())))
+        (tmp_path / "part").rename(tmp_path / "processes")
+        if end == "exception":
+            raise RuntimeError("of the training process")
+        if end == "killed":
+            time.sleep(100)
+
+    keep: list[object] = []
+    trainer = multiprocessing.get_context("fork").Process(target=train)
+    trainer.start()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "processes").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    processes = [int(number) for number in (tmp_path / "processes").read_text().split()]
+    assert len(processes) == 4
+    if end == "killed":
+        os.kill(trainer.pid, signal.SIGKILL)
+    trainer.join(10)
+    assert trainer.exitcode == {"killed": -signal.SIGKILL, "exception": 1, "left": 0}[end]
+    assert gone(processes)
+
+
+# ---------------------------------------------------------------- too many bad videos
+
+
+def test_more_bad_videos_than_are_allowed_end_the_run_with_one_line(mixed):
+    some = replace(mixed, unreadable={"a/x.mp4": "empty file", "b/y.mp4": "no video stream"})  # 2 of 8
+    loader.check_bad(some, {}, 25)
+    loader.check_bad(some, {"a/x.mp4": "again"}, 25)  # each counts once
+    loader.check_bad(mixed, {}, 0)
+    with pytest.raises(UserError) as caught:
+        loader.check_bad(some, {mixed.path(0): "no such file"}, 37.4)
+    assert str(caught.value) == (
+        f"{mixed.root}: 3 of the split's 8 videos cannot be read (37.5 %), and --max-bad allows 37.4 %; the first is a/x.mp4 "
+        "(empty file): see train.py check, or raise --max-bad"
+    )
+    with pytest.raises(
+        UserError, match=r"1 of the split's 6 videos cannot be read \(16\.7 %\).*the first is .* \(gone\)"
+    ):
+        loader.check_bad(mixed, {mixed.path(1): "gone"}, 1)
 
 
 @pytest.mark.parametrize("layout", ["flat", "class folders"])

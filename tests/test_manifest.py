@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import block, children, crash, loop
 
-from dclr.data import manifest
+from dclr.data import manifest, supervise
 from dclr.data.decode import NO_PTS, VideoRecord, verify_video, write_video
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.errors import UserError
@@ -33,24 +36,42 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
+class Decoded:
+    """Names of the files that are decoded, in whatever process: they stand in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.clear()
+
+    def clear(self) -> None:
+        self.file.write_text("")
+
+    def add(self, name: str) -> None:
+        with self.file.open("a") as file:
+            file.write(name + "\n")
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.file.read_text().splitlines())
+
+
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are decoded in this process."""
-    names: list[str] = []
+def decoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Decoded:
+    found = Decoded(tmp_path / "decoded.txt")
 
     def counting(path: Path) -> VideoRecord:
-        names.append(path.name)
+        found.add(path.name)
         return verify_video(path)
 
     monkeypatch.setattr(manifest, "verify_video", counting)
-    return names
+    return found
 
 
 PATHS = [*GOOD, *BAD, *GONE]
 
 
-def load(root: Path, workers: int = 1, paths: list[str] = PATHS) -> Manifest:
-    return load_manifest(root, paths, workers=workers, progress=False, cache_dir=root.parent / "cache")
+def load(root: Path, workers: int = 1, paths: list[str] = PATHS, timeout: float = 60) -> Manifest:
+    return load_manifest(root, paths, workers=workers, progress=False, cache_dir=root.parent / "cache", timeout=timeout)
 
 
 def cache_file(root: Path) -> Path:
@@ -84,12 +105,12 @@ def test_in_parallel_as_in_one_process(root: Path, tmp_path: Path) -> None:
     assert parallel.unreadable == alone.unreadable
 
 
-def test_nothing_is_decoded_twice(root: Path, decoded: list[str]) -> None:
+def test_nothing_is_decoded_twice(root: Path, decoded: Decoded) -> None:
     first = load(root, paths=[*PATHS, *GOOD])  # named twice, as where "val" is "test" too
-    assert sorted(decoded) == sorted(Path(path).name for path in [*GOOD, *BAD])
+    assert decoded.names == sorted(Path(path).name for path in [*GOOD, *BAD])
     decoded.clear()
     second = load(root)
-    assert decoded == []
+    assert decoded.names == []
     assert plain(second) == plain(first)
     assert (second.records["c.h264"].pts == NO_PTS).all()  # the extreme value survives being stored as a difference
     assert second.unreadable == first.unreadable
@@ -97,27 +118,27 @@ def test_nothing_is_decoded_twice(root: Path, decoded: list[str]) -> None:
         assert (record.pts.dtype, record.keyframes.dtype) == (np.int64, np.int64)
 
 
-def test_a_changed_file_is_looked_at_again(root: Path, decoded: list[str]) -> None:
+def test_a_changed_file_is_looked_at_again(root: Path, decoded: Decoded) -> None:
     load(root)
     decoded.clear()
     write_video(root / "a.mp4", noise(9))
     status = (root / "c.h264").stat()
     os.utime(root / "c.h264", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     found = load(root)
-    assert decoded == ["a.mp4", "c.h264"]
+    assert decoded.names == ["a.mp4", "c.h264"]
     assert found.records["a.mp4"].frames == 9
     decoded.clear()
     load(root)
-    assert decoded == []
+    assert decoded.names == []
 
 
-def test_videos_not_asked_for_stay_known(root: Path, decoded: list[str]) -> None:
+def test_videos_not_asked_for_stay_known(root: Path, decoded: Decoded) -> None:
     load(root, paths=["a.mp4"])
     found = load(root, paths=["c.h264"])
     assert list(found.records) == ["c.h264"]
     decoded.clear()
     load(root, paths=["a.mp4", "c.h264"])
-    assert decoded == []
+    assert decoded.names == []
 
 
 def test_two_folders_do_not_share_a_cache_file(root: Path, tmp_path: Path) -> None:
@@ -171,23 +192,23 @@ def incomplete(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip, empty, garble, older, pickled, incomplete])
 def test_a_damaged_cache_is_rebuilt(
-    root: Path, decoded: list[str], capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+    root: Path, decoded: Decoded, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
     first = load(root)
     damage(cache_file(root))
     decoded.clear()
     assert plain(load(root)) == plain(first)
-    assert len(decoded) == len(GOOD) + len(BAD)
+    assert len(decoded.names) == len(GOOD) + len(BAD)
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {cache_file(root)} cannot be used (")
     assert warning.count("\n") == 1
     decoded.clear()
     load(root)
-    assert decoded == []
+    assert decoded.names == []
 
 
 def test_what_was_verified_before_an_interruption_is_kept(
-    root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+    root: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting = manifest.verify_video
 
@@ -199,25 +220,64 @@ def test_what_was_verified_before_an_interruption_is_kept(
     monkeypatch.setattr(manifest, "verify_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(root)
-    assert decoded == ["a.mp4", "b.mp4"]
+    assert decoded.names == ["a.mp4", "b.mp4"]
     monkeypatch.setattr(manifest, "verify_video", counting)
     decoded.clear()
     load(root, paths=GOOD)
-    assert decoded == ["c.h264", "ß #&(!).mp4"]
+    assert decoded.names == ["c.h264", "ß #&(!).mp4"]
 
 
-def test_a_crash_of_the_decoder_names_its_video(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crashing(path: Path) -> VideoRecord:
-        if path.name == "b.mp4":
-            os._exit(1)  # as a crash does: no exception, the process is gone
-        return verify_video(path)
+def leave() -> None:
+    os._exit(3)
 
-    monkeypatch.setattr(manifest, "verify_video", crashing)
-    found = load(root, workers=2)
-    assert found.unreadable == BAD | GONE | {"sub folder/b.mp4": "the decoder crashes on it"}
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (crash, "the decoder crashes on it (SIGSEGV)"),
+        (leave, "the decoder crashes on it (exit status 3)"),
+        (loop, "the decoder gives no frame for 1 s"),
+        (block, "the decoder gives no frame for 1 s"),
+    ],
+)
+def test_a_decoder_that_crashes_or_never_returns_costs_its_video_alone(root, monkeypatch, workers, fault, reason):
+    monkeypatch.setattr(manifest, "verify_video", lambda path: fault() if path.name == "b.mp4" else verify_video(path))
+    began = time.monotonic()
+    found = load(root, workers, timeout=1)
+    assert time.monotonic() - began < 15
+    assert found.unreadable == BAD | GONE | {"sub folder/b.mp4": reason}
     assert list(found.records) == ["a.mp4", "c.h264", "ß #&(!).mp4"]
+    assert children() == []
     monkeypatch.undo()
     assert list(load(root).records) == GOOD  # not held against it for ever
+
+
+def test_a_decoder_that_is_killed_once_is_asked_once_more(root, decoded, monkeypatch, tmp_path):
+    """It may have been the kernel, for want of memory; killed again, it is the video's doing."""
+    counting = manifest.verify_video
+
+    def killed(path: Path) -> VideoRecord:
+        record = counting(path)
+        if path.name == "b.mp4" or (path.name == "a.mp4" and decoded.names.count("a.mp4") == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return record
+
+    monkeypatch.setattr(manifest, "verify_video", killed)
+    found = load(root, paths=GOOD)
+    assert found.unreadable == {"sub folder/b.mp4": "the decoder crashes on it (SIGKILL)"}
+    assert decoded.names == sorted(["a.mp4", "a.mp4", "b.mp4", "b.mp4", "c.h264", "ß #&(!).mp4"])
+
+
+def test_a_long_decode_is_not_cut_while_it_gives_frames(root, monkeypatch):
+    def slow(path: Path) -> VideoRecord:
+        for _ in range(8):
+            time.sleep(0.3)
+            supervise.beat()
+        return verify_video(path)
+
+    monkeypatch.setattr(manifest, "verify_video", slow)
+    assert list(load(root, paths=["a.mp4"], timeout=1).records) == ["a.mp4"]
 
 
 def test_default_place_of_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,8 +290,8 @@ def test_default_place_of_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch,
     assert len(list((tmp_path / "home/.cache/dclr/manifests").glob("data-*.npz"))) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_told_before_the_work(root: Path, decoded: list[str], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(root: Path, decoded: Decoded, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*/file/cache .*set \$XDG_CACHE_HOME"):
         load_manifest(root, PATHS, workers=1, progress=False, cache_dir=tmp_path / "file" / "cache")
-    assert decoded == []
+    assert decoded.names == []

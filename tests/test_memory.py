@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import children
 
 from dclr.config import DataConfig
 from dclr.data.catalog import Video, open_catalog
@@ -100,8 +101,8 @@ def growth(samples: PairSamples) -> int:
         assert batch.frames.y.any()
         if number in (2 * SETTLED, 2 * EPOCHS - 6):  # the workers have not read everything yet
             time.sleep(0.5)  # but all that they have been asked for
-            workers = [worker.pid for worker in multiprocessing.active_children()]
-            assert len(workers) == 2
+            workers = children()
+            assert len(workers) == 4  # each with its decoder
             found.append(sum(memory(process, "Pss_Anon") for process in (None, *workers)))
     return found[1] - found[0]
 

@@ -375,7 +375,7 @@ def test_videos_that_cannot_be_read_are_listed_in_the_report(demo_videos, run_ti
         return real(self, epoch, index, into)
 
     monkeypatch.setattr(PairSamples, "read", read)
-    run = run_tiny(data=str(data), batch_size=5)  # 15 readable videos: an epoch visits each
+    run = run_tiny(data=str(data), batch_size=5, max_bad=100.0)  # 15 readable videos: an epoch visits each
     report = json.loads((run / "report.json").read_text())["data"]
     assert report["unreadable"] == {listed[0].split()[0]: "empty file"}
     assert report["failed_while_training"] == {gone: "no such file"}
@@ -400,7 +400,7 @@ def test_failures_before_an_interruption_stay_in_the_report(demo_videos, run_tin
         interrupt_at(patch, 7)
         patch.setattr(PairSamples, "read", read)
         with pytest.raises(Interrupted):
-            run_tiny(data=str(data))
+            run_tiny(data=str(data), max_bad=100.0)
     path.write_bytes(content)  # a disk that came back
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     train_main("pretrain", resume=tmp_path / "run")
@@ -470,3 +470,28 @@ def test_a_run_resumed_under_another_zero_stage_goes_on_with_its_momentum(
         torch.testing.assert_close(
             part(run, "momentum")[name], tensor, rtol=1e-4, atol=1e-6 * tensor.abs().max().item()
         )
+
+
+def test_a_run_stops_once_more_than_max_bad_of_the_videos_have_failed(demo_videos, run_tiny, monkeypatch, tmp_path):
+    """One of 16 is 6.25 %: with a limit of 7 % the second is one too many. The checkpoint before is intact."""
+    data = tmp_path / "data"
+    shutil.copytree(demo_videos, data)
+    listed = [line.split()[0] for line in (data / "splits" / "train.txt").read_text().splitlines()]
+    real, calls = PairSamples.read, []
+
+    def read(self, epoch, index, into=None):
+        calls.append(1)
+        for count, name in ((4, listed[3]), (18, listed[9])):  # in the first epoch and in the second
+            if len(calls) == count:
+                (data / name).write_bytes(b"")
+        return real(self, epoch, index, into)
+
+    monkeypatch.setattr(PairSamples, "read", read)
+    with pytest.raises(
+        UserError, match=r"2 of the split's 16 videos cannot be read \(12.5 %\), and --max-bad allows 7 %; the first is"
+    ):
+        run_tiny(data=str(data), max_bad=7.0, epochs=4)
+    assert newest(tmp_path / "run" / "checkpoints").stem in ("step-0000004", "step-0000008")
+    with pytest.raises(UserError, match=r"2 of the split's 16 videos cannot be read .* raise --max-bad$"):
+        run_tiny("again", data=str(data), max_bad=7.0)
+    assert not (tmp_path / "again").exists()

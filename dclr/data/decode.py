@@ -14,7 +14,7 @@ Rotation metadata is not applied: frames come as they are coded.
 import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
@@ -27,6 +27,8 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
+
+from dclr.data.supervise import beat
 
 NO_PTS = np.iinfo(np.int64).min
 """Stands in `VideoRecord.pts` for a frame without a timestamp (FFmpeg's own AV_NOPTS_VALUE)."""
@@ -45,6 +47,16 @@ _SKIPPING_CODECS = ("h264", "mpeg4")
 """Decoders whose non-reference frames may be skipped: their standards let nothing refer to such a frame, and nothing else outlives it.
 HEVC promises that within a temporal layer only, VP8 and VP9 carry probabilities and segment maps on from frame to frame, and AV1's
 decoder takes the setting at its start alone, and then lost wanted frames."""
+
+
+_MOST_PIXELS = 8192 * 8192
+"""Of a frame: twice what the largest video format in use has (8K, 8192 x 4320), 96 MiB as planes. A few changed bytes of a header can
+announce a frame of gigabytes, and a decoder takes the memory before it finds that the file does not fill it."""
+
+_MOST_DATA = 4
+"""Times the size of its file that a video's packets may take. They are parts of the file, so once is what they take (1.00 at most in all
+genuine videos); a demuxer that a damaged index leads in circles gives the same ones for ever. Four leaves room for tables that name a
+part twice, and for containers that leave out what begins every packet."""
 
 
 class UnreadableVideo(Exception):
@@ -320,6 +332,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise UnreadableVideo("no decoder for its video codec")
+        _check_pixels(stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}  # a size may also come with a later frame
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         yield container, stream
@@ -335,6 +349,7 @@ def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iter
             raise UnreadableVideo(f"decoding stops at frame {number}: {_plain(error)}") from error
         if frame is None:
             return
+        beat()
         if frame.is_corrupt:
             raise UnreadableVideo(f"frame {number} is corrupt")
         yield frame
@@ -342,8 +357,18 @@ def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iter
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     """From where the container stands to its end, then an empty one. Goes between PyAV's own iterator and whoever may leave before the
-    end: left, this one closes it. Merely dropped, it never frees a packet of 150 bytes (PyAV 18.0), a file that is read in part."""
-    yield from container.demux(stream)
+    end: left, this one closes it. Merely dropped, it never frees a packet of 150 bytes (PyAV 18.0), a file that is read in part.
+
+    Raises UnreadableVideo: there is no end to them."""
+    left = _MOST_DATA * container.size
+    with closing(container.demux(stream)) as packets:  # type: ignore[type-var]  # a generator, whatever PyAV calls it
+        for packet in packets:
+            left -= max(
+                packet.size, 1
+            )  # the end's own is empty, and so are those of dropped frames; each takes place in the file
+            if left < 0:
+                raise UnreadableVideo(f"gives more than {_MOST_DATA} times the data that it holds")
+            yield packet
 
 
 def _needed(
@@ -362,6 +387,7 @@ def _needed(
             if not waiting:
                 frames += decoder.decode(None)
             for frame in frames:
+                beat()
                 if frame.is_corrupt:
                     raise UnreadableVideo("a frame is corrupt")
                 yield frame
@@ -407,7 +433,11 @@ def _skips_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -
     trial = [number for number in range(record.frames) if _in_skipping_trial(number)]
     try:
         with _opened(path) as (container, stream):
-            packets = [_pts(packet) for packet in container.demux(stream) if packet.size]
+            packets = []
+            for packet in _packets(container, stream):
+                beat()
+                if packet.size:
+                    packets.append(_pts(packet))
         if sorted(packets) != record.pts.tolist():
             return False
         for number, frame in _recognised(path, record, trial):
@@ -470,6 +500,11 @@ def _lines(plane: VideoPlane) -> np.ndarray:
 
 def _pts(timed: VideoFrame | Packet) -> int:
     return NO_PTS if timed.pts is None else timed.pts
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > _MOST_PIXELS:
+        raise UnreadableVideo(f"frames of {width} x {height} pixels: more than 8192 x 8192 are not read")
 
 
 def _check_size(frame: VideoFrame, number: int, height: int, width: int) -> None:

@@ -9,22 +9,26 @@ What lies beside and below a smaller frame is undefined, and nobody reads it: au
 
 import gc
 import math
+import os
+import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dclr import views
 from dclr.config import DataConfig
 from dclr.data import clips
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, empty_planes
 from dclr.data.ring import FrameRing
+from dclr.data.supervise import TICK, Child, Died, end_with_parent, leave_signals_to_parent, shared_array
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from kernels import Augmentation, ViewParams, Yuv420
@@ -339,7 +343,7 @@ class Pieces:
 
 
 class RingSamples(Dataset[Any]):
-    """What workers see: a piece in, its frames written into the ring, all else out."""
+    """A piece in, its frames written into the ring, all else out."""
 
     def __init__(self, samples: TrainSamples, ring: FrameRing) -> None:
         self.samples, self.ring = samples, ring
@@ -349,6 +353,65 @@ class RingSamples(Dataset[Any]):
             self.samples.draw(epoch, place, self.ring.row(piece.slot, row))
             for row, (epoch, place) in enumerate(piece.places, start=piece.first_row)
         ]
+
+
+class Supervised(Dataset[Any]):
+    """What DataLoader's workers see: `samples`, read in a child process that the worker watches. Without workers, read in this process.
+
+    A video whose decoder crashes or gives no frame for too long is marked in the set's `faults`, and the samples are asked for once more:
+    from then on reading it fails in every worker, as it does for any unreadable video, and takes no time.
+    """
+
+    def __init__(self, samples: "RingSamples | TestClips", videos: VideoSet) -> None:
+        self.samples, self.videos = samples, videos
+        self._child: Child | None = None
+        self._ended, self._parent = shared_array(1, np.uint8), os.getpid()
+
+    def __len__(self) -> int:
+        """Of the test clips; training's pieces are counted by their schedule."""
+        return len(self.videos)
+
+    def __getitems__(self, request: Any) -> Any:
+        if get_worker_info() is None:
+            return self.samples.__getitems__(request)
+        if self._child is None:
+            self._child = Child(self.samples.__getitems__, self.videos.timeout)
+            Finalize(
+                None, self._child.stop, exitpriority=1
+            )  # the worker's end; what the child used then counts as the worker's
+        child = self._child
+        tried_twice = set[int | None]()
+        while True:
+            child.ask(request)
+            while not child.connection.poll(TICK):
+                self._end_if_told()
+                child.end_if_stalled()
+            try:
+                return child.answer()
+            except Died as death:
+                index = child.item
+                if death.out_of_memory and index not in tried_twice:
+                    tried_twice.add(index)
+                elif index is None:
+                    raise RuntimeError(f"a decoding process died while it read no video: {death}") from death
+                else:
+                    self.videos.faults[index] = death.status
+
+    def end(self) -> None:
+        """Nobody wants what the workers read any more: those that still read end within a second."""
+        self._ended[0] = 1
+
+    def start_worker(self, worker: int) -> None:
+        """Called in each of DataLoader's workers before all else."""
+        end_with_parent(self._parent)
+        leave_signals_to_parent()
+        # DataLoader and the end of the main process send this to a worker that is late; its parent has called `end` before.
+        signal.signal(signal.SIGTERM, lambda *_: self._end_if_told())
+        leave_inherited_objects_alone(worker)
+
+    def _end_if_told(self) -> None:
+        if self._ended[0]:
+            os._exit(0)  # and its child with it
 
 
 class TrainBatches(Iterator[Any]):
@@ -363,22 +426,25 @@ class TrainBatches(Iterator[Any]):
     ) -> None:
         """`processes`: of the machine, that each make such batches. Raises UserError: their rings take too much of its memory."""
         videos = samples.videos
-        self.samples, self._pieces = samples, Pieces(schedule, workers, hold)
+        self.samples, self._pieces, self._workers = samples, Pieces(schedule, workers, hold), workers
         self.ring = FrameRing(
             self._pieces.slots, schedule.micro_batch_size, samples.frames_a_sample,
             int(videos.heights.max()), int(videos.widths.max()), processes,
         )  # fmt: skip
+        supervised = Supervised(RingSamples(samples, self.ring), videos)
         loader: DataLoader[Any] = DataLoader(
-            RingSamples(samples, self.ring),
+            supervised,
             batch_sampler=self._pieces,  # type: ignore[arg-type]  # typed as lists of keys, but any iterable of what __getitems__ takes will do
             collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             # Forked, workers share the ring and the list of videos with this process; started in any other way they would get copies.
             multiprocessing_context="fork" if workers else None,
-            worker_init_fn=leave_inherited_objects_alone,
+            worker_init_fn=supervised.start_worker,
         )
         self._drawn: Iterator[list[Drawn]] = iter(loader)  # workers start here
+        # When this is dropped or the process ends: in either case before DataLoader waits for its workers.
+        self._end = Finalize(self, supervised.end, exitpriority=1)
 
     def __next__(self) -> Any:
         self._pieces.asked_for += 1
@@ -386,13 +452,17 @@ class TrainBatches(Iterator[Any]):
         try:
             for _ in self._pieces.firsts:
                 drawn += next(self._drawn)
-        except UserError as error:
+        except Exception as error:  # StopIteration too
             # The workers end here. Left to whoever collects garbage, their queues could be closed before they are told to, and each
-            # would be waited for 5 seconds. DataLoader's frames, which the traceback holds, refer to them too.
-            error.__traceback__ = None
+            # would be waited for 5 seconds. DataLoader's frames, which the traceback holds, refer to them too; what was raised in a
+            # worker has its own traceback in its message.
+            if self._workers:
+                error.__traceback__ = None
+            self._end()
             self._drawn = iter(())
-            # From a worker it comes with a traceback before its message.
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+            if isinstance(error, UserError):
+                raise UserError(error.args[0].rpartition("UserError: ")[2].strip()) from None
+            raise error
         bt709, full_range = (torch.tensor([getattr(d, flag) for d in drawn]) for flag in ("bt709", "full_range"))
         return self.samples.batch(Yuv420(*self.ring.planes(self.slot()), bt709, full_range), drawn)
 
@@ -411,18 +481,24 @@ def leave_inherited_objects_alone(worker: int) -> None:
     gc.freeze()
 
 
-def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool) -> DataLoader[Any]:
+def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool) -> Iterator[ClipBatch]:
     """Each video once, in order."""
-    return DataLoader(
-        samples,
+    supervised = Supervised(samples, samples.videos)
+    loader: DataLoader[Any] = DataLoader(
+        supervised,
         batch_size=videos_a_batch,
         shuffle=False,
         collate_fn=as_it_is,
         num_workers=workers,
         pin_memory=pin,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=leave_inherited_objects_alone,
+        worker_init_fn=supervised.start_worker,
     )
+    end = Finalize(None, supervised.end, exitpriority=1)
+    try:
+        yield from loader
+    finally:
+        end()
 
 
 class Failures:
@@ -442,3 +518,17 @@ class Failures:
                     file=sys.stderr,
                 )
             self.reasons.setdefault(path, reason)
+
+
+def check_bad(videos: VideoSet, failed: dict[str, str], max_bad: float) -> None:
+    """Raises UserError when more than `max_bad` percent of the split's videos are bad: left out as unreadable, or `failed` (path -> reason,
+    of all ranks) while a run read them."""
+    bad = {**videos.unreadable, **failed}
+    listed = len(videos) + len(videos.unreadable)
+    share = 100 * len(bad) / listed
+    if share > max_bad:
+        path, reason = next(iter(bad.items()))
+        raise UserError(
+            f"{videos.root}: {len(bad)} of the split's {listed} videos cannot be read ({share:.3g} %), and --max-bad allows {max_bad:g} %; "
+            f"the first is {path} ({reason}): see train.py check, or raise --max-bad"
+        )

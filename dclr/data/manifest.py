@@ -4,24 +4,23 @@ The findings are kept in one cache file a data folder, outside of it (data folde
 by path, file size and modification time: only new and changed files are decoded at the next start.
 """
 
-import contextlib
 import hashlib
-import multiprocessing
 import os
 import sys
 import time
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from dclr.data.decode import UnreadableVideo, VideoRecord, verify_video
+from dclr.data.supervise import TICK, TIMEOUT, Child, Died, begin
 from dclr.data.texts import packed, unpacked
 from dclr.errors import UserError
 
@@ -30,11 +29,6 @@ _VERSION = 2
 
 _SAVE_EVERY = 300.0
 """Seconds between saves while verifying, so that a machine lost after hours costs minutes."""
-
-_WAVE = 32
-"""Videos a worker gets at a time; a crash of the decoder costs a second look at no more than that."""
-
-_CRASHED = "the decoder crashes on it"
 
 Finding = VideoRecord | str
 """A record, or the reason why there is none."""
@@ -57,9 +51,17 @@ class Manifest:
 
 
 def load_manifest(
-    root: Path, paths: Sequence[str], *, workers: int, progress: bool = True, cache_dir: Path | None = None
+    root: Path,
+    paths: Sequence[str],
+    *,
+    workers: int,
+    progress: bool = True,
+    cache_dir: Path | None = None,
+    timeout: float = TIMEOUT,
 ) -> Manifest:
-    """Verifies the videos `root / path` that the cache does not know yet, in `workers` processes (1: in this one).
+    """Verifies the videos `root / path` that the cache does not know yet, in `workers` processes of their own.
+
+    A video on which the decoder crashes, or gives no frame for `timeout` seconds, is unreadable; alone of all findings this is not kept.
 
     The cache lies in `cache_dir`, by default $XDG_CACHE_HOME/dclr/manifests or ~/.cache/dclr/manifests. It is saved
     when the work is interrupted too, and keeps videos that `paths` does not name. UserError: it cannot be written.
@@ -89,9 +91,14 @@ def load_manifest(
         _save(cache, known)  # now, for what cannot be written should not come out after hours of verifying
     saved = time.monotonic()
     try:
-        for path, finding in _verify(root, list(todo), workers, progress):
-            findings[path] = finding
-            if finding != _CRASHED:  # which may have been the machine's fault (memory): looked at again next time
+        for path, finding in _verify(root, list(todo), workers, timeout, progress):
+            if isinstance(
+                finding, Died
+            ):  # may have been the machine's fault (memory, a slow disk): looked at again next time
+                findings[path] = str(finding)
+                known.pop(path, None)
+            else:
+                findings[path] = finding
                 known[path] = (todo[path], finding)
             if time.monotonic() - saved > _SAVE_EVERY:
                 _save(cache, known)
@@ -111,61 +118,47 @@ def load_manifest(
 # ---------------------------------------------------------------- verifying
 
 
-def _verify(root: Path, paths: list[str], workers: int, progress: bool) -> Iterator[tuple[str, Finding]]:
-    """(path, finding) for each path, as they get done."""
-    with tqdm(total=len(paths), desc="verifying videos", unit="video", disable=not (progress and paths)) as bar:
-        found = _verify_in_processes(root, paths, workers) if workers > 1 else ((p, _find(root / p)) for p in paths)
-        for path, finding in found:
-            bar.update()
-            yield path, finding
-
-
-def _verify_in_processes(root: Path, paths: list[str], workers: int) -> Iterator[tuple[str, Finding]]:
-    """A broken video can crash the decoder and with it its process, which ends the whole pool without saying which
-    video it was. So work goes out in waves, and after a crash each unfinished one gets a process of its own."""
-    pool = _pool(workers)
+def _verify(
+    root: Path, paths: list[str], workers: int, timeout: float, progress: bool
+) -> Iterator[tuple[str, Finding | Died]]:
+    """(path, finding) for each path, as they get done. Each worker has one video at a time, so it is known which one it died on."""
+    children = [Child(lambda path: _find(root / path), timeout) for _ in range(min(workers, len(paths)))]
+    waiting, asked, tried_twice = deque(paths), dict[Child, str](), set[str]()
     try:
-        for start in range(0, len(paths), _WAVE * workers):
-            wave = paths[start : start + _WAVE * workers]
-            futures: dict[str, Future[Finding]] = {}
-            with contextlib.suppress(BrokenProcessPool):  # comes from here if a crash is quicker than the last submit
-                for path in wave:
-                    futures[path] = pool.submit(_find, root / path)
-            crashed = [path for path in wave if path not in futures]
-            for path, future in futures.items():
-                try:
-                    finding = future.result()
-                except BrokenProcessPool:
-                    crashed.append(path)
-                else:
+        with tqdm(total=len(paths), desc="verifying videos", unit="video", disable=not (progress and paths)) as bar:
+            while waiting or asked:
+                for child in children:
+                    if child not in asked and waiting:
+                        asked[child] = waiting.popleft()
+                        child.ask(asked[child])
+                ready = wait([child.connection for child in asked], TICK)
+                for child, path in list(asked.items()):
+                    if child.connection not in ready:
+                        child.end_if_stalled()
+                        continue
+                    del asked[child]
+                    finding: Finding | Died
+                    try:
+                        finding = child.answer()
+                    except Died as death:
+                        if death.out_of_memory and path not in tried_twice:
+                            tried_twice.add(path)
+                            waiting.append(path)  # last, when the others may have let go of their memory
+                            continue
+                        finding = death
+                    bar.update()
                     yield path, finding
-            if crashed:
-                pool.shutdown()
-                pool = _pool(workers)
-            for path in crashed:
-                yield path, _find_alone(root / path)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for child in children:
+            child.stop()
 
 
 def _find(path: Path) -> Finding:
+    begin(0)
     try:
         return verify_video(path)
     except UnreadableVideo as reason:
         return str(reason)
-
-
-def _find_alone(path: Path) -> Finding:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(_find, path).result()
-        except BrokenProcessPool:
-            return _CRASHED
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # fork, as torch's DataLoader does on Linux: other ways import the main script, and with it torch, in every worker.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
 
 
 # ---------------------------------------------------------------- the cache file: path -> (stamp, finding)

@@ -8,14 +8,15 @@ videos would cost each worker a hundred megabytes as objects; so it costs nothin
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from dclr.data import supervise
 from dclr.data.catalog import Catalog, Video
-from dclr.data.decode import Planes, VideoRecord, YuvFrames, read_planes
+from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, read_planes
 from dclr.data.manifest import load_manifest
 from dclr.data.store import is_store, open_store
 from dclr.errors import UserError
@@ -80,6 +81,14 @@ class VideoSet:
     widths: np.ndarray
     """(N,) int64, pixels."""
     source: Source
+    faults: np.ndarray = field(init=False)
+    """(N,) int64, shared by all processes forked later: how the decoder ended that tried to read the video (see supervise.describe); 0: it
+    did not. Such a video is not tried again."""
+    timeout: float = supervise.TIMEOUT
+    """Seconds without a frame after which a watched decoder is ended."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "faults", supervise.shared_array(len(self), np.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,6 +99,9 @@ class VideoSet:
 
     def read(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
         """The wanted frames of a video, as `decode.read_planes`. Raises UnreadableVideo."""
+        if fault := int(self.faults[index]):
+            raise UnreadableVideo(supervise.describe(fault, self.timeout))
+        supervise.begin(index)
         return self.source.read_planes(index, wanted, into)
 
     def fingerprint(self) -> str:
@@ -131,15 +143,20 @@ def _column(values: list[Any]) -> Ragged | np.ndarray:
     return Ragged(values, values[0].dtype) if isinstance(values[0], np.ndarray) else np.array(values)
 
 
-def open_videos(catalog: Catalog, split: str, workers: int, progress: bool = True) -> VideoSet:
+def open_videos(
+    catalog: Catalog, split: str, workers: int, progress: bool = True, timeout: float = supervise.TIMEOUT
+) -> VideoSet:
     """The split's videos that a full decode could read, once and cached, or those that a packed store holds.
 
+    `timeout`: seconds that a decoder may take without giving a frame, now and when training reads.
     Raises UserError: there are none; a damaged store (see `open_store`).
     """
     listed = catalog.videos(split)
     if is_store(catalog.root):
-        return _packed_videos(catalog, listed)
-    manifest = load_manifest(catalog.root, [v.path for v in listed], workers=workers, progress=progress)
+        return _packed_videos(catalog, listed, timeout)
+    manifest = load_manifest(
+        catalog.root, [v.path for v in listed], workers=workers, progress=progress, timeout=timeout
+    )
     videos = [v for v in listed if v.path in manifest.records]
     if not videos:
         first, reason = next(iter(manifest.unreadable.items()))
@@ -159,10 +176,11 @@ def open_videos(catalog: Catalog, split: str, workers: int, progress: bool = Tru
         heights=np.array([record.height for record in records], np.int64),
         widths=np.array([record.width for record in records], np.int64),
         source=VideoFiles(catalog.root, paths, records, [manifest.sizes[v.path] for v in videos]),
+        timeout=timeout,
     )
 
 
-def _packed_videos(catalog: Catalog, listed: Sequence[Video]) -> VideoSet:
+def _packed_videos(catalog: Catalog, listed: Sequence[Video], timeout: float) -> VideoSet:
     """The same from a store, whose index knows what a verification would find."""
     store = open_store(catalog.root)
     videos = [v for v in listed if v.path not in store.unreadable]
@@ -180,4 +198,5 @@ def _packed_videos(catalog: Catalog, listed: Sequence[Video]) -> VideoSet:
         heights=store.heights[rows],
         widths=store.widths[rows],
         source=store.source(rows),
+        timeout=timeout,
     )
