@@ -556,3 +556,11 @@ def test_the_same_frames_are_written_as_the_same_bytes(tmp_path: Path) -> None:
         write_video(tmp_path / f"{i}.mp4", frames)
         written.add((tmp_path / f"{i}.mp4").read_bytes())
     assert len(written) == 1
+
+
+def test_a_playlist_that_calls_itself_a_video_is_refused(tmp_path):
+    """FFmpeg recognises it by its content, and would show the file that it names."""
+    write_video(tmp_path / "other.mp4", np.zeros((4, 32, 32, 3), np.uint8))
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with pytest.raises(UnreadableVideo, match=r"^a playlist \(concat\), which names other files$"):
+        verify_video(tmp_path / "a.mp4")

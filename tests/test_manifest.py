@@ -295,3 +295,44 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_work(root: Path, deco
     with pytest.raises(UserError, match=r"cannot write .*/file/cache .*set \$XDG_CACHE_HOME"):
         load_manifest(root, PATHS, workers=1, progress=False, cache_dir=tmp_path / "file" / "cache")
     assert decoded.names == []
+
+
+def test_a_cache_with_changed_numbers_is_used_only_where_they_agree(tmp_path, capsys):
+    """500 seeded changes of one array each: what comes of it is either nothing, with a word, or records that can be."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_video(folder / name, np.zeros((30, 32, 48, 3), np.uint8))
+    (folder / "c.mp4").write_bytes(b"x")
+    cache_dir = tmp_path / "cache"
+    load_manifest(folder, ["a.mp4", "b.mp4", "c.mp4"], workers=1, progress=False, cache_dir=cache_dir)
+    (cache,) = cache_dir.iterdir()
+    with np.load(cache) as file:
+        good = {name: file[name] for name in file.files}
+    rng, used = np.random.default_rng(0), 0
+    for _ in range(500):
+        arrays = dict(good)
+        name = rng.choice([n for n in good if n != "version"])
+        array = arrays[name].copy()
+        kind = rng.integers(4)
+        if kind == 0 and array.size:
+            array.ravel()[rng.integers(array.size)] = rng.choice([0, 1, 2, 7, 255])
+        elif kind == 1:
+            array = array[: rng.integers(len(array) + 1)]
+        elif kind == 2:
+            array = array.astype(rng.choice([np.float64, np.int8, np.int64]))
+        else:
+            array = np.concatenate([array, array])
+        arrays[name] = array
+        np.savez_compressed(cache, **arrays)
+        known = manifest._load(cache)
+        used += bool(known)
+        for (size, mtime), finding in known.values():
+            assert isinstance(size, int)
+            assert isinstance(mtime, int)
+            if not isinstance(finding, str):
+                assert 0 < finding.frames == len(finding.pts)
+                assert min(finding.height, finding.width) > 0
+                assert all(0 <= keyframe < finding.frames for keyframe in finding.keyframes)
+    assert 50 < used < 450
+    assert capsys.readouterr().err.count("cannot be used") == 500 - used

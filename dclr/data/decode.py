@@ -49,7 +49,7 @@ HEVC promises that within a temporal layer only, VP8 and VP9 carry probabilities
 decoder takes the setting at its start alone, and then lost wanted frames."""
 
 
-_MOST_PIXELS = 8192 * 8192
+MOST_PIXELS = 8192 * 8192
 """Of a frame: twice what the largest video format in use has (8K, 8192 x 4320), 96 MiB as planes. A few changed bytes of a header can
 announce a frame of gigabytes, and a decoder takes the memory before it finds that the file does not fill it."""
 
@@ -57,6 +57,10 @@ _MOST_DATA = 4
 """Times the size of its file that a video's packets may take. They are parts of the file, so once is what they take (1.00 at most in all
 genuine videos); a demuxer that a damaged index leads in circles gives the same ones for ever. Four leaves room for tables that name a
 part twice, and for containers that leave out what begins every packet."""
+
+
+_PLAYLISTS = ("concat", "hls", "dash")
+"""FFmpeg's names of what is no video but opens others: whatever it is called, what it shows is another file's."""
 
 
 class UnreadableVideo(Exception):
@@ -327,13 +331,15 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     except (av.error.FFmpegError, UnicodeEncodeError) as error:
         raise UnreadableVideo(f"cannot be opened: {_plain(error)}") from error
     with container:
+        if container.format.name in _PLAYLISTS:
+            raise UnreadableVideo(f"a playlist ({container.format.name}), which names other files")
         if not container.streams.video:
             raise UnreadableVideo("no video stream")
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise UnreadableVideo("no decoder for its video codec")
         _check_pixels(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}  # a size may also come with a later frame
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # a size may also come with a later frame
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         yield container, stream
@@ -503,7 +509,7 @@ def _pts(timed: VideoFrame | Packet) -> int:
 
 
 def _check_pixels(width: int, height: int) -> None:
-    if width * height > _MOST_PIXELS:
+    if width * height > MOST_PIXELS:
         raise UnreadableVideo(f"frames of {width} x {height} pixels: more than 8192 x 8192 are not read")
 
 

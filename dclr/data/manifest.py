@@ -8,8 +8,6 @@ import hashlib
 import os
 import sys
 import time
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dclr.data.decode import UnreadableVideo, VideoRecord, verify_video
+from dclr.data.decode import MOST_PIXELS, UnreadableVideo, VideoRecord, verify_video
 from dclr.data.supervise import TICK, TIMEOUT, Child, Died, begin
 from dclr.data.texts import packed, unpacked
 from dclr.errors import UserError
@@ -219,12 +217,13 @@ def _load(cache: Path) -> dict[str, tuple[Stamp, Finding]]:
         return _unpacked_findings(arrays)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever a damaged file makes of its readers
         print(f"warning: {cache} cannot be used ({error}); the videos are verified anew", file=sys.stderr)
         return {}
 
 
 def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, Finding]]:
+    _check_numbers(arrays)
     steps = np.split(arrays["pts_steps"], np.cumsum(arrays["frames"])[:-1])
     keyframes = np.split(arrays["keyframes"], np.cumsum(arrays["keyframe_counts"])[:-1])
     records = iter(
@@ -247,3 +246,24 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
             paths, reasons, arrays["stamps"], arrays["readable"], strict=True
         )
     }
+
+
+def _check_numbers(arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError where they contradict each other: whoever reads by them would read frames that are not there."""
+    frames, marks, sizes = arrays["frames"], arrays["keyframe_counts"], arrays["sizes"]
+    count = np.count_nonzero(arrays["readable"])
+    if not (
+        frames.shape == marks.shape == arrays["declared"].shape == arrays["seekable"].shape == (count,)
+        and arrays["skippable"].shape == (count,)
+        and sizes.shape == (count, 2)
+        and all(array.dtype.kind in "iub" for array in arrays.values())
+        and (frames > 0).all()
+        and (marks >= 0).all()
+        and frames.sum() == len(arrays["pts_steps"])
+        and marks.sum() == len(arrays["keyframes"])
+        and (arrays["keyframes"] >= 0).all()
+        and (arrays["keyframes"] < np.repeat(frames, marks)).all()
+        and (sizes > 0).all()
+        and (sizes <= MOST_PIXELS // sizes[:, ::-1]).all()
+    ):
+        raise ValueError("its numbers contradict each other")
