@@ -204,7 +204,7 @@ class RunLog:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """To the disk, before a checkpoint: a resumed run does not do these steps again. TensorBoard keeps points for two minutes."""
+        """Before a checkpoint: a resumed run does not do these steps again. TensorBoard's points wait in a queue for a thread."""
         with self._writing():
             self._board.flush()
 
