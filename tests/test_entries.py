@@ -92,7 +92,9 @@ def test_check_of_faulty_files_names_each_with_its_reason(genuine, capsys):
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_two_processes_make_one_run(clean_environment, tiny_pretrain, tmp_path, launcher):
+def test_two_processes_make_one_run_and_one_goes_on_with_it(
+    clean_environment, train_main, tiny_pretrain, tmp_path, launcher
+):
     flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
     if launcher == "deepspeed":
         start = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port(), "train.py"]
@@ -107,6 +109,12 @@ def test_two_processes_make_one_run(clean_environment, tiny_pretrain, tmp_path, 
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert done.stdout.count("2 process(es) on cpu") == 1
     assert len(re.findall(r"^pretrain:.*100%", done.stdout.replace("\r", "\n"), re.MULTILINE)) >= 1
+
+    train_main("pretrain", resume=tmp_path / "run", epochs=2)  # goes on in one process
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["processes"], report["steps"]) == (1, 8)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
 
 
 @pytest.mark.launcher

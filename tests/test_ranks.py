@@ -71,6 +71,8 @@ def train_with_own_statistics(rank: int, folder: Path) -> None:
         own.step()
         method.update_key()
     check_same(method, 3)
+    exchange = distributed.Exchange()
+    assert [exchange.add(rank, 1), exchange.add(5, 0), exchange.finish()] == [[0, 0], [1, 2], [10, 0]]
     own.save(folder, 3, {})
     torch.save((start, {k: v.clone() for k, v in method.state_dict().items()}), folder / f"rank{rank}.pt")
 
@@ -309,9 +311,12 @@ def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on_bit_for_bi
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_ctrl_c_and_sigterm_under_a_launcher_leave_a_checkpoint_within_30_seconds(
-    clean_environment, tiny_pretrain, tmp_path, launcher
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [("deepspeed", signal.SIGINT), ("deepspeed", signal.SIGUSR1), ("torchrun", signal.SIGTERM)],
+)
+def test_each_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint_within_30_seconds(
+    clean_environment, tiny_pretrain, tmp_path, launcher, number
 ):
     flags = as_flags({**tiny_pretrain, "epochs": 200, "out": tmp_path / "run", "checkpoint_every": 100})
     folder = Path(sys.executable).parent
@@ -333,7 +338,7 @@ def test_ctrl_c_and_sigterm_under_a_launcher_leave_a_checkpoint_within_30_second
     )  # fmt: skip
     try:
         wait_for_step(tmp_path / "run", 5)
-        os.killpg(process.pid, signal.SIGINT if launcher == "deepspeed" else signal.SIGTERM)
+        os.killpg(process.pid, number)
         began = time.monotonic()
         output, _ = process.communicate(timeout=60)  # until the last process of the run has closed it
         assert time.monotonic() - began < 30
