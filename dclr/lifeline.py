@@ -47,9 +47,8 @@ class Lifeline:
             # A connection of its own: a store's client serves one call at a time, and the main thread may wait in one.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._limit))
-            restart = os.environ.get(
-                "TORCHELASTIC_RESTART_COUNT", "0"
-            )  # torchrun keeps its store when it starts all ranks anew
+            # torchrun keeps its store when it starts all ranks anew.
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"dclr/lifeline/{restart}", store)
             self._sign(0)
             distributed.gather_objects(None)  # all have given their first one

@@ -105,13 +105,10 @@ class Run:
             )
         videos, stop = len(self.videos), self.schedule().stop
         if (state["videos"], state["fingerprint"]) != (videos, self.videos.fingerprint()):
-            counts = (
-                f"{state['videos']} readable videos then, {videos} now"
-                if state["videos"] != videos
-                else "as many, but not the same"
-            )
+            same = "as many, but not the same"
+            told = same if state["videos"] == videos else f"{state['videos']} readable videos then, {videos} now"
             raise UserError(
-                f"--resume {self.folder}: the videos of {self.videos.root} are not those it was trained on ({counts}): "
+                f"--resume {self.folder}: the videos of {self.videos.root} are not those it was trained on ({told}): "
                 "bring them back, or start another run"
             )
         if state["step"] > stop:
@@ -254,9 +251,8 @@ def choose_kernels(backend: str, device: torch.device) -> None:
 def choose_algorithms(deterministic: bool) -> None:
     """For this process. An operation that has no deterministic algorithm raises RuntimeError, which names it."""
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # what cuBLAS needs for it, read when it is first used
+        # What cuBLAS needs for it, read when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
 

@@ -58,7 +58,6 @@ _MOST_DATA = 4
 genuine videos); a demuxer that a damaged index leads in circles gives the same ones for ever. Four leaves room for tables that name a
 part twice, and for containers that leave out what begins every packet."""
 
-
 _PLAYLISTS = ("concat", "hls", "dash")
 """FFmpeg's names of what is no video but opens others: whatever it is called, what it shows is another file's."""
 
@@ -369,9 +368,8 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]
     left = _MOST_DATA * container.size
     with closing(container.demux(stream)) as packets:  # type: ignore[type-var]  # a generator, whatever PyAV calls it
         for packet in packets:
-            left -= max(
-                packet.size, 1
-            )  # the end's own is empty, and so are those of dropped frames; each takes place in the file
+            # The end's own is empty, and so are those of dropped frames; each of these takes place in the file.
+            left -= max(packet.size, 1)
             if left < 0:
                 raise UnreadableVideo(f"gives more than {_MOST_DATA} times the data that it holds")
             yield packet

@@ -376,9 +376,8 @@ class Supervised(Dataset[Any]):
             return self.samples.__getitems__(request)
         if self._child is None:
             self._child = Child(self.samples.__getitems__, self.videos.timeout)
-            Finalize(
-                None, self._child.stop, exitpriority=1
-            )  # the worker's end; what the child used then counts as the worker's
+            # At the worker's end, so that what the child used counts as the worker's.
+            Finalize(None, self._child.stop, exitpriority=1)
         child = self._child
         tried_twice = set[int | None]()
         while True:
