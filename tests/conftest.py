@@ -142,12 +142,14 @@ def train_main(one_process: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 def children(process: int | str = "self") -> list[int]:
-    """Processes that this one, or another, has started and that still run, whoever knows of them, and what those have started."""
+    """Processes that this one, or another, has started and that still run, whoever knows of them, and what those have started; without
+    multiprocessing's own helper, which stays for good once a test has spawned a process."""
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         with suppress(OSError):
             for child in map(int, (task / "children").read_text().split()):
-                if Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "Z":
+                helper = b"resource_tracker" in Path(f"/proc/{child}/cmdline").read_bytes()
+                if not helper and Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "Z":
                     found += [child, *children(child)]
     return found
 

@@ -431,6 +431,12 @@ class TrainBatches(Iterator[Any]):
             int(videos.heights.max()), int(videos.widths.max()), processes,
         )  # fmt: skip
         supervised = Supervised(RingSamples(samples, self.ring), videos)
+        if workers:
+            # Garbage collection writes to every object it looks at: this process's first full one, 20 minutes into a run, copied 70 MB
+            # that it shares with its workers (docs/LOG.md). What is frozen it does not look at.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
         loader: DataLoader[Any] = DataLoader(
             supervised,
             batch_sampler=self._pieces,  # type: ignore[arg-type]  # typed as lists of keys, but any iterable of what __getitems__ takes will do
