@@ -84,8 +84,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 run.tell_compile_time()
             watch.step()
             done = step + 1
-            asked_to_stop, failed = run.exchange.add(request.asked, len(failures.reasons))
-            run.check_failures(failures, failed)
+            asked_to_stop = run.agree(request, failures)
             epoch_ended = done % schedule.steps_per_epoch == 0
             regular = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
             logs = done % config.run.log_every == 0 or regular or done == fill_steps + 1

@@ -21,7 +21,7 @@ from dclr.data.prefetch import batches_on
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone
-from dclr.stop import Stopped
+from dclr.stop import Stopped, StopRequest
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
 
@@ -47,7 +47,7 @@ class Run:
     resumed: bool
     exchange: distributed.Exchange = field(default_factory=distributed.Exchange)
     told: bool = False  # how long compiling took
-    failed: int = 0  # videos on the ranks, added up, that check_failures has looked at
+    failed: int = 0  # videos on the ranks, added up, that `agree` has looked at
 
     @property
     def main(self) -> bool:
@@ -142,11 +142,16 @@ class Run:
         }
         own.save(self.folder / "checkpoints", step, state)
 
-    def check_failures(self, failures: Failures, count: int) -> None:
-        """`count`: how many videos have failed on the ranks, added up. Raises UserError on all: more than --max-bad of the videos have."""
-        if count > self.failed:
-            self.failed = count
+    def agree(self, request: StopRequest, failures: Failures) -> bool:
+        """Once a step: whether any rank was asked to stop. All ranks learn it at the same step.
+
+        Raises UserError on all: more than --max-bad of the videos have failed.
+        """
+        asked, failed = self.exchange.add(request.asked, len(failures.reasons))
+        if failed > self.failed:
+            self.failed = failed
             check_bad(self.videos, self.all_failures(failures)[0], self.config.data.max_bad)
+        return asked > 0
 
     def write(self, work: Callable[[], None]) -> None:
         """`work`, on rank 0, which writes into the run's folder. Raises UserError on all ranks: it cannot."""
