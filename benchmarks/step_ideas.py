@@ -24,7 +24,7 @@ from benchmarks.step_providers import Cell, Inputs, Ours, Part, Provider, config
 from dclr.compiled import settle_compile
 from dclr.config import RunConfig
 from dclr.errors import UserError
-from dclr.method import DCLR
+from dclr.method import DCLR, ByLetter
 from dclr.models import Backbone
 from dclr.models.backbone import Factored, FactoredStem, _in_space, _in_time, _normalise, _padded
 from kernels import Views
@@ -188,8 +188,8 @@ class KeysBeside(DCLR):
     the main stream was given before, reading included; so the allocator need not be told of the second reader."""
 
     beside: torch.cuda.Stream
-    looked: tuple[Tensor, Tensor, Tensor]
-    encoded: tuple[Tensor, Tensor, tuple[Tensor, Tensor]]
+    looked: tuple[ByLetter, Tensor | None]
+    encoded: tuple[Tensor, Tensor, ByLetter]
 
     def forward(self, query: Views, key: Views, step: int) -> Any:
         self.beside.wait_stream(torch.cuda.current_stream())
@@ -198,12 +198,12 @@ class KeysBeside(DCLR):
             self.encoded = super()._encode_key(key, step)
         return super().forward(query, key, step)
 
-    def _look_at_query(self, query: Views) -> tuple[Tensor, Tensor, Tensor]:
+    def _look_at_query(self, query: Views) -> tuple[ByLetter, Tensor | None]:
         """Called after the query network's forward pass: from here on keys are needed."""
         torch.cuda.current_stream().wait_stream(self.beside)
         return self.looked
 
-    def _encode_key(self, key: Views, step: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def _encode_key(self, key: Views, step: int) -> tuple[Tensor, Tensor, ByLetter]:
         return self.encoded
 
 

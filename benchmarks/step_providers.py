@@ -23,7 +23,7 @@ from benchmarks.timing import Precision
 from dclr.compiled import compile_backbone, settle_compile
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.engine import Engine, read_ds_config, settle_precision
-from dclr.method import DCLR, KEY_OF_PAIR, PAIRS
+from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
 from dclr.models.backbone import Factored, FactoredStem
 from dclr.views import PRETRAIN
@@ -300,19 +300,19 @@ class Released(Provider):
             mining = torch.stack([of_query["sv"], of_query["dv"]])
         with part("query forward"):
             rgb, static, dynamic = method.query.backbone(torch.cat(query)).chunk(3)
-            embedded = method.query.embed(rgb, static, dynamic, *query_maps)
+            embedded = method.query.embed({"v": rgb, "s": static, "d": dynamic}, query_maps)
             queries = torch.stack([embedded[name] for name in PAIRS])
         losses, _ = info_nce.as_released(queries, keys, method.queue, mining)
         with torch.no_grad():
-            alignment = (activation_map(rgb) - (key_maps[0] + key_maps[1])).square().mean()
+            alignment = (activation_map(rgb) - (key_maps["s"] + key_maps["d"])).square().mean()
         method._enqueue(keys)
         return losses.sum() + METHOD.alignment_weight * alignment
 
-    def look(self, clips: Views) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    def look(self, clips: Views) -> tuple[dict[str, Tensor], ByLetter]:
         """A pass of the key network over three views: five embeddings, static and dynamic activation map."""
         rgb, static, dynamic = self.method.key.backbone(torch.cat(clips)).chunk(3)
-        maps = activation_map(static), activation_map(dynamic)
-        return self.method.key.embed(rgb, static, dynamic, *maps), maps
+        maps = {"s": activation_map(static), "d": activation_map(dynamic)}
+        return self.method.key.embed({"v": rgb, "s": static, "d": dynamic}, maps), maps
 
     @contextmanager
     def watched(self, part: Part) -> Iterator[None]:

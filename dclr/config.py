@@ -16,6 +16,9 @@ from dclr.files import write_whole
 from dclr.models import BACKBONES, MAX_WIDTH
 from kernels import BACKENDS, EMBEDDING_SIZES
 
+METHODS = ("dclr", "moco")
+YES_NO = ("no", "yes")
+
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field with its default, what it is, and when to change it (shown by --help)."""
@@ -52,7 +55,7 @@ class RunConfig:
     deterministic: str = option(
         "no",
         "yes: only algorithms that give the same bits every time, slower; change it to resume a run on a GPU to the bit, as on a CPU",
-        ("no", "yes"),
+        YES_NO,
     )
     pad_channels: int = option(
         8,
@@ -72,7 +75,7 @@ class RunConfig:
         _require(self.log_every >= 1, "--log-every", self.log_every, "at least 1")
         _require(self.kernels in BACKENDS, "--kernels", self.kernels, "one of " + ", ".join(BACKENDS))
         _require(self.compile in ("auto", "on", "off"), "--compile", self.compile, "auto, on or off")
-        _require(self.deterministic in ("no", "yes"), "--deterministic", self.deterministic, "no or yes")
+        _require(self.deterministic in YES_NO, "--deterministic", self.deterministic, "no or yes")
         _require(
             1 <= self.pad_channels <= 64, "--pad-channels", self.pad_channels, "1 to 64 (8 and 16 suit tensor cores)"
         )
@@ -93,7 +96,7 @@ class DataConfig:
     allow_outside: str = option(
         "no",
         "whether list files may name videos outside of the data folder (absolute, or by ..); change it to yes for lists that you trust",
-        ("no", "yes"),
+        YES_NO,
     )
     clip_length: int = option(16, "frames a clip, T; lower it for quick experiments (the backbones divide it by 8)")
     clip_stride: int = option(
@@ -118,7 +121,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.split <= 3, "--split", self.split, "1, 2 or 3")
-        _require(self.allow_outside in ("no", "yes"), "--allow-outside", self.allow_outside, "no or yes")
+        _require(self.allow_outside in YES_NO, "--allow-outside", self.allow_outside, "no or yes")
         _require(self.clip_length >= 1, "--clip-length", self.clip_length, "at least 1")
         _require(self.clip_stride >= 1, "--clip-stride", self.clip_stride, "at least 1")
         _require(self.crop_size >= 16, "--crop-size", self.crop_size, "at least 16 (the backbones divide it by 16)")
@@ -149,6 +152,26 @@ class ModelConfig:
 class MethodConfig:
     """dual contrastive learning"""
 
+    method: str = option(
+        "dclr",
+        "dclr; change it to moco, the baseline of the same shape: rgb clips alone and one queue, without all that static and dynamic views are for",
+        METHODS,
+    )
+    static_pairs: str = option(
+        "yes",
+        "whether rgb is contrasted with the static view; change it to no, and the view is left out, to see what that brings",
+        YES_NO,
+    )
+    dynamic_pairs: str = option(
+        "yes",
+        "whether rgb is contrasted with the dynamic view; change it to no, and the view is left out, to see what that brings",
+        YES_NO,
+    )
+    activation_maps: str = option(
+        "yes",
+        "yes: a view's activation map weighs the rgb features that are compared with it; change it to no to see what that brings",
+        YES_NO,
+    )
     embedding_dim: int = option(128, "length of an embedding, D: 32, 64, 128 or 256; 128 is published")
     queue_length: int = option(
         2048, "negatives kept for each pair, K; raise it with the data set: 2048 for UCF101, 16384 for Kinetics-400"
@@ -174,12 +197,21 @@ class MethodConfig:
         "frame before the first, for frame differences; wrap (the last one) is published, change it where videos do not loop",
         ("wrap", "zero", "replicate"),
     )
+    jitter: float = option(
+        1.0,
+        "strength of the colour jitter, 1 as published, 0 none; lower it where colour tells videos apart that a short run should learn to",
+    )
     fill_steps: int = option(
         256,
         "first steps that only fill the queue, without training; lower it in short runs, queue length / batch size is enough",
     )
 
     def __post_init__(self) -> None:
+        _require(self.method in METHODS, "--method", self.method, "dclr or moco")
+        for name in ("static_pairs", "dynamic_pairs", "activation_maps"):
+            _require(getattr(self, name) in YES_NO, "--" + name.replace("_", "-"), getattr(self, name), "yes or no")
+        if self.method == "dclr" and not self.parts:
+            raise UserError("--static-pairs no --dynamic-pairs no leaves rgb clips alone: that is --method moco")
         # What the Triton kernels take, on every device: a run must not depend on where it was begun.
         _require(self.embedding_dim in EMBEDDING_SIZES, "--embedding-dim", self.embedding_dim, "32, 64, 128 or 256")
         _require(self.queue_length >= 1, "--queue-length", self.queue_length, "at least 1")
@@ -196,7 +228,18 @@ class MethodConfig:
         _require(self.alignment in ("relative", "raw"), "--alignment", self.alignment, "relative or raw")
         boundaries = ("wrap", "zero", "replicate")
         _require(self.boundary in boundaries, "--boundary", self.boundary, "wrap, zero or replicate")
+        if self.repel_weight and self.method == "dclr" and len(self.parts) < 2:
+            raise UserError(
+                "--repel-weight pushes static and dynamic features apart: it needs --static-pairs and --dynamic-pairs"
+            )
+        _require(0 <= self.jitter <= 2, "--jitter", self.jitter, "between 0 and 2")
         _require(self.fill_steps >= 0, "--fill-steps", self.fill_steps, "at least 0")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What rgb clips are contrasted with beside themselves: some of static and dynamic; nothing in MoCo."""
+        on = {"static": self.static_pairs, "dynamic": self.dynamic_pairs}
+        return tuple(part for part, switch in on.items() if switch == "yes" and self.method == "dclr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,12 +416,26 @@ def make_config(command: str, values: dict[str, Any]) -> Config:
 
 
 def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str, Any] | None = None) -> Config:
-    """Preset (or the resumed run's flat values), then flags."""
-    if resumed is not None:
-        return make_config(command, {**resumed, **flags})
-    if preset not in PRESETS:
+    """Preset (or the resumed run's flat values), then flags.
+
+    Raises UserError: a value that is refused, also one given for a method that has no use for it.
+    """
+    if resumed is None and preset not in PRESETS:
         raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
-    return make_config(command, {**PRESETS[preset][command], **flags})
+    config = make_config(command, {**(PRESETS[preset][command] if resumed is None else resumed), **flags})
+    useless = sorted(_FOR_PARTS & flags.keys())
+    if isinstance(config, PretrainConfig) and config.method.method == "moco" and useless:
+        flag = "--" + useless[0].replace("_", "-")
+        raise UserError(
+            f"{flag} has no meaning with --method moco, which has neither static nor dynamic views: leave it out"
+        )
+    return config
+
+
+# Settings of what rgb clips are contrasted with beside themselves.
+_FOR_PARTS = {
+    "static_pairs", "dynamic_pairs", "activation_maps", "mined_positives", "alignment_weight", "alignment", "repel_weight", "boundary",
+}  # fmt: skip
 
 
 # What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.

@@ -1,10 +1,14 @@
 """Dual Contrastive Learning (DCLR): query and key networks, the queue, the five pairs and the total loss.
 
-Letters: B clips in a batch, C channels, T frames, H W pixels, D embedding size, K queue length, P = 5 pairs, M mined positives.
+Letters: B clips in a batch, C channels, T frames, H W pixels, D embedding size, K queue length, P pairs, M mined positives, S parts.
 Source: Ding, Qian, Xiong, "Dual Contrastive Learning for Spatio-temporal Representation", ACM MM 2022 (arXiv 2207.05340).
+
+The *parts* of a clip are what its rgb view is contrasted with, static and dynamic, S = 2 and P = 5. An ablation leaves one out, with its
+pairs, its view and its map. Without both, S = 0 and P = 1, it is MoCo (He et al., CVPR 2020, arXiv 1911.05722), the baseline.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,46 +26,49 @@ from kernels.backend import to_device
 PAIRS = ("vv", "vs", "vd", "sv", "dv")
 KEY_OF_PAIR = {"vv": "vv", "vs": "sv", "vd": "dv", "sv": "vs", "dv": "vd"}
 
+VIEW_OF_LETTER = {"v": "rgb", "s": "static", "d": "dynamic"}
+
+ByLetter = dict[str, Tensor]
+"""Feature maps or activation maps, by the letter of their view."""
+
 
 class Encoder(nn.Module):
-    """A backbone shared by the three views, and a projection head for each of the five embeddings."""
+    """A backbone shared by the views, and a projection head for each of the embeddings."""
 
-    def __init__(self, model: ModelConfig, embedding_dim: int) -> None:
+    def __init__(self, model: ModelConfig, embedding_dim: int, pairs: Sequence[str] = PAIRS) -> None:
         super().__init__()
         self.backbone = build_backbone(model.backbone, model.width)
-        self.heads = nn.ModuleDict({name: ProjectionHead(self.backbone.feature_dim, embedding_dim) for name in PAIRS})
+        self.heads = nn.ModuleDict({name: ProjectionHead(self.backbone.feature_dim, embedding_dim) for name in pairs})
 
-    def embed(
-        self, rgb: Tensor, static: Tensor, dynamic: Tensor, static_map: Tensor, dynamic_map: Tensor
-    ) -> dict[str, Tensor]:
-        """Feature maps of the three views (B, C, t, h, w), and the maps (B, 1, t, h, w) that weigh the rgb features -> five (B, D)."""
-        pooled = {
-            "vv": pool(rgb),
-            "vs": pool(rgb, static_map),
-            "vd": pool(rgb, dynamic_map),
-            "sv": pool(static),
-            "dv": pool(dynamic),
-        }
-        return {name: self.heads[name](features) for name, features in pooled.items()}
+    def embed(self, features: ByLetter, maps: ByLetter) -> dict[str, Tensor]:
+        """Feature maps (B, C, t, h, w) of the views, and the maps (B, 1, t, h, w) that weigh the rgb features -> (B, D) by name."""
+        embeddings = {}
+        for name, head in self.heads.items():
+            view, part = name
+            weight = maps.get(part) if view == "v" else None  # none for vv
+            embeddings[name] = head(pool(features[view], weight))
+        return embeddings
 
 
 class Output(NamedTuple):
-    """What a step computes; only `loss` carries a gradient."""
+    """What a step computes; only `loss` carries a gradient. None: what the method has no parts for."""
 
     loss: Tensor  # () the total
-    losses: Tensor  # (P,) contrastive, in the order of PAIRS
-    alignment: Tensor  # () the alignment term before its weight
-    alignment_other_form: Tensor  # () raw where relative is trained, relative where raw is
-    alignment_key_maps: Tensor  # () the term as its name in the released code hints: against the key clip's maps
-    repel: Tensor  # () mean cosine of static and dynamic features
+    losses: Tensor  # (P,) contrastive, in the order of DCLR.pairs
     positive: Tensor  # (P,) mean similarity of query and key
     hardest_negative: Tensor  # (P,) mean similarity of a query to the most similar row of the queue
+    alignment: Tensor | None = None  # () the alignment term before its weight
+    alignment_other_form: Tensor | None = None  # () raw where relative is trained, relative where raw is
+    alignment_key_maps: Tensor | None = (
+        None  # () the term as its name in the released code hints: against the key clip's maps
+    )
+    repel: Tensor | None = None  # () mean cosine of static and dynamic features
 
 
 class DCLR(nn.Module):
     """The query network learns; the key network follows it slowly and fills the queue.
 
-    Row j of every queue is the same past clip. `queue[p]` holds past keys of PAIRS[p]; rows not yet written are random directions.
+    Row j of every queue is the same past clip. `queue[p]` holds past keys of pairs[p]; rows not yet written are random directions.
     """
 
     queue: Tensor  # (P, K, D)
@@ -70,9 +77,11 @@ class DCLR(nn.Module):
     def __init__(self, model: ModelConfig, method: MethodConfig, seed: int = 0) -> None:
         super().__init__()
         self.method, self.seed = method, seed
-        self.query = Encoder(model, method.embedding_dim)
+        self.parts = "".join(part[0] for part in method.parts)  # their letters
+        self.pairs = tuple(name for name in PAIRS if set(name) <= set("v" + self.parts))
+        self.query = Encoder(model, method.embedding_dim, self.pairs)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
-        queue = F.normalize(torch.randn(len(PAIRS), method.queue_length, method.embedding_dim), dim=2)
+        queue = F.normalize(torch.randn(len(self.pairs), method.queue_length, method.embedding_dim), dim=2)
         self.register_buffer("queue", queue)
         self.register_buffer("enqueued", torch.zeros(1, dtype=torch.int64))  # 0-d tensors crash deepspeed.initialize
 
@@ -81,28 +90,42 @@ class DCLR(nn.Module):
 
         `step` seeds the shuffle of the keys over the ranks and must be the same on all.
         """
-        rgb, static, dynamic = self.query.backbone(torch.cat(query)).chunk(3)  # one batch: batch statistics are shared
-        static_map, dynamic_map, mining = self._look_at_query(query)
+        features = run_backbone(self.query, query, "v" + self.parts)
+        maps, mining = self._look_at_query(query)
         keys, all_keys, key_maps = self._encode_key(key, step)
-        embeddings = self.query.embed(rgb, static, dynamic, static_map, dynamic_map)
-        queries = torch.stack([embeddings[name] for name in PAIRS])  # (P, B, D)
+        embeddings = self.query.embed(features, self._weights(maps))
+        queries = torch.stack([embeddings[name] for name in self.pairs])  # (P, B, D)
 
         # Mined rows are rows of the queue: to check them would be to wait for them.
         mined, temperature = self._mine(mining), self.method.temperature
         losses, positive, hardest = contrast(queries, keys, self.queue, mined, temperature, check_rows=False)
         self._enqueue(all_keys)
 
+        output = Output(losses.sum(), losses.detach(), positive, hardest)
+        return self._with_terms_of_parts(output, features, maps, key_maps) if self.parts else output
+
+    def _with_terms_of_parts(self, output: Output, features: ByLetter, maps: ByLetter, key_maps: ByLetter) -> Output:
+        """Adds alignment and repulsion to the loss."""
         relative = self.method.alignment == "relative"
-        rgb_map = activation_map(rgb)
-        alignment = align(rgb_map, static_map, dynamic_map, relative)
-        repel = F.cosine_similarity(pool(static), pool(dynamic)).mean()
-        loss = losses.sum() + self.method.alignment_weight * alignment
-        if self.method.repel_weight:
-            loss = loss + self.method.repel_weight * repel
+        rgb_map = activation_map(features["v"])
+        alignment = align(rgb_map, list(maps.values()), relative)
+        loss = output.loss + self.method.alignment_weight * alignment
+        repel = None
+        if self.parts == "sd":
+            repel = F.cosine_similarity(pool(features["s"]), pool(features["d"])).mean()
+            if self.method.repel_weight:
+                loss = loss + self.method.repel_weight * repel
+            repel = repel.detach()
         with torch.no_grad():
-            raw = align(rgb_map, static_map, dynamic_map, not relative)
-            hinted = align(rgb_map, *key_maps, relative)
-        return Output(loss, losses.detach(), alignment.detach(), raw, hinted, repel.detach(), positive, hardest)
+            other = align(rgb_map, list(maps.values()), not relative)
+            hinted = align(rgb_map, list(key_maps.values()), relative)
+        return output._replace(
+            loss=loss,
+            alignment=alignment.detach(),
+            alignment_other_form=other,
+            alignment_key_maps=hinted,
+            repel=repel,
+        )
 
     @torch.no_grad()
     def fill(self, key: Views, step: int) -> Tensor:
@@ -120,17 +143,23 @@ class DCLR(nn.Module):
             1 - self.method.key_momentum,
         )
 
-    @torch.no_grad()
-    def _look_at_query(self, query: Views) -> tuple[Tensor, Tensor, Tensor]:
-        """What the key network sees in the query clip: activation maps (B, 1, t, h, w) of its static and dynamic views, and the
-        features (2, B, D) by which similar rows of the queue are found."""
-        static, dynamic = self.key.backbone(torch.cat([query.static, query.dynamic])).chunk(2)
-        mining = torch.stack([self.key.heads["sv"](pool(static)), self.key.heads["dv"](pool(dynamic))])
-        return activation_map(static), activation_map(dynamic), mining
+    def _weights(self, maps: ByLetter) -> ByLetter:
+        """The maps that weigh the rgb features: none where they are switched off."""
+        return maps if self.method.activation_maps == "yes" else {}
 
     @torch.no_grad()
-    def _encode_key(self, key: Views, step: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Keys of the own clips (P, B, D), of all ranks' clips (P, ranks * B, D), and the own clips' static and dynamic maps.
+    def _look_at_query(self, query: Views) -> tuple[ByLetter, Tensor | None]:
+        """What the key network sees in the query clip: activation maps (B, 1, t, h, w) of its parts, and the features (S, B, D) by
+        which similar rows of the queue are found."""
+        if not self.parts:
+            return {}, None
+        features = run_backbone(self.key, query, self.parts)
+        mining = torch.stack([self.key.heads[part + "v"](pool(features[part])) for part in self.parts])
+        return {part: activation_map(features[part]) for part in self.parts}, mining
+
+    @torch.no_grad()
+    def _encode_key(self, key: Views, step: int) -> tuple[Tensor, Tensor, ByLetter]:
+        """Keys of the own clips (P, B, D), of all ranks' clips (P, ranks * B, D), and the activation maps of the own clips' parts.
 
         Clips are shuffled over the ranks, so that a query and its key never share batch statistics (MoCo, section 3.3). Embeddings
         and maps are made where the clip was sent, from the same features, and travel back together.
@@ -141,30 +170,32 @@ class DCLR(nn.Module):
             order = torch.randperm(ranks * size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
             mine = to_device(order[own], key.rgb.device)
             key = Views(*(distributed.gather_batch(view)[mine] for view in key))
-        rgb, static, dynamic = self.key.backbone(torch.cat(key)).chunk(3)
-        maps = torch.cat([activation_map(static), activation_map(dynamic)], dim=1)  # (B, 2, t, h, w)
-        embeddings = self.key.embed(rgb, static, dynamic, maps[:, :1], maps[:, 1:])
-        keys = torch.stack([embeddings[KEY_OF_PAIR[name]] for name in PAIRS], dim=1)  # (B, P, D)
+        features = run_backbone(self.key, key, "v" + self.parts)
+        maps = {part: activation_map(features[part]) for part in self.parts}
+        embeddings = self.key.embed(features, self._weights(maps))
+        keys = torch.stack([embeddings[KEY_OF_PAIR[name]] for name in self.pairs], dim=1)  # (B, P, D)
         if ranks > 1:
             back = to_device(order.argsort(), keys.device)
-            keys, maps = distributed.gather_batch(keys)[back], distributed.gather_batch(maps)[back]
-        own_maps = maps[own] if ranks > 1 else maps
+            keys = distributed.gather_batch(keys)[back]
+            if maps:
+                together = distributed.gather_batch(torch.cat(list(maps.values()), dim=1))[back]  # (B, S, t, h, w)
+                maps = dict(zip(self.parts, together[own].split(1, dim=1), strict=True))
         all_keys = keys.transpose(0, 1).contiguous()
-        return all_keys[:, own].contiguous(), all_keys, (own_maps[:, :1], own_maps[:, 1:])
+        return all_keys[:, own].contiguous(), all_keys, maps
 
     @torch.no_grad()
-    def _mine(self, mining: Tensor) -> Tensor | None:
+    def _mine(self, mining: Tensor | None) -> Tensor | None:
         """Rows (P, B, M) of the queue most like the query clip, all missing (-1) until every row is a real key.
 
         sv keys are past static views and dv keys past dynamic ones: they are the queues of the pairs vs and vd.
         """
-        if self.method.mined_positives == 0:
+        if mining is None or self.method.mined_positives == 0:
             return None
-        # Neighbours in PAIRS, so that this is a view: (2, K, D).
-        past = self.queue[PAIRS.index("vs") : PAIRS.index("vd") + 1]
-        static, dynamic, both = mine_positives_by_each(mining, past, self.method.mined_positives)
-        rows = {"vv": both, "vs": static, "sv": static, "vd": dynamic, "dv": dynamic}
-        mined = torch.stack([rows[name] for name in PAIRS])
+        # vs and vd are neighbours in PAIRS, behind vv, so that this is a view: (S, K, D).
+        past = self.queue[1 : 1 + len(self.parts)]
+        *by_part, by_all = mine_positives_by_each(mining, past, self.method.mined_positives)
+        rows = {"v": by_all, **dict(zip(self.parts, by_part, strict=True))}
+        mined = torch.stack([rows[name.strip("v") or "v"] for name in self.pairs])
         full = self.enqueued >= self.method.queue_length  # stays on the device: asking the host would stop the stream
         return torch.where(full, mined, -1)
 
@@ -178,10 +209,16 @@ class DCLR(nn.Module):
         self.enqueued += keys.shape[1]
 
 
-def align(rgb: Tensor, static: Tensor, dynamic: Tensor, relative: bool) -> Tensor:
-    """Activation alignment of one clip's three maps (B, 1, t, h, w): raw, mean((A_v - (A_s + A_d))^2), from the paper's figure;
+def run_backbone(encoder: Encoder, views: Views, letters: str) -> ByLetter:
+    """Feature maps (B, C, t, h, w) of some views of a clip, as one batch: its statistics are shared."""
+    stacked = torch.cat([getattr(views, VIEW_OF_LETTER[letter]) for letter in letters])
+    return dict(zip(letters, encoder.backbone(stacked).chunk(len(letters)), strict=True))
+
+
+def align(rgb: Tensor, parts: Sequence[Tensor], relative: bool) -> Tensor:
+    """Activation alignment of one clip's maps (B, 1, t, h, w): raw, mean((A_v - (A_s + A_d))^2), from the paper's figure;
     relative, the same on maps divided by their own mean, mean((a_v - (a_s + a_d) / 2)^2), as pooling uses them."""
     if not relative:
-        return (rgb - (static + dynamic)).square().mean()
-    rgb, static, dynamic = (m / m.mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-6) for m in (rgb, static, dynamic))
-    return (rgb - (static + dynamic) / 2).square().mean()
+        return (rgb - torch.stack(list(parts)).sum(0)).square().mean()
+    rgb, *shares = (m / m.mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-6) for m in (rgb, *parts))
+    return (rgb - torch.stack(shares).mean(0)).square().mean()

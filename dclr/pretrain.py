@@ -13,13 +13,13 @@ from dclr.data.loader import Failures, PairBatch, PairSamples
 from dclr.drift import check_same
 from dclr.engine import Engine
 from dclr.finite import FiniteGuard
-from dclr.method import DCLR, PAIRS, Output
+from dclr.method import DCLR, Output
 from dclr.models import save_backbone
 from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
 from dclr.run import MeanLoss, learning_rate, start_run
 from dclr.statistics import average
 from dclr.stop import StopRequest
-from dclr.views import view_grid
+from dclr.views import pretrain_recipe, view_grid
 from kernels import Views, generate_views
 
 GRID_CLIPS = 4  # clips in the picture of the three views
@@ -33,13 +33,14 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     run = start_run("pretrain", preset, config, device, resume)
     torch.manual_seed(config.run.seed)
     method = DCLR(config.model, config.method, seed=config.run.seed)
+    run.say(f"  {config.method.method}: rgb clips contrasted with {', '.join(('rgb', *config.method.parts))}")
     run.prepare(method.query.backbone, method.key.backbone)
     engine = Engine(method, run.ds_config, config.optim, device)
     state = run.resume(engine)
     start, summary, last = state["step"], state["summary"], state["last"]
 
     schedule = run.schedule(start)
-    samples = PairSamples(run.videos, config.data, config.run.seed)
+    samples = PairSamples(run.videos, config.data, config.run.seed, pretrain_recipe(config.method.jitter))
     batches = run.batches(samples, schedule)
     log = RunLog(run.folder, "pretrain", schedule.stop, start) if run.main else None
     watch, failures, mean_loss = Stopwatch(device), Failures(), MeanLoss(device)
@@ -67,11 +68,11 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 if step < fill_steps:
                     with watch.part("fill"), engine.autocast():
                         keys = method.fill(key, micro_step)
-                    finite.see(key_terms(keys), batch.indices)
+                    finite.see(key_terms(method, keys), batch.indices)
                     continue
                 with watch.part("forward"):
                     output = engine(query, key, micro_step)
-                finite.see(loss_terms(output), batch.indices)
+                finite.see(loss_terms(method, output), batch.indices)
                 mean_loss.add(output.loss)
                 with watch.part("backward"):
                     engine.backward(output.loss)
@@ -95,12 +96,12 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
                 finite.check()
                 check_same(method, done)
             if logs:
-                last = measure(output, config, engine, lr, done - finite.skipped, watch) | finite.metrics()
+                last = measure(output, method, config, engine, lr, done - finite.skipped, watch) | finite.metrics()
                 if log:
                     log.write(done, last, shown(last))
                 if "alignment_at_first_step" not in summary and math.isfinite(last.get("loss", math.nan)):
                     names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
-                    summary["alignment_at_first_step"] = {"step": done, **{name: last[name] for name in names}}
+                    summary["alignment_at_first_step"] = {"step": done, **{k: last[k] for k in names if k in last}}
             if regular or asked_to_stop:
                 if log:
                     log.flush()
@@ -130,23 +131,29 @@ def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype) -> tuple[Vie
     return generate_views(*query, boundary=boundary, dtype=dtype), generate_views(*key, boundary=boundary, dtype=dtype)
 
 
-def loss_terms(output: Output) -> dict[str, torch.Tensor]:
+def loss_terms(method: DCLR, output: Output) -> dict[str, torch.Tensor]:
     """The loss and what it is made of, by the names of the log."""
-    return {
+    terms = {
         "loss": output.loss.detach(),
-        **{f"pair_loss/{name}": value for name, value in zip(PAIRS, output.losses, strict=True)},
+        **by_pair("pair_loss", method, output.losses),
         "alignment": output.alignment,
         "repel": output.repel,
     }
+    return {name: value for name, value in terms.items() if value is not None}
 
 
-def key_terms(keys: torch.Tensor) -> dict[str, torch.Tensor]:
+def key_terms(method: DCLR, keys: torch.Tensor) -> dict[str, torch.Tensor]:
     """Keys (P, B, D) -> one number a pair, finite if all of its keys are: they are of length 1."""
-    return {f"key/{name}": value for name, value in zip(PAIRS, keys.float().sum((1, 2)), strict=True)}
+    return by_pair("key", method, keys.float().sum((1, 2)))
+
+
+def by_pair(name: str, method: DCLR, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(P,) -> a number a pair, named name/pair."""
+    return {f"{name}/{pair}": value for pair, value in zip(method.pairs, values, strict=True)}
 
 
 def measure(
-    output: Output | None, config: PretrainConfig, engine: Engine, lr: float, done: int, watch: Stopwatch
+    output: Output | None, network: DCLR, config: PretrainConfig, engine: Engine, lr: float, done: int, watch: Stopwatch
 ) -> dict[str, float]:
     """The step's numbers, means over ranks, by the names TensorBoard and metrics.jsonl show; without losses while the queue fills.
 
@@ -165,21 +172,22 @@ def measure(
     }
     if output is None:
         return metrics
-    named = {
-        **loss_terms(output),
+    terms = {
+        **loss_terms(network, output),
         "alignment_other_form": output.alignment_other_form,
         "alignment_key_maps": output.alignment_key_maps,
-        **{f"positive_similarity/{name}": value for name, value in zip(PAIRS, output.positive, strict=True)},
-        **{f"hardest_negative/{name}": value for name, value in zip(PAIRS, output.hardest_negative, strict=True)},
+        **by_pair("positive_similarity", network, output.positive),
+        **by_pair("hardest_negative", network, output.hardest_negative),
     }
+    named = {name: value for name, value in terms.items() if value is not None}
     values = distributed.mean_over_ranks(torch.stack([value.float() for value in named.values()])).tolist()
     metrics |= dict(zip(named, values, strict=True))
     metrics["pair_loss/ln_K_plus_1"] = math.log(
         method.queue_length + 1
     )  # the loss of a network that tells nothing apart
-    metrics["alignment_share"] = (
-        method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
-    )
+    if "alignment" in metrics:
+        share = method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
+        metrics["alignment_share"] = share
     return metrics
 
 

@@ -10,7 +10,7 @@ Every function is pure: the same generator state gives the same draw.
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,13 @@ class AugmentRecipe:
 
 PRETRAIN = AugmentRecipe()
 """The recipe of the authors' pretraining code."""
+
+
+def pretrain_recipe(jitter: float) -> AugmentRecipe:
+    """PRETRAIN with colour jitter of another strength: 1 as published, 0 none."""
+    scaled = {name: jitter * getattr(PRETRAIN, name) for name in ("brightness", "contrast", "saturation", "hue")}
+    return replace(PRETRAIN, **scaled)
+
 
 FINETUNE = AugmentRecipe(grayscale=0.0, jitter=0.0, blur=0.0)
 """Crop and flip only."""

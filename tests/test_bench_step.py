@@ -91,9 +91,9 @@ def test_as_released_contrasts_the_same_embeddings(inputs, truth, monkeypatch):
     method = as_torchvision(make_method(CELL))
     with torch.no_grad():
         _, static, dynamic = method.key.backbone(torch.cat(truth.query)).chunk(3)
-        maps = static.sum(1, keepdim=True), dynamic.sum(1, keepdim=True)
-        rgb, *others = method.query.backbone(torch.cat(truth.query)).chunk(3)
-        embedded = method.query.embed(rgb, *others, *maps)
+        maps = {"s": static.sum(1, keepdim=True), "d": dynamic.sum(1, keepdim=True)}
+        features = method.query.backbone(torch.cat(truth.query)).chunk(3)
+        embedded = method.query.embed(dict(zip("vsd", features, strict=True)), maps)
         expected = [method.key.heads[name](view.mean((2, 3, 4))) for name, view in (("sv", static), ("dv", dynamic))]
     torch.testing.assert_close(queries, torch.stack([embedded[name] for name in PAIRS]), rtol=0, atol=2e-5)
     torch.testing.assert_close(mining, torch.stack(expected), rtol=0, atol=2e-5)

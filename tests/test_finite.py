@@ -162,10 +162,10 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
                 if step in bad_steps and part == 0:
                     (query if of == "query" and step > 1 else key).rgb[1] = math.nan
                 if step < 2:
-                    guard.see(loop.key_terms(method.fill(key, step)), torch.arange(4))
+                    guard.see(loop.key_terms(method, method.fill(key, step)), torch.arange(4))
                     continue
                 output = engine(query, key, step)
-                guard.see(loss_terms(output), torch.arange(4))
+                guard.see(loss_terms(method, output), torch.arange(4))
                 engine.backward(output.loss)
                 engine.step()
             guard.end()

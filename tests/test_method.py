@@ -167,11 +167,11 @@ def test_alignment_term_has_a_gradient():
 
 def test_align_by_hand():
     ones = torch.ones(2, 1, 2, 2, 2)
-    assert align(3 * ones, ones, ones, relative=False).item() == 1.0  # (3 - 2)^2
-    assert align(3 * ones, ones, 5 * ones, relative=True).item() == 0.0  # only the shape of a map counts
+    assert align(3 * ones, [ones, ones], relative=False).item() == 1.0  # (3 - 2)^2
+    assert align(3 * ones, [ones, 5 * ones], relative=True).item() == 0.0  # only the shape of a map counts
     half = torch.cat([2 * ones[..., :1], 0 * ones[..., :1]], dim=-1)
-    assert align(half, ones, ones, relative=True).item() == pytest.approx(1.0)  # 2 - 1 and 0 - 1, squared
-    assert torch.isfinite(align(0 * ones, ones, 0 * ones, relative=True))
+    assert align(half, [ones, ones], relative=True).item() == pytest.approx(1.0)  # 2 - 1 and 0 - 1, squared
+    assert torch.isfinite(align(0 * ones, [ones, 0 * ones], relative=True))
 
 
 def test_repelling_adds_the_cosine_of_static_and_dynamic_features():

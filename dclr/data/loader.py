@@ -160,9 +160,11 @@ class TrainSamples(ABC):
 class PairSamples(TrainSamples):
     """Pretraining: two clips of a video and a still of each."""
 
-    def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
+    def __init__(
+        self, videos: VideoSet, config: DataConfig, seed: int, recipe: views.AugmentRecipe = views.PRETRAIN
+    ) -> None:
         super().__init__(videos, config, seed)
-        self.frames_a_sample = 2 * config.clip_length + 2
+        self.frames_a_sample, self.recipe = 2 * config.clip_length + 2, recipe
 
     def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
         """Frames of the query clip, the key clip, the query's still and the key's; rows of query, its still, key, its still."""
@@ -173,7 +175,7 @@ class PairSamples(TrainSamples):
         frames = self.videos.read(index, wanted, into)  # one pass over the file for all four
         height, width = frames.y.shape[1:]
         return Sample(
-            index, frames, np.stack([views.draw_augmentation(rng, height, width, views.PRETRAIN) for _ in range(4)])
+            index, frames, np.stack([views.draw_augmentation(rng, height, width, self.recipe) for _ in range(4)])
         )
 
     def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> PairBatch:
