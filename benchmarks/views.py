@@ -80,6 +80,7 @@ from kernels.view_generation import (
     _jitter,
     _rgb_of_yuv,
     generate_views_reference,
+    yuv_coefficients,
 )
 
 Output = Literal["bf16", "float32"]
@@ -416,20 +417,21 @@ def _blurred(channel: Tensor, weights: Tensor, dimension: int) -> Tensor:
 def float64_augment(frames: Tensor | Yuv420, rows: Augmentation, size: tuple[int, int]) -> Tensor:  # (B, 3, T, h, w)
     """kernels.view_generation.augment_reference in float64: the same functions of kornia, on wider numbers; rows on the CPU."""
     views = []
+    colours = yuv_coefficients(frames.bt709, frames.full_range).tolist() if isinstance(frames, Yuv420) else []
     for b, (top, left, height, width) in enumerate(rows.box.tolist()):
         if isinstance(frames, Yuv420):
-            crop = _rgb_of_yuv(frames, b, top, left, height, width).double()
+            crop = _rgb_of_yuv(frames, colours[b], b, top, left, height, width).double()
         else:
             crop = frames[b, :, top : top + height, left : left + width].permute(0, 3, 1, 2).double()
         images = F.interpolate(crop, size, mode="bilinear", align_corners=False) / 255
         if rows.grayscale[b]:
             images = rgb_to_grayscale(images).expand(-1, 3, -1, -1)
         if rows.jitter[b]:
-            images = _jitter(images, rows.factors[b].tolist(), rows.order[b].tolist())
+            images = _jitter(images[None], rows.factors[b : b + 1], rows.order[b : b + 1])[0]
         if rows.flip[b]:
             images = images.flip(3)
         if rows.sigma[b] > 0:
-            images = _blur(images, float(rows.sigma[b]))
+            images = _blur(images[None], rows.sigma[b : b + 1])[0]
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         views.append(((images - mean) / std).transpose(0, 1))
     return torch.stack(views)

@@ -154,7 +154,7 @@ class MethodConfig:
 
     method: str = option(
         "dclr",
-        "dclr; change it to moco, the baseline of the same shape: rgb clips alone and one queue, without all that static and dynamic views are for",
+        "dclr; change it to moco, the baseline of the same shape: rgb clips alone, one queue, nothing of static and dynamic views",
         METHODS,
     )
     static_pairs: str = option(

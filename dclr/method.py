@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         """Feature maps (B, C, t, h, w) of the views, and the maps (B, 1, t, h, w) that weigh the rgb features -> (B, D) by name."""
         embeddings = {}
         for name, head in self.heads.items():
-            view, part = name
+            view, part = name[0], name[1]
             weight = maps.get(part) if view == "v" else None  # none for vv
             embeddings[name] = head(pool(features[view], weight))
         return embeddings

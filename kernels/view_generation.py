@@ -11,7 +11,9 @@ Letters: B clips in a batch, T frames, H, W pixels of the padded buffer, h, w pi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -215,43 +217,50 @@ def augment_reference(
     rows = augmentation.to("cpu")
     B, T = _shape(frames)[:2]
     device = _luma(frames).device
-    view = torch.empty(
-        (B, 3, T, *size), dtype=dtype, device=device, memory_format=torch.channels_last_3d
-    )  # (B, 3, T, h, w)
     with torch.autocast(device.type, enabled=False):
-        for b in range(B):
-            view[b] = _augment_clip(frames, rows, b, size).transpose(0, 1)
+        colours = yuv_coefficients(frames.bt709, frames.full_range).tolist() if isinstance(frames, Yuv420) else []
+        images = torch.empty((B, T, 3, *size), device=device)  # as all below
+        for b, box in enumerate(rows.box.tolist()):
+            images[b] = _crop(frames, colours, box, b, size)
+        images /= 255  # after the resize, which is linear, because there are then fewer pixels to scale
+        # Each operation on the clips that it applies to: they are few calls, however many clips there are.
+        images = _where(rows.grayscale, images, lambda some, _: rgb_to_grayscale(some).expand_as(some))
+        images = _where(rows.jitter, images, lambda some, of: _jitter(some, rows.factors[of], rows.order[of]))
+        images = _where(rows.flip, images, lambda some, _: some.flip(4))
+        images = _where(rows.sigma > 0, images, lambda some, of: _blur(some, rows.sigma[of]))
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+        view = torch.empty((B, 3, T, *size), dtype=dtype, device=device, memory_format=torch.channels_last_3d)
+        view.copy_(((images - mean) / std).transpose(1, 2))
     return view
 
 
-def _augment_clip(
+def _where(
+    applies: Tensor,  # (B,) bool, on the CPU
+    images: Tensor,  # (B, T, 3, h, w)
+    operation: Callable[[Tensor, Tensor], Tensor],  # of some clips and of their numbers
+) -> Tensor:
+    """`operation` on the clips that it applies to, written over them; the others are left alone, not multiplied by one."""
+    numbers = applies.nonzero()[:, 0]
+    if len(numbers):
+        on_device = numbers.to(images.device)
+        images[on_device] = operation(images[on_device], numbers)
+    return images
+
+
+def _crop(
     frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
-    rows: Augmentation,
+    colours: list[list[float]],  # yuv_coefficients, where there are planes
+    box: list[int],
     b: int,
     size: tuple[int, int],
-) -> Tensor:  # (T, 3, h, w)
-    """`augment` for clip b alone; operations that do not apply to it are skipped, not multiplied by one."""
-    top, left, height, width = rows.box[b].tolist()
+) -> Tensor:  # (T, 3, h, w), 0..255
+    """The box of clip b, resized."""
+    top, left, height, width = box
     if isinstance(frames, Yuv420):
-        crop = _rgb_of_yuv(frames, b, top, left, height, width)  # (T, 3, height, width)
+        crop = _rgb_of_yuv(frames, colours[b], b, top, left, height, width)  # (T, 3, height, width)
     else:
         crop = frames[b, :, top : top + height, left : left + width].permute(0, 3, 1, 2).float()
-    # Scaled to 0..1 after the resize, which is linear, because there are then fewer pixels to scale.
-    images = F.interpolate(crop, size, mode="bilinear", align_corners=False, antialias=False) / 255
-    images = images.contiguous()  # (T, 3, h, w)
-
-    if rows.grayscale[b]:
-        images = rgb_to_grayscale(images).repeat(1, 3, 1, 1)
-    if rows.jitter[b]:
-        images = _jitter(images, rows.factors[b].tolist(), rows.order[b].tolist())
-    if rows.flip[b]:
-        images = images.flip(3)
-    if rows.sigma[b] > 0:
-        images = _blur(images, float(rows.sigma[b]))
-
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return (images - mean) / std
+    return F.interpolate(crop, size, mode="bilinear", align_corners=False, antialias=False)
 
 
 def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:
@@ -283,9 +292,9 @@ def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:
     ).float()
 
 
-def _rgb_of_yuv(frames: Yuv420, b: int, top: int, left: int, height: int, width: int) -> Tensor:
+def _rgb_of_yuv(frames: Yuv420, colours: list[float], b: int, top: int, left: int, height: int, width: int) -> Tensor:
     """A box of clip b in RGB, 0..255 but not rounded, (T, 3, height, width)."""
-    offset, scale, red_v, green_u, green_v, blue_u = yuv_coefficients(frames.bt709, frames.full_range)[b]
+    offset, scale, red_v, green_u, green_v, blue_u = colours
     rows = torch.arange(top, top + height, device=frames.y.device)
     columns = torch.arange(left, left + width, device=frames.y.device)
     luma = (frames.y[b][:, rows[:, None], columns].float() - offset) * scale  # (T, height, width), as both below
@@ -295,26 +304,41 @@ def _rgb_of_yuv(frames: Yuv420, b: int, top: int, left: int, height: int, width:
     return torch.stack(rgb, dim=1).clamp(0, 255)
 
 
-def _jitter(images: Tensor, factors: list[float], order: list[int]) -> Tensor:
-    """kornia.augmentation.ColorJitter of (N, 3, h, w) images in 0..1 with given factors and order."""
-    brightness, contrast, saturation, hue = factors
+def _jitter(
+    images: Tensor,  # (N, T, 3, h, w), 0..1
+    factors: Tensor,  # (N, 4), on the CPU, as below
+    order: Tensor,  # (N, 4)
+) -> Tensor:
+    """kornia.augmentation.ColorJitter with given factors and order of each clip."""
+    brightness, contrast, saturation, hue = factors.unbind(1)
+    operations = (
+        (adjust_brightness_accumulative, brightness, 1),
+        (adjust_contrast_with_mean_subtraction, contrast, 1),
+        (adjust_saturation_with_gray_subtraction, saturation, 1),
+        (adjust_hue, hue * 2 * math.pi, 0),  # turns to radians
+    )
     images = images.clamp(0, 1)
-    for step in order:
-        if step == 0 and brightness != 1:
-            images = adjust_brightness_accumulative(images, brightness)
-        elif step == 1 and contrast != 1:
-            images = adjust_contrast_with_mean_subtraction(images, contrast)
-        elif step == 2 and saturation != 1:
-            images = adjust_saturation_with_gray_subtraction(images, saturation)
-        elif step == 3 and hue != 0:
-            images = adjust_hue(images, hue * 2 * math.pi)  # turns to radians
+    for place in range(4):
+        now = order[:, place]
+        for number, (operation, factor, neutral) in enumerate(operations):
+            applies = (now == number) & (factor != neutral)
+            images = _where(applies, images, partial(_by_factor, operation, factor))
     return images.clamp(0, 1)
 
 
-def _blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (N, 3, h, w) images."""
-    border = "reflect" if min(images.shape[2:]) > BLUR_KERNEL // 2 else "replicate"
-    return gaussian_blur2d(images, BLUR_KERNEL, (sigma, sigma), border)
+def _by_factor(operation: Callable[..., Tensor], factors: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
+    """`operation` by each clip's own factor."""
+    return operation(images, factors[numbers])
+
+
+def _blur(
+    images: Tensor,  # (N, T, 3, h, w)
+    sigma: Tensor,  # (N,) pixels, on the CPU
+) -> Tensor:
+    """Gaussian blur, each clip with its own sigma."""
+    border = "reflect" if min(images.shape[3:]) > BLUR_KERNEL // 2 else "replicate"
+    sigmas = sigma.to(images.device)[:, None].expand(-1, 2)
+    return gaussian_blur2d(images.flatten(1, 2), BLUR_KERNEL, sigmas, border).view_as(images)
 
 
 def _frame_difference(view: Tensor, boundary: Boundary) -> Tensor:

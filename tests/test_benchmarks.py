@@ -323,7 +323,9 @@ def test_planes_have_the_colours_of_the_frames() -> None:
     """Where a square of 2 x 2 has one colour; an odd width cuts the last square off."""
     colours = torch.randint(0, 256, (1, 1, 3, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     frames = colours.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, :, :5].contiguous()
-    rgb = views._rgb_of_yuv(views.to_yuv(frames), 0, 0, 0, 6, 5)[0].permute(1, 2, 0)
+    planes = views.to_yuv(frames)
+    (matrix,) = views.yuv_coefficients(planes.bt709, planes.full_range).tolist()
+    rgb = views._rgb_of_yuv(planes, matrix, 0, 0, 0, 6, 5)[0].permute(1, 2, 0)
     torch.testing.assert_close(rgb, frames[0, 0].float(), rtol=0, atol=2.0)  # planes are whole numbers
 
 
