@@ -280,3 +280,32 @@ def test_each_flag_says_when_to_change_it(command):
         if not re.search(r"change|raise|lower|turns|published|default|left out|try", f.metadata["help"])
     ]  # fmt: skip
     assert not silent
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "simclr"}, "--method is simclr, but must be dclr or moco"),
+        ({"static_pairs": "no", "dynamic_pairs": "no"}, "that is --method moco"),
+        ({"activation_maps": "perhaps"}, "--activation-maps is perhaps, but must be yes or no"),
+        ({"repel_weight": 1.0, "static_pairs": "no"}, "it needs --static-pairs and --dynamic-pairs"),
+        ({"method": "moco", "mined_positives": 5}, "--mined-positives has no meaning with --method moco"),
+        ({"method": "moco", "boundary": "wrap"}, "--boundary has no meaning with --method moco"),
+        ({"jitter": 2.1}, "--jitter is 2.1, but must be between 0 and 2"),
+        ({"jitter": float("nan")}, "--jitter is nan"),
+    ],
+    ids=str,
+)
+def test_a_method_that_cannot_be_is_refused(flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve("pretrain", "ucf101", flags)
+
+
+def test_what_a_method_contrasts_rgb_clips_with():
+    def parts(**flags):
+        return resolve("pretrain", "ucf101", flags).method.parts
+
+    assert parts() == ("static", "dynamic")
+    assert parts(static_pairs="no") == ("dynamic",)
+    assert parts(dynamic_pairs="no") == ("static",)
+    assert parts(method="moco") == ()

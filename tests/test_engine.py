@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from dclr.config import MethodConfig, ModelConfig, OptimConfig
 from dclr.engine import Engine, micro_batch_size, read_ds_config, settle_precision, start_processes, stop_processes
 from dclr.errors import UserError
 from dclr.finite import FiniteGuard
-from dclr.method import DCLR
+from dclr.method import DCLR, Output
 from kernels import Views
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -29,9 +30,9 @@ def make_views(seed: int) -> Views:
     return Views(*(torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3)))
 
 
-def make_method() -> DCLR:
+def make_method(**settings: str) -> DCLR:
     torch.manual_seed(0)
-    return DCLR(MODEL, METHOD)
+    return DCLR(MODEL, replace(METHOD, **settings))
 
 
 def float32_config(stage: int) -> dict:
@@ -40,9 +41,11 @@ def float32_config(stage: int) -> dict:
     return config
 
 
-def plain_steps(count: int) -> tuple[list[list[float]], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+def plain_steps(
+    count: int, **settings: str
+) -> tuple[list[list[float]], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """The same steps without DeepSpeed, on the whole batch: losses, first gradients, last parameters, queue."""
-    method = make_method().eval()
+    method = make_method(**settings).eval()
     trained = list(method.query.parameters())
     optimizer = torch.optim.SGD(trained, lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay)
     losses, gradients = [], []
@@ -54,18 +57,25 @@ def plain_steps(count: int) -> tuple[list[list[float]], list[torch.Tensor], list
         gradients = gradients or [p.grad.clone() for p in trained]
         optimizer.step()
         method.update_key()
-        losses.append([loss.item(), output.alignment_key_maps.item()])
+        losses.append([loss.item(), hinted(output).item()])
     return losses, gradients, [p.detach().clone() for p in trained], method.queue.clone()
 
 
-def train_rank(rank: int, ranks: int, port: int, stage: int, count: int, result: str) -> None:
+def hinted(output: Output) -> torch.Tensor:
+    """The key clips' maps held against the query clips': they must have come back to the right clip."""
+    return torch.zeros(()) if output.alignment_key_maps is None else output.alignment_key_maps
+
+
+def train_rank(
+    rank: int, ranks: int, port: int, stage: int, count: int, result: str, settings: dict[str, str] | None = None
+) -> None:
     """One process of a run on its share of the batch; rank 0 saves what `plain_steps` returns."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = start_processes()
     import deepspeed
 
-    method = make_method()
+    method = make_method(**settings or {})
     own = Engine(method, float32_config(stage), OPTIM, device)
     own.train(False)  # frozen BatchNorm: batch statistics would differ between one rank and two
     size = OPTIM.batch_size // ranks
@@ -81,8 +91,7 @@ def train_rank(rank: int, ranks: int, port: int, stage: int, count: int, result:
             gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in method.query.parameters()]
         own.step()
         method.update_key()
-        # The second holds the key clips' maps against the query clips': they must have come back to the right clip.
-        total = torch.stack([output.loss.detach(), output.alignment_key_maps])
+        total = torch.stack([output.loss.detach(), hinted(output)])
         torch.distributed.all_reduce(total)
         losses.append((total / ranks).tolist())
     if rank == 0:
@@ -96,22 +105,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2], ids=["ddp", "zero1", "zero2"])
-def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        pytest.param(0, {}, id="ddp"),
+        pytest.param(1, {}, id="zero1"),
+        pytest.param(2, {}, id="zero2"),
+        pytest.param(0, {"static_pairs": "no"}, id="one part: one map travels"),
+        pytest.param(0, {"method": "moco"}, id="moco: no map travels"),
+    ],
+)
+def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stage, settings):
     """First-step loss and gradients, and three whole steps, key shuffle and queue included, on frozen BatchNorm."""
     result, port = tmp_path / "result.pt", free_port()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=train_rank, args=(rank, 2, port, stage, 3, str(result))) for rank in range(2)]
+    arguments = [(rank, 2, port, stage, 3, str(result), settings) for rank in range(2)]
+    processes = [context.Process(target=train_rank, args=own) for own in arguments]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     losses, gradients, parameters, queue = torch.load(result)
-    plain_losses, plain_gradients, plain_parameters, plain_queue = plain_steps(3)
+    plain_losses, plain_gradients, plain_parameters, plain_queue = plain_steps(3, **settings)
     assert torch.allclose(torch.tensor(losses), torch.tensor(plain_losses), rtol=1e-5)
     for name, found, expected in zip(
-        [n for n, _ in make_method().query.named_parameters()], gradients, plain_gradients, strict=True
+        [n for n, _ in make_method(**settings).query.named_parameters()], gradients, plain_gradients, strict=True
     ):
         # Half-batch means added in another order: a few float32 roundings of the largest element.
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), name

@@ -34,7 +34,9 @@ def embed(encoder, name, features):
         return encoder.heads[name](torch.from_numpy(features).float()).double().numpy()
 
 
-def by_hand(method: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray] | None) -> dict[str, float]:
+def by_hand(
+    method: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray] | None, weigh: bool = True
+) -> dict[str, float]:
     """The five pair losses and the alignment term of the method's page, one clip at a time in float64, from its own feature maps."""
     features = {}
     with torch.no_grad():
@@ -48,8 +50,8 @@ def by_hand(method: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray]
     for side, look, encoder in (("q", "look", method.query), ("k", "k", method.key)):
         pooled = {
             "vv": weighted(features[f"{side}.rgb"]),
-            "vs": weighted(features[f"{side}.rgb"], maps[f"{look}.static"]),
-            "vd": weighted(features[f"{side}.rgb"], maps[f"{look}.dynamic"]),
+            "vs": weighted(features[f"{side}.rgb"], maps[f"{look}.static"] if weigh else None),
+            "vd": weighted(features[f"{side}.rgb"], maps[f"{look}.dynamic"] if weigh else None),
             "sv": weighted(features[f"{side}.static"]),
             "dv": weighted(features[f"{side}.dynamic"]),
         }
@@ -197,3 +199,83 @@ def test_similarities_are_cosines():
     for values in (output.positive, output.hardest_negative):
         assert values.shape == (5,)
         assert (values.abs() <= 1 + 1e-5).all()
+
+
+# ------------------------------------------------------------------------------------------- the baseline and the ablations
+
+
+def test_moco_contrasts_rgb_clips_alone():
+    """He et al.'s loss clip by clip in float64: one queue, no positives but the key, nothing else."""
+    method = make_method(method="moco").eval()
+    with torch.no_grad():
+        for p in [*method.query.heads.parameters(), *method.key.heads.parameters()]:
+            p.copy_(torch.randn_like(p))
+    method.enqueued.fill_(16)  # a full queue: DCLR would mine it
+    query, key = make_views(3, 1), make_views(3, 2)
+    with torch.no_grad():
+        q = embed(method.query, "vv", weighted(method.query.backbone(query.rgb).double().numpy()))
+        k = embed(method.key, "vv", weighted(method.key.backbone(key.rgb).double().numpy()))
+    logits = np.concatenate([(q * k).sum(1, keepdims=True), q @ method.queue[0].double().numpy().T], axis=1) / 0.07
+    expected = np.mean(np.log(np.exp(logits).sum(1)) - logits[:, 0])
+
+    output = method(query, key, 0)
+    assert method.pairs == ("vv",)
+    assert list(method.query.heads) == ["vv"]
+    assert method.queue.shape == (1, 16, 32)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert output.alignment is output.alignment_other_form is output.alignment_key_maps is output.repel is None
+    torch.testing.assert_close(method.queue[0, :3], torch.from_numpy(k).float(), rtol=0, atol=1e-6)
+
+
+def test_moco_looks_at_nothing_but_rgb():
+    query, key = make_views(2, 1), make_views(2, 2)
+    nothing = torch.full_like(query.static, torch.nan)
+    output = make_method(method="moco")(Views(query.rgb, nothing, nothing), Views(key.rgb, nothing, nothing), 0)
+    assert torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "pairs", "similar"),
+    [("static", ("vv", "vd", "dv"), "dv"), ("dynamic", ("vv", "vs", "sv"), "sv")],
+)
+def test_a_part_left_out_takes_its_pairs_its_view_and_its_map_with_it(left_out, pairs, similar):
+    """In evaluation mode the rest is what it is in the whole method with the same weights."""
+    whole, some = make_method().eval(), make_method(**{f"{left_out}_pairs": "no"}).eval()
+    part = "dynamic" if left_out == "static" else "static"
+    weights = {k: v for k, v in whole.state_dict().items() if k in some.state_dict() and k != "queue"}
+    some.load_state_dict({**weights, "queue": whole.queue[[PAIRS.index(name) for name in pairs]]})
+    for method in (whole, some):
+        method.enqueued.fill_(16)
+    query, key = make_views(3, 1), make_views(3, 2)
+    nothing = torch.full_like(query.rgb, torch.nan)
+    maps = {
+        "rgb": whole.query.backbone(query.rgb).sum(1, keepdim=True),
+        part: whole.key.backbone(getattr(query, part)).sum(1, keepdim=True),
+    }
+    rows = mined_by_hand(whole, query, 2)[similar]  # with one similarity, vv is mined by it too
+
+    expected = by_hand(whole, query, key, dict.fromkeys(PAIRS, rows))
+    output = some(query._replace(**{left_out: nothing}), key._replace(**{left_out: nothing}), 0)
+    assert some.pairs == pairs
+    assert set(some.query.heads) == set(pairs)
+    for name, value in zip(pairs, output.losses, strict=True):
+        assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=5e-6), name
+    one, other = (m / m.mean(dim=(2, 3, 4), keepdim=True) for m in (maps["rgb"], maps[part]))
+    alignment = (one - other).square().mean().item()
+    assert output.alignment.item() == pytest.approx(alignment, rel=2e-5)
+    assert output.loss.item() == pytest.approx(sum(expected[n] for n in pairs) + 0.1 * alignment, rel=2e-5)
+    assert output.repel is None
+
+
+def test_without_activation_maps_the_parts_of_rgb_are_pooled_as_they_are():
+    method = make_method(activation_maps="no").eval()
+    with torch.no_grad():
+        for p in [*method.query.heads.parameters(), *method.key.heads.parameters()]:
+            p.copy_(torch.randn_like(p))
+    query, key = make_views(3, 1), make_views(3, 2)
+    expected, weighed = (by_hand(method, query, key, None, weigh=weigh) for weigh in (False, True))
+    output = method(query, key, 0)
+    for name, value in zip(PAIRS, output.losses, strict=True):
+        assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=5e-6), name
+        assert (name == "vv") == (expected[name] == pytest.approx(weighed[name], rel=1e-4)), name
+    assert output.alignment.item() == pytest.approx(expected["alignment"], rel=2e-5)  # has a switch of its own

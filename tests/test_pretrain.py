@@ -214,6 +214,25 @@ def test_training_from_a_store_is_training_from_its_videos(finished, demo_videos
     assert report["data"]["layout"] == "list file (packed)"
 
 
+def test_moco_logs_one_pair_and_nothing_of_parts_that_it_has_not(run_tiny, train_main, capfd):
+    run = run_tiny(method="moco", epochs=2)
+    assert "moco: rgb clips contrasted with rgb\n" in capfd.readouterr().out
+    last = metrics(run)[-1]
+    assert last["loss"] == last["pair_loss/vv"]
+    named = {name for name in last if "/" in name or name.startswith(("alignment", "repel"))}
+    kinds = ("milliseconds/", "memory/", "queue/", "nonfinite")
+    assert {name for name in named if not name.startswith(kinds)} == {
+        "pair_loss/vv", "pair_loss/ln_K_plus_1", "positive_similarity/vv", "hardest_negative/vv"
+    }  # fmt: skip
+    train_main(["pretrain", "--resume", str(run), "--epochs", "3"])
+    assert metrics(run)[-1]["step"] == 12
+
+
+def test_jitter_reaches_the_samples(run_tiny):
+    plain, strong = run_tiny("plain", jitter=0.0, epochs=1), run_tiny("strong", jitter=2.0, epochs=1)
+    assert metrics(plain)[-1]["loss"] != metrics(strong)[-1]["loss"]
+
+
 def test_the_start_says_which_kernels_run(run_tiny, capfd):
     run_tiny("auto", epochs=1)
     assert "kernels: reference (plain torch and kornia; the device is cpu)" in capfd.readouterr().out

@@ -309,3 +309,12 @@ def test_what_cannot_be_drawn_is_one_line(demo_videos, capfd, monkeypatch, argum
     assert status == 2
     assert error.startswith(f"dclr.views: error: {message}")
     assert error.count("\n") == 1
+
+
+def test_jitter_of_another_strength():
+    assert views.pretrain_recipe(1.0) == PRETRAIN
+    none = draws(views.pretrain_recipe(0.0), n=200)
+    assert (none["factors"] == np.array([1, 1, 1, 0], np.float32)).all()
+    assert none["grayscale"].any()  # only the colour jitter is scaled
+    half = draws(views.pretrain_recipe(0.5))["factors"]
+    assert np.abs(half - [1, 1, 1, 0]).max(0) == pytest.approx([0.2, 0.2, 0.2, 0.05], rel=0.01)
