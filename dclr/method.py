@@ -59,9 +59,7 @@ class Output(NamedTuple):
     hardest_negative: Tensor  # (P,) mean similarity of a query to the most similar row of the queue
     alignment: Tensor | None = None  # () the alignment term before its weight
     alignment_other_form: Tensor | None = None  # () raw where relative is trained, relative where raw is
-    alignment_key_maps: Tensor | None = (
-        None  # () the term as its name in the released code hints: against the key clip's maps
-    )
+    alignment_key_maps: Tensor | None = None  # () against the key clip's maps, as its name in the released code hints
     repel: Tensor | None = None  # () mean cosine of static and dynamic features
 
 
