@@ -1,7 +1,8 @@
-"""Measure a checkpoint: accuracy | retrieval. Prints a table, writes report.json and pictures. One process.
+"""Measure a checkpoint: accuracy | retrieval | bias. Prints a table, writes report.json and pictures. One process.
 
     python eval.py accuracy  --data UCF101 --checkpoint runs/ucf-finetune     top-1 and top-5 by video and by clip
     python eval.py retrieval --data UCF101 --checkpoint runs/ucf              nearest neighbours of test videos in the train split
+    python eval.py bias      --data UCF101 --checkpoint runs/ucf              what features tell of motion and of scene
 
 `eval.py SUBCOMMAND --help` explains every flag. Without --data: the built-in demo videos.
 """
@@ -19,6 +20,7 @@ from dclr.errors import UserError
 DESCRIPTIONS = {
     "accuracy": "top-1 and top-5 of a finetuned or linear classifier on the test split, with a confusion matrix",
     "retrieval": "nearest neighbours of the test split's videos in the train split, by a backbone's features",
+    "bias": "what frozen features tell of motion and of scene; actions on other videos' backgrounds, moving and frozen",
 }
 
 
@@ -31,11 +33,12 @@ def make_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
         what = sub.add_argument_group("what is measured, and where the result goes")
         kinds = "a finetune or linear run's folder, or its classifier.safetensors"
-        if command == "retrieval":
-            kinds = (
+        if command != "accuracy":
+            backbones = (
                 "a run's folder, its backbone.safetensors, torchvision's weights, the authors' checkpoint, or the word random "
                 "for an untrained network, the baseline"
             )
+            kinds = backbones if command == "retrieval" else f"{kinds}: what it predicts is tested; or {backbones}"
         what.add_argument("--checkpoint", required=True, metavar="FILE", help=kinds)
         what.add_argument(
             "--out",
@@ -46,10 +49,15 @@ def make_parser() -> argparse.ArgumentParser:
             "--preset", choices=configuration.PRESETS, metavar="NAME",
             help="clips and network of this recipe, for a checkpoint without a config.json beside it (default: the published ones)",
         )  # fmt: skip
+        if command == "bias":
+            what.add_argument(
+                "--foreground", choices=("yes", "no"), default="yes",
+                help="whether to test actions on other videos' backgrounds too; change it to no for the probes alone (default: yes)",
+            )  # fmt: skip
         # Not --max-bad: what fails is left out of the figures, and listed.
         clips = {f.name for f in dataclasses.fields(configuration.DataConfig)} - {"max_bad"}
         configuration.add_flags(sub, [configuration.DataConfig], only=clips)
-        if command == "retrieval":
+        if command != "accuracy":
             configuration.add_flags(sub, [configuration.ModelConfig])
             configuration.add_flags(sub, [configuration.RunConfig], only={"seed"})
     return parser
@@ -58,7 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> None:
     flags = vars(make_parser().parse_args(arguments))
     command, checkpoint, out = flags.pop("command"), Path(flags.pop("checkpoint")), flags.pop("out", None)
-    if not checkpoint.exists() and not (command == "retrieval" and str(checkpoint) == "random"):
+    foreground = flags.pop("foreground", "no") == "yes"
+    if not checkpoint.exists() and not (command != "accuracy" and str(checkpoint) == "random"):
         raise UserError(
             f"--checkpoint {checkpoint}: no such file or folder; give a run's folder, or a file as --help says"
         )
@@ -68,6 +77,7 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from dclr import report
+    from dclr.bias import measure_bias
     from dclr.measure import measure_accuracy, measure_retrieval
     from dclr.run import make_demo
 
@@ -80,8 +90,11 @@ def main(arguments: list[str]) -> None:
     if command == "accuracy":
         result = measure_accuracy(checkpoint, data, device, folder / "pictures")
     else:
-        model, seed = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
-        result = measure_retrieval(checkpoint, data, model, seed, device, folder / "pictures")
+        network = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
+        if command == "retrieval":
+            result = measure_retrieval(checkpoint, data, *network, device, folder / "pictures")
+        else:
+            result = measure_bias(checkpoint, data, *network, device, folder / "pictures", foreground)
     content = {
         "command": command,
         "checkpoint": str(checkpoint),

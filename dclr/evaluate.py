@@ -34,12 +34,20 @@ class ClipOutputs:
     failures: dict[str, str]  # path -> reason: left out of every figure
 
 
-@torch.no_grad()
 def run_on_clips(
     network: Callable[[Tensor], Tensor], videos: VideoSet, config: DataConfig, device: torch.device, title: str
 ) -> ClipOutputs:
     """`network` on (B, 3, T, h, w) clips -> (B, D), for every video of the set."""
-    loader = test_loader(TestClips(videos, config), VIDEOS_A_BATCH, config.workers, pin=device.type == "cuda")
+    return run_on_samples(network, TestClips(videos, config), device, title)
+
+
+@torch.no_grad()
+def run_on_samples(
+    network: Callable[[Tensor], Tensor], samples: TestClips, device: torch.device, title: str
+) -> ClipOutputs:
+    """The same for test clips that are not the videos' own frames alone (see foreground.py); the network may give (B, ..., D)."""
+    videos, config = samples.videos, samples.config
+    loader = test_loader(samples, VIDEOS_A_BATCH, config.workers, pin=device.type == "cuda")
     size, failures = (config.crop_size, config.crop_size), Failures("it is left out of the figures")
     values, labels, indices = [], [], []
     with tqdm(total=len(videos), desc=title, unit="video", dynamic_ncols=True, mininterval=1.0) as bar:

@@ -8,10 +8,11 @@ import torch
 
 from dclr import evaluate, pictures
 from dclr.config import DataConfig, ModelConfig
+from dclr.data.catalog import Catalog
 from dclr.data.decode import rgb_of
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
-from dclr.models import build_backbone, load_backbone, load_classifier, pool
+from dclr.models import Backbone, build_backbone, load_backbone, load_classifier, pool
 from dclr.run import open_data
 
 SHEET_QUERIES, SHEET_NEAREST = 8, 5
@@ -21,12 +22,7 @@ def measure_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, f
     """Raises UserError: see load_classifier and open_catalog; classes that are not the classifier's."""
     classifier, classes = load_classifier(checkpoint)
     catalog = open_data(data)
-    if catalog.classes != classes:
-        odd = sorted(set(catalog.classes) ^ set(classes))
-        raise UserError(
-            f"--checkpoint {checkpoint} knows {len(classes)} classes and {catalog.root} has {len(catalog.classes)}; "
-            f"they must be the same ({', '.join(odd[:3]) or 'their order differs'})"
-        )
+    check_classes(checkpoint, classes, catalog)
     videos = open_videos(catalog, "test", max(1, data.workers), timeout=data.video_timeout)
     network = classifier.to(device).eval()
     outputs = evaluate.run_on_clips(network, videos, data, device, "accuracy")
@@ -64,20 +60,9 @@ def measure_retrieval(
     checkpoint: Path, data: DataConfig, model: ModelConfig, seed: int, device: torch.device, folder: Path
 ) -> dict[str, Any]:
     """Raises UserError: see load_backbone and open_catalog; a data set without labels."""
-    torch.manual_seed(seed)
-    backbone = build_backbone(model.backbone, model.width)
-    random = str(checkpoint) == "random"
-    loaded = (
-        f"random weights of {model.backbone} (width {model.width}), seed {seed}"
-        if random
-        else load_backbone(checkpoint, backbone)
-    )
+    backbone, loaded = load_features(checkpoint, model, seed)
     catalog = open_data(data)
-    gallery_videos, query_videos = (
-        open_videos(catalog, split, max(1, data.workers), timeout=data.video_timeout) for split in ("train", "test")
-    )
-    if any((videos.labels < 0).any() for videos in (gallery_videos, query_videos)):
-        raise UserError(f"--data {catalog.root}: its videos have no labels, which retrieval needs; use class folders")
+    gallery_videos, query_videos = open_labelled(catalog, data, "retrieval")
     backbone.to(device).eval()
     gallery, queries = (
         evaluate.run_on_clips(lambda clip: pool(backbone(clip)), videos, data, device, title)
@@ -112,6 +97,38 @@ def measure_retrieval(
         "queries": len(queries.labels),
         "left_out": {**gallery_videos.unreadable, **query_videos.unreadable, **gallery.failures, **queries.failures},
     }
+
+
+def load_features(checkpoint: Path, model: ModelConfig, seed: int) -> tuple[Backbone, str]:
+    """A checkpoint's backbone, or an untrained one for the word random, and one line that says which.
+
+    Raises UserError: see load_backbone.
+    """
+    torch.manual_seed(seed)
+    backbone = build_backbone(model.backbone, model.width)
+    if str(checkpoint) == "random":
+        return backbone, f"random weights of {model.backbone} (width {model.width}), seed {seed}"
+    return backbone, load_backbone(checkpoint, backbone)
+
+
+def open_labelled(catalog: Catalog, data: DataConfig, command: str) -> tuple[VideoSet, VideoSet]:
+    """The train and the test split. Raises UserError: see open_videos; videos without labels."""
+    train, test = (
+        open_videos(catalog, split, max(1, data.workers), timeout=data.video_timeout) for split in ("train", "test")
+    )
+    if any((videos.labels < 0).any() for videos in (train, test)):
+        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+    return train, test
+
+
+def check_classes(checkpoint: Path, classes: tuple[str, ...], catalog: Catalog) -> None:
+    """Raises UserError: the classes that a classifier knows are not the data set's."""
+    if catalog.classes != classes:
+        odd = sorted(set(catalog.classes) ^ set(classes))
+        raise UserError(
+            f"--checkpoint {checkpoint} knows {len(classes)} classes and {catalog.root} has {len(catalog.classes)}; "
+            f"they must be the same ({', '.join(odd[:3]) or 'their order differs'})"
+        )
 
 
 def draw_sheet(

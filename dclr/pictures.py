@@ -116,3 +116,68 @@ def _draws(row: np.ndarray) -> str:
     words += ["flipped"] if row["flip"] else []
     words += [f"blur {row['sigma']:.1f} pixels"] if row["sigma"] > 0 else []
     return "\n".join(words) or "no change of colour"
+
+
+def foreground_sheet(
+    rows: Sequence[tuple[tuple[str, str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]], title: str, path: Path
+) -> None:
+    """A row a clip: its middle frame and what moves in it, the other video's background, the clip on it at three times, its frozen partner.
+
+    Args:
+        rows: names of the clip's class and of the background's; frames (T, H, W, 3) uint8; mask (T, H, W) bool; background of any size
+            (H', W', 3) uint8; the composed frames (T, H, W, 3) uint8.
+    """
+    figure, grid = plt.subplots(len(rows), 7, figsize=(1.75 * 7, 1.6 * len(rows) + 0.6), squeeze=False)
+    for line, ((name, other), frames, mask, background, composed) in zip(grid, rows, strict=True):
+        last = len(frames) - 1
+        middle = len(frames) // 2
+        cells = (
+            (frames[middle], f"{name}, t = {middle}"),
+            (mask[middle], f"what moves: {mask.mean():.0%} of the clip"),
+            (background, f"background of {other}"),
+            *((composed[t], f"moving, t = {t}") for t in (0, middle, last)),
+            (composed[middle], f"static: t = {middle}, always"),
+        )
+        for axes, (picture, caption) in zip(line, cells, strict=True):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            axes.set_title(caption, fontsize=7, pad=3)
+            axes.axis("off")
+    _finish(figure, title, path)
+
+
+def map_sheet(
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[np.ndarray], Sequence[np.ndarray]]],
+    names: Sequence[str],
+    title: str,
+    path: Path,
+) -> None:
+    """A row a clip: a frame, what moves in it, then activation maps laid over it, those of a network before training and those after.
+
+    Args:
+        rows: name; frame (H, W, 3) uint8; mask (H, W) bool; maps before and maps after, each (H', W') of any size, as many as `names`.
+        names: of the maps. Each map is drawn from its own least value (blue) to its greatest (red): where, not how strongly.
+    """
+    columns = 2 + 2 * len(names)
+    figure, grid = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.7 * len(rows) + 0.6), squeeze=False)
+    for line, (name, frame, mask, before, after) in zip(grid, rows, strict=True):
+        height, width = mask.shape
+        for axes, picture, caption in zip(line, (frame, mask), (name, "what moves"), strict=False):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            axes.set_title(caption, fontsize=7, pad=3)
+        captions = [f"{map_name} {when}" for when in ("before", "after") for map_name in names]
+        for axes, values, caption in zip(line[2:], (*before, *after), captions, strict=True):
+            axes.imshow(frame)
+            axes.imshow(
+                values, cmap="jet", alpha=0.5, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+            )
+            axes.set_title(caption, fontsize=7, pad=3)
+        for axes in line:
+            axes.axis("off")
+    _finish(figure, title, path)
+
+
+def _finish(figure: plt.Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=0.4, w_pad=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # What a random stream is for, so that two uses of the same (seed, epoch, index) never share draws.
-ORDER, SAMPLE = 0, 1
+ORDER, SAMPLE, BACKGROUND = 0, 1, 2
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:

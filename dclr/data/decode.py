@@ -210,6 +210,24 @@ def rgb_of(frames: YuvFrames) -> np.ndarray:
     return rgb
 
 
+def converted(frames: YuvFrames, height: int, width: int, bt709: bool, full_range: bool) -> YuvFrames:
+    """The same pictures in another size (bicubic), matrix and range, by swscale; in their own they are returned as they are."""
+    if (*frames.y.shape[1:], frames.bt709, frames.full_range) == (height, width, bt709, full_range):
+        return frames
+    spaces = {True: Colorspace.ITU709, False: Colorspace.ITU601}
+    ranges = {True: ColorRange.JPEG, False: ColorRange.MPEG}
+    planes, reformatter = empty_planes(len(frames.y), height, width), VideoReformatter()
+    for number, source in enumerate(zip(frames.y, frames.u, frames.v, strict=True)):
+        image = reformatter.reformat(
+            _plain_frame(*source), width=width, height=height, format="yuv420p", interpolation=_BICUBIC, threads=1,
+            src_colorspace=spaces[frames.bt709], dst_colorspace=spaces[bt709],
+            src_color_range=ranges[frames.full_range], dst_color_range=ranges[full_range],
+        )  # fmt: skip
+        for target, plane in zip(planes, _plane_views(image), strict=True):
+            target[number] = plane
+    return YuvFrames(*planes, bt709, full_range)
+
+
 def empty_planes(count: int, height: int, width: int) -> Planes:
     """Memory for the planes of `count` frames, not set to anything."""
     y = np.empty((count, height, width), dtype=np.uint8)

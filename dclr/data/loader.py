@@ -230,6 +230,11 @@ class TestClips(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.videos)
 
+    def read(self, index: int, into: Planes | None = None) -> YuvFrames:
+        """The frames of a video's clips, one clip after the other (see `VideoSet.read`). Raises UnreadableVideo."""
+        frames, length, stride = int(self.videos.frames[index]), self.config.clip_length, self.config.clip_stride
+        return self.videos.read(index, clips.uniform_clips(frames, TEST_CLIPS, length, stride).ravel(), into)
+
     def __getitems__(self, indices: Sequence[int]) -> ClipBatch:
         """A batch of these videos. One that fails is left out: a figure must not count another video in its place."""
         own, length = self.videos, self.config.clip_length
@@ -240,11 +245,10 @@ class TestClips(Dataset[Any]):
         flags: list[tuple[bool, bool]] = []
         failures: dict[str, str] = {}
         for index in indices:
-            wanted = clips.uniform_clips(int(own.frames[index]), TEST_CLIPS, length, self.config.clip_stride)
             first = len(read) * frames_a_video
             y, u, v = (plane[first : first + frames_a_video] for plane in planes)
             try:
-                frames = own.read(index, wanted.ravel(), (y, u, v))
+                frames = self.read(index, (y, u, v))
             except UnreadableVideo as error:
                 failures[own.path(index)] = str(error)
                 continue

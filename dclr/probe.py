@@ -1,0 +1,71 @@
+"""The linear probe: how well a linear classifier tells classes apart by features that stay as they are.
+
+Multinomial logistic regression on standardised features. The loss is the sum of the cross entropies plus half the sum of the squared
+weights (a standard normal prior of each weight): strictly convex in the weights, so there is one solution, whoever finds it, and nothing
+to tune. A probe that is trained by SGD instead (train.py linear) depends on its learning rate and its epochs.
+
+Letters: N videos, D features, C classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_STEPS = 2000
+SMALLEST_GRADIENT = 1e-6
+"""Of the loss by video: where no derivative is larger, the probe has converged."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier; all tensors float64, on the CPU."""
+
+    mean: Tensor  # (D,) of the features it was fitted on
+    scale: Tensor  # (D,) their standard deviation; 1 where that is 0
+    weight: Tensor  # (C, D) for standardised features
+    bias: Tensor  # (C,)
+    steps: int
+    converged: bool
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N, C) float64."""
+        return F.linear((features.double() - self.mean) / self.scale, self.weight, self.bias)
+
+
+def fit_probe(
+    features: Tensor,  # (N, D)
+    labels: Tensor,  # (N,) int64 in 0 to classes - 1
+    classes: int,
+) -> Probe:
+    """Deterministic: from zero weights, by L-BFGS with a line search, in float64. Classes without a video are allowed."""
+    features = features.double()
+    mean, scale = features.mean(0), features.std(0, correction=0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    x = (features - mean) / scale
+    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=MAX_STEPS, max_eval=2 * MAX_STEPS, tolerance_grad=SMALLEST_GRADIENT, tolerance_change=0,
+        history_size=20, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def loss_by_video() -> Tensor:
+        optimizer.zero_grad()
+        # Divided by N as a whole, which moves no minimum, so that the gradient's size does not depend on how many videos there are.
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + weight.square().sum() / (2 * len(x))
+        loss.backward()
+        return loss
+
+    optimizer.step(loss_by_video)
+    loss_by_video()  # the gradient where it stopped: the last that the line search looked at may be another point's
+    gradient = max(parameter.grad.abs().max().item() for parameter in (weight, bias) if parameter.grad is not None)
+    return Probe(
+        mean=mean,
+        scale=scale,
+        weight=weight.detach(),
+        bias=bias.detach(),
+        steps=optimizer.state[weight]["n_iter"],
+        converged=gradient <= SMALLEST_GRADIENT,
+    )
