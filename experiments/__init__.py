@@ -1,0 +1,1 @@
+"""One short file an experiment: question, exact command, seeds, expected time. `python -m experiments.NAME` runs it."""
