@@ -1,6 +1,7 @@
 # make demo    everything once on the built-in demo videos, from installation to a table of figures: about 7 minutes on two cores
 # make test    lint, types and all tests
 # make setup   the environment only
+# make evidence  is the controlled set honest, then DCLR beside MoCo on it, one seed: about 2 hours on two cores; goes on where it was stopped
 # make chaos   kills a run of two ranks a hundred times and looks whether it ends as if nothing had happened: about 12 minutes on two cores
 # make soak    an hour's run, whose memory, files and threads must not grow; DATA=DIR
 # make gpu     the tests that need a CUDA device, then the benchmarks, with $(PYTHON) as it is: nothing is installed; DATA=DIR
@@ -15,7 +16,7 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test lint chaos soak gpu gpu-test gpu-step gpu-kernels gpu-runs gpu-ideas
+.PHONY: setup demo demo-quick test lint evidence chaos soak gpu gpu-test gpu-step gpu-kernels gpu-runs gpu-ideas
 
 setup: $(VENV)/.ready
 
@@ -47,6 +48,10 @@ lint: setup
 # Without a GPU, also where there is one: the kernels in Triton's interpreter, everything else on the CPU.
 test: lint
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest
+
+evidence: setup
+	$(BIN)/python -m experiments.controlled_set --seeds 1
+	$(BIN)/python -m experiments.controlled --seeds 1 --methods random MoCo DCLR
 
 chaos: setup
 	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/chaos.py --kills 100

@@ -5,17 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
-from benchmarks import tables, weizmann
+from benchmarks import tables
+from experiments import evidence
 
 ROOT = Path(__file__).parents[1]
-
-
-def test_the_table_in_the_log_is_the_one_of_the_committed_results():
-    figures = json.loads(weizmann.RESULT.read_text())["figures"]
-    page = weizmann.LOG.read_text()
-    assert weizmann.with_table(page, figures) == page
-    figures["DCLR features, retrieval R@1"]["mean"] += 0.01
-    assert weizmann.with_table(page, figures) != page
 
 
 def test_the_readmes_tables_are_those_of_the_committed_results(tmp_path):
@@ -30,8 +23,32 @@ def test_the_readmes_tables_are_those_of_the_committed_results(tmp_path):
     assert tables.with_tables(page, tables.tables(tmp_path / "results")) != page
 
 
+def test_the_evidence_is_that_of_the_committed_results():
+    page = evidence.PAGE.read_text()
+    assert evidence.with_sections(page, evidence.RESULTS) == page
+    for file in evidence.RESULTS.glob("*/*.json"):
+        pictures = [
+            each
+            for each in re.findall(r"\]\(([^)]+\.png)\)", page)
+            if each.endswith(f"{file.parent.name}/{file.stem}.png")
+        ]
+        assert len(pictures) == 1, f"{file} is shown nowhere"
+        assert (ROOT / "docs" / pictures[0]).is_file(), file
+
+
+def test_every_experiment_has_a_section_of_the_evidence_and_says_how_it_is_run():
+    page = evidence.PAGE.read_text()
+    for file in (ROOT / "experiments").glob("*.py"):
+        if file.stem in ("__init__", "runs", "evidence"):
+            continue
+        assert evidence.MARKER.format(file.stem) in page, file
+        assert f"python -m experiments.{file.stem}" in file.read_text(), file
+
+
 def test_results_name_device_versions_commit_and_date():
-    for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
+    for path in [
+        file for folder in ("benchmarks", "experiments") for file in (ROOT / folder / "results").rglob("*.json")
+    ]:
         environment = json.loads(path.read_text())["environment"]
         assert {"device", "versions", "commit", "date"} <= environment.keys(), path
 
