@@ -37,6 +37,7 @@ from dclr.measure import load_features
 from dclr.models import Backbone, activation_map
 from dclr.run import open_data
 from dclr.view_sheet import to_yuv420
+from experiments import evidence
 from kernels import ViewParams, Yuv420, generate_views
 
 MAPS = ("A_v", "A_s", "A_d")
@@ -111,6 +112,9 @@ def main(arguments: Sequence[str]) -> None:
         rows, MAPS, f"before: random weights, seed {seed}; after: {loaded}", folder / "activation_maps.png"
     )
     print(f"\nactivation_maps.json and activation_maps.png written to {folder}")
+    if not flags.out:
+        evidence.write_page()
+        print(f"{evidence.PAGE} written")
 
 
 def make_parser() -> configuration.Parser:
@@ -122,7 +126,7 @@ def make_parser() -> configuration.Parser:
         "--clips", type=int, default=64, help="test videos at most, spread over the split (default: 64)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the figures and the picture go (default: experiments/results/DEVICE)"
+        "--out", type=Path, metavar="DIR", help="where the figures and the picture go (default: experiments/results/DEVICE, and docs/evidence.md tells of them)"
     )  # fmt: skip
     return parser
 

@@ -87,7 +87,7 @@ def publish(name: str, result: Result, chains: Sequence[runs.Chain], options: ru
     shutil.copy(written, kept)
     (PLOTS / kept.parent.name).mkdir(parents=True, exist_ok=True)
     shutil.copy(written.with_suffix(".png"), PLOTS / kept.parent.name)
-    PAGE.write_text(with_sections(PAGE.read_text(), RESULTS))
+    write_page()
     print(f"\n{kept} and {PAGE} written")
 
 
@@ -96,6 +96,10 @@ def is_narrower(result: Result, before: Result) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------- the page
+
+
+def write_page() -> None:
+    PAGE.write_text(with_sections(PAGE.read_text(), RESULTS))
 
 
 def with_sections(page: str, results: Path) -> str:
@@ -254,7 +258,7 @@ def main() -> None:
         figure = plot(json.loads(file.read_text()))
         figure.savefig(picture, dpi=130)
         plt.close(figure)
-    PAGE.write_text(with_sections(PAGE.read_text(), RESULTS))
+    write_page()
 
 
 if __name__ == "__main__":
