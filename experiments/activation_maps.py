@@ -126,7 +126,8 @@ def make_parser() -> configuration.Parser:
         "--clips", type=int, default=64, help="test videos at most, spread over the split (default: 64)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the figures and the picture go (default: experiments/results/DEVICE, and docs/evidence.md tells of them)"
+        "--out", type=Path, metavar="DIR",
+        help="where the figures and the picture go (default: experiments/results/DEVICE, and docs/evidence.md tells of them)",
     )  # fmt: skip
     return parser
 
