@@ -42,11 +42,21 @@ _LN2 = tl.constexpr(math.log(2))
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """a @ b + acc, float32. WIDEN: the interpreter of Triton 3.6 multiplies the bit patterns of bfloat16, so they are widened for it;
-    the products are the same, for a product of two bfloat16 is exact in float32."""
+    the products are the same, for a product of two bfloat16 is exact in float32. (It does not round to tf32.)"""
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    elif PRECISION == "tf32" and a.dtype == tl.float32:
+        a = _to_tf32(a)
+        b = _to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _to_tf32(x):
+    """To the nearest. The matrix units drop the 13 bits that tf32 has not, which makes every product too small: a loss was off by 1e-3
+    on an H200 where torch's was by 7e-6 (docs/LOG.md)."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -307,8 +317,8 @@ def choose_blocks(B: int, D: int, dtype: torch.dtype, precision: str) -> Blocks:
     if dtype == torch.float32 and precision == "ieee":  # no matrix units: both operands live in registers
         return Blocks(16, 32, 8, 2)
     b = 16 if B <= 16 else 64  # 16 is the least a matrix unit takes
-    if dtype == torch.float32:
-        return Blocks(b, 32, 8, 2)
+    if dtype == torch.float32:  # rounding to tf32 takes registers too
+        return Blocks(min(b, 32) if D == 256 else b, 32, 8, 2)
     return Blocks(b, 64 if D <= 128 else 32, 8 if b == 16 or D == 256 else 4, 3)
 
 
@@ -421,8 +431,10 @@ def rank_launch(
     S, B, D = features.shape
     K, splits = queue.shape[1], peaks.shape[2]
     dtype = _dtype(features, queue)
-    ieee = dtype == torch.float32 and precision == "ieee"
-    block_b, block_k, num_warps = (16, 32 if D <= 128 else 16, 8) if ieee else (16 if B <= 16 else 32, 64, 8)
+    ieee, tf32 = (dtype == torch.float32 and precision == name for name in ("ieee", "tf32"))
+    block_b, block_k, num_warps = 16 if ieee or B <= 16 else 32, 64, 8
+    if ieee or (tf32 and D > 128):
+        block_k = 32 if tf32 or D <= 128 else 16
     row_blocks, tiles = triton.cdiv(B, block_b), triton.cdiv(K, block_k)
     kept = min(m, block_k)
     rankings = (S if each else 0) + (1 if together else 0)

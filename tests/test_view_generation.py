@@ -556,6 +556,8 @@ def test_registered_operators(yuv: bool) -> None:
         stills = (source.y[:, 0], source.u[:, 0], source.v[:, 0])
     table = torch.zeros(2, 22 if yuv else 16)
     table[:, 2:4] = torch.tensor([5.0, 6.0])
+    planes, stills = (tuple(None if t is None else t.to(_device) for t in each) for each in (planes, stills))
+    table = table.to(_device)
     torch.library.opcheck(generate_views_op, (*planes, *stills, table, 4, 5, "wrap", torch.bfloat16))
     torch.library.opcheck(augment_op, (*planes, table[:1], 4, 5, torch.float32))
 
@@ -565,7 +567,9 @@ def test_compiles_without_a_graph_break() -> None:
     frames, stills, params = small_batch(T=1)
     params = replace(params, size=(5, 6))
     compiled = torch.compile(kernels.generate_views, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(frames, stills, params), generate_views(frames, stills, params), strict=True):
+    frames, stills = frames.to(_device), stills.to(_device)
+    eager = kernels.generate_views(frames, stills, params)
+    for got, expected in zip(compiled(frames, stills, params), eager, strict=True):
         assert torch.equal(got, expected)
         assert got.stride() == expected.stride()
 
