@@ -41,8 +41,8 @@ FIGURES = {
 }
 
 QUEUE, MINED = 2048, 5
-# Found for DCLR with one seed (docs/LOG.md, 2026-11-25): with a queue of 512 it stays on the plateau for 600 steps, with full colour jitter it
-# loses the scene. MoCo is given the same.
+# Found for DCLR with one seed (docs/LOG.md, 2026-11-25): with a queue of 512 it stays on the plateau for 600 steps, with full colour
+# jitter it loses the scene. MoCo is given the same.
 RECIPE = [
     *controlled_set.NETWORK, "--batch-size", "32", "--queue-length", str(QUEUE), "--fill-steps", str(QUEUE // 32),
     "--lr", "0.03", "--key-momentum", "0.999", "--jitter", "0.5",

@@ -317,8 +317,8 @@ def choose_blocks(B: int, D: int, dtype: torch.dtype, precision: str) -> Blocks:
     if dtype == torch.float32 and precision == "ieee":  # no matrix units: both operands live in registers
         return Blocks(16, 32, 8, 2)
     b = 16 if B <= 16 else 64  # 16 is the least a matrix unit takes
-    if dtype == torch.float32:  # rounding to tf32 takes registers too
-        return Blocks(min(b, 32) if D == 256 else b, 32, 8, 2)
+    if dtype == torch.float32:  # rounding to tf32 takes registers: 64 queries of 256 numbers would spill them
+        return Blocks(32 if b == 64 and D == 256 else b, 32, 8, 2)
     return Blocks(b, 64 if D <= 128 else 32, 8 if b == 16 or D == 256 else 4, 3)
 
 
