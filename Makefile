@@ -1,7 +1,7 @@
 # make demo    everything once on the built-in demo videos, from installation to a table of figures: about 7 minutes on two cores
 # make test    lint, types and all tests
 # make setup   the environment only
-# make evidence  is the controlled set honest, then DCLR beside MoCo on it, one seed: about 2 hours on two cores; goes on where it was stopped
+# make evidence  is the controlled set honest, then DCLR beside MoCo on it, one seed: about half an hour on two cores; goes on where it was stopped
 # make chaos   kills a run of two ranks a hundred times and looks whether it ends as if nothing had happened: about 12 minutes on two cores
 # make soak    an hour's run, whose memory, files and threads must not grow; DATA=DIR
 # make gpu     the tests that need a CUDA device, then the benchmarks, with $(PYTHON) as it is: nothing is installed; DATA=DIR

@@ -26,7 +26,6 @@ from dclr.engine import Engine, read_ds_config, settle_precision
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
 from dclr.models.backbone import Factored, FactoredStem
-from dclr.run import choose_algorithms
 from dclr.views import PRETRAIN
 from kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 
@@ -118,7 +117,6 @@ def make_method(cell: Cell) -> DCLR:
 def configure(method: DCLR, device: torch.device) -> None:
     """What pretraining does to the networks before DeepSpeed has them, by the defaults of its flags."""
     defaults = RunConfig()
-    choose_algorithms(defaults.deterministic == "yes")
     for encoder in (method.query, method.key):
         encoder.backbone.pad_channels(defaults.pad_channels)
         if settle_compile(defaults.compile, device)[0]:

@@ -65,9 +65,11 @@ class Run:
     def prepare(self, *backbones: Backbone) -> None:
         """As --pad-channels and --compile say. Before the engine wraps them: they are changed in place."""
         if self.compiles:
-            # Code compiled for another network of this process is taken for any with the same shapes, but assumes that weights begin
-            # at multiples of 16 bytes, and in the flat buffers of ZeRO they do not: "misaligned address" (docs/LOG.md).
+            # Compiled code may count on weights that begin at multiples of 16 bytes. In the flat buffers of ZeRO they do not, but neither
+            # the graphs of this process nor the cache on disk (torch 2.11, extract_tensor_metadata_for_cache_key) tell networks apart
+            # by that: what was compiled for ddp.json ends in "misaligned address" here (docs/LOG.md).
             torch.compiler.reset()
+            torch.compiler.config.cache_key_tag = f"ZeRO {self.ds_config.get('zero_optimization', {}).get('stage', 0)}"
         for backbone in backbones:
             backbone.pad_channels(self.config.run.pad_channels)
             if self.compiles:
@@ -258,15 +260,11 @@ def choose_kernels(backend: str, device: torch.device) -> None:
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """For this process. An operation that has no deterministic algorithm raises RuntimeError, which names it.
-
-    Otherwise cuDNN tries its algorithms at the first convolution of each shape, and keeps the fastest.
-    """
+    """For this process. An operation that has no deterministic algorithm raises RuntimeError, which names it."""
     if deterministic:
         # What cuBLAS needs for it, read when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
 
 
 def make_demo() -> None:

@@ -95,6 +95,8 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for it: what is copied to a GPU from memory that is not pinned, waits."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
+    if (
+        tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling()
+    ):  # which cannot trace pinning
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,6 +1,7 @@
 """torch.compile of the backbones: one graph a shape, no second compilation, the same numbers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +82,17 @@ def test_what_runs_is_said_with_the_reason(monkeypatch):
         match=r"^--compile on: torch.compile needs no-such-compiler, which is not installed; install it, or pass --compile off$",
     ):
         settle_compile("on", CPU)
+
+
+@pytest.mark.parametrize(("file", "tag"), [("ddp.json", "ZeRO 0"), ("zero1.json", "ZeRO 1"), ("zero2.json", "ZeRO 2")])
+def test_compiled_code_is_not_shared_between_stages(tiny_pretrain, one_process, tmp_path, monkeypatch, file, tag):
+    """Stages lay weights out differently, which torch's cache of compiled code does not see; its key has the tag."""
+    from torch._inductor.codecache import FxGraphHashDetails
+
+    monkeypatch.setattr(run, "compile_backbone", lambda backbone: None)
+    settings = {**tiny_pretrain, "compile": "on", "epochs": 1, "out": str(tmp_path / "run")}
+    settings["ds_config"] = str(Path(__file__).parents[1] / "ds_configs" / file)
+    with torch.compiler.config.patch(cache_key_tag=""):
+        pretrain(make_config("pretrain", settings), "demo", one_process)
+        graph = torch.fx.symbolic_trace(torch.nn.Identity())
+        assert FxGraphHashDetails(graph, [], {}, []).cache_key_tag == tag
