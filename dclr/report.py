@@ -94,19 +94,16 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str:
-    """Commit of the source tree, with + where files differ from it; 'unknown' outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=10",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    try:
+    """Commit of the source tree, with + where files differ from it, but those that measurements write; 'unknown' outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    written = [f":!{path}" for path in ("docs", "README.md", "benchmarks/results", "experiments/results")]
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -184,7 +184,7 @@ def bars(result: Result) -> Figure:
     """A group for each figure that is a share, a bar for each row that has seeds, a dashed line where a row has none."""
     shares = {name: title for name, (title, unit) in result["figures"].items() if unit == "%"}
     rows = {name: row for name, row in result["rows"].items() if any(isinstance(row.get(key), list) for key in shares)}
-    figure, panel = plt.subplots(figsize=(2 + 1.5 * len(shares), 4.5), layout="constrained")
+    figure, panel = plt.subplots(figsize=(max(7, 2 + 1.5 * len(shares)), 4.5), layout="constrained")
     width = 0.8 / len(rows)
     for place, (name, row) in enumerate(rows.items()):
         at = [group for group, key in enumerate(shares) if key in row]
