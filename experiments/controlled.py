@@ -1,7 +1,7 @@
 """Does DCLR learn motion where MoCo learns scene, and which of its parts does it? On the controlled set, the same steps for all.
 
-    python -m experiments.controlled                                              all methods, three seeds: about 8 hours on two cores
-    python -m experiments.controlled --seeds 1 --methods random MoCo DCLR         the main comparison: under 90 minutes
+    python -m experiments.controlled                                              all methods, three seeds: about 4 hours on two cores
+    python -m experiments.controlled --seeds 1 --methods random MoCo DCLR         the main comparison: about half an hour
     python -m experiments.controlled --quick                                      that it runs: about 15 minutes
 
 Each method pretrains without labels for the same 1,800 steps of 32 clips, on the same videos, with the same network, optimizer and colour

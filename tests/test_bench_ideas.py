@@ -123,6 +123,22 @@ def test_convolutions_and_padding(name, dimensions, multiple, first_step, convol
     assert_same(backbone, plain, x)
 
 
+@pytest.mark.parametrize("size", [(24, 26), (25, 24)], ids=["even", "odd: the stem as it is"])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_stem_on_12_channels_computes_the_same(first_step, convolved, size, multiple):
+    backbone = first_step("ours, stem on 12 channels").method.query.backbone.double()
+    plain = build_backbone("r2plus1d_10", 4).double()
+    plain.load_state_dict(backbone.state_dict())
+    for network in (backbone, plain):
+        network.pad_channels(multiple)
+    x = torch.randn(2, 3, 8, *size, dtype=torch.float64)
+    convolved.clear()
+    backbone(x)
+    assert convolved[0][1][1:] == ((12, 4, 4) if size[0] % 2 == 0 else (3, 7, 7))
+    backbone.load_state_dict(plain.state_dict())
+    assert_same(backbone, plain, x)
+
+
 def test_equal_frames_once_makes_the_same_step(first_step):
     once = first_step("ours, equal frames once")
     assert isinstance(once.method.query.backbone, EqualFramesOnce)
