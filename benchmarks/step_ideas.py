@@ -72,7 +72,7 @@ class FactoredStem12(FactoredStem):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[3] % 2 or x.shape[4] % 2:
             return super().forward(x)
-        space, between, _, time, norm, relu = self
+        space, between, _, time = cast(_Convs, list(self)[:4])
         to_more, from_more, extra = _padded(space, time, self.channel_multiple)
         frames = F.pixel_unshuffle(x.transpose(1, 2).flatten(0, 1), 2)  # (B * T, 12, H/2, W/2)
         frames = F.pad(frames, (2, 1, 2, 1)).contiguous(memory_format=torch.channels_last)
@@ -83,6 +83,7 @@ class FactoredStem12(FactoredStem):
         frames = F.conv2d(frames, weight)
         x = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         x = F.relu(_normalise(x, between, extra) if extra else between(x), inplace=True)
+        *_, norm, relu = self
         return relu(norm(_in_time(x, from_more, time)))
 
 
