@@ -64,6 +64,15 @@ def above(claim: str, more: list[float], less: list[float]) -> list[dict[str, An
     return [finding(claim, gap > STANDARD_ERRORS * error, detail)]
 
 
+def not_below(claim: str, first: list[float], second: list[float]) -> list[dict[str, Any]]:
+    """The finding that the first mean is at most two standard errors below the second; again nothing of one seed."""
+    if len(first) < 2:
+        return []
+    gap, error = difference(first, second)
+    detail = f"{100 * gap:+.1f} points, at least {-100 * STANDARD_ERRORS * error:.1f} was asked"
+    return [finding(claim, gap >= -STANDARD_ERRORS * error, detail)]
+
+
 def publish(name: str, result: Result, chains: Sequence[runs.Chain], options: runs.Options) -> None:
     """Prints the table; writes NAME.json and NAME.png into the folder of the runs and, unless it was a quick try, where the page is
     made from, and the page. A result of fewer seeds or rows than the one that is there does not replace it."""

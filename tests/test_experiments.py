@@ -400,9 +400,26 @@ def test_dclr_is_held_against_moco_and_against_itself_without_dynamic_pairs():
         "without dynamic pairs": [0.8, 0.82],
         "without mining": [0.1, 0.1],
     }
-    rows: evidence.Rows = {row: {"motion_probe": values} for row, values in probes.items()}
-    found = controlled.findings(rows | {"chance": {"motion_probe": 0.125}})
-    assert [(each["claim"].split()[-1], each["holds"]) for each in found] == [("MoCo's", True), ("pairs", False)]
+    rows: evidence.Rows = {row: {"motion_probe": values, "scene_probe": values} for row, values in probes.items()}
+    rows |= {
+        "random weights": {"motion_probe": [0.1, 0.1], "scene_probe": [0.72, 0.74]},
+        "chance": {"motion_probe": 0.125, "scene_probe": 0.04},
+    }
+    found = controlled.findings(rows)
+    assert [(each["claim"].split()[-1], each["holds"]) for each in found] == [
+        ("MoCo's", True), ("pairs", False), ("MoCo's", True), ("features", True)
+    ]  # fmt: skip
+    rows["random weights"]["scene_probe"] = [0.8, 0.8]
+    assert [each["holds"] for each in controlled.findings(rows)] == [True, False, True, False]
+    assert controlled.findings({"MoCo": rows["MoCo"], "chance": rows["chance"]}) == []
+
+
+def test_a_mean_is_not_below_another_by_two_standard_errors():
+    more = [0.5, 0.6, 0.7]
+    (found,) = evidence.not_below("kept", [0.34, 0.44, 0.54], more)
+    assert found == {"claim": "kept", "holds": True, "detail": "-16.0 points, at least -16.3 was asked"}
+    assert not evidence.not_below("kept", [0.33, 0.43, 0.53], more)[0]["holds"]
+    assert evidence.not_below("kept", [0.1], [0.9]) == []
 
 
 def test_logged_numbers_are_thinned_to_means_of_equal_parts():
