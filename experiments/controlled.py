@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments import controlled_set, evidence, runs
 from experiments.runs import Chain, Options
 
@@ -41,8 +43,8 @@ FIGURES = {
     "motion_nearest": ["motion, nearest", "%"],
     "scene_probe": ["scene, linear probe", "%"],
     "scene_nearest": ["scene, nearest", "%"],
-    "minutes": ["minutes of training", "min"],
 }
+ON_GPU = {"minutes": ["minutes of training", "min"]}  # on a CPU it depends on how many runs share the cores
 
 QUEUE = 2048
 # Found for DCLR with one seed or two (docs/LOG.md, 2026-11-25 and 26): with a queue of 512 it stays on the plateau for 600 steps, with full
@@ -126,7 +128,7 @@ def panels(folder: Path, methods: Sequence[str], options: Options, rows: dict[st
     losses = {method: logged(folder, method, seeds, "pair_loss/vv") for method in methods}
     levels = {
         "telling no clips apart": math.log(QUEUE + 1),
-        "the same, with mined positives": math.log((QUEUE + 1) / (MINED + 1)),
+        f"the same, with {MINED} mined positive": math.log((QUEUE + 1) / (MINED + 1)),
     }
     lines = {method: line for method, line in losses.items() if line}
     found.append({"title": "pair vv: loss", "ylabel": "nats", "lines": lines, "levels": levels})
@@ -135,18 +137,17 @@ def panels(folder: Path, methods: Sequence[str], options: Options, rows: dict[st
 
 def table(folder: Path, methods: Sequence[str], options: Options) -> evidence.Rows:
     """At the end of training."""
-    measured = [figure for figure, (_, unit) in FIGURES.items() if unit == "%"]
     rows: evidence.Rows = {}
     last = f"bias-{probed_at(options)[-1]}"
     sources = {RANDOM: ("random", "bias")} | {method: (folder_of(method), last) for method in methods}
     sources |= {f"supervised on {name}": (f"supervised-{name}", "bias") for name in ("motion", "scene")}
     for row, (run, probe) in sources.items():
         folders = [folder / f"{run}-{seed}" for seed in options.seeds]
-        rows[row] = {figure: [runs.figure(each / probe, figure) for each in folders] for figure in measured}
-        if row != RANDOM:
+        rows[row] = {figure: [runs.figure(each / probe, figure) for each in folders] for figure in FIGURES}
+        if row != RANDOM and torch.cuda.is_available():
             rows[row]["minutes"] = [runs.report(each)["seconds"] / 60 for each in folders]
     first = folder / f"random-{options.seeds[0]}" / "bias"
-    rows["chance"] = {figure: runs.figure(first, figure.split("_")[0] + "_chance") for figure in measured}
+    rows["chance"] = {figure: runs.figure(first, figure.split("_")[0] + "_chance") for figure in FIGURES}
     return rows
 
 
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str]) -> None:
             "milestones": MILESTONES,
             "methods": {m: METHODS[m] for m in methods},
         },
-        "figures": FIGURES,
+        "figures": FIGURES | (ON_GPU if torch.cuda.is_available() else {}),
         "rows": rows,
         "findings": findings(rows),
         "panels": panels(folder, methods, options, rows),

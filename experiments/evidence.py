@@ -239,9 +239,15 @@ def curves(panels: Sequence[dict[str, Any]]) -> Figure:
                 low = [m - s for m, s in zip(mean, spread, strict=True)]
                 high = [m + s for m, s in zip(mean, spread, strict=True)]
                 axis.fill_between(line["steps"], low, high, color=f"C{place}", alpha=0.15, linewidth=0)
-        for name, level in panel.get("levels", {}).items():
+        levels = panel.get("levels", {})
+        for name, level in levels.items():
+            below = len(levels) > 1 and level == min(levels.values())  # so that two near each other can be read
             axis.axhline(level, color="black", linewidth=1, linestyle="dashed")
-            axis.text(0.99, level, name, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+            axis.text(
+                0.99, level, name, transform=axis.get_yaxis_transform(), ha="right", va="top" if below else "bottom",
+                fontsize=8,
+            )  # fmt: skip
+        axis.margins(y=0.1)  # room for the names of levels
         axis.set(title=panel["title"], xlabel="optimizer step", ylabel=panel["ylabel"])
         axis.grid(True, alpha=0.3)
     for axis in axes.flat[len(panels) :]:
