@@ -3,6 +3,7 @@
     python -m experiments.controlled                                              all methods, three seeds: about 5 hours on two cores
     python -m experiments.controlled --seeds 1 --methods random MoCo DCLR         the main comparison: about 35 minutes
     python -m experiments.controlled --quick                                      that it runs: about 15 minutes
+    python -m experiments.controlled --with-published --methods "without mining"  one method, put beside what is published of the others
 
 Each method pretrains without labels for the same 1,800 steps of 32 clips, on the same videos, with the same network, optimizer and colour
 jitter. At five points on the way two linear probes are fitted to the frozen features of the train split and scored on the test split: one
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dclr.errors import UserError
 from experiments import controlled_set, evidence, runs
 from experiments.runs import Chain, Options
 
@@ -38,6 +40,8 @@ METHODS: dict[str, list[str]] = {
     "with 5 mined positives": [],  # as published
 }
 RANDOM = "random weights"
+BY_LABELS = ("motion", "scene")
+ROWS = (RANDOM, *METHODS, *(f"supervised on {name}" for name in BY_LABELS), "chance")
 FIGURES = {
     "motion_probe": ["motion, linear probe", "%"],
     "motion_nearest": ["motion, nearest", "%"],
@@ -63,9 +67,18 @@ def probed_at(options: Options) -> tuple[int, ...]:
     return QUICK_EPOCHS if options.quick else EPOCHS
 
 
+def milestones(options: Options) -> tuple[int, ...]:
+    return QUICK_MILESTONES if options.quick else MILESTONES
+
+
+def recipe(options: Options) -> dict[str, Any]:
+    """What all methods share."""
+    return {"pretraining": RECIPE, "epochs": probed_at(options), "milestones": milestones(options)}
+
+
 def pretrained(folder: Path, flags: Sequence[str], seed: int, data: Path, options: Options) -> Chain:
     """A method's run, with probes on the way."""
-    schedule = ["--milestones", *map(str, QUICK_MILESTONES if options.quick else MILESTONES)]
+    schedule = ["--milestones", *map(str, milestones(options))]
     return runs.pretrain_and_probe(folder, [*RECIPE, *schedule, *flags], seed, data, probed_at(options))
 
 
@@ -135,20 +148,33 @@ def panels(folder: Path, methods: Sequence[str], options: Options, rows: dict[st
     return [panel for panel in found if panel["lines"]]
 
 
-def table(folder: Path, methods: Sequence[str], options: Options) -> evidence.Rows:
+def of_methods(folder: Path, methods: Sequence[str], options: Options) -> evidence.Rows:
     """At the end of training."""
-    rows: evidence.Rows = {}
     last = f"bias-{probed_at(options)[-1]}"
-    sources = {RANDOM: ("random", "bias")} | {method: (folder_of(method), last) for method in methods}
-    sources |= {f"supervised on {name}": (f"supervised-{name}", "bias") for name in ("motion", "scene")}
-    for row, (run, probe) in sources.items():
-        folders = [folder / f"{run}-{seed}" for seed in options.seeds]
-        rows[row] = {figure: [runs.figure(each / probe, figure) for each in folders] for figure in FIGURES}
-        if row != RANDOM and torch.cuda.is_available():
-            rows[row]["minutes"] = [runs.report(each)["seconds"] / 60 for each in folders]
+    return {method: at_the_end(folder, folder_of(method), last, options) for method in methods}
+
+
+def of_references(folder: Path, options: Options) -> evidence.Rows:
+    """What the methods stand beside: random weights, labels, chance."""
+    rows: evidence.Rows = {RANDOM: at_the_end(folder, "random", "bias", options, trained=False)}
+    for name in BY_LABELS:
+        rows[f"supervised on {name}"] = at_the_end(folder, f"supervised-{name}", "bias", options)
     first = folder / f"random-{options.seeds[0]}" / "bias"
     rows["chance"] = {figure: runs.figure(first, figure.split("_")[0] + "_chance") for figure in FIGURES}
     return rows
+
+
+def at_the_end(
+    folder: Path, run: str, probe: str, options: Options, trained: bool = True
+) -> dict[str, evidence.Values]:
+    """The figures of a run's probe, by seed."""
+    folders = [folder / f"{run}-{seed}" for seed in options.seeds]
+    found: dict[str, evidence.Values] = {
+        figure: [runs.figure(each / probe, figure) for each in folders] for figure in FIGURES
+    }
+    if trained and torch.cuda.is_available():
+        found["minutes"] = [runs.report(each)["seconds"] / 60 for each in folders]
+    return found
 
 
 def findings(rows: evidence.Rows) -> list[dict[str, Any]]:
@@ -172,11 +198,27 @@ def more_flags(parser: ArgumentParser) -> None:
         "--methods", nargs="+", choices=names, default=names, metavar="NAME",
         help=f"{', '.join(names)} (default: all); random is always there",
     )  # fmt: skip
+    parser.add_argument(
+        "--with-published", action="store_true",
+        help="run the methods alone, and take the other rows from the published result of the same recipe, seeds and device",
+    )  # fmt: skip
+
+
+def published(options: Options) -> evidence.Result:
+    """The published result, to take rows from. Raises UserError: as evidence.published, or a method was another one then."""
+    result = evidence.published("controlled", recipe(options), options.seeds)
+    for method, flags in result["recipe"]["methods"].items():
+        if METHODS.get(method) != flags:
+            raise UserError(
+                f"--with-published: what is published as {method} was run with {flags}, and no method here is"
+            )
+    return result
 
 
 def main(arguments: Sequence[str]) -> None:
     options, given = runs.parse(__doc__, arguments, more_flags)
     methods = [method for method in METHODS if method in given.methods]
+    taken = published(options) if given.with_published else None
     by_motion, by_scene = controlled_set.stores(options)
     folder = options.work / "controlled"
     chains: list[Chain] = []
@@ -185,25 +227,27 @@ def main(arguments: Sequence[str]) -> None:
             pretrained(folder / f"{folder_of(method)}-{seed}", METHODS[method], seed, by_motion, options)
             for method in methods
         ]
-        chains += labelled(folder, seed, by_motion, by_scene, options)
-        chains += [controlled_set.random_probe(folder / f"random-{seed}", seed, by_motion)]
+        if not taken:
+            chains += labelled(folder, seed, by_motion, by_scene, options)
+            chains += [controlled_set.random_probe(folder / f"random-{seed}", seed, by_motion)]
     runs.run(chains, options.parallel)
 
-    rows = table(folder, methods, options)
+    rows = of_methods(folder, methods, options)
+    rows = (taken["rows"] if taken else of_references(folder, options)) | rows
+    rows = evidence.in_order(rows, ROWS)
+    drawn = panels(folder, methods, options, rows)
+    if taken:
+        print(f"taken from what is published: {', '.join(name for name in rows if name not in methods)}")
+        drawn = evidence.with_lines_of(taken["panels"], drawn, tuple(METHODS))
     result = {
         "question": "does DCLR learn motion where MoCo learns scene, and which of its parts does it?",
-        "recipe": {
-            "pretraining": RECIPE,
-            "epochs": EPOCHS,
-            "milestones": MILESTONES,
-            "methods": {m: METHODS[m] for m in methods},
-        },
+        "recipe": recipe(options) | {"methods": {method: METHODS[method] for method in METHODS if method in rows}},
         "figures": FIGURES | (ON_GPU if torch.cuda.is_available() else {}),
         "rows": rows,
         "findings": findings(rows),
-        "panels": panels(folder, methods, options, rows),
+        "panels": drawn,
     }
-    evidence.publish("controlled", result, chains, options)
+    evidence.publish("controlled", result, chains, options, taken)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.timing import Figure, plt
+from dclr.errors import UserError
 from dclr.report import environment
 from experiments import runs
 
@@ -39,6 +40,9 @@ MAPS = "activation_maps"
 
 STANDARD_ERRORS = 2.0
 """By how many the means of two methods must differ to be called different."""
+
+AND = " and "
+"""Between the commits of a result's runs."""
 
 Result = dict[str, Any]
 Values = list[float] | float
@@ -73,14 +77,68 @@ def not_below(claim: str, first: list[float], second: list[float]) -> list[dict[
     return [finding(claim, gap >= -STANDARD_ERRORS * error, detail)]
 
 
-def publish(name: str, result: Result, chains: Sequence[runs.Chain], options: runs.Options) -> None:
+def published_file(name: str) -> Path:
+    """Where the committed result of this kind of device is, or would be."""
+    return timing.results_folder(here(), RESULTS) / f"{name}.json"
+
+
+def here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def published(name: str, recipe: dict[str, Any], seeds: range) -> Result:
+    """The committed result, to take rows from: made on the same device, with these seeds and these parts of its recipe.
+
+    Raises UserError: there is none, or it was made otherwise, so that its rows do not belong beside new ones.
+    """
+    file = published_file(name)
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--with-published: {file} cannot be read ({error}); without the flag, every row is run"
+        ) from None
+    asked = {"seeds": list(seeds), "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
+    found = {"seeds": result["seeds"], "device": result["environment"]["device"], **result["recipe"]}
+    for part, value in asked.items():
+        if found.get(part) != value:
+            raise UserError(
+                f"--with-published: {file} has {part} {found.get(part)}, and this would be {value}; without the flag, every row is run"
+            )
+    return result
+
+
+def in_order(rows: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """Its entries as `order` names them. Raises KeyError: it has others."""
+    if others := rows.keys() - set(order):
+        raise KeyError(f"not in order: {others}")
+    return {name: rows[name] for name in order if name in rows}
+
+
+def with_lines_of(
+    before: Sequence[dict[str, Any]], panels: Sequence[dict[str, Any]], order: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The panels of both, those of the same title as one, with the lines of both."""
+    joined = {panel["title"]: panel for panel in before}
+    for panel in panels:
+        lines = joined.get(panel["title"], {}).get("lines", {}) | panel["lines"]
+        joined[panel["title"]] = panel | {"lines": in_order(lines, order)}
+    return list(joined.values())
+
+
+def publish(
+    name: str, result: Result, chains: Sequence[runs.Chain], options: runs.Options, taken: Result | None = None
+) -> None:
     """Prints the table; writes NAME.json and NAME.png into the folder of the runs and, unless it was a quick try, where the page is
-    made from, and the page. A result of fewer seeds or rows than the one that is there does not replace it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made from, and the page. A result of fewer seeds or rows than the one that is there does not replace it.
+
+    `taken`: the published result that some of the rows are of, whose commits are then told too.
+    """
+    commits = {*runs.commits(chains), *(taken["environment"]["commit"].split(AND) if taken else ())}
     result = result | {
         "command": " ".join([f"python -m experiments.{name}", *options.arguments]),
         "seeds": list(options.seeds),
-        "environment": environment(device) | {"commit": runs.commits(chains)},
+        "environment": environment(here()) | {"commit": AND.join(sorted(commits))},
     }
     timing.write(options.work, name, result, plot(result))
     print("\n" + "\n".join(body(result)))
@@ -88,7 +146,7 @@ def publish(name: str, result: Result, chains: Sequence[runs.Chain], options: ru
     if options.quick:
         print(f"\n{written} and .png written; a quick try, so nothing is published")
         return
-    kept = timing.results_folder(device, RESULTS) / f"{name}.json"
+    kept = published_file(name)
     if kept.exists() and is_narrower(result, json.loads(kept.read_text())):
         print(f"\n{written} and .png written; {kept} is of more seeds or rows and stays: delete it to publish this one")
         return

@@ -1,7 +1,8 @@
 """Do the kernels and bfloat16 change what is learned? The same curve with them and without; the same accuracy in both precisions.
 
-    python -m experiments.precision                three seeds: about 3 hours on two cores, half of it where controlled.py has run
-    python -m experiments.precision --quick        that it runs: about 5 minutes
+    python -m experiments.precision                    three seeds: about 3 hours on two cores, half of it where controlled.py has run
+    python -m experiments.precision --with-published   the same half where it has run elsewhere: its published result stands for bfloat16
+    python -m experiments.precision --quick            that it runs: about 5 minutes
 
 The curve: 24 steps in float32, with the kernels and with the reference, at a learning rate at which roundings do not grow (docs/LOG.md,
 "The curve test is a matter of luck"). Said beforehand: no loss differs by more than 0.1 %. Without a GPU the kernels run in Triton's
@@ -14,6 +15,7 @@ there only the curves are measured.
 import dataclasses
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ ON_GPU = ["--epochs", "1", "--batch-size", "32", "--queue-length", "128"]
 INTERPRETED = ["--epochs", "6", "--batch-size", "4", "--queue-length", "16", "--width", "8", "--crop-size", "16"]
 INTERPRETED_VIDEOS = 2  # of each motion: 4 steps an epoch
 CURVE_TOLERANCE = 1e-3
-PRECISIONS = {"bfloat16": "dclr", "float32": "float32"}  # by the names of their runs
+PRECISIONS = ("bfloat16", "float32")
 FIGURES = {"motion_probe": ["motion, linear probe", "%"], "scene_probe": ["scene, linear probe", "%"]}
 
 
@@ -80,13 +82,20 @@ def same_accuracy(name: str, bfloat16: list[float], float32: list[float]) -> dic
 
 
 def accuracies(
-    folder: Path, options: Options
+    folder: Path, options: Options, taken: evidence.Result | None
 ) -> tuple[evidence.Rows, list[dict[str, Any]], list[dict[str, Any]]]:  # rows, panels, findings
-    """Of the runs in both precisions. With one seed there is no spread to judge by, and no finding."""
+    """Of the runs in both precisions. With one seed there is no spread to judge by, and no finding.
+
+    `taken`: the result of controlled.py whose DCLR is the one in bfloat16, or None, and its run is in the folder.
+    """
     rows: evidence.Rows = {name: {} for name in PRECISIONS}
     panels, findings = [], []
+    of_dclr = {panel["title"]: panel["lines"]["DCLR"] for panel in taken["panels"]} if taken else {}
     for figure, (title, _) in FIGURES.items():
-        lines = {name: controlled.along_training(folder, run, options, figure) for name, run in PRECISIONS.items()}
+        lines = {
+            "bfloat16": of_dclr.get(title) or controlled.along_training(folder, "DCLR", options, figure),
+            "float32": controlled.along_training(folder, "float32", options, figure),
+        }
         panels.append({"title": title, "ylabel": "share of test videos", "lines": lines})
         for name, line in lines.items():
             rows[name][figure] = [values[-1] for values in line["values"]]
@@ -96,8 +105,16 @@ def accuracies(
     return rows, panels, findings
 
 
+def more_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--with-published", action="store_true",
+        help="take DCLR in bfloat16 from controlled.py's published result of the same recipe, seeds and device",
+    )  # fmt: skip
+
+
 def main(arguments: Sequence[str]) -> None:
-    options, _ = runs.parse(__doc__, arguments)
+    options, given = runs.parse(__doc__, arguments, more_flags)
+    taken = controlled.published(options) if given.with_published else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, _ = controlled_set.stores(options)
     work, shared, seeds = options.work / "precision", options.work / "controlled", options.seeds
@@ -110,7 +127,8 @@ def main(arguments: Sequence[str]) -> None:
     for seed in seeds:
         if has_bfloat16:
             in_float32 = [*dclr, "--ds_config", str(ds_config)]
-            chains.append(controlled.pretrained(shared / f"dclr-{seed}", dclr, seed, data, options))
+            if not taken:
+                chains.append(controlled.pretrained(shared / f"dclr-{seed}", dclr, seed, data, options))
             chains.append(controlled.pretrained(shared / f"float32-{seed}", in_float32, seed, data, options))
         for kernels in KERNELS:
             chains.append(curve(work / f"{kernels}-{seed}", kernels, seed, curve_data, ds_config, gpu))
@@ -119,7 +137,9 @@ def main(arguments: Sequence[str]) -> None:
     curves = {kernels: [losses(work / f"{kernels}-{seed}") for seed in seeds] for kernels in KERNELS}
     by_kernels = {kernels: [values for _, values in by_seed] for kernels, by_seed in curves.items()}
     lines = {kernels: {"steps": curves[kernels][0][0], "values": values} for kernels, values in by_kernels.items()}
-    rows, panels, findings = accuracies(shared, options) if has_bfloat16 else ({}, [], [])
+    rows, panels, findings = accuracies(shared, options, taken) if has_bfloat16 else ({}, [], [])
+    if taken and has_bfloat16:
+        print(f"taken from controlled.py's published result: DCLR in bfloat16, {taken['environment']['commit']}")
     result = {
         "question": "do the kernels and bfloat16 change what is learned?",
         "recipe": {"curve": [*CURVE, *(ON_GPU if gpu else INTERPRETED)], "accuracy": controlled.RECIPE},
@@ -128,7 +148,7 @@ def main(arguments: Sequence[str]) -> None:
         "findings": [same_curve(by_kernels), *findings],
         "panels": [{"title": "loss in float32, by kernels", "ylabel": "nats", "lines": lines}, *panels],
     }
-    evidence.publish("precision", result, chains, options)
+    evidence.publish("precision", result, chains, options, taken if has_bfloat16 else None)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def commits(chains: Sequence[Chain]) -> str:
+def commits(chains: Sequence[Chain]) -> set[str]:
     """Of the source trees that made these runs, usually one."""
     reports = {job.writes.parent for chain in chains for job in chain if job.writes.name == "report.json"}
-    return " and ".join(sorted({report(folder)["environment"]["commit"] for folder in reports}))
+    return {report(folder)["environment"]["commit"] for folder in reports}

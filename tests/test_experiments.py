@@ -45,6 +45,7 @@ def written_by_train(job: Job) -> None:
 
 
 MOTION = {"random": 0.125, "dclr": 0.75, "moco": 0.25, "supervised": 0.96875, "scratch": 0.96875, "float32": 0.75}
+MOTION |= {"without": 0.5625}
 """What the features of a run tell of the motion, by the first word of its folder's name; by seed 1 % more."""
 
 
@@ -577,6 +578,72 @@ def test_the_comparison_runs_once_and_publishes_its_table(root, calls, capsys):
     assert calls == []
 
 
+def test_methods_are_put_beside_what_is_published_and_nothing_else_is_run(root, calls, capsys):
+    work = str(root / "work")
+    controlled.main(["--seeds", "2", "--methods", "MoCo", "DCLR", "--work", work])
+    (file,) = (root / "results").glob("*/controlled.json")
+    before = json.loads(file.read_text())
+    before["environment"]["commit"] = "abc1234567 and fedcba9876"
+    before["rows"]["DCLR"]["motion_probe"] = [0.5, 0.51]  # not what a run here would give
+    file.write_text(json.dumps(before))
+    calls.clear()
+    capsys.readouterr()
+
+    added = ["--with-published", "--methods", "without mining", "without dynamic pairs"]
+    controlled.main(["--seeds", "2", *added, "--work", str(root / "elsewhere")])
+    assert "taken from what is published: random weights, DCLR, MoCo, supervised on motion," in capsys.readouterr().out
+    runs_of = {line.split("--out ")[1].split("/")[-1] for line in calls if line.startswith("train.py pretrain")}
+    assert runs_of == {f"without-{part}-{seed}" for part in ("mining", "dynamic-pairs") for seed in (0, 1)}
+    assert not any("finetune" in line or "--checkpoint random" in line for line in calls)
+    after = json.loads(file.read_text())
+    assert list(after["rows"]) == [
+        "random weights", "DCLR", "MoCo", "without dynamic pairs", "without mining", "supervised on motion",
+        "supervised on scene", "chance",
+    ]  # fmt: skip
+    assert {row: after["rows"][row] for row in before["rows"]} == before["rows"]
+    assert after["rows"]["without mining"]["motion_probe"] == [0.5625, 0.5725]
+    assert after["environment"]["commit"] == "abc1234567 and fedcba9876"
+    assert list(after["recipe"]["methods"]) == ["DCLR", "MoCo", "without dynamic pairs", "without mining"]
+    claims = {each["claim"]: each for each in after["findings"]}
+    assert claims["they tell more of it than without dynamic pairs"]["detail"].startswith("-6.2 points")
+    assert len(after["findings"]) == len(before["findings"]) + 1
+    assert [panel["title"] for panel in after["panels"]] == [panel["title"] for panel in before["panels"]]
+    for ours, theirs in zip(after["panels"], before["panels"], strict=True):
+        assert {name: ours["lines"][name] for name in theirs["lines"]} == theirs["lines"]
+        assert list(ours["lines"])[len(theirs["lines"]) :] == ["without dynamic pairs", "without mining"]
+        assert ours.get("levels") == theirs.get("levels")
+    assert "| without mining | 56.8 ± 0.7 % |" in (root / "evidence.md").read_text()
+
+
+def test_rows_of_another_recipe_other_seeds_or_another_device_are_not_put_beside_new_ones(root, calls, monkeypatch):
+    add = ["--with-published", "--methods", "without mining", "--work", str(root / "work")]
+    with pytest.raises(UserError, match=r"controlled.json cannot be read .*; without the flag, every row is run"):
+        controlled.main(add)
+    controlled.main(["--seeds", "2", "--methods", "DCLR", "--work", str(root / "work")])
+    (file,) = (root / "results").glob("*/controlled.json")
+    calls.clear()
+    with pytest.raises(UserError, match=r"has seeds \[0, 1\], and this would be \[0, 1, 2\]; without"):
+        controlled.main(add)
+    with pytest.raises(UserError, match=r"has epochs \[10, 20, 40, 60, 75\], and this would be \[4, 6\]"):
+        precision.main(["--with-published", "--quick", "--seeds", "2", "--work", str(root / "work")])
+    add += ["--seeds", "2"]
+    text = file.read_text()
+    file.write_text(text.replace('"0.03"', '"0.1"'))
+    with pytest.raises(UserError, match=r"has pretraining .*'0.1'.*, and this would be .*'0.03'"):
+        controlled.main(add)
+    file.write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setitem(controlled.METHODS, "DCLR", ["--mined-positives", "3"])
+        with pytest.raises(UserError, match=r"published as DCLR was run with .*, and no method here is"):
+            controlled.main(add)
+    result = json.loads(text)
+    result["environment"]["device"] = "another device"
+    file.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="has device another device, and this would be"):
+        controlled.main(add)
+    assert calls == []
+
+
 def test_less_does_not_replace_what_is_published_and_a_quick_try_replaces_nothing(root, calls, capsys):
     def publish(result: evidence.Result, seeds: int, quick: bool = False) -> str:
         work = root / ("quick" if quick else "work")
@@ -652,3 +719,18 @@ def test_precision_shares_the_comparisons_runs_and_says_so_where_there_is_no_bfl
     pretrained = [line for line in calls if line.startswith("train.py pretrain")]
     assert bool(pretrained) != has_bfloat16
     assert sum("--kernels triton" in line for line in made) == 2
+
+
+def test_precision_takes_bfloat16_from_what_is_published(root, calls, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "settle_precision", lambda config, device: "bfloat16")
+    controlled.main(["--seeds", "2", "--methods", "DCLR", "--work", str(root / "work")])
+    calls.clear()
+    precision.main(["--seeds", "2", "--with-published", "--work", str(root / "elsewhere")])
+    assert "DCLR in bfloat16, abc1234567" in capsys.readouterr().out
+    runs_of = {line.split("--out ")[1].split("/")[-1].split("-")[0] for line in calls if "train.py pretrain" in line}
+    assert runs_of == {"float32", "reference", "triton"}
+    result = json.loads((root / "elsewhere" / "precision.json").read_text())
+    assert result["rows"]["bfloat16"]["motion_probe"] == [0.75, 0.76]
+    panel = result["panels"][1]
+    assert panel["lines"]["bfloat16"] == panel["lines"]["float32"]
+    assert [each["holds"] for each in result["findings"]] == [True] * 3
