@@ -374,12 +374,31 @@ def test_an_honest_set_is_told_from_others():
         assert holds == [number != place for number in range(4)]
 
 
-def test_curves_that_part_and_precisions_that_differ_are_told():
+def test_curves_that_part_are_told_and_how_far_roundings_alone_part_them():
     plain = [[10.0, 8.0], [12.0, 6.0]]
-    assert precision.same_curve({"reference": plain, "triton": [[10.0, 8.007], [12.0, 6.0]]})["holds"]
-    apart = precision.same_curve({"reference": plain, "triton": [[10.0, 8.0], [12.0, 5.993]]})
-    assert not apart["holds"]
-    assert "1.2e-03 of the loss in 2 steps of 2 seeds" in apart["detail"]
+
+    def holds(triton, rounded):
+        found = precision.same_curve({precision.REFERENCE: plain, precision.TRITON: triton, precision.ROUNDED: rounded})
+        return [each["holds"] for each in found], [each["detail"] for each in found]
+
+    near = [[10.00005, 8.007], [12.0, 6.0]]
+    assert holds(near, near)[0] == [True, True, True]
+    assert holds([[10.0002, 8.007], [12.0, 6.0]], near)[0] == [False, True, True]
+    # 1.2e-3 at the last step, and the reference itself is as far; of one seed that cannot be judged.
+    far = [[10.0, 8.0], [12.0, 5.993]]
+    verdicts, details = holds(far, far)
+    assert verdicts == [True, False, True]
+    assert "1.2e-03 of the loss in 2 steps of 2 seeds" in details[1]
+    assert details[1].endswith("of the reference rounded otherwise, 1.2e-03")
+    one = {precision.REFERENCE: plain[:1], precision.TRITON: far[:1], precision.ROUNDED: far[:1]}
+    assert len(precision.same_curve(one)) == 2
+    # Both seeds ten times as far as roundings are: one power of ten at the second step, half a power on average over both.
+    ten_times = holds([[10.0, 8.08], [12.0, 6.06]], [[10.0, 8.008], [12.0, 6.006]])
+    assert ten_times[0] == [True, False, False]
+    assert "10^-5.0 of the loss, and 10^-5.5; +0.5 powers of ten, at most 0.0 was asked" in ten_times[1][2]
+
+
+def test_precisions_that_differ_are_told():
     # Standard error of the difference: sqrt((0.01 + 0.01) / 3) = 8.2 points, twice that 16.3.
     assert precision.same_accuracy("motion", [0.4, 0.5, 0.6], [0.56, 0.66, 0.76])["holds"]
     for first, second in (([0.4, 0.5, 0.6], [0.57, 0.67, 0.77]), ([0.57, 0.67, 0.77], [0.4, 0.5, 0.6])):
@@ -712,7 +731,7 @@ def test_precision_shares_the_comparisons_runs_and_says_so_where_there_is_no_bfl
     result = json.loads((root / "work" / "precision.json").read_text())
     assert list(result["rows"]) == (["bfloat16", "float32"] if has_bfloat16 else [])
     assert [each["holds"] for each in result["findings"]][:1] == [True]
-    assert len(result["findings"]) == (3 if has_bfloat16 else 1)
+    assert len(result["findings"]) == (5 if has_bfloat16 else 3)
     config = json.loads((root / "work" / "precision" / "float32.json").read_text())
     assert config["torch_autocast"]["enabled"] is False
     controlled.main(["--quick", "--seeds", "2", "--methods", "DCLR", "--work", str(root / "work")])
@@ -727,10 +746,11 @@ def test_precision_takes_bfloat16_from_what_is_published(root, calls, monkeypatc
     calls.clear()
     precision.main(["--seeds", "2", "--with-published", "--work", str(root / "elsewhere")])
     assert "DCLR in bfloat16, abc1234567" in capsys.readouterr().out
-    runs_of = {line.split("--out ")[1].split("/")[-1].split("-")[0] for line in calls if "train.py pretrain" in line}
-    assert runs_of == {"float32", "reference", "triton"}
+    runs_of = {line.split("/")[-1].rsplit("-", 1)[0] for line in calls if "train.py pretrain" in line}
+    assert runs_of == {"float32", "reference", "triton", "reference-rounded-otherwise"}
+    assert sum("--kernels reference" in line for line in calls) == 2 * 2
     result = json.loads((root / "elsewhere" / "precision.json").read_text())
     assert result["rows"]["bfloat16"]["motion_probe"] == [0.75, 0.76]
-    panel = result["panels"][1]
+    panel = result["panels"][2]
     assert panel["lines"]["bfloat16"] == panel["lines"]["float32"]
-    assert [each["holds"] for each in result["findings"]] == [True] * 3
+    assert [each["holds"] for each in result["findings"]] == [True] * 5

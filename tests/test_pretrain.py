@@ -182,15 +182,6 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
         # A logit rounds to 4 EPS / 0.07 = 7e-6 at first; then training enlarges what differs, similarities of at most 1 and losses alike.
         away = max(away, *(abs(moved_line[n] - expected[n]) / max(1, abs(expected[n])) for n in names))
         tolerance = max(1e-5, 10 * away)
-        print(
-            "AWAY", expected["step"], away, max(abs(found[n] - expected[n]) / max(1, abs(expected[n])) for n in names)
-        )
-        print(
-            "AWAY", expected["step"], away, max(abs(found[n] - expected[n]) / max(1, abs(expected[n])) for n in names)
-        )
-        print(
-            "AWAY", expected["step"], away, max(abs(found[n] - expected[n]) / max(1, abs(expected[n])) for n in names)
-        )
         assert tolerance < 2e-3
         near = pytest.approx([expected[n] for n in names], rel=tolerance, abs=tolerance)
         assert [found[n] for n in names] == near, expected["step"]
