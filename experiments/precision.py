@@ -7,9 +7,9 @@
 The curve: 24 steps in float32, with the kernels and with the reference. Said beforehand: no loss differs by more than 0.1 %. Without a
 GPU the kernels run in Triton's interpreter, on a small network and a few small clips. Training enlarges roundings until nothing keeps to
 0.1 % (docs/LOG.md, 2026-11-27), so a third run tells how far: the reference once more, whose sums are rounded otherwise, by a second
-thread or on a GPU by more padding. Of it was said, after curves of both had been seen: the first losses differ by at most 1e-5, a few
-roundings of a logit, and over the steps, in powers of ten, the kernels are on average no further from the reference than it is from
-itself, within two standard errors.
+thread or on a GPU by more padding. Asked instead, after curves of both had been seen: the first two losses differ by at most 1e-4, where
+an update that is wrong by 1 % moves the second by 7e-4 or more; and over all steps, in powers of ten, the kernels are on average no
+further from the reference than it is from itself, within two standard errors.
 The accuracy: DCLR of controlled.py, whose runs are taken where they are there, in bfloat16 and in float32. Said beforehand: the means of
 both probes differ by at most two standard errors of their difference. A CPU without fast bfloat16 trains in float32 whatever is asked for;
 there only the curves are measured.
@@ -39,7 +39,7 @@ CURVE = [*controlled_set.NETWORK, "--fill-steps", "4", "--lr", "0.0001", "--log-
 ON_GPU = ["--epochs", "1", "--batch-size", "32", "--queue-length", "128"]
 INTERPRETED = ["--epochs", "6", "--batch-size", "4", "--queue-length", "16", "--width", "8", "--crop-size", "16"]
 INTERPRETED_VIDEOS = 2  # of each motion: 4 steps an epoch
-CURVE_TOLERANCE, FIRST_TOLERANCE = 1e-3, 1e-5
+CURVE_TOLERANCE, FIRST_TOLERANCE = 1e-3, 1e-4
 RESOLUTION = 1e-8  # of a loss in float32: what is equal counts as this far apart
 PRECISIONS = ("bfloat16", "float32")
 FIGURES = {"motion_probe": ["motion, linear probe", "%"], "scene_probe": ["scene, linear probe", "%"]}
@@ -92,13 +92,13 @@ def same_curve(curves: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
     """Findings, of the losses by seed and step of each of CURVES. Of one seed there is no spread, and no finding that needs it."""
     far = {name: [apart(*pair) for pair in zip(curves[name], curves[REFERENCE], strict=True)] for name in CURVES[1:]}
     seeds, steps = len(far[TRITON]), len(far[TRITON][0])
-    first = max(of_seed[0] for of_seed in far[TRITON])
+    first = max(share for of_seed in far[TRITON] for share in of_seed[:2])
     greatest = {name: max(map(max, of_seeds)) for name, of_seeds in far.items()}
     where = f"in {steps} steps of {seeds} seeds, at most {CURVE_TOLERANCE:.0e} was asked"
     findings = [
         evidence.finding(
-            "with the kernels the first loss is that of the reference", first <= FIRST_TOLERANCE,
-            f"greatest difference {first:.1e} of the loss, at most {FIRST_TOLERANCE:.0e} was asked",
+            "with the kernels the first two losses are those of the reference", first <= FIRST_TOLERANCE,
+            f"greatest difference {first:.1e}, at most {FIRST_TOLERANCE:.0e} was asked",
         ),
         evidence.finding(
             "with the kernels the loss follows that of the reference", greatest[TRITON] <= CURVE_TOLERANCE,

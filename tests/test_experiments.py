@@ -375,27 +375,30 @@ def test_an_honest_set_is_told_from_others():
 
 
 def test_curves_that_part_are_told_and_how_far_roundings_alone_part_them():
-    plain = [[10.0, 8.0], [12.0, 6.0]]
+    plain = [[10.0, 8.0, 5.0], [12.0, 6.0, 4.0]]
 
     def holds(triton, rounded):
         found = precision.same_curve({precision.REFERENCE: plain, precision.TRITON: triton, precision.ROUNDED: rounded})
         return [each["holds"] for each in found], [each["detail"] for each in found]
 
-    near = [[10.00005, 8.007], [12.0, 6.0]]
+    near = [[10.0, 8.0007, 5.0], [12.0, 6.0, 4.0038]]
     assert holds(near, near)[0] == [True, True, True]
-    assert holds([[10.0002, 8.007], [12.0, 6.0]], near)[0] == [False, True, True]
+    for place in (0, 1):
+        wrong = [plain[0], [12.0, 6.0, 4.0038]]
+        wrong[1][place] *= 1.0002
+        assert holds(wrong, near)[0] == [False, True, True]
     # 1.2e-3 at the last step, and the reference itself is as far; of one seed that cannot be judged.
-    far = [[10.0, 8.0], [12.0, 5.993]]
+    far = [[10.0, 8.0, 5.0], [12.0, 6.0, 3.9952]]
     verdicts, details = holds(far, far)
     assert verdicts == [True, False, True]
-    assert "1.2e-03 of the loss in 2 steps of 2 seeds" in details[1]
+    assert "1.2e-03 of the loss in 3 steps of 2 seeds" in details[1]
     assert details[1].endswith("of the reference rounded otherwise, 1.2e-03")
     one = {precision.REFERENCE: plain[:1], precision.TRITON: far[:1], precision.ROUNDED: far[:1]}
     assert len(precision.same_curve(one)) == 2
-    # Both seeds ten times as far as roundings are: one power of ten at the second step, half a power on average over both.
-    ten_times = holds([[10.0, 8.08], [12.0, 6.06]], [[10.0, 8.008], [12.0, 6.006]])
-    assert ten_times[0] == [True, False, False]
-    assert "10^-5.0 of the loss, and 10^-5.5; +0.5 powers of ten, at most 0.0 was asked" in ten_times[1][2]
+    # Both seeds a thousand times as far as roundings are: three powers of ten at the last step of three, one on average.
+    verdicts, details = holds([[10.0, 8.0, 5.05], [12.0, 6.0, 4.04]], [[10.0, 8.0, 5.00005], [12.0, 6.0, 4.00004]])
+    assert verdicts == [True, False, False]
+    assert "10^-6.0 of the loss, and 10^-7.0; +1.0 powers of ten, at most 0.0 was asked" in details[2]
 
 
 def test_precisions_that_differ_are_told():
