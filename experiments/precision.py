@@ -59,9 +59,9 @@ def curve(folder: Path, name: str, seed: int, data: Path, ds_config: Path, gpu: 
     """The short run of this name, one of CURVES."""
     flags = [*CURVE, *(ON_GPU if gpu else INTERPRETED), "--data", str(data), "--ds_config", str(ds_config)]
     flags += ["--kernels", TRITON if name == TRITON else REFERENCE]
-    environment = {}
+    environment = {"OMP_NUM_THREADS": "1"}  # however many the machine has, so that a second one makes the difference
     if name == TRITON and not gpu:
-        environment = {"TRITON_INTERPRET": "1"}
+        environment["TRITON_INTERPRET"] = "1"
     elif name == ROUNDED and gpu:
         flags += ["--pad-channels", "16"]
     elif name == ROUNDED:

@@ -401,6 +401,21 @@ def test_curves_that_part_are_told_and_how_far_roundings_alone_part_them():
     assert "10^-6.0 of the loss, and 10^-7.0; +1.0 powers of ten, at most 0.0 was asked" in details[2]
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_reference_is_rounded_otherwise_by_one_thing_alone(gpu):
+    plain, kernels, rounded = (
+        job
+        for name in precision.CURVES
+        for job in precision.curve(Path("run"), name, 0, Path("videos"), Path("ds.json"), gpu)
+    )
+    assert plain.environment == {"OMP_NUM_THREADS": "1"}
+    assert rounded.environment["OMP_NUM_THREADS"] == ("1" if gpu else "2")
+    assert kernels.environment == plain.environment | ({} if gpu else {"TRITON_INTERPRET": "1"})
+    assert [*kernels.command] == ["triton" if flag == "reference" else flag for flag in plain.command]
+    more = [flag for flag in rounded.command if flag not in plain.command]
+    assert more == (["--pad-channels", "16"] if gpu else [])
+
+
 def test_precisions_that_differ_are_told():
     # Standard error of the difference: sqrt((0.01 + 0.01) / 3) = 8.2 points, twice that 16.3.
     assert precision.same_accuracy("motion", [0.4, 0.5, 0.6], [0.56, 0.66, 0.76])["holds"]
