@@ -1,8 +1,9 @@
-"""Measure a checkpoint: accuracy | retrieval | bias. Prints a table, writes report.json and pictures. One process.
+"""Measure a checkpoint: accuracy | retrieval | bias | maps. Prints a table, writes report.json and pictures. One process.
 
     python eval.py accuracy  --data UCF101 --checkpoint runs/ucf-finetune     top-1 and top-5 by video and by clip
     python eval.py retrieval --data UCF101 --checkpoint runs/ucf              nearest neighbours of test videos in the train split
     python eval.py bias      --data UCF101 --checkpoint runs/ucf              what features tell of motion and of scene
+    python eval.py maps      --data UCF101 --checkpoint runs/ucf              whether activation maps lie on what moves
 
 `eval.py SUBCOMMAND --help` explains every flag. Without --data: the built-in demo videos.
 """
@@ -21,6 +22,7 @@ DESCRIPTIONS = {
     "accuracy": "top-1 and top-5 of a finetuned or linear classifier on the test split, with a confusion matrix",
     "retrieval": "nearest neighbours of the test split's videos in the train split, by a backbone's features",
     "bias": "what frozen features tell of motion and of scene; actions on other videos' backgrounds, moving and frozen",
+    "maps": "activation maps of test clips, before training and after: how much of each lies on what moves, and pictures",
 }
 
 
@@ -38,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
                 "a run's folder, its backbone.safetensors, torchvision's weights, the authors' checkpoint, or the word random "
                 "for an untrained network, the baseline"
             )
-            kinds = backbones if command == "retrieval" else f"{kinds}: what it predicts is tested; or {backbones}"
+            kinds = f"{kinds}: what it predicts is tested; or {backbones}" if command == "bias" else backbones
         what.add_argument("--checkpoint", required=True, metavar="FILE", help=kinds)
         what.add_argument(
             "--out",
@@ -78,6 +80,7 @@ def main(arguments: list[str]) -> None:
 
     from dclr import report
     from dclr.bias import measure_bias
+    from dclr.maps import measure_maps
     from dclr.measure import measure_accuracy, measure_retrieval
     from dclr.run import make_demo
 
@@ -93,6 +96,9 @@ def main(arguments: list[str]) -> None:
         network = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
         if command == "retrieval":
             result = measure_retrieval(checkpoint, data, *network, device, folder / "pictures")
+        elif command == "maps":
+            boundary = pick(configuration.MethodConfig, settings).boundary
+            result = measure_maps(checkpoint, data, *network, boundary, device, folder / "pictures")
         else:
             result = measure_bias(checkpoint, data, *network, device, folder / "pictures", foreground)
     content = {

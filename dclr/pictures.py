@@ -1,6 +1,6 @@
 """Pictures: the confusion matrix and the retrieval sheet of an evaluation, the views of a sample."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -146,26 +146,22 @@ def foreground_sheet(
 
 
 def map_sheet(
-    rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[np.ndarray], Sequence[np.ndarray]]],
-    names: Sequence[str],
-    title: str,
-    path: Path,
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, Mapping[str, np.ndarray]]], title: str, path: Path
 ) -> None:
-    """A row a clip: a frame, what moves in it, then activation maps laid over it, those of a network before training and those after.
+    """A row a clip: a frame, what moves in it, then activation maps laid over it.
 
     Args:
-        rows: name; frame (H, W, 3) uint8; mask (H, W) bool; maps before and maps after, each (H', W') of any size, as many as `names`.
-        names: of the maps. Each map is drawn from its own least value (blue) to its greatest (red): where, not how strongly.
+        rows: name; frame (H, W, 3) uint8; mask (H, W) bool; maps by name, each (H', W') of any size, the same names in every row. Each
+            map is drawn from its own least value (blue) to its greatest (red): where, not how strongly.
     """
-    columns = 2 + 2 * len(names)
+    columns = 2 + len(rows[0][3])
     figure, grid = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.7 * len(rows) + 0.6), squeeze=False)
-    for line, (name, frame, mask, before, after) in zip(grid, rows, strict=True):
+    for line, (name, frame, mask, maps) in zip(grid, rows, strict=True):
         height, width = mask.shape
         for axes, picture, caption in zip(line, (frame, mask), (name, "what moves"), strict=False):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
             axes.set_title(caption, fontsize=7, pad=3)
-        captions = [f"{map_name} {when}" for when in ("before", "after") for map_name in names]
-        for axes, values, caption in zip(line[2:], (*before, *after), captions, strict=True):
+        for axes, (caption, values) in zip(line[2:], maps.items(), strict=True):
             axes.imshow(frame)
             axes.imshow(
                 values, cmap="jet", alpha=0.5, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5)

@@ -10,6 +10,7 @@ A result is a dictionary, kept as results/DEVICE/NAME.json:
     findings                [{"claim", "holds", "detail"}]: what was said beforehand, and whether it came out so
     panels                  of the plot, where values along training are shown: [{"title", "ylabel", "lines", "levels"}], a line being
                             {"steps": [...], "values": [[by step] by seed]} and a level one number
+    ylabel                  of the plot, where no panels are and the values are no shares of test videos
     recipe, environment     what was run and on what; environment.commit is of the runs
 """
 
@@ -34,9 +35,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = runs.ROOT / "docs" / "evidence.md"
 PLOTS = runs.ROOT / "docs" / "evidence"
 MARKER, END = "<!-- experiments/{}.py -->\n", "<!-- end -->\n"  # what is measured stands between them
-
-MAPS = "activation_maps"
-"""The experiment that trains nothing: its result has another form and its own picture."""
 
 STANDARD_ERRORS = 2.0
 """By how many the means of two methods must differ to be called different."""
@@ -128,11 +126,11 @@ def with_lines_of(
 
 def publish(
     name: str, result: Result, chains: Sequence[runs.Chain], options: runs.Options, taken: Result | None = None
-) -> None:
+) -> bool:
     """Prints the table; writes NAME.json and NAME.png into the folder of the runs and, unless it was a quick try, where the page is
     made from, and the page. A result of fewer seeds or rows than the one that is there does not replace it.
 
-    `taken`: the published result that some of the rows are of, whose commits are then told too.
+    `taken`: the published result that some of the rows are of, whose commits are then told too. Returns whether it was published.
     """
     commits = {*runs.commits(chains), *(taken["environment"]["commit"].split(AND) if taken else ())}
     result = result | {
@@ -145,17 +143,18 @@ def publish(
     written = options.work / f"{name}.json"
     if options.quick:
         print(f"\n{written} and .png written; a quick try, so nothing is published")
-        return
+        return False
     kept = published_file(name)
     if kept.exists() and is_narrower(result, json.loads(kept.read_text())):
         print(f"\n{written} and .png written; {kept} is of more seeds or rows and stays: delete it to publish this one")
-        return
+        return False
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(written, kept)
     (PLOTS / kept.parent.name).mkdir(parents=True, exist_ok=True)
     shutil.copy(written.with_suffix(".png"), PLOTS / kept.parent.name)
     write_page()
     print(f"\n{kept} and {PAGE} written")
+    return True
 
 
 def is_narrower(result: Result, before: Result) -> bool:
@@ -178,8 +177,7 @@ def with_sections(page: str, results: Path) -> str:
         parts = []
         for file in files:
             kind, result = file.parent.name, json.loads(file.read_text())
-            lines = described_maps(kind, result) if name == MAPS else described(name, kind, result)
-            parts.append("\n".join(lines))
+            parts.append("\n".join(described(name, kind, result)))
         return match[1] + "\n" + ("\n\n".join(parts) or "Not measured yet.") + "\n\n" + END
 
     between = MARKER.format("@").replace("@", r"(\w+)")
@@ -194,20 +192,6 @@ def described(name: str, kind: str, result: Result) -> Iterator[str]:
     yield f"{where['device']}, {where['date'][:10]}, commit {where['commit']}; {spread}; [plot](evidence/{kind}/{name}.png)"
     yield ""
     yield from body(result)
-
-
-def described_maps(kind: str, result: Result) -> Iterator[str]:
-    """The lines of activation_maps.py, whose spread is over clips, and whose picture lies beside its result."""
-    where, figures = result["environment"], result["figures"]
-    picture = f"[picture](../experiments/results/{kind}/{MAPS}.png)"
-    yield f"{where['device']}, {where['date'][:10]}, commit {where['commit']}; mean ± s.d. over {result['clips']} clips; {picture}"
-    yield ""
-    yield timing.table_header(["share of a map inside of what moves", "before training", "after training"])
-    rows = {name.removesuffix(" before"): name for name in figures if name.endswith(" before")}
-    shown = {name: f"{100 * each['mean']:.1f} ± {100 * each['stdev']:.1f} %" for name, each in figures.items()}
-    for name in rows:
-        yield timing.table_line([name, shown[f"{name} before"], shown[f"{name} after"]])
-    yield timing.table_line(["a map that is the same everywhere", shown["mask"], shown["mask"]])
 
 
 def body(result: Result) -> Iterator[str]:
@@ -270,7 +254,8 @@ def bars(result: Result) -> Figure:
                         name if group == min(g for g, k in enumerate(shares) if k in row) else "_"
                     )  # no second entry in the legend
                     panel.hlines(row[key], group - 0.42, group + 0.42, "k", "dashed", linewidth=1, label=label)
-    panel.set(xticks=range(len(shares)), ylim=(0, 1.02), ylabel="share of test videos")
+    panel.set(xticks=range(len(shares)), ylabel=result.get("ylabel", "share of test videos"))
+    panel.set_ylim(0, None if "ylabel" in result else 1.02)
     panel.set_xticklabels([title.replace(", ", "\n") for title in shares.values()], fontsize=8)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
@@ -325,7 +310,7 @@ def thinned(metrics: Sequence[dict[str, Any]], name: str, points: int = 40) -> t
 
 
 def main() -> None:
-    for file in sorted(file for file in RESULTS.glob("*/*.json") if file.stem != MAPS):
+    for file in sorted(RESULTS.glob("*/*.json")):
         picture = PLOTS / file.parent.name / f"{file.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         figure = plot(json.loads(file.read_text()))

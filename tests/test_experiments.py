@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import time
@@ -16,7 +17,7 @@ import train
 from benchmarks.timing import plt
 from dclr.data.catalog import open_catalog
 from dclr.errors import UserError
-from experiments import controlled, controlled_set, evidence, precision, runs, weizmann
+from experiments import activation_maps, controlled, controlled_set, evidence, precision, runs, weizmann
 from experiments.runs import Job
 
 ENVIRONMENT = {"device": "a device", "date": "2026-11-25T00:00:00+00:00", "commit": "abc", "versions": {"torch": "2"}}
@@ -56,8 +57,13 @@ def written_by_eval(job: Job) -> None:
     figures |= {"scene_probe": 0.5, "scene_nearest": 0.5, "scene_chance": 1 / 24}
     figures |= {f"foreground_{name}": 0.5 for name in ("ordinary", "moving", "static", "contrasted")}
     figures |= {"recall_at_1": 0.5, "chance_at_1": 0.1, "top1_video": motion, "top1_clip": 0.125}
+    figures |= {name: motion + seed / 100 for name in ("A_v", "A_s", "A_d")} | {"flat": 0.1}
+    figures |= {f"{name}_untrained": 0.125 for name in ("A_v", "A_s", "A_d")}
     figures["chance_top1"] = 1 / 24 if "scene" in run else 0.125
     job.writes.parent.mkdir(parents=True, exist_ok=True)
+    if job.command[1] == "maps":
+        (job.writes.parent / "pictures").mkdir()
+        (job.writes.parent / "pictures" / "maps.png").write_text(f"of {run}")
     report = {"figures": figures, "videos": 256, "environment": {"commit": "abc1234567"}}
     job.writes.write_text(json.dumps(report))
 
@@ -303,9 +309,9 @@ def planned(main: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
-@pytest.mark.parametrize("experiment", [controlled_set, controlled, weizmann, precision])
+@pytest.mark.parametrize("experiment", [controlled_set, controlled, weizmann, activation_maps, precision])
 def test_train_and_eval_understand_every_command(root, monkeypatch, experiment, quick):
-    data = ["--data", str(root)] if experiment is weizmann else []
+    data = ["--data", str(root)] if experiment in (weizmann, activation_maps) else []
     jobs = planned(experiment.main, [*data, *quick, "--work", str(root / "work")], monkeypatch)
     assert len({job.log for job in jobs}) == len(jobs)
     for job in jobs:
@@ -519,27 +525,6 @@ def test_the_page_shows_every_device_and_says_what_is_not_measured(tmp_path):
     assert evidence.with_sections(made, tmp_path) == made
 
 
-def test_activation_maps_are_told_beside_a_map_that_is_the_same_everywhere(tmp_path):
-    figures = {"mask": {"mean": 0.05, "stdev": 0.01}}
-    for number, name in enumerate(("A_v before", "A_d before", "A_v after", "A_d after")):
-        figures[name] = {"mean": number / 10, "stdev": 0.02}
-    (tmp_path / "cpu").mkdir()
-    result = {"clips": 30, "figures": figures, "environment": ENVIRONMENT}
-    (tmp_path / "cpu" / "activation_maps.json").write_text(json.dumps(result))
-    page = evidence.with_sections(evidence.MARKER.format("activation_maps") + evidence.END, tmp_path)
-    assert page.splitlines()[2:] == [
-        "a device, 2026-11-25, commit abc; mean ± s.d. over 30 clips; [picture](../experiments/results/cpu/activation_maps.png)",
-        "",
-        "| share of a map inside of what moves | before training | after training |",
-        "|---|---|---|",
-        "| A_v | 0.0 ± 2.0 % | 20.0 ± 2.0 % |",
-        "| A_d | 10.0 ± 2.0 % | 30.0 ± 2.0 % |",
-        "| a map that is the same everywhere | 5.0 ± 1.0 % | 5.0 ± 1.0 % |",
-        "",
-        "<!-- end -->",
-    ]
-
-
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_bars_have_an_error_bar_and_a_dot_for_each_seed_and_of_one_seed_no_error_bar(seeds, tmp_path):
     figure = evidence.plot(made_up(seeds))
@@ -736,6 +721,34 @@ def test_weizmann_tells_methods_beside_scratch_random_and_chance(root, calls):
         line.split("--pretrained ")[1].split()[0] == line.split("--out ")[1].replace("-finetune", "")
         for line in started
     )
+
+
+def test_maps_are_told_beside_moco_random_weights_and_a_flat_map(root, calls):
+    arguments = ["--data", str(root / "data"), "--seeds", "2", "--work", str(root / "work")]
+    activation_maps.main([*arguments, "--quick"])
+    assert not (root / "results").exists()
+    calls.clear()
+    shutil.rmtree(root / "work")
+    activation_maps.main(arguments)
+    assert len(calls) == 2 * 2 * 2
+    assert [line.split()[1] for line in calls if "dclr-0" in line] == ["pretrain", "maps"]
+    assert sum("--method moco" in line for line in calls) == 2
+    (file,) = (root / "results").glob("*/activation_maps.json")
+    result = json.loads(file.read_text())
+    assert list(result["rows"]) == ["random weights", "MoCo", "DCLR", "the same everywhere"]
+    assert result["rows"]["DCLR"] == {name: [0.75, 0.76] for name in ("A_v", "A_s", "A_d")}
+    assert result["rows"]["random weights"]["A_v"] == [0.125] * 2
+    assert result["rows"]["the same everywhere"] == {"A_v": 0.1, "A_s": 0.1, "A_d": 0.1}
+    # 0.755 against a bare 0.1, whose spread is none; against 0.125; against 0.255
+    assert [(each["holds"], each["detail"].split(" points")[0]) for each in result["findings"]] == [
+        (True, "+65.5"), (True, "+63.0"), (True, "+50.0")
+    ]  # fmt: skip
+    plots = root / "plots" / file.parent.name
+    assert (plots / "activation_maps.png").stat().st_size > 10_000
+    assert [(plots / f"maps_{name}.png").read_text() for name in ("dclr", "moco")] == ["of dclr-0", "of moco-0"]
+    figure = evidence.plot(result)
+    assert figure.axes[0].get_ylabel() == "share of a map"
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])

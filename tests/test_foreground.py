@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import eval as evaluation
 from dclr.config import DataConfig, make_config, write_config
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import YuvFrames, empty_planes, write_video
@@ -28,8 +31,8 @@ from dclr.foreground import (
     frozen,
     put_on,
 )
+from dclr.maps import spread
 from dclr.models import build_backbone, save_backbone
-from experiments import activation_maps
 
 CONFIG = DataConfig(clip_length=6, crop_size=16, workers=0)
 CPU = torch.device("cpu")
@@ -296,24 +299,53 @@ def test_a_map_that_lies_on_what_moves_has_all_its_energy_there():
         energy_share(activation - 1, mask)
 
 
-def test_the_experiment_writes_shares_before_and_after_and_a_sheet(two_sizes, tmp_path):
+def measured(command: list[str], out: Path) -> dict[str, Any]:
+    evaluation.main([*command, "--out", str(out)])
+    return json.loads((out / "report.json").read_text())
+
+
+def test_maps_tell_their_share_on_what_moves_beside_an_untrained_network_and_a_flat_map(two_sizes, tmp_path, capsys):
     settings = {"width": 4, "clip_length": 8, "crop_size": 32, "workers": 0, "seed": 3}
     (tmp_path / "run").mkdir()
     write_config(tmp_path / "run" / "config.json", "pretrain", "demo", make_config("pretrain", settings))
     torch.manual_seed(0)
     save_backbone(build_backbone("r2plus1d_10", 4), tmp_path / "run" / "backbone.safetensors")
-    flags = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-    activation_maps.main(["--data", str(two_sizes), *flags])
-    result = json.loads((tmp_path / "out" / "activation_maps.json").read_text())
-    names = [f"{name} {when}" for when in ("before", "after") for name in ("A_v", "A_s", "A_d")]
-    assert list(result["figures"]) == ["mask", *names]
-    assert (result["clips"], result["map_size"], result["without_motion"]) == (2, [1, 2, 2], [])
-    for values in result["figures"].values():
-        assert 0 < values["mean"] < 0.5
-    means = [values["mean"] for values in result["figures"].values()]
-    assert len(set(means)) == 7  # no map is another one, nor that of the untrained network
-    with Image.open(tmp_path / "out" / "activation_maps.png") as image:
-        assert image.width > 800
-    for wrong, message in ((["--clips", "0"], "--clips is 0"), (["--checkpoint", str(tmp_path)], "config.json")):
-        with pytest.raises(UserError, match=message):
-            activation_maps.main(["--data", str(two_sizes), *flags, *wrong])
+    command = ["maps", "--data", str(two_sizes), "--checkpoint"]
+    result = measured([*command, str(tmp_path / "run")], tmp_path / "out")
+    names = [f"{name}{which}" for which in ("_untrained", "") for name in ("A_v", "A_s", "A_d")]
+    assert list(result["figures"]) == list(result["deviations"]) == ["flat", *names]
+    assert (result["videos"], result["map_size"], result["without_motion"]) == (2, [1, 2, 2], [])
+    assert all(0 < share < 0.5 for share in result["figures"].values())
+    assert len(set(result["figures"].values())) == 7  # no map is another one, nor that of the untrained network
+    assert re.search(r"A_d untrained +\d+\.\d%\n", capsys.readouterr().out)
+    with Image.open(tmp_path / "out" / "pictures" / "maps.png") as image:
+        assert image.width > 1200
+
+    # Random weights are those that the run began with: its seed, network and clips, here by flags.
+    flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0", "--seed", "3"]
+    untrained = measured([*command, "random", *flags], tmp_path / "random")["figures"]
+    assert untrained == {"flat": result["figures"]["flat"]} | {
+        name.removesuffix("_untrained"): result["figures"][name] for name in names[:3]
+    }
+
+
+def test_maps_of_videos_in_which_nothing_moves_and_of_those_that_cannot_be_read(two_sizes, tmp_path):
+    shutil.copytree(two_sizes, tmp_path / "data")
+    flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0"]
+    command = ["maps", "--data", str(tmp_path / "data"), "--checkpoint", "random", *flags]
+    right, left = (tmp_path / "data" / "test" / name / f"{name}.mp4" for name in ("right", "left"))
+    write_video(right, np.full((24, 60, 80, 3), 90, np.uint8))
+    left.write_bytes(b"")
+    (tmp_path / "data" / "test" / "left" / "moves.mp4").write_bytes((two_sizes / "test/left/left.mp4").read_bytes())
+    result = measured(command, tmp_path / "out")
+    assert (result["videos"], result["without_motion"]) == (1, ["test/right/right.mp4"])
+    assert result["left_out"] == {"test/left/left.mp4": "empty file"}
+    (tmp_path / "data" / "test" / "left" / "moves.mp4").unlink()
+    with pytest.raises(UserError, match="nothing moves in any of 1 test clips"):
+        evaluation.main([*command, "--out", str(tmp_path / "out")])
+
+
+def test_at_most_so_many_videos_are_taken_from_the_first_to_the_last():
+    assert spread(3, 200) == [0, 1, 2]
+    assert spread(1000, 5) == [0, 250, 500, 749, 999]
+    assert spread(1, 8) == [0]
