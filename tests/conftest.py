@@ -17,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if HAS_GPU else "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
 GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -35,6 +36,17 @@ def own_manifest_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """Verified videos of the tests stay out of the user's cache; processes that tests start inherit this."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parts_of_a_run_in_order() -> Iterator[None]:
+    """TensorBoard reads a run's files by name: second, process, how many it had made; so of one second "10" comes before "9".
+
+    What a stopped and resumed run has written in the same second and process, as only tests do, would be taken in the wrong order.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10**6))
         yield
 
 
