@@ -136,7 +136,9 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
 
     So small a network is chaotic: training enlarges any two roundings, by how much is luck and differs between processors (docs/LOG.md).
     So how far it does is measured: by a third run, of the reference on views that were moved by one rounding. The kernels may be as far
-    from the reference as ten such runs. A gradient that is wrong by 1 % in the kernels makes it fail.
+    from the reference as ten such runs. Where ten such runs are 0.2 % apart, steps say nothing any more: eight must come before, so
+    that some have mined rows.
+    A gradient that is wrong by 1 % in the kernels makes it fail, at the second loss.
     """
     if not kernels.backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
@@ -177,14 +179,17 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
     assert len(curves[0]) == 23
     assert len(first_mined) == 23
     assert next(replayed, None) is None
-    away = 0.0
+    away, compared = 0.0, 0
     for expected, found, moved_line in zip(*curves, strict=True):
         # A logit rounds to 4 EPS / 0.07 = 7e-6 at first; then training enlarges what differs, similarities of at most 1 and losses alike.
         away = max(away, *(abs(moved_line[n] - expected[n]) / max(1, abs(expected[n])) for n in names))
         tolerance = max(1e-5, 10 * away)
-        assert tolerance < 2e-3
+        if tolerance > 2e-3:
+            break
         near = pytest.approx([expected[n] for n in names], rel=tolerance, abs=tolerance)
         assert [found[n] for n in names] == near, expected["step"]
+        compared += 1
+    assert compared >= 8
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
@@ -469,15 +474,20 @@ def test_accumulated_micro_batches_log_one_step_each(run_tiny, float32, tmp_path
 def test_a_run_resumed_under_another_zero_stage_goes_on_with_its_momentum(
     run_tiny, train_main, float32, tmp_path, before, after
 ):
-    # At lr 0.01 a rounding of the first step can turn a ReLU over and move a gradient by a thousandth; here roundings stay roundings.
-    finished = run_tiny("finished", epochs=2, lr=1e-3)
+    """Against the stage it began under, which rounds otherwise (0) or not (2).
+
+    At lr 1e-3 such a rounding can turn a ReLU over in eight steps and move a gradient by a fiftieth (docs/LOG.md, 2026-11-28). At
+    1e-4 losses stay within 1e-7, and a momentum that is wrong by 0.1 % moves the second one after resuming by 3e-5.
+    """
     config = json.loads(float32.read_text())
     for stage in (before, after):
         text = json.dumps({**config, "zero_optimization": {"stage": stage}})
         (tmp_path / f"stage{stage}.json").write_text(text)
-    run = run_tiny(epochs=1, lr=1e-3, ds_config=str(tmp_path / f"stage{before}.json"))
+    finished = run_tiny("finished", epochs=2, lr=1e-4, ds_config=str(tmp_path / f"stage{before}.json"))
+    run = run_tiny(epochs=1, lr=1e-4, ds_config=str(tmp_path / f"stage{before}.json"))
     train_main(resume=run, epochs=2, ds_config=tmp_path / f"stage{after}.json")
-    assert metrics(run)[-1]["loss"] == pytest.approx(metrics(finished)[-1]["loss"], rel=1e-6)
+    for step in range(5, 9):
+        assert metrics(run)[step - 1]["loss"] == pytest.approx(metrics(finished)[step - 1]["loss"], rel=1e-6)
     for name, tensor in part(finished, "momentum").items():
         torch.testing.assert_close(
             part(run, "momentum")[name], tensor, rtol=1e-4, atol=1e-6 * tensor.abs().max().item()

@@ -124,6 +124,10 @@ def test_a_checksum_changes_with_every_bit_of_every_kind_of_tensor():
 
 # ---------------------------------------------------------------- another number of ranks
 
+# A loss adds up differences of logits, cosines / 0.07, whose roundings do not get smaller as it does: at a loss of 3.4 they came to 4e-5
+# on one processor (docs/LOG.md, 2026-11-28). Momentum that is wrong by 0.1 % moves it by 1.5e-4.
+NEAR = {"rel": 1e-5, "abs": 1e-4}
+
 
 def advance(own: Engine, method: DCLR, which: range) -> list[float]:
     """Mean losses over ranks of these steps on the same global batches; BatchNorm frozen, since its batch is a rank's."""
@@ -185,7 +189,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_momentum_included(tmp_path, o
     expected = advance(own, method, range(2, 5))
     assert on_two_ranks(two_ranks_go_on, tmp_path, after) == [0, 0]
     assert_same_momentum(tmp_path / "again" / "step-0000002.safetensors", tmp_path / "step-0000002.safetensors")
-    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(expected, rel=1e-5)
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(expected, **NEAR)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 0)], ids=["zero2 to zero1", "zero1 to ddp"])
@@ -200,7 +204,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_momentum_included(tmp_path, 
     (tmp_path / "again").mkdir()
     own.save(tmp_path / "again", 2, {})
     assert_same_momentum(tmp_path / "again" / "step-0000002.safetensors", tmp_path / "step-0000002.safetensors")
-    assert advance(own, method, range(2, 5)) == pytest.approx(expected[2:], rel=1e-5)
+    assert advance(own, method, range(2, 5)) == pytest.approx(expected[2:], **NEAR)
 
 
 # ---------------------------------------------------------------- one that dies
