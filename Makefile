@@ -34,7 +34,7 @@ demo: setup
 	$(BIN)/python eval.py accuracy --checkpoint $(DEMO)/scratch
 	$(BIN)/python eval.py retrieval --checkpoint $(DEMO)/pretrain
 	$(BIN)/python eval.py retrieval --checkpoint random --preset demo --out $(DEMO)/random/retrieval
-	$(BIN)/python -m dclr.summary $(DEMO)
+	$(BIN)/python -m dclr.evaluation.demo_table $(DEMO)
 
 # The same through the launcher with two processes, too short to learn: that everything runs.
 demo-quick:

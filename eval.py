@@ -79,10 +79,10 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from dclr import report
-    from dclr.bias import measure_bias
-    from dclr.maps import measure_maps
-    from dclr.measure import measure_accuracy, measure_retrieval
-    from dclr.run import make_demo
+    from dclr.data.datasets import make_demo
+    from dclr.evaluation.accuracy import measure_accuracy, measure_retrieval
+    from dclr.evaluation.activation_maps import measure_maps
+    from dclr.evaluation.background import measure_bias
 
     report.make_writable(folder / "pictures")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dclr import checkpoint, stop
 from dclr import config as configuration
 from dclr.distributed import launched_rank
 from dclr.errors import UserError
+from dclr.training import checkpoint, signals
 
 DESCRIPTIONS = {
     "pretrain": "learn a backbone from videos without labels (DCLR)",
@@ -89,12 +89,12 @@ def main(arguments: list[str]) -> None:
     command = flags.pop("command")
     flags.pop("local_rank")
     if command == "check":
-        from dclr.check import check
+        from dclr.data.check import check
 
         check(configuration.DataConfig(**flags))
         return
     if command == "pack":
-        from dclr.pack import pack
+        from dclr.data.pack import pack
 
         store = {name: flags.pop(name) for name in ("out", "short_side", "compact") if name in flags}
         pack(configuration.DataConfig(**flags), **store)
@@ -118,11 +118,10 @@ def main(arguments: list[str]) -> None:
         stored["out"], preset = str(folder), preset_of_run
     preset = preset or ("ucf101" if flags.get("data") else "demo")
     config = configuration.resolve(command, preset, flags, stored)
-
-    from dclr import engine
-    from dclr.lifeline import Lifeline
-    from dclr.pretrain import pretrain
-    from dclr.supervised import supervise
+    from dclr.training import engine
+    from dclr.training.finetune import supervise
+    from dclr.training.heartbeat import Lifeline
+    from dclr.training.pretrain import pretrain
 
     device = engine.start_processes()
     try:
@@ -169,10 +168,10 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         refuse(error)
         return 2
-    except stop.Stopped as stopped:
+    except signals.Stopped as stopped:
         if launched_rank() == 0:
             print(f"train.py: {stopped}", flush=True)
-        return stop.STATUS
+        return signals.STATUS
     except KeyboardInterrupt:
         return 130
     return 0

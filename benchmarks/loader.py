@@ -60,16 +60,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
 from dclr.config import DataConfig
 from dclr.data import clips
+from dclr.data.augmentation import PRETRAIN
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.clips import ClipPair
 from dclr.data.decode import NO_PTS, VideoRecord, YuvFrames
 from dclr.data.loader import PairSamples, Schedule, TrainBatches
 from dclr.data.manifest import load_manifest
+from dclr.data.pack import pack
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
-from dclr.pack import pack
 from dclr.report import cpu_name, environment
-from dclr.views import PRETRAIN
 
 SEED = 0
 CONFIG = DataConfig()

@@ -9,7 +9,7 @@ Time to expect: 5 to 8 minutes on two cores; on GPUs about 8 (an estimate: none 
 Providers:
     DDP        DCLR under DistributedDataParallel, with torch.autocast and torch.optim.SGD. Buffers are not broadcast at every step, which
                would send the whole queue, and gradients are views of the buckets: its best settings for this network
-    stage 0    the same network under dclr.engine with ds_configs/ddp.json: DeepSpeed without sharding
+    stage 0    the same network under dclr.training.engine with ds_configs/ddp.json: DeepSpeed without sharding
     ZeRO-1     with ds_configs/zero1.json: optimizer state sharded
     ZeRO-2     with ds_configs/zero2.json: gradients sharded too
 
@@ -48,11 +48,12 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import timing
-from dclr import distributed, engine
+from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
-from dclr.engine import Engine, read_ds_config, settle_precision
 from dclr.method import DCLR, Output
 from dclr.report import environment, peak_memory_gib
+from dclr.training import engine
+from dclr.training.engine import Engine, read_ds_config, settle_precision
 from kernels import Views
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"

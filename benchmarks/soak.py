@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import timing
-from dclr import checkpoint
 from dclr.report import environment
+from dclr.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 10.0  # seconds between two looks

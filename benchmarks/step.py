@@ -77,12 +77,12 @@ from benchmarks.step_providers import (
     unwatched,
 )
 from benchmarks.timing import Ceilings
-from dclr import engine
-from dclr.engine import read_ds_config, settle_precision
+from dclr.data.augmentation import PRETRAIN
 from dclr.errors import UserError
 from dclr.models import build_backbone
 from dclr.report import Stopwatch, environment
-from dclr.views import PRETRAIN
+from dclr.training import engine
+from dclr.training.engine import read_ds_config, settle_precision
 from kernels import describe
 from kernels.backend import runs_triton
 

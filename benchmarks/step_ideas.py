@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from torchvision.models.video.resnet import BasicBlock
 
 from benchmarks.step_providers import Cell, Inputs, Ours, Part, Provider, configure
-from dclr.compiled import settle_compile
 from dclr.config import RunConfig
 from dclr.errors import UserError
 from dclr.method import DCLR, ByLetter
 from dclr.models import Backbone
 from dclr.models.backbone import Factored, FactoredStem, _in_space, _in_time, _normalise, _padded
+from dclr.training.compile import settle_compile
 from kernels import Views
 
 _Convs = tuple[nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.Conv3d]

@@ -20,13 +20,13 @@ from torchvision.transforms import v2
 
 from benchmarks import info_nce, timing, views
 from benchmarks.timing import Precision
-from dclr.compiled import compile_backbone, settle_compile
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
-from dclr.engine import Engine, read_ds_config, settle_precision
+from dclr.data.augmentation import PRETRAIN
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
 from dclr.models.backbone import Factored, FactoredStem
-from dclr.views import PRETRAIN
+from dclr.training.compile import compile_backbone, settle_compile
+from dclr.training.engine import Engine, read_ds_config, settle_precision
 from kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 
 METHOD, OPTIM = MethodConfig(), OptimConfig()

@@ -68,8 +68,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import timing
 from benchmarks.timing import Ceilings
+from dclr.data.augmentation import PRETRAIN, draw_augmentation, to_augmentation
 from dclr.report import environment
-from dclr.views import PRETRAIN, draw_augmentation, to_augmentation
 from kernels import Augmentation, ViewParams, Views, Yuv420, describe, generate_views
 from kernels.backend import runs_triton
 from kernels.view_generation import (

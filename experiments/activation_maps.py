@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dclr.maps import MAPS
+from dclr.evaluation.activation_maps import MAPS
 from experiments import evidence, runs, weizmann
 from experiments.runs import Chain, Options
 

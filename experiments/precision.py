@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from dclr.data.demo import render_demo
-from dclr.engine import read_ds_config, settle_precision
+from dclr.training.engine import read_ds_config, settle_precision
 from experiments import controlled, controlled_set, evidence, runs
 from experiments.runs import Chain, Options
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from dclr import stop
 from dclr.errors import UserError
+from dclr.training import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 12
@@ -176,7 +176,7 @@ def start(job: Job, threads: int) -> subprocess.Popen[bytes]:
 
 def check_end(job: Job, status: int) -> None:
     """Raises UserError: not a good end."""
-    if status == stop.STATUS:
+    if status == signals.STATUS:
         raise UserError(f"{title(job)} was asked to stop, and has; the same command goes on")
     if status == 0 and job.writes.exists():
         return

@@ -1,12 +1,8 @@
 """Fixtures shared by all tests."""
 
-import ctypes
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +13,10 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if HAS_GPU else "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers import REPOSITORY, as_flags  # noqa: E402
 from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
 GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "shared" / "data"))
-
-
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY))  # train.py and eval.py
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -82,7 +75,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 @pytest.fixture(scope="session")
 def one_process() -> torch.device:
     """This process as a run of one rank, under DeepSpeed. For all tests together: DeepSpeed cannot start twice in a process."""
-    from dclr.engine import start_processes, stop_processes
+    from dclr.training.engine import start_processes, stop_processes
 
     device = start_processes()
     # Networks this small gain nothing from a second thread, and threads that wait for a core other work holds cost 10 times as much.
@@ -144,48 +137,10 @@ def train_main(one_process: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
     """`train.py COMMAND`, in this process: flags as keyword arguments (True: a flag without a value)."""
     import train
 
-    monkeypatch.setattr("dclr.engine.start_processes", lambda: one_process)
-    monkeypatch.setattr("dclr.engine.stop_processes", lambda: None)
+    monkeypatch.setattr("dclr.training.engine.start_processes", lambda: one_process)
+    monkeypatch.setattr("dclr.training.engine.stop_processes", lambda: None)
 
     def run(*command: str, **flags: Any) -> None:
         train.main([*command, *as_flags(flags)])
 
     return run
-
-
-def children(process: int | str = "self") -> list[int]:
-    """Processes that this one, or another, has started and that still run, whoever knows of them, and what those have started; without
-    multiprocessing's own helper, which stays for good once a test has spawned a process."""
-    found = []
-    for task in Path(f"/proc/{process}/task").iterdir():
-        with suppress(OSError):
-            for child in map(int, (task / "children").read_text().split()):
-                helper = b"resource_tracker" in Path(f"/proc/{child}/cmdline").read_bytes()
-                if not helper and Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "Z":
-                    found += [child, *children(child)]
-    return found
-
-
-def crash() -> None:
-    """As FFmpeg does on a file it cannot bear."""
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def loop() -> None:
-    while True:
-        pass
-
-
-def block() -> None:
-    """In C, with Python's lock held: no thread and no signal handler of the process gets a turn."""
-    ctypes.PyDLL(None).usleep(100_000_000)
-
-
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings by field name -> command line."""
-    given = []
-    for name, value in settings.items():
-        flag = "--ds_config" if name == "ds_config" else "--" + name.replace("_", "-")
-        many = value if isinstance(value, list | tuple) else [] if value is True else [value]
-        given += [flag, *map(str, many)]
-    return given

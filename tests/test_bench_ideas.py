@@ -319,7 +319,7 @@ def test_a_run_of_ideas_at_tiny_size(one_process, monkeypatch, tmp_path, capsys)
     def broken(*arguments: Any) -> step_providers.Provider:
         raise RuntimeError("it broke")
 
-    monkeypatch.setattr("dclr.engine.start_processes", lambda: one_process)
+    monkeypatch.setattr("dclr.training.engine.start_processes", lambda: one_process)
     monkeypatch.setitem(step.CELLS, "cpu", (CELL, Cell(**vars(CELL) | {"B": 4})))
     monkeypatch.setitem(IDEAS, "ours, 16 channels", broken)
     names = ["ours, not padded", "ours, 16 channels", "ours, CUDA graphs"]

@@ -233,7 +233,7 @@ def test_the_grid_begins_with_the_goals_cell():
 @pytest.fixture
 def run_step(one_process, monkeypatch, tmp_path):
     """benchmarks/step.py on two tiny cells; returns what it wrote."""
-    monkeypatch.setattr("dclr.engine.start_processes", lambda: one_process)
+    monkeypatch.setattr("dclr.training.engine.start_processes", lambda: one_process)
     monkeypatch.setitem(step.CELLS, "cpu", (CELL, Cell(**vars(CELL) | {"B": 2})))
     monkeypatch.setitem(step.ROUNDS, "cpu", (2, 2))
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dclr import checkpoint, files
+from dclr import files
 from dclr.errors import UserError
+from dclr.training import checkpoint
 
 TENSORS = {"model/weight": torch.arange(6.0).reshape(2, 3), "model/count": torch.tensor([3])}
 

@@ -56,11 +56,11 @@ def test_results_name_device_versions_commit_and_date():
 def test_every_flag_and_every_file_the_readme_names_exists():
     import eval as evaluation
     import train
-    from dclr import views
+    from dclr.evaluation import view_sheet
 
     parsers = [entry.make_parser() for entry in (train, evaluation)]
     known = {"--hostfile", "--nproc_per_node", "--logdir"}  # of deepspeed, torchrun and tensorboard
-    known |= set(views.make_parser()._option_string_actions)
+    known |= set(view_sheet.make_parser()._option_string_actions)
     for parser in parsers:
         for action in parser._subparsers._group_actions[0].choices.values():
             known |= set(action._option_string_actions)

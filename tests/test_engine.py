@@ -4,41 +4,25 @@ import copy
 import json
 import multiprocessing
 import os
-import socket
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import CONFIGS, METHOD, MODEL, OPTIM, float32_config, free_port, make_method, make_views
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dclr.config import MethodConfig, ModelConfig, OptimConfig
-from dclr.engine import Engine, micro_batch_size, read_ds_config, settle_precision, start_processes, stop_processes
+from dclr.config import OptimConfig
 from dclr.errors import UserError
-from dclr.finite import FiniteGuard
 from dclr.method import DCLR, Output
+from dclr.training.engine import (
+    Engine,
+    micro_batch_size,
+    read_ds_config,
+    settle_precision,
+    start_processes,
+    stop_processes,
+)
+from dclr.training.nonfinite import FiniteGuard
 from kernels import Views
-
-CONFIGS = Path(__file__).parents[1] / "ds_configs"
-MODEL = ModelConfig(backbone="r2plus1d_10", width=4)
-METHOD = MethodConfig(queue_length=8, embedding_dim=32, mined_positives=2, key_momentum=0.5)
-OPTIM = OptimConfig(batch_size=4, lr=0.1)
-
-
-def make_views(seed: int) -> Views:
-    rng = torch.Generator().manual_seed(seed)
-    return Views(*(torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3)))
-
-
-def make_method(**settings: str) -> DCLR:
-    torch.manual_seed(0)
-    return DCLR(MODEL, replace(METHOD, **settings))
-
-
-def float32_config(stage: int) -> dict:
-    config = read_ds_config(CONFIGS / ("ddp.json", "zero1.json", "zero2.json")[stage])
-    config["torch_autocast"]["enabled"] = False
-    return config
 
 
 def plain_steps(
@@ -97,12 +81,6 @@ def train_rank(
     if rank == 0:
         torch.save((losses, gradients, [p.detach() for p in method.query.parameters()], method.queue), result)
     stop_processes()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(

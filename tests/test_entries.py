@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, as_flags
+from helpers import REPOSITORY, as_flags
 from PIL import Image
 
 import eval as evaluation
@@ -153,8 +153,8 @@ def refused(call, *arguments, **flags) -> str:
 def test_no_subcommand_pretrains_and_no_data_means_the_demo_videos_and_says_so(
     train_main, tiny_pretrain, demo_videos, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("dclr.run.DEMO_VIDEOS", demo_videos)
-    monkeypatch.setattr("dclr.run.render_demo", lambda folder: folder)
+    monkeypatch.setattr("dclr.data.datasets.DEMO_VIDEOS", demo_videos)
+    monkeypatch.setattr("dclr.data.datasets.render_demo", lambda folder: folder)
     del tiny_pretrain["data"]
     train_main("--local_rank=0", **{**tiny_pretrain, "epochs": 1}, out=tmp_path / "run")
     assert f"no --data: using the built-in demo videos in {demo_videos}" in capsys.readouterr().out
@@ -323,7 +323,9 @@ def test_what_cannot_be_measured_is_refused(finetuned, demo_videos, genuine, tmp
     def call(command, **flags):
         return refused(evaluation.main, [command, *as_flags(flags)])
 
-    monkeypatch.setattr("dclr.run.render_demo", lambda folder: pytest.fail("rendered the demo for a wrong input"))
+    monkeypatch.setattr(
+        "dclr.data.datasets.render_demo", lambda folder: pytest.fail("rendered the demo for a wrong input")
+    )
     for command in ("accuracy", "retrieval"):
         message = call(command, checkpoint=tmp_path / "gone")
         assert message.startswith(f"--checkpoint {tmp_path / 'gone'}: no such file or folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, children
+from helpers import REPOSITORY, children
 
 from dclr.config import DataConfig
 from dclr.data import clips, decode

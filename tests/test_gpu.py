@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import dclr.pretrain
-from dclr import views
-from dclr.compiled import compile_backbone
+import dclr.training.pretrain
 from dclr.config import resolve
+from dclr.data import augmentation
 from dclr.data.demo import render_demo
-from dclr.finite import FiniteGuard
 from dclr.models import build_backbone
-from dclr.pretrain import pretrain
 from dclr.report import Stopwatch
-from dclr.stop import Stopped
+from dclr.training.compile import compile_backbone
+from dclr.training.nonfinite import FiniteGuard
+from dclr.training.pretrain import pretrain
+from dclr.training.signals import Stopped
 from kernels import ViewParams, generate_views
 
 pytestmark = pytest.mark.gpu
@@ -27,8 +27,11 @@ REPOSITORY = Path(__file__).parents[1]
 def test_views_on_the_gpu_agree_with_the_cpu():
     rng = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (3, 8, 120, 160, 3), generator=rng, dtype=torch.uint8)
-    draws = [views.draw_augmentation(views.np.random.default_rng(i), 120, 160, views.PRETRAIN) for i in range(6)]
-    params = ViewParams(views.to_augmentation(draws[:3]), views.to_augmentation(draws[3:]), (112, 112))
+    draws = [
+        augmentation.draw_augmentation(augmentation.np.random.default_rng(i), 120, 160, augmentation.PRETRAIN)
+        for i in range(6)
+    ]
+    params = ViewParams(augmentation.to_augmentation(draws[:3]), augmentation.to_augmentation(draws[3:]), (112, 112))
     on_cpu = generate_views(frames, frames[:, 0], params)
     on_gpu = generate_views(frames.cuda(), frames[:, 0].cuda(), params)
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
@@ -150,8 +153,8 @@ def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatc
         return wrapped
 
     monkeypatch.setattr(Stopwatch, "step", counted)
-    monkeypatch.setattr(dclr.pretrain, "measure", allowed(dclr.pretrain.measure))
-    monkeypatch.setattr(dclr.pretrain, "view_grid", allowed(dclr.pretrain.view_grid))
+    monkeypatch.setattr(dclr.training.pretrain, "measure", allowed(dclr.training.pretrain.measure))
+    monkeypatch.setattr(dclr.training.pretrain, "view_grid", allowed(dclr.training.pretrain.view_grid))
     monkeypatch.setattr(FiniteGuard, "check", allowed(FiniteGuard.check))
     flags = {
         "data": str(data), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 8, "fill_steps": 2, "log_every": 5, "queue_length": 16,

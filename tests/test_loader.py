@@ -15,12 +15,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import block, children, crash, loop
+from helpers import block, children, crash, loop
 
 from dclr.config import DataConfig
 from dclr.data import clips, loader
+from dclr.data.augmentation import AUGMENTATION
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import empty_planes, write_video
+from dclr.data.decoder_process import shared_array
 from dclr.data.loader import (
     PREFETCH,
     Batch,
@@ -34,10 +36,8 @@ from dclr.data.loader import (
     Schedule,
     TrainBatches,
 )
-from dclr.data.supervise import shared_array
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
 from dclr.errors import UserError
-from dclr.views import AUGMENTATION
 from kernels import Yuv420
 
 CONFIG = DataConfig(clip_length=4, clip_stride=2, crop_size=32)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import block, children, crash, loop
+from helpers import block, children, crash, loop
 
-from dclr.data import manifest, supervise
+from dclr.data import decoder_process, manifest
 from dclr.data.decode import NO_PTS, VideoRecord, verify_video, write_video
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.errors import UserError
@@ -273,7 +273,7 @@ def test_a_long_decode_is_not_cut_while_it_gives_frames(root, monkeypatch):
     def slow(path: Path) -> VideoRecord:
         for _ in range(8):
             time.sleep(0.3)
-            supervise.beat()
+            decoder_process.beat()
         return verify_video(path)
 
     monkeypatch.setattr(manifest, "verify_video", slow)

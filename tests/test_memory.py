@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import children
+from helpers import children
 
 from dclr.config import DataConfig
 from dclr.data.catalog import Video, open_catalog

@@ -19,9 +19,8 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 import train
-from dclr import pack
 from dclr.config import DataConfig
-from dclr.data import clips, store
+from dclr.data import clips, pack, store
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import (
     UnreadableVideo,
@@ -35,7 +34,7 @@ from dclr.data.decode import (
 )
 from dclr.data.manifest import load_manifest
 from dclr.data.store import open_store, shard_name
-from dclr.data.texts import unpacked
+from dclr.data.string_array import unpacked
 from dclr.errors import UserError
 
 

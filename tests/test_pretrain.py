@@ -9,43 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import metrics, numbers, saved, tensors_of
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kernels
-from dclr import pretrain as loop
-from dclr.checkpoint import newest, read
 from dclr.config import DataConfig, make_config
 from dclr.data.loader import PairSamples
-from dclr.engine import Engine
+from dclr.data.pack import pack
 from dclr.errors import UserError
 from dclr.method import DCLR, PAIRS
 from dclr.models import build_backbone, load_backbone
-from dclr.pack import pack
-from dclr.pretrain import pretrain
+from dclr.training import pretrain as loop
+from dclr.training.checkpoint import newest
+from dclr.training.engine import Engine
+from dclr.training.pretrain import pretrain
 from kernels.info_nce import mine_positives_by_each_reference
 from kernels.view_generation import generate_views_reference
-
-TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def repeatable(run: Path) -> list[dict]:
-    """metrics.jsonl without what is measured by the clock."""
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in metrics(run)]
-
-
-def saved(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and state of the newest checkpoint."""
-    return read(newest(run / "checkpoints"))
-
-
-def part(run: Path, name: str) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint: its `model` or its `momentum`."""
-    return {key.removeprefix(name + "/"): tensor for key, tensor in saved(run)[0].items() if key.startswith(name + "/")}
 
 
 @pytest.fixture
@@ -94,7 +74,7 @@ def test_a_run_leaves_every_file_of_the_contract(finished):
 def test_its_backbone_is_the_query_networks_and_loads(finished):
     backbone = build_backbone("r2plus1d_10", 4)
     assert "written by dclr" in load_backbone(finished / "backbone.safetensors", backbone)
-    saved = part(finished, "model")
+    saved = tensors_of(finished, "model")
     for name, tensor in backbone.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensor, saved[f"query.backbone.{name}"]), name
@@ -162,13 +142,13 @@ def test_twenty_steps_with_the_kernels_follow_the_reference(run_tiny, monkeypatc
         torch.testing.assert_close(score.gather(2, rows), score.gather(2, by_reference), rtol=1e-6, atol=1e-7)
         return next(replayed)
 
-    monkeypatch.setattr("dclr.pretrain.generate_views", generate_views_reference)
+    monkeypatch.setattr("dclr.training.pretrain.generate_views", generate_views_reference)
     monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_keep)
     by_reference = run_tiny("reference", kernels="reference", epochs=6, lr=1e-4, width=8)
     monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_and_compare)
     by_kernels = run_tiny("triton", kernels="triton", epochs=6, lr=1e-4, width=8)
     monkeypatch.setattr("dclr.method.mine_positives_by_each", lambda features, queue, m: next(replayed_again))
-    monkeypatch.setattr("dclr.pretrain.generate_views", one_rounding_away)
+    monkeypatch.setattr("dclr.training.pretrain.generate_views", one_rounding_away)
     moved = run_tiny("moved", kernels="reference", epochs=6, lr=1e-4, width=8)
     kernels.set_backend("auto")
     curves = [[line for line in metrics(run) if "loss" in line] for run in (by_reference, by_kernels, moved)]
@@ -238,7 +218,7 @@ def test_the_start_says_which_kernels_run(run_tiny, capfd):
 
 
 def test_batches_that_do_not_fit_in_memory_are_refused(run_tiny, monkeypatch):
-    monkeypatch.setattr("dclr.data.ring.available_memory", lambda: 2**16)
+    monkeypatch.setattr("dclr.data.ring_buffer.available_memory", lambda: 2**16)
     with pytest.raises(
         UserError, match=r"^the largest frame of these videos is .* train.py pack, or lower --batch-size"
     ):
@@ -303,9 +283,9 @@ def test_steps_that_fill_the_queue_train_nothing_but_fill_it(run_tiny, tiny_pret
 def test_a_run_repeats_bit_for_bit_and_another_seed_differs(finished, run_tiny):
     """`finished` decodes in two processes, the repetition in none."""
     again = run_tiny("again")
-    assert repeatable(again) == repeatable(finished)
+    assert numbers(again) == numbers(finished)
     other = run_tiny("other", seed=1, epochs=1)
-    assert repeatable(other)[1]["loss"] != repeatable(finished)[1]["loss"]
+    assert numbers(other)[1]["loss"] != numbers(finished)[1]["loss"]
 
 
 class Interrupted(Exception):
@@ -338,12 +318,12 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
     assert not (run / "backbone.safetensors").exists()
 
     train_main("pretrain", resume=run)
-    assert repeatable(run) == repeatable(finished)
+    assert numbers(run) == numbers(finished)
     ours, theirs = saved(run)[0], saved(finished)[0]
     assert ours.keys() == theirs.keys()
     # Both networks, their batch statistics, queue and pointer, momentum.
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    assert all(tensor.abs().sum() > 0 for tensor in part(run, "momentum").values())
+    assert all(tensor.abs().sum() > 0 for tensor in tensors_of(run, "momentum").values())
     files = [load_file(r / "backbone.safetensors") for r in (run, finished)]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
@@ -362,7 +342,7 @@ def test_resume_keeps_the_runs_settings_and_may_train_longer(run_tiny, train_mai
     after = json.loads((run / "config.json").read_text())
     assert after["optim"]["epochs"] == 2
     assert {**after, "optim": before["optim"]} == before
-    assert repeatable(run) == repeatable(finished)
+    assert numbers(run) == numbers(finished)
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(run_tiny, train_main):
@@ -488,9 +468,9 @@ def test_a_run_resumed_under_another_zero_stage_goes_on_with_its_momentum(
     train_main(resume=run, epochs=2, ds_config=tmp_path / f"stage{after}.json")
     for step in range(5, 9):
         assert metrics(run)[step - 1]["loss"] == pytest.approx(metrics(finished)[step - 1]["loss"], rel=1e-6)
-    for name, tensor in part(finished, "momentum").items():
+    for name, tensor in tensors_of(finished, "momentum").items():
         torch.testing.assert_close(
-            part(run, "momentum")[name], tensor, rtol=1e-4, atol=1e-6 * tensor.abs().max().item()
+            tensors_of(run, "momentum")[name], tensor, rtol=1e-4, atol=1e-6 * tensor.abs().max().item()
         )
 
 

@@ -14,16 +14,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY, as_flags
-from test_engine import METHOD, MODEL, OPTIM, float32_config, make_method, make_views
-from test_resume import assert_same_end, numbers, steps
+from helpers import (
+    METHOD,
+    MODEL,
+    OPTIM,
+    REPOSITORY,
+    as_flags,
+    assert_same_end,
+    float32_config,
+    make_method,
+    make_views,
+    numbers,
+    steps,
+)
 
-from dclr import checkpoint, distributed, statistics
-from dclr.drift import check_same, checksums
-from dclr.engine import Engine, start_processes, stop_processes
+from dclr import distributed
 from dclr.errors import UserError
-from dclr.lifeline import Lifeline
 from dclr.method import DCLR
+from dclr.training import batchnorm, checkpoint
+from dclr.training.engine import Engine, start_processes, stop_processes
+from dclr.training.heartbeat import Lifeline
+from dclr.training.replicas import check_same, checksums
 from kernels import Views
 
 
@@ -58,7 +69,7 @@ def train_with_own_statistics(rank: int, folder: Path) -> None:
     torch.manual_seed(rank)  # other weights, queue and buffers on each rank
     method = DCLR(MODEL, METHOD)
     with torch.no_grad():
-        for buffer in statistics.running_statistics(method).values():
+        for buffer in batchnorm.running_statistics(method).values():
             buffer.add_(rank)
     own = Engine(method, float32_config(1), OPTIM, device)
     start = {name: tensor.clone() for name, tensor in method.state_dict().items()}
@@ -91,7 +102,7 @@ def test_ranks_start_alike_save_the_statistics_of_all_and_notice_one_flipped_bit
     (start, end), (other_start, other_end) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert [name for name in start if not torch.equal(start[name], other_start[name])] == []
     differ = {name for name in end if not torch.equal(end[name], other_end[name])}
-    names = set(statistics.running_statistics(make_method()))
+    names = set(batchnorm.running_statistics(make_method()))
     assert differ == names  # what the ranks' own clips make differ, and nothing else
 
     tensors, state = checkpoint.read(tmp_path / "step-0000003.safetensors")

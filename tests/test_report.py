@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dclr import pictures, report, summary
+from dclr import report
 from dclr.errors import UserError
+from dclr.evaluation import demo_table, figures
 
 
 def test_runs_without_a_name_take_the_next_free_number(tmp_path, monkeypatch):
@@ -116,7 +117,7 @@ def test_a_new_run_starts_from_empty_files_and_nan_is_written_as_null(tmp_path):
 
 def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
     counts = np.array([[4, 0, 0], [3, 1, 0], [0, 0, 0]])
-    pictures.confusion_matrix(counts, ("one", "two", "three"), "title", tmp_path / "confusion.png")
+    figures.confusion_matrix(counts, ("one", "two", "three"), "title", tmp_path / "confusion.png")
     pixels = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
     height, width = pixels.shape[:2]
     assert 200 < height < 1000
@@ -147,7 +148,7 @@ def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
 
 def test_a_confusion_matrix_of_many_classes_still_fits(tmp_path):
     classes = [f"class {i}" for i in range(101)]
-    pictures.confusion_matrix(np.eye(101, dtype=int), classes, "title", tmp_path / "confusion.png")
+    figures.confusion_matrix(np.eye(101, dtype=int), classes, "title", tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as image:
         assert 1500 < image.height < 4000
 
@@ -160,7 +161,7 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
         ((frame((0, 0, 200)), "query: a"), [(frame((90, 90, 90)), "a 0.9", True), (frame((120, 120, 120)), "b 0.5", False)]),
         ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", False)]),  # a gallery of one: a gap in the row
     ]  # fmt: skip
-    pictures.retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
+    figures.retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
     pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
     height, width = pixels.shape[:2]
     assert (width, height) == (
@@ -209,7 +210,7 @@ def write_reports(folder):
 
 def test_the_demos_table_has_chance_beside_each_figure_and_says_where_everything_is(tmp_path):
     write_reports(tmp_path / "demo")
-    lines = summary.table(tmp_path / "demo")
+    lines = demo_table.table(tmp_path / "demo")
     assert lines[0].split() == ["figure", "here", "chance"]
     numbers = [line.split()[-2:] for line in lines[1:11]]
     assert numbers[:6] == [
@@ -228,4 +229,4 @@ def test_a_missing_report_is_named_with_what_writes_it(tmp_path):
     write_reports(tmp_path)
     (tmp_path / "scratch" / "accuracy" / "report.json").unlink()
     with pytest.raises(UserError, match=r"scratch/accuracy/report.json is missing: `make demo` writes it"):
-        summary.table(tmp_path)
+        demo_table.table(tmp_path)

@@ -11,42 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_flags
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import as_flags, assert_same_end, steps
 
 import train
-from dclr import files, stop
-from dclr import pretrain as pretraining
-from dclr import supervised as supervising
-from dclr.checkpoint import newest, read
+from dclr import files
 from dclr.errors import UserError
-from dclr.stop import Stopped
-
-TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
-
-
-def numbers(run: Path) -> list[dict]:
-    """metrics.jsonl without what is measured by the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-
-
-def board(run: Path) -> list[tuple[int, float]]:
-    return [(e.step, e.value) for e in EventAccumulator(str(run / "tensorboard")).Reload().Scalars("loss")]
-
-
-def steps(run: Path) -> list[int]:
-    return sorted(int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*"))
-
-
-def assert_same_end(run: Path, other: Path) -> None:
-    """Network, queue and pointer, batch statistics, momentum, numbers, TensorBoard: bit for bit."""
-    (ours, state), (theirs, other_state) = (read(newest(r / "checkpoints")) for r in (run, other))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    assert state["step"] == other_state["step"]
-    assert numbers(run) == numbers(other)
-    assert board(run) == board(other)
+from dclr.training import finetune as supervising
+from dclr.training import pretrain as pretraining
+from dclr.training import signals
+from dclr.training.signals import Stopped
 
 
 def signal_at(monkeypatch, loop, step: int, number: signal.Signals) -> None:
@@ -181,10 +154,10 @@ def test_resume_auto_wants_a_folder_and_does_not_take_a_finished_runs(train_main
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", stop.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags, monkeypatch, tmp_path, capsys, number):
     """Ctrl-C comes twice, as under a launcher: the second changes nothing."""
-    before = [signal.getsignal(n) for n in stop.SIGNALS]
+    before = [signal.getsignal(n) for n in signals.SIGNALS]
     signal_at(monkeypatch, pretraining, 2, number)
     monkeypatch.setattr(pretraining, "average", lambda module: pytest.fail("went on"))
     real = os.replace
@@ -201,7 +174,7 @@ def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags,
         in capsys.readouterr().out
     )
     assert steps(tmp_path / "run") == [2]
-    assert [signal.getsignal(n) for n in stop.SIGNALS] == before
+    assert [signal.getsignal(n) for n in signals.SIGNALS] == before
 
 
 def test_a_signal_in_the_last_step_changes_nothing(train_main, flags, uninterrupted, monkeypatch, tmp_path):

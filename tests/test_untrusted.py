@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, as_flags
+from helpers import REPOSITORY, as_flags
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from dclr import pack, summary, views
-from dclr.checkpoint import newest, read
 from dclr.config import DataConfig
-from dclr.data import store
+from dclr.data import augmentation, pack, store
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import write_video
 from dclr.errors import UserError
+from dclr.evaluation import demo_table
 from dclr.models import build_backbone, load_backbone, load_classifier, save_backbone
+from dclr.training.checkpoint import newest, read
 
 # ---------------------------------------------------------------- what is malicious
 
@@ -122,8 +122,8 @@ def originals(one_process, demo_videos, float32, tmp_path_factory) -> Path:
 def train_in_process(patch: pytest.MonkeyPatch, device: torch.device) -> Callable[..., None]:
     import train
 
-    patch.setattr("dclr.engine.start_processes", lambda: device)
-    patch.setattr("dclr.engine.stop_processes", lambda: None)
+    patch.setattr("dclr.training.engine.start_processes", lambda: device)
+    patch.setattr("dclr.training.engine.stop_processes", lambda: None)
     return lambda *arguments: train.main(list(arguments))
 
 
@@ -151,7 +151,7 @@ class Place:
 
     def views(self, video: Path) -> None:
         self._patch.setattr(sys, "argv", ["views", "--video", str(video), "--out", str(self.folder / "views.png")])
-        views.main()
+        augmentation.main()
 
 
 Use = tuple[Path, Callable[[], object]]
@@ -255,9 +255,9 @@ def manifest(at: Place) -> Use:
 
 
 def report(at: Place) -> Use:
-    for _, run in (*summary.ACCURACY, *summary.RETRIEVAL):
+    for _, run in (*demo_table.ACCURACY, *demo_table.RETRIEVAL):
         (at.folder / "demo" / run).mkdir(parents=True)
-    return at.folder / "demo" / "finetune/accuracy/report.json", lambda: summary.table(at.folder / "demo")
+    return at.folder / "demo" / "finetune/accuracy/report.json", lambda: demo_table.table(at.folder / "demo")
 
 
 PATHS: dict[str, Callable[[Place], Use]] = {
@@ -298,8 +298,8 @@ PATHS: dict[str, Callable[[Place], Use]] = {
     "pack --out STORE: shard-00000.npz": in_a_store("planes", "shard-00000.npz", "pack"),
     "pack --compact --out STORE: shard-00000.npz": in_a_store("compact", "shard-00000.npz", "pack"),
     "the list of verified videos": manifest,
-    "dclr.views --video": video_of_views,
-    "dclr.summary FOLDER": report,
+    "dclr.data.augmentation --video": video_of_views,
+    "dclr.evaluation.demo_table FOLDER": report,
 }
 
 
@@ -318,7 +318,7 @@ def ends_well(use: Callable[[], object], marker: Path, capsys: pytest.CaptureFix
         said = str(error)
         assert said.isprintable()
         assert len(said) < 2000
-    except SystemExit as left:  # dclr.views prints its own
+    except SystemExit as left:  # dclr.data.augmentation prints its own
         status, said = left.code, capsys.readouterr().err
         assert (status, said.count("\n")) == (2, 1)
     assert not marker.exists(), said
@@ -392,7 +392,7 @@ def test_no_file_of_the_project_unpickles():
         for line in unpickles(source.read_text(encoding="utf-8"))
     ]
     # Requests and answers, over a pipe between a process and the one it forked.
-    assert found == ["dclr/data/supervise.py"] * found.count("dclr/data/supervise.py")
+    assert found == ["dclr/data/decoder_process.py"] * found.count("dclr/data/decoder_process.py")
 
 
 RUNS_WHAT_IT_READS = {
@@ -590,7 +590,7 @@ JSON_READERS = {
     "--resume: RUN/config.json": NO_JSON,
     "eval.py accuracy: RUN/config.json": NO_JSON,
     "--ds_config": NO_JSON,
-    "dclr.summary FOLDER": {**NO_JSON, **NO_REPORT},
+    "dclr.evaluation.demo_table FOLDER": {**NO_JSON, **NO_REPORT},
 }
 
 
@@ -604,8 +604,8 @@ JSON_READERS = {
 )
 def test_hostile_json_is_refused_in_one_line(path, content, place, capsys):
     file, use = PATHS[path](place)
-    if path == "dclr.summary FOLDER":
-        for _, run in (*summary.ACCURACY, *summary.RETRIEVAL):
+    if path == "dclr.evaluation.demo_table FOLDER":
+        for _, run in (*demo_table.ACCURACY, *demo_table.RETRIEVAL):
             (place.folder / "demo" / run / "report.json").write_text("{}")
         (place.folder / "demo" / "pretrain" / "report.json").write_text("{}")
     file.write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -729,7 +729,7 @@ def test_a_store_of_videos_from_elsewhere_reads_them_from_itself(elsewhere, plac
 
 
 def test_what_a_store_says_of_its_source_is_quoted_before_it_is_told_to_be_typed(originals, tmp_path):
-    from dclr.data.texts import packed
+    from dclr.data.string_array import packed
 
     shutil.copytree(originals / "planes", tmp_path / "planes")
     (tmp_path / "planes" / store.INDEX).unlink()

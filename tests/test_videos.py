@@ -15,9 +15,9 @@ from dclr.data.catalog import Video, open_catalog
 from dclr.data.clips import draw_pair, sample_rng
 from dclr.data.decode import UnreadableVideo, VideoRecord, empty_planes, read_planes, write_video
 from dclr.data.manifest import load_manifest
+from dclr.data.pack import pack
 from dclr.data.videos import Ragged, VideoFiles, open_videos, pack_texts, text_of
 from dclr.errors import UserError
-from dclr.pack import pack
 
 
 def test_a_split_is_the_readable_videos_of_the_catalog_in_its_order(genuine):

@@ -28,7 +28,7 @@ from pathlib import Path, PurePath, PurePosixPath
 import numpy as np
 
 from dclr.data.store import Arrays, is_store, leaves_folder, load_index
-from dclr.data.texts import packed, unpacked
+from dclr.data.string_array import packed, unpacked
 from dclr.errors import UserError
 
 SUFFIXES = frozenset([".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv"])

@@ -28,7 +28,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from dclr.data.supervise import beat
+from dclr.data.decoder_process import beat
 
 NO_PTS = np.iinfo(np.int64).min
 """Stands in `VideoRecord.pts` for a frame without a timestamp (FFmpeg's own AV_NOPTS_VALUE)."""

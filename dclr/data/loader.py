@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dclr import views
 from dclr.config import DataConfig
-from dclr.data import clips
+from dclr.data import augmentation, clips
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, empty_planes
-from dclr.data.ring import FrameRing
-from dclr.data.supervise import TICK, Child, Died, end_with_parent, leave_signals_to_parent, shared_array
+from dclr.data.decoder_process import TICK, Child, Died, end_with_parent, leave_signals_to_parent, shared_array
+from dclr.data.ring_buffer import FrameRing
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from kernels import Augmentation, ViewParams, Yuv420
@@ -161,7 +160,11 @@ class PairSamples(TrainSamples):
     """Pretraining: two clips of a video and a still of each."""
 
     def __init__(
-        self, videos: VideoSet, config: DataConfig, seed: int, recipe: views.AugmentRecipe = views.PRETRAIN
+        self,
+        videos: VideoSet,
+        config: DataConfig,
+        seed: int,
+        recipe: augmentation.AugmentRecipe = augmentation.PRETRAIN,
     ) -> None:
         super().__init__(videos, config, seed)
         self.frames_a_sample, self.recipe = 2 * config.clip_length + 2, recipe
@@ -175,12 +178,12 @@ class PairSamples(TrainSamples):
         frames = self.videos.read(index, wanted, into)  # one pass over the file for all four
         height, width = frames.y.shape[1:]
         return Sample(
-            index, frames, np.stack([views.draw_augmentation(rng, height, width, self.recipe) for _ in range(4)])
+            index, frames, np.stack([augmentation.draw_augmentation(rng, height, width, self.recipe) for _ in range(4)])
         )
 
     def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> PairBatch:
         rows = np.stack([sample.rows for sample in drawn])  # (B, 4)
-        query, query_still, key, key_still = (views.to_augmentation(rows[:, i]) for i in range(4))
+        query, query_still, key, key_still = (augmentation.to_augmentation(rows[:, i]) for i in range(4))
         size = (self.config.crop_size, self.config.crop_size)
         return PairBatch(
             frames,
@@ -205,14 +208,16 @@ class ClipSamples(TrainSamples):
         wanted = clips.window(clips.random_start(rng, count, length, stride), count, length, stride)
         frames = self.videos.read(index, wanted, into)
         return Sample(
-            index, frames, views.draw_augmentation(rng, frames.y.shape[1], frames.y.shape[2], views.FINETUNE)[None]
+            index,
+            frames,
+            augmentation.draw_augmentation(rng, frames.y.shape[1], frames.y.shape[2], augmentation.FINETUNE)[None],
         )
 
     def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> ClipBatch:
         indices = [sample.index for sample in drawn]
         return ClipBatch(
             frames,
-            views.to_augmentation(np.concatenate([sample.rows for sample in drawn])),
+            augmentation.to_augmentation(np.concatenate([sample.rows for sample in drawn])),
             torch.from_numpy(self.videos.labels[indices]),
             torch.tensor(indices),
             merge(sample.failures for sample in drawn),
@@ -256,12 +261,12 @@ class TestClips(Dataset[Any]):
             flags.append((frames.bt709, frames.full_range))
 
         of_clips = np.repeat(np.array(read, np.int64), TEST_CLIPS)  # (B,)
-        rows = [views.centre_crop(int(own.heights[index]), int(own.widths[index])) for index in of_clips]
+        rows = [augmentation.centre_crop(int(own.heights[index]), int(own.widths[index])) for index in of_clips]
         y, u, v = (torch.from_numpy(plane).unflatten(0, (-1, length))[: len(of_clips)] for plane in planes)
         bt709, full_range = torch.tensor(flags).reshape(-1, 2).bool().repeat_interleave(TEST_CLIPS, 0).unbind(1)
         return ClipBatch(
             Yuv420(y, u, v, bt709, full_range),
-            views.to_augmentation(np.array(rows, views.AUGMENTATION)),
+            augmentation.to_augmentation(np.array(rows, augmentation.AUGMENTATION)),
             torch.from_numpy(own.labels[of_clips]),
             torch.from_numpy(of_clips),
             failures,

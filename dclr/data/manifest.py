@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dclr.data.decode import MOST_PIXELS, UnreadableVideo, VideoRecord, verify_video
-from dclr.data.supervise import TICK, TIMEOUT, Child, Died, begin
-from dclr.data.texts import packed, unpacked
+from dclr.data.decoder_process import TICK, TIMEOUT, Child, Died, begin
+from dclr.data.string_array import packed, unpacked
 from dclr.errors import UserError
 
 _VERSION = 2

@@ -7,7 +7,7 @@
     dclr-index.npz     the plan with what was found while packing; written last
 
 A *row* is a video's place in the index, which holds every video that any official split lists, and the lists themselves.
-`dclr.pack` writes stores; this module says what they look like and reads them.
+`dclr.data.pack` writes stores; this module says what they look like and reads them.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, compact_record, empty_planes
-from dclr.data.texts import unpacked
+from dclr.data.string_array import unpacked
 from dclr.errors import UserError
 from dclr.files import write_whole
 

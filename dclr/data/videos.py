@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dclr.data import supervise
+from dclr.data import decoder_process
 from dclr.data.catalog import Catalog, Video
 from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, read_planes
 from dclr.data.manifest import load_manifest
@@ -82,13 +82,13 @@ class VideoSet:
     """(N,) int64, pixels."""
     source: Source
     faults: np.ndarray = field(init=False)
-    """(N,) int64, shared by all processes forked later: how the decoder ended that tried to read the video (see supervise.describe); 0: it
-    did not. Such a video is not tried again."""
-    timeout: float = supervise.TIMEOUT
+    """(N,) int64, shared by all processes forked later: 0, or how the decoder ended that tried to read the video.
+    See decoder_process.describe. Such a video is not read again."""
+    timeout: float = decoder_process.TIMEOUT
     """Seconds without a frame after which a watched decoder is ended."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "faults", supervise.shared_array(len(self), np.int64))
+        object.__setattr__(self, "faults", decoder_process.shared_array(len(self), np.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -100,8 +100,8 @@ class VideoSet:
     def read(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
         """The wanted frames of a video, as `decode.read_planes`. Raises UnreadableVideo."""
         if fault := int(self.faults[index]):
-            raise UnreadableVideo(supervise.describe(fault, self.timeout))
-        supervise.begin(index)
+            raise UnreadableVideo(decoder_process.describe(fault, self.timeout))
+        decoder_process.begin(index)
         return self.source.read_planes(index, wanted, into)
 
     def fingerprint(self) -> str:
@@ -144,7 +144,7 @@ def _column(values: list[Any]) -> Ragged | np.ndarray:
 
 
 def open_videos(
-    catalog: Catalog, split: str, workers: int, progress: bool = True, timeout: float = supervise.TIMEOUT
+    catalog: Catalog, split: str, workers: int, progress: bool = True, timeout: float = decoder_process.TIMEOUT
 ) -> VideoSet:
     """The split's videos that a full decode could read, once and cached, or those that a packed store holds.
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags
+from helpers import as_flags
 from PIL import Image
 
 import eval as evaluation
-from dclr.bias import measure_features, measure_foreground, mutual_information, why_no_scenes
 from dclr.config import DataConfig
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import write_video
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
-from dclr.evaluate import ClipOutputs, run_on_clips
-from dclr.foreground import ForegroundClips
+from dclr.evaluation.background import measure_features, measure_foreground, mutual_information, why_no_scenes
+from dclr.evaluation.composites import ForegroundClips
+from dclr.evaluation.features import ClipOutputs, run_on_clips
 from dclr.models import Classifier, build_backbone, save_backbone, save_classifier
 
 CONFIG = DataConfig(clip_length=4, crop_size=16, workers=0)
@@ -267,7 +267,9 @@ def test_a_video_in_which_nothing_moves_is_left_out_of_the_foreground_figures_an
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(crossed, tmp_path, monkeypatch):
-    monkeypatch.setattr("dclr.run.render_demo", lambda folder: pytest.fail("rendered the demo for a wrong input"))
+    monkeypatch.setattr(
+        "dclr.data.datasets.render_demo", lambda folder: pytest.fail("rendered the demo for a wrong input")
+    )
 
     def refused(**flags) -> str:
         with pytest.raises(UserError) as caught:

@@ -11,19 +11,18 @@ import torch
 
 import kernels
 from dclr import config as configuration
-from dclr import distributed, engine, report
-from dclr.compiled import compile_backbone, compile_seconds, settle_compile
+from dclr import distributed, report
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
-from dclr.data.catalog import Catalog, open_catalog
-from dclr.data.demo import render_demo
+from dclr.data.catalog import Catalog
+from dclr.data.datasets import make_demo, open_data
 from dclr.data.loader import Failures, Schedule, TrainSamples, check_bad
 from dclr.data.prefetch import batches_on
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone
-from dclr.stop import Stopped, StopRequest
-
-DEMO_VIDEOS = Path("runs") / "demo-videos"
+from dclr.training import engine
+from dclr.training.compile import compile_backbone, compile_seconds, settle_compile
+from dclr.training.signals import Stopped, StopRequest
 
 _MOVING: dict[str, Any] = {
     "videos": int, "fingerprint": str, "summary": dict, "last": dict, "failures": list, "seconds": (int, float), "skipped": int
@@ -265,21 +264,6 @@ def choose_algorithms(deterministic: bool) -> None:
         # What cuBLAS needs for it, read when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-
-
-def make_demo() -> None:
-    """Render the built-in demo videos, once."""
-    report.say(f"no --data: using the built-in demo videos in {DEMO_VIDEOS}")
-    render_demo(DEMO_VIDEOS)
-
-
-def open_data(data: DataConfig) -> Catalog:
-    """The data set that was asked for, or the demo videos where none was."""
-    return (
-        open_catalog(Path(data.data), data.split, data.allow_outside == "yes")
-        if data.data
-        else open_catalog(DEMO_VIDEOS)
-    )
 
 
 def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:

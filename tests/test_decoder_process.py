@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import block, children, crash, loop
+from helpers import block, children, crash, loop
 
-from dclr import pack
 from dclr.config import DataConfig
-from dclr.data import supervise
-from dclr.data.supervise import TICK, Child, Died, Progress, RemoteTraceback
+from dclr.data import decoder_process, pack
+from dclr.data.decoder_process import TICK, Child, Died, Progress, RemoteTraceback
 from dclr.errors import UserError
 
 
@@ -47,7 +46,7 @@ def raises(error: BaseException) -> None:
 
 
 def begin_and(function) -> None:
-    supervise.begin(7)
+    decoder_process.begin(7)
     function()
 
 
@@ -135,7 +134,7 @@ def test_signals_to_the_group_do_not_end_it(child):
 def beats(count: int, seconds: float) -> str:
     for _ in range(count):
         time.sleep(seconds)
-        supervise.beat()
+        decoder_process.beat()
     return "done"
 
 

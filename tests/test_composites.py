@@ -20,8 +20,8 @@ from dclr.data.decode import YuvFrames, empty_planes, write_video
 from dclr.data.loader import TEST_CLIPS, TestClips
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
-from dclr.evaluate import run_on_samples
-from dclr.foreground import (
+from dclr.evaluation.activation_maps import spread
+from dclr.evaluation.composites import (
     LEAST_DIFFERENCE,
     ForegroundClips,
     background_of,
@@ -31,7 +31,7 @@ from dclr.foreground import (
     frozen,
     put_on,
 )
-from dclr.maps import spread
+from dclr.evaluation.features import run_on_samples
 from dclr.models import build_backbone, save_backbone
 
 CONFIG = DataConfig(clip_length=6, crop_size=16, workers=0)

@@ -1,4 +1,4 @@
-"""One table of a demo: `python -m dclr.summary runs/demo` reads the report.json of each of its runs."""
+"""One table of a demo: `python -m dclr.evaluation.demo_table runs/demo` reads the report.json of each of its runs."""
 
 import json
 import sys
@@ -58,8 +58,8 @@ def _table(folder: Path, reports: dict[str, dict[str, Any]]) -> list[str]:
 if __name__ == "__main__":
     try:
         if len(sys.argv) != 2:
-            raise UserError("give the demo's folder: python -m dclr.summary runs/demo")
+            raise UserError("give the demo's folder: python -m dclr.evaluation.demo_table runs/demo")
         print("\n".join(table(Path(sys.argv[1]))))
     except UserError as error:
-        print(f"dclr.summary: error: {error}", file=sys.stderr)
+        print(f"dclr.evaluation.demo_table: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dclr import checkpoint, distributed, statistics
+from dclr import distributed
 from dclr.config import OptimConfig
 from dclr.errors import UserError
+from dclr.training import batchnorm, checkpoint
 
 MOMENTUM = "momentum_buffer"
 """torch's name of what SGD keeps for each parameter."""
@@ -143,7 +144,7 @@ class Engine:
             if distributed.world_size() > 1:
                 dist.broadcast(buffer, src=0)
         trained = [p for p in module.parameters() if p.requires_grad]
-        # The one optimizer under every stage. Fused: it can leave a step out without the host's knowing (dclr/finite.py).
+        # The one optimizer under every stage. Fused: it can leave a step out without the host's knowing (dclr/training/nonfinite.py).
         self.sgd = torch.optim.SGD(
             trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
         )
@@ -204,8 +205,8 @@ class Engine:
 
         Raises UserError on all ranks: it cannot be written; earlier ones are intact.
         """
-        ranks = statistics.of_all_ranks(self.module)
-        network = {**self.module.state_dict(), **statistics.by_name(self.module, ranks.mean(0))}
+        ranks = batchnorm.of_all_ranks(self.module)
+        network = {**self.module.state_dict(), **batchnorm.by_name(self.module, ranks.mean(0))}
         tensors = {f"model/{name}": tensor for name, tensor in network.items()}
         tensors |= {f"momentum/{name}": tensor for name, tensor in self._momentum().items()}
         tensors[RANKS] = ranks
@@ -233,7 +234,7 @@ class Engine:
         for name, parameter in trained.items():
             self._put(parameter, tensors[f"momentum/{name}"].to(self.device))
         if state["processes"] == distributed.world_size():
-            statistics.put(self.module, tensors[RANKS][distributed.rank()].to(self.device))
+            batchnorm.put(self.module, tensors[RANKS][distributed.rank()].to(self.device))
         return state
 
     def _read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -247,7 +248,7 @@ class Engine:
         try:
             if found != expected:
                 raise RuntimeError("its momentum is of other parameters")
-            if tensors[RANKS].shape != (state["processes"], statistics.count(self.module)):
+            if tensors[RANKS].shape != (state["processes"], batchnorm.count(self.module)):
                 raise RuntimeError("its batch statistics are of other layers")
             self.module.load_state_dict(
                 {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}

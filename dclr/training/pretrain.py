@@ -9,17 +9,17 @@ import torch
 
 from dclr import distributed
 from dclr.config import PretrainConfig
+from dclr.data.augmentation import pretrain_recipe, view_grid
 from dclr.data.loader import Failures, PairBatch, PairSamples
-from dclr.drift import check_same
-from dclr.engine import Engine
-from dclr.finite import FiniteGuard
 from dclr.method import DCLR, Output
 from dclr.models import save_backbone
 from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
-from dclr.run import MeanLoss, learning_rate, start_run
-from dclr.statistics import average
-from dclr.stop import StopRequest
-from dclr.views import pretrain_recipe, view_grid
+from dclr.training.batchnorm import average
+from dclr.training.engine import Engine
+from dclr.training.nonfinite import FiniteGuard
+from dclr.training.replicas import check_same
+from dclr.training.setup import MeanLoss, learning_rate, start_run
+from dclr.training.signals import StopRequest
 from kernels import Views, generate_views
 
 GRID_CLIPS = 4  # clips in the picture of the three views

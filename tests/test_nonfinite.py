@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import CONFIGS, float32_config, free_port
+from helpers import CONFIGS, float32_config, free_port
 from torch import Tensor, nn
 
 from dclr import distributed
-from dclr import pretrain as loop
-from dclr.checkpoint import newest, read
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, make_config
-from dclr.engine import Engine, read_ds_config, start_processes, stop_processes
 from dclr.errors import UserError
-from dclr.finite import MOST_SKIPPED_IN_A_ROW, FiniteGuard
 from dclr.method import DCLR, PAIRS
-from dclr.pretrain import loss_terms, pretrain
+from dclr.training import pretrain as loop
+from dclr.training.checkpoint import newest, read
+from dclr.training.engine import Engine, read_ds_config, start_processes, stop_processes
+from dclr.training.nonfinite import MOST_SKIPPED_IN_A_ROW, FiniteGuard
+from dclr.training.pretrain import loss_terms, pretrain
 from kernels import Views
 
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2], ids=["ddp", "zero1", "zero2"])

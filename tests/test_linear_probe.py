@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dclr import probe as module
-from dclr.probe import fit_probe
+from dclr.evaluation import linear_probe as module
+from dclr.evaluation.linear_probe import fit_probe
 
 
 def clusters(videos: int, dim: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from dclr import distributed
 from dclr.errors import UserError
-from dclr.stop import Stopped
+from dclr.training.signals import Stopped
 
 BEAT = 3.0
 """Seconds between two signs of life."""

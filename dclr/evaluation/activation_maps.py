@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from dclr import pictures, views
 from dclr.config import DataConfig, ModelConfig
-from dclr.data import clips
+from dclr.data import augmentation, clips
+from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo, YuvFrames, rgb_of
 from dclr.data.loader import TEST_CLIPS, Failures
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
-from dclr.foreground import energy_share, foreground_mask
-from dclr.measure import load_features
+from dclr.evaluation import figures
+from dclr.evaluation.accuracy import load_features
+from dclr.evaluation.composites import energy_share, foreground_mask
+from dclr.evaluation.view_sheet import to_yuv420
 from dclr.models import Backbone, activation_map
-from dclr.run import open_data
-from dclr.view_sheet import to_yuv420
 from kernels import ViewParams, Yuv420, generate_views
 
 MAPS = ("A_v", "A_s", "A_d")
@@ -100,7 +100,7 @@ def measure_maps(
         print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
     rows = [sheet_row(moving[place], maps[place]) for place in spread(len(moving), SHEET_CLIPS)]
     title = f"{checkpoint.resolve().name}, {network.name} (width {network.width})"  # where it lies is nobody's business
-    pictures.map_sheet(rows, title, folder / "maps.png")
+    figures.map_sheet(rows, title, folder / "maps.png")
     return {
         "weights": loaded,
         "backbone": network.name,
@@ -119,7 +119,7 @@ def read_clip(videos: VideoSet, index: int, data: DataConfig) -> Clip:
     frames = int(videos.frames[index])
     windows = clips.uniform_clips(frames, TEST_CLIPS, data.clip_length, data.clip_stride)
     clip = videos.read(index, windows[TEST_CLIPS // 2])
-    top, left, height, width = views.centre_crop(*clip.y.shape[1:])["box"]
+    top, left, height, width = augmentation.centre_crop(*clip.y.shape[1:])["box"]
     crop = np.s_[:, top : top + height, left : left + width]
     path, label = videos.path(index), int(videos.labels[index])
     return Clip(
@@ -137,7 +137,7 @@ def maps_of(backbone: Backbone, clip: Clip, size: int, boundary: Any, device: to
     frames = to_yuv420([clip.frames]).to(device)
     middle = frames.y.shape[1] // 2
     still = Yuv420(frames.y[:, middle], frames.u[:, middle], frames.v[:, middle], frames.bt709, frames.full_range)
-    row = views.to_augmentation([views.centre_crop(*clip.frames.y.shape[1:])])
+    row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:])])
     made = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
     return activation_map(backbone(torch.cat(made)))[:, 0].cpu().numpy()
 

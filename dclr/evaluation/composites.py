@@ -22,8 +22,8 @@ from torch import Tensor
 from dclr.config import DataConfig
 from dclr.data import clips
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, converted
+from dclr.data.decoder_process import shared_array
 from dclr.data.loader import TEST_CLIPS, TestClips
-from dclr.data.supervise import shared_array
 from dclr.data.videos import VideoSet
 
 SMOOTHING = 1 / 30

@@ -14,7 +14,7 @@ from dclr.data.catalog import open_catalog
 from dclr.data.loader import TEST_CLIPS
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
-from dclr.evaluate import ClipOutputs, accuracy, chance_of_hit, normalized, retrieval, run_on_clips
+from dclr.evaluation.features import ClipOutputs, accuracy, chance_of_hit, normalized, retrieval, run_on_clips
 
 
 def outputs(values, labels) -> ClipOutputs:

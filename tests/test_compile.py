@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dclr import run
-from dclr.compiled import compile_backbone, compile_seconds, settle_compile
 from dclr.config import make_config
 from dclr.errors import UserError
 from dclr.models import build_backbone
-from dclr.pretrain import pretrain
+from dclr.training import setup
+from dclr.training.compile import compile_backbone, compile_seconds, settle_compile
+from dclr.training.pretrain import pretrain
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_pretraining_compiles_each_shape_once_without_a_break(
     def traced(backbone):
         backbone.compile(dynamic=False, fullgraph=True, backend="aot_eager")
 
-    monkeypatch.setattr(run, "compile_backbone", traced)
+    monkeypatch.setattr(setup, "compile_backbone", traced)
     settings = {**tiny_pretrain, "fill_steps": 2, "compile": "on", "pad_channels": 8}
     plain = pretrain(
         make_config("pretrain", {**settings, "compile": "off", "out": str(tmp_path / "plain")}), "demo", one_process
@@ -89,7 +89,7 @@ def test_compiled_code_is_not_shared_between_stages(tiny_pretrain, one_process, 
     """Stages lay weights out differently, which torch's cache of compiled code does not see; its key has the tag."""
     from torch._inductor.codecache import FxGraphHashDetails
 
-    monkeypatch.setattr(run, "compile_backbone", lambda backbone: None)
+    monkeypatch.setattr(setup, "compile_backbone", lambda backbone: None)
     settings = {**tiny_pretrain, "compile": "on", "epochs": 1, "out": str(tmp_path / "run")}
     settings["ds_config"] = str(Path(__file__).parents[1] / "ds_configs" / file)
     with torch.compiler.config.patch(cache_key_tag=""):

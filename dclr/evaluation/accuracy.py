@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dclr import evaluate, pictures
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
+from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
+from dclr.evaluation import features, figures
 from dclr.models import Backbone, build_backbone, load_backbone, load_classifier, pool
-from dclr.run import open_data
 
 SHEET_QUERIES, SHEET_NEAREST = 8, 5
 
@@ -25,10 +25,10 @@ def measure_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, f
     check_classes(checkpoint, classes, catalog)
     videos = open_videos(catalog, "test", max(1, data.workers), timeout=data.video_timeout)
     network = classifier.to(device).eval()
-    outputs = evaluate.run_on_clips(network, videos, data, device, "accuracy")
-    result = evaluate.accuracy(outputs)
+    outputs = features.run_on_clips(network, videos, data, device, "accuracy")
+    result = features.accuracy(outputs)
 
-    print(f"\n{checkpoint} on {catalog.root}, {result.videos} test videos, {evaluate.TEST_CLIPS} clips each")
+    print(f"\n{checkpoint} on {catalog.root}, {result.videos} test videos, {features.TEST_CLIPS} clips each")
     print(f"{'':14}{'top-1':>8}{'top-5':>8}")
     for name, top1, top5 in (
         ("by video", result.top1_video, result.top5_video),
@@ -37,7 +37,7 @@ def measure_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, f
     ):
         print(f"{name:14}{top1:8.1%}{top5:8.1%}")
     title = f"{checkpoint}: top-1 by video {result.top1_video:.1%} of {result.videos} (chance {result.chance_top1:.1%})"
-    pictures.confusion_matrix(result.confusion, classes, title, folder / "confusion.png")
+    figures.confusion_matrix(result.confusion, classes, title, folder / "confusion.png")
     return {
         "backbone": classifier.backbone.name,
         "width": classifier.backbone.width,
@@ -65,10 +65,10 @@ def measure_retrieval(
     gallery_videos, query_videos = open_labelled(catalog, data, "retrieval")
     backbone.to(device).eval()
     gallery, queries = (
-        evaluate.run_on_clips(lambda clip: pool(backbone(clip)), videos, data, device, title)
+        features.run_on_clips(lambda clip: pool(backbone(clip)), videos, data, device, title)
         for videos, title in ((gallery_videos, "gallery"), (query_videos, "queries"))
     )
-    result = evaluate.retrieval(gallery, queries)
+    result = features.retrieval(gallery, queries)
 
     print(
         f"\n{loaded}\non {catalog.root}: {len(queries.labels)} test videos looked up among {len(gallery.labels)} train videos"
@@ -132,9 +132,9 @@ def check_classes(checkpoint: Path, classes: tuple[str, ...], catalog: Catalog) 
 
 
 def draw_sheet(
-    result: evaluate.Retrieval,
-    gallery: evaluate.ClipOutputs,
-    queries: evaluate.ClipOutputs,
+    result: features.Retrieval,
+    gallery: features.ClipOutputs,
+    queries: features.ClipOutputs,
     gallery_videos: VideoSet,
     query_videos: VideoSet,
     title: str,
@@ -155,7 +155,7 @@ def draw_sheet(
             for g, similarity in zip(result.nearest[row][:SHEET_NEAREST], result.similarity[row], strict=False)
         ]
         rows.append(((middle_frame(query_videos, int(queries.indices[row])), f"query: {classes[label]}"), nearest))
-    pictures.retrieval_sheet(rows, title, path)
+    figures.retrieval_sheet(rows, title, path)
 
 
 def middle_frame(videos: VideoSet, index: int) -> np.ndarray:

@@ -6,9 +6,9 @@ from pathlib import Path
 from dclr.config import DataConfig
 from dclr.data import store
 from dclr.data.catalog import Catalog
+from dclr.data.datasets import make_demo, open_data
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.errors import UserError
-from dclr.run import make_demo, open_data
 
 
 def check(data: DataConfig) -> None:

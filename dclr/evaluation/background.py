@@ -15,19 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dclr import evaluate, pictures
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
+from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
 from dclr.data.loader import TestClips
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
-from dclr.foreground import ForegroundClips, background_of, clips_of, foreground_mask, frozen, put_on
-from dclr.measure import check_classes, load_features, open_labelled
+from dclr.evaluation import figures
+from dclr.evaluation.accuracy import check_classes, load_features, open_labelled
+from dclr.evaluation.composites import ForegroundClips, background_of, clips_of, foreground_mask, frozen, put_on
+from dclr.evaluation.features import ClipOutputs, retrieval, run_on_clips, run_on_samples
+from dclr.evaluation.linear_probe import Probe, fit_probe
 from dclr.models import Backbone, Classifier, load_classifier, pool
 from dclr.models.classifier import FILE_NAME
-from dclr.probe import Probe, fit_probe
-from dclr.run import open_data
 
 SHEET_VIDEOS = 8
 FOREGROUND = ("ordinary", "moving", "static", "contrasted")
@@ -59,7 +60,7 @@ def measure_bias(
         return pool(backbone(clip))
 
     train, test = (
-        evaluate.run_on_clips(features, videos, data, device, title)
+        run_on_clips(features, videos, data, device, title)
         for videos, title in ((train_videos, "train"), (test_videos, "test"))
     )
     groups = [groups_of(catalog, *each) for each in (("train", train_videos, train), ("test", test_videos, test))]
@@ -151,21 +152,21 @@ class Scores:
     fitted: Probe
 
 
-def measure_features(train: evaluate.ClipOutputs, test: evaluate.ClipOutputs, classes: int) -> Scores:
+def measure_features(train: ClipOutputs, test: ClipOutputs, classes: int) -> Scores:
     """From features (N, TEST_CLIPS, D) and labels below `classes`."""
     probe = fit_probe(train.values.mean(1), train.labels, classes)
-    found = evaluate.retrieval(train, test)
+    found = retrieval(train, test)
     right = probe.logits(test.values.mean(1)).argmax(1) == test.labels
     return Scores(right.double().mean().item(), found.recall[1], found.chance[1], probe)
 
 
 def measure_scenes(
-    train: evaluate.ClipOutputs, test: evaluate.ClipOutputs, train_groups: Sequence[str], test_groups: Sequence[str]
+    train: ClipOutputs, test: ClipOutputs, train_groups: Sequence[str], test_groups: Sequence[str]
 ) -> Scores:
     """The same with a video's group for its label; all test groups must be train groups."""
     names = sorted(set(train_groups))
 
-    def labelled(outputs: evaluate.ClipOutputs, groups: Sequence[str]) -> evaluate.ClipOutputs:
+    def labelled(outputs: ClipOutputs, groups: Sequence[str]) -> ClipOutputs:
         return replace(outputs, labels=torch.tensor([names.index(group) for group in groups]))
 
     return measure_features(labelled(train, train_groups), labelled(test, test_groups), len(names))
@@ -183,7 +184,7 @@ def print_scores(scores: dict[str, Scores]) -> None:
             )
 
 
-def groups_of(catalog: Catalog, split: str, videos: VideoSet, outputs: evaluate.ClipOutputs) -> list[str]:
+def groups_of(catalog: Catalog, split: str, videos: VideoSet, outputs: ClipOutputs) -> list[str]:
     """The catalog's group of each video that gave an output; "" where it names none."""
     groups = {video.path: video.group for video in catalog.videos(split)}
     return [groups[videos.path(index)] for index in outputs.indices.tolist()]
@@ -241,11 +242,11 @@ def measure_foreground(
     logits: Callable[[Tensor], Tensor],  # mean features (N, D) -> (N, classes)
     features: Callable[[Tensor], Tensor],  # clips (B, 3, T, h, w) -> (B, D)
     samples: ForegroundClips,
-    ordinary: evaluate.ClipOutputs,
+    ordinary: ClipOutputs,
     device: torch.device,
 ) -> Foreground:
     """`ordinary`: the features of the same videos as they are. Raises UserError: nothing moves in any of them."""
-    outputs = evaluate.run_on_samples(
+    outputs = run_on_samples(
         lambda clip: torch.stack([features(clip), features(frozen(clip))], 1), samples, device, "foreground"
     )  # values (N, TEST_CLIPS, 2, D)
     row_of = {index: row for row, index in enumerate(ordinary.indices.tolist())}
@@ -305,4 +306,4 @@ def draw_sheet(samples: ForegroundClips, indices: Sequence[int], title: str, pat
         put_on(clip, mask, background)
         names = tuple(videos.classes[videos.labels[i]] for i in (index, other))
         rows.append((names, source, mask, rgb_of(background)[0], rgb_of(clip)))
-    pictures.foreground_sheet(rows, title, path)
+    figures.foreground_sheet(rows, title, path)

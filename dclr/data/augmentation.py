@@ -1,6 +1,4 @@
-"""Draws the augmentation of a clip, and shows what came of it.
-
-    python -m dclr.views --video FILE     writes views.png: what the network sees of a training sample of this video
+"""Draws the augmentation of a clip.
 
 A draw is one record of a numpy dtype, `AUGMENTATION`: light enough for a worker to make thousands a second, and
 `to_augmentation` turns a batch of them into the tensors that `kernels.generate_views` takes.
@@ -8,16 +6,12 @@ Every function is pure: the same generator state gives the same draw.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from dclr.config import Parser
-from dclr.errors import UserError
 from kernels import Augmentation, Views
 from kernels.view_generation import MEAN, STD
 
@@ -187,31 +181,3 @@ def to_pixels(views: Views, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     images = (rgb * std + mean, static * std + mean, dynamic * std / 2 + 0.5)
     rgb, static, dynamic = ((i * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0) for i in images)
     return rgb.numpy(), static.numpy(), dynamic.numpy()
-
-
-def make_parser() -> Parser:
-    what = "A picture of what the network sees of a video: source, rgb, static and dynamic view of a query clip and its key clip."
-    parser = Parser(prog="python -m dclr.views", description=what, allow_abbrev=False)
-    parser.add_argument("--video", type=Path, required=True, help="a video file")
-    parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture to write (default: views.png)")
-    parser.add_argument("--seed", type=int, default=0, help="change it to see other windows and other draws")
-    return parser
-
-
-def main() -> None:
-    from dclr.view_sheet import (
-        draw_view_sheet,  # which reads videos; what reads videos for training imports this module
-    )
-
-    try:
-        arguments = make_parser().parse_args()
-        if arguments.seed < 0:
-            raise UserError(f"--seed is {arguments.seed}, but must be at least 0")
-        print(draw_view_sheet(arguments.video, arguments.out, arguments.seed))
-    except UserError as error:
-        print(f"dclr.views: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from dclr import distributed
 from dclr.config import SupervisedConfig
 from dclr.data.loader import ClipSamples, Failures
-from dclr.drift import check_same
-from dclr.engine import Engine
-from dclr.finite import FiniteGuard
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
 from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
-from dclr.run import MeanLoss, learning_rate, start_run
-from dclr.statistics import average
-from dclr.stop import StopRequest
+from dclr.training.batchnorm import average
+from dclr.training.engine import Engine
+from dclr.training.nonfinite import FiniteGuard
+from dclr.training.replicas import check_same
+from dclr.training.setup import MeanLoss, learning_rate, start_run
+from dclr.training.signals import StopRequest
 from kernels import augment
 
 

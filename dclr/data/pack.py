@@ -25,8 +25,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dclr.config import DataConfig
-from dclr.data import store, supervise
+from dclr.data import decoder_process, store
 from dclr.data.catalog import catalog_arrays, official_splits, open_catalog
+from dclr.data.datasets import DEMO_VIDEOS, make_demo
 from dclr.data.decode import (
     UnreadableVideo,
     VideoRecord,
@@ -38,10 +39,9 @@ from dclr.data.decode import (
 )
 from dclr.data.manifest import load_manifest
 from dclr.data.store import Arrays, shard_name
-from dclr.data.texts import packed, unpacked
+from dclr.data.string_array import packed, unpacked
 from dclr.errors import UserError
 from dclr.files import sync_folder
-from dclr.run import DEMO_VIDEOS, make_demo
 
 SHARD_BYTES = 2**30
 """Of planes, also where a compact store is written: what a worker loses when it is killed is then under a minute of work either way."""
@@ -423,14 +423,14 @@ def write_small_videos(job: Job, rows: np.ndarray, aside: Path, count: Any) -> I
 def small_frames(job: Job, row: int, count: Any) -> Iterator[YuvFrames]:
     path = job.paths[row]
     height, width = int(job.plan["heights"][row]), int(job.plan["widths"][row])
-    supervise.begin(row)
+    decoder_process.begin(row)
     try:
         for frame in resized_planes(job.root / path, job.records[path], height, width):
             yield frame
             with count.get_lock():
                 count.value += 1
     finally:
-        supervise.begin(None)
+        decoder_process.begin(None)
 
 
 def check_small_video(file: Path, promised: VideoRecord) -> None:
@@ -506,7 +506,7 @@ def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> Non
     `timeout` seconds. Videos were verified in the same way before, so both are the exception, and end the work."""
     context = multiprocessing.get_context("fork")  # as in dclr.data.manifest
     next_place, count, messages = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
-    progresses = [supervise.Progress() for _ in range(min(workers, len(todo)))]
+    progresses = [decoder_process.Progress() for _ in range(min(workers, len(todo)))]
     processes = [
         context.Process(target=_work, args=(job, todo, next_place, count, messages, progress), daemon=True)
         for progress in progresses
@@ -541,19 +541,21 @@ def _check(job: Job, processes: Sequence[BaseProcess], messages: Any) -> None:
         )
 
 
-def _check_progress(job: Job, progresses: Sequence[supervise.Progress], timeout: float) -> None:
+def _check_progress(job: Job, progresses: Sequence[decoder_process.Progress], timeout: float) -> None:
     """Raises UserError where a worker that is reading a video does not get on."""
     for progress in progresses:
         idle, row = progress.idle(), progress.item
         if row is not None and idle > timeout:
-            reason = supervise.describe(supervise.STALLED, timeout)
+            reason = decoder_process.describe(decoder_process.STALLED, timeout)
             raise UserError(
                 f"{job.root / job.paths[row]}: {reason}, though it did before; what is finished in {job.folder} stays: "
                 "run the same command again, perhaps with a higher --video-timeout"
             )
 
 
-def _work(job: Job, todo: list[int], next_place: Any, count: Any, messages: Any, progress: supervise.Progress) -> None:
+def _work(
+    job: Job, todo: list[int], next_place: Any, count: Any, messages: Any, progress: decoder_process.Progress
+) -> None:
     """A worker: takes the next shard until there is none."""
     progress.report_here()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from dclr import distributed, statistics
+from dclr import distributed
 from dclr.errors import UserError
+from dclr.training import batchnorm
 
 
 def checksums(module: nn.Module) -> dict[str, Tensor]:
     """Of parameters and buffers by name, () int64: the sum of a tensor's bits taken as whole numbers. BatchNorm's statistics are each
     rank's own, and left out."""
-    own = statistics.running_statistics(module)
+    own = batchnorm.running_statistics(module)
     shared = {name: tensor.detach() for name, tensor in module.state_dict().items() if name not in own}
     return {name: _as_integers(tensor).sum(dtype=torch.int64) for name, tensor in shared.items()}
 

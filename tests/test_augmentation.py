@@ -1,4 +1,4 @@
-"""dclr/views.py: what is drawn, against torchvision's and kornia's own generators, and what is shown."""
+"""dclr/data/augmentation.py: what is drawn, against torchvision's and kornia's own generators, and what is shown."""
 
 from dataclasses import replace
 
@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 import torch
 from kornia.augmentation.random_generator import ColorJitterGenerator
-from matplotlib import pyplot as plt
 from torchvision.transforms import RandomResizedCrop
 
-from dclr import views
-from dclr.data import clips, decode
-from dclr.view_sheet import draw_view_sheet
-from dclr.views import (
+from dclr.data import augmentation
+from dclr.data.augmentation import (
     AUGMENTATION,
     FINETUNE,
     PRETRAIN,
@@ -22,7 +19,7 @@ from dclr.views import (
     to_augmentation,
     view_grid,
 )
-from kernels import Augmentation, ViewParams, Views, augment, generate_views
+from kernels import Augmentation, Views, augment
 from kernels.view_generation import MEAN, STD
 
 N = 4000  # draws of a statistical test
@@ -244,77 +241,10 @@ def test_view_grid_of_few_frames_clips_and_bfloat16() -> None:
     assert (picture[8:] == 128).all()  # no change is grey
 
 
-def run_module(capfd, monkeypatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["views", *arguments])
-    status = 0
-    try:
-        views.main()
-    except SystemExit as error:
-        status = error.code
-    return status, *capfd.readouterr()
-
-
-def test_a_picture_of_a_video(demo_videos, tmp_path, capfd, monkeypatch):
-    video = next(iter(sorted(demo_videos.rglob("*.mp4"))))
-    out = tmp_path / "views.png"
-    status, printed, _ = run_module(capfd, monkeypatch, "--video", str(video), "--out", str(out), "--seed", "3")
-    assert (status, printed) == (0, f"views by reference (plain torch and kornia; the device is cpu)\nwrote {out}\n")
-    picture = plt.imread(out)
-    assert picture.shape[0] > 1000
-    assert picture.shape[1] > 1000
-    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 1000  # colours: frames are in it
-
-
-def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path, monkeypatch):
-    """The sheet gets the views that training would make of the same draws from RGB, but for the conversion of colours."""
-    seen = []
-    monkeypatch.setattr("dclr.view_sheet.view_sheet", lambda *arguments: seen.append(arguments))
-    video = next(iter(sorted(demo_videos.rglob("*.mp4"))))
-    draw_view_sheet(video, tmp_path / "views.png", seed=5)
-    ((samples, shown, title, _),) = seen
-    assert video.name in title
-    assert shown == [0, 2, 4, 6, 9, 11, 13, 15]
-    record = decode.verify_video(video)
-    rng = clips.sample_rng(5, 0, 0)
-    pair = clips.draw_pair(rng, record.frames, 16, 2)
-    rows = [views.draw_augmentation(rng, record.height, record.width, views.PRETRAIN) for _ in range(4)]
-    for (name, source, still, row, still_row, pictures), numbers, still_number, expected in zip(
-        samples, (pair.query, pair.key), (pair.query_still, pair.key_still), (rows[:2], rows[2:]), strict=True
-    ):
-        assert str(numbers[0]) in name
-        assert np.array_equal(source, decode.read_frames(video, record, numbers))
-        assert np.array_equal(still, decode.read_frames(video, record, [still_number])[0])
-        assert (row == expected[0]).all()
-        assert (still_row == expected[1]).all()
-        params = ViewParams(views.to_augmentation([row]), views.to_augmentation([still_row]), (112, 112))
-        made = generate_views(torch.from_numpy(source)[None], torch.from_numpy(still)[None], params)
-        for picture, by_rgb in zip(pictures, views.to_pixels(made, 0), strict=True):
-            assert np.abs(picture.astype(int) - by_rgb).mean() < 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the following arguments are required: --video"),
-        (["--video", "none.mp4"], "--video none.mp4: no such file"),
-        (["--video", "README.md"], "--video README.md: cannot be opened"),
-        (["--video", "VIDEO", "--out", "nowhere/a.png"], "--out nowhere/a.png: cannot write it"),
-        (["--video", "VIDEO", "--out", "a.xyz"], "--out a.xyz: cannot write it"),
-        (["--video", "VIDEO", "--seed", "-1"], "--seed is -1, but must be at least 0"),
-    ],
-)
-def test_what_cannot_be_drawn_is_one_line(demo_videos, capfd, monkeypatch, arguments, message):
-    video = str(next(iter(sorted(demo_videos.rglob("*.mp4")))))
-    status, _, error = run_module(capfd, monkeypatch, *(video if a == "VIDEO" else a for a in arguments))
-    assert status == 2
-    assert error.startswith(f"dclr.views: error: {message}")
-    assert error.count("\n") == 1
-
-
 def test_jitter_of_another_strength():
-    assert views.pretrain_recipe(1.0) == PRETRAIN
-    none = draws(views.pretrain_recipe(0.0), n=200)
+    assert augmentation.pretrain_recipe(1.0) == PRETRAIN
+    none = draws(augmentation.pretrain_recipe(0.0), n=200)
     assert (none["factors"] == np.array([1, 1, 1, 0], np.float32)).all()
     assert none["grayscale"].any()  # only the colour jitter is scaled
-    half = draws(views.pretrain_recipe(0.5))["factors"]
+    half = draws(augmentation.pretrain_recipe(0.5))["factors"]
     assert np.abs(half - [1, 1, 1, 0]).max(0) == pytest.approx([0.2, 0.2, 0.2, 0.05], rel=0.01)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dclr import supervised as loop
-from dclr.checkpoint import newest, read
 from dclr.config import make_config
 from dclr.data.decode import write_video
 from dclr.errors import UserError
 from dclr.models import build_backbone, load_classifier, save_backbone
-from dclr.supervised import supervise
+from dclr.training import finetune as loop
+from dclr.training.checkpoint import newest, read
+from dclr.training.finetune import supervise
 
 CLASSES = ("up", "down", "across", "spin", "grow", "shrink", "circle", "shake")
 TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")

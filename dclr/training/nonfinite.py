@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dclr import distributed
-from dclr.engine import Engine
 from dclr.errors import UserError
+from dclr.training.engine import Engine
 
 # One bad video or batch spoils a step now and then. A network that spoils its own numbers does so at every step, and would for days.
 MOST_SKIPPED_IN_A_ROW = 20

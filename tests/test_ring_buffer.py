@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dclr.data import ring
-from dclr.data.ring import FrameRing, available_memory
+from dclr.data import ring_buffer
+from dclr.data.ring_buffer import FrameRing, available_memory
 from dclr.errors import UserError
 
 
@@ -51,7 +51,7 @@ def test_what_a_forked_process_writes_is_there():
 
 
 def test_too_large_a_ring_is_refused_with_the_size_of_its_frames(monkeypatch):
-    monkeypatch.setattr(ring, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(ring_buffer, "available_memory", lambda: 2**30)
     frame = 640 * 480 * 3 // 2
     fits = (2**29 - 3 * 512 * 5) // (5 * frame)
     FrameRing(slots=5, samples=1, frames=fits, height=480, width=640)

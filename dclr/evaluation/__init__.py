@@ -1,0 +1,1 @@
+"""Evaluation: what eval.py computes from a checkpoint."""

@@ -1,0 +1,1 @@
+"""Training: one loop, and what pretraining and finetuning put into it."""
