@@ -1,6 +1,6 @@
-"""The README's performance tables, from what is committed under results/.
+"""The tables of docs/performance.md, made from the results committed under results/.
 
-    python benchmarks/tables.py      writes them into README.md; run it after committing new results
+    python -m benchmarks.tables      writes them into docs/performance.md; run it after committing new results
 
 A folder of results/ is a device. Without a GPU only ratios are told: they were measured in one run each, taking turns, and hold on other
 machines far better than times do.
@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import timing
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/tables.py -->\n", "<!-- end -->\n"  # the tables stand between them
 
 Result = dict[str, Any]
@@ -123,7 +123,7 @@ def tables(results: Path = timing.RESULTS) -> str:
             if lines := list(make(result, gpu)):
                 environment = result["environment"]
                 where = f"{environment['device']}, {environment['date'][:10]}, commit {environment['commit']}"
-                picture = f"[picture](benchmarks/results/{folder.name}/{name}.png)"
+                picture = f"[picture](../benchmarks/results/{folder.name}/{name}.png)"
                 parts.append(f"**{title}** ({where}; {picture})\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -134,7 +134,7 @@ def with_tables(page: str, made: str) -> str:
 
 
 def main() -> None:
-    README.write_text(with_tables(README.read_text(), tables()))
+    PAGE.write_text(with_tables(PAGE.read_text(), tables()))
 
 
 if __name__ == "__main__":
