@@ -26,7 +26,7 @@ from dclr.config import RunConfig
 from dclr.errors import UserError
 from dclr.method import DCLR, ByLetter
 from dclr.models import Backbone
-from dclr.models.backbone import Factored, FactoredStem, _in_space, _in_time, _normalise, _padded
+from dclr.models.backbone import Factored, FactoredStem, _in_space, _in_time, _padded
 from dclr.training.compile import settle_compile
 from kernels import Views
 
@@ -51,7 +51,7 @@ def _in_3d(x: Tensor, convs: nn.Sequential, multiple: int) -> Tensor:
     space, between, _, time = cast(_Convs, list(convs)[:4])
     to_more, from_more, extra = _padded(space, time, multiple)
     x = F.conv3d(x, to_more, None, space.stride, space.padding)
-    x = F.relu(_normalise(x, between, extra) if extra else between(x), inplace=True)
+    x = F.relu(between(x, extra), inplace=True)
     return F.conv3d(x, from_more, None, time.stride, time.padding)
 
 
@@ -82,7 +82,7 @@ class FactoredStem12(FactoredStem):
         )  # (C, 12, 4, 4), channels as pixel_unshuffle orders them
         frames = F.conv2d(frames, weight)
         x = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-        x = F.relu(_normalise(x, between, extra) if extra else between(x), inplace=True)
+        x = F.relu(between(x, extra), inplace=True)
         *_, norm, relu = self
         return relu(norm(_in_time(x, from_more, time)))
 
