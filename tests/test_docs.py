@@ -72,3 +72,25 @@ def test_every_flag_and_every_file_the_readme_names_exists():
     assert not set(re.findall(r"--[a-z][a-z_-]+", ours)) - known
     for path in re.findall(r"\((docs/[a-zA-Z.]+)\)|`(ds_configs/\w+\.json)`", readme):
         assert (ROOT / "".join(path)).is_file(), path
+
+
+def test_the_logs_index_lists_every_entry_once_and_links_to_its_heading():
+    page = (ROOT / "docs" / "LOG.md").read_text()
+    headings = re.findall(r"^## (.+)$", page, re.M)
+    rows = re.findall(r"^\| \[(\d{4}-\d\d-\d\d)\]\(#(\S+)\) \| (.+) \| (.+) \|$", page, re.M)
+    listed = [f"{date} · {title}: {verdict}" for date, _, title, verdict in rows]
+    assert listed == [heading for heading in headings if re.match(r"\d{4}-\d\d-\d\d ", heading)]
+    assert listed == sorted(listed, key=lambda heading: heading[:10], reverse=True)
+    # GitHub's anchor of a heading: lower case, without punctuation, a hyphen for each space.
+    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert [anchor for _, anchor, _, _ in rows] == [anchor for anchor in anchors if anchor[:4].isdigit()]
+    assert len(set(anchors)) == len(anchors)
+    assert not set(re.findall(r"\]\(#(\S+?)\)", page)) - set(anchors)
+
+
+def test_what_we_know_opens_the_log_and_is_a_page_of_at_most_60_lines():
+    lines = (ROOT / "docs" / "LOG.md").read_text().splitlines()
+    first, second = [number for number, line in enumerate(lines) if line.startswith("## ")][:2]
+    assert lines[first] == "## What we know"
+    assert second - first <= 60
+    assert max(map(len, lines[first:second])) <= 120
