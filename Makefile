@@ -16,7 +16,7 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test lint evidence chaos soak gpu gpu-test gpu-step gpu-kernels gpu-runs gpu-ideas
+.PHONY: setup demo demo-quick test lint evidence chaos soak gpu gpu-test gpu-step gpu-kernels gpu-runs
 
 setup: $(VENV)/.ready
 
@@ -57,36 +57,33 @@ chaos: setup
 	CUDA_VISIBLE_DEVICES= $(BIN)/python tests/chaos.py --kills 100
 
 soak: setup
-	CUDA_VISIBLE_DEVICES= $(BIN)/python benchmarks/soak.py --data $(DATA)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.soak --data $(DATA)
 
 # Everything runs even if something fails, so that one visit to a GPU brings all of it home; the exit status is that of all. The parts are meant to
 # take less than ten minutes each. DATA names a data set's folder, for what reads videos.
 gpu:
 	status=0; \
-	for part in gpu-test gpu-step gpu-kernels gpu-runs gpu-ideas; do $(MAKE) $$part || status=1; done; \
+	for part in gpu-test gpu-step gpu-kernels gpu-runs; do $(MAKE) $$part || status=1; done; \
 	exit $$status
 
 gpu-test:
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu
 
 gpu-step:
-	$(PYTHON) benchmarks/step.py --minutes 6
-
-gpu-ideas:
-	$(PYTHON) benchmarks/step.py --ideas --minutes 6
+	$(PYTHON) -m benchmarks.step --minutes 6
 
 gpu-kernels:
 	status=0; \
-	$(PYTHON) benchmarks/resources.py || status=1; \
-	$(PYTHON) benchmarks/info_nce.py --minutes 4 || status=1; \
-	$(PYTHON) benchmarks/views.py --minutes 3 || status=1; \
+	$(PYTHON) -m benchmarks.resources || status=1; \
+	$(PYTHON) -m benchmarks.info_nce --minutes 4 || status=1; \
+	$(PYTHON) -m benchmarks.views --minutes 3 || status=1; \
 	exit $$status
 
 gpu-runs:
 	status=0; \
-	$(PYTHON) benchmarks/sharding.py || status=1; \
+	$(PYTHON) -m benchmarks.sharding || status=1; \
 	if [ -n "$(DATA)" ]; then \
-		$(PYTHON) benchmarks/loader.py --data $(DATA) --minutes 3 || status=1; \
-		$(PYTHON) benchmarks/train.py --data $(DATA) || status=1; \
+		$(PYTHON) -m benchmarks.loader --data $(DATA) --minutes 3 || status=1; \
+		$(PYTHON) -m benchmarks.train --data $(DATA) || status=1; \
 	else echo "loaders and whole runs are not measured: give a data set, make gpu DATA=DIR"; fi; \
 	exit $$status

@@ -1,9 +1,9 @@
 """How fast is the contrastive loss over a queue, with the search for its positives? Four implementations of one formula in one run.
 
-    python benchmarks/info_nce.py                        bfloat16 on the whole grid, tf32 on the goals' sizes
-    python benchmarks/info_nce.py --quick                both on the goals' sizes only, fewer repetitions
-    python benchmarks/info_nce.py --precision tf32       one precision, on the whole grid; also: bf16, ieee, or several
-    python benchmarks/info_nce.py --minutes 8            no new cell is begun after 8 minutes; the goals' sizes come first
+    python -m benchmarks.info_nce                        bfloat16 on the whole grid, tf32 on the goals' sizes
+    python -m benchmarks.info_nce --quick                both on the goals' sizes only, fewer repetitions
+    python -m benchmarks.info_nce --precision tf32       one precision, on the whole grid; also: bf16, ieee, or several
+    python -m benchmarks.info_nce --minutes 8            no new cell is begun after 8 minutes; the goals' sizes come first
 
 Time to expect on one H100 or H200: 4 to 6 minutes for the first, of which most is torch.compile, which compiles anew for every cell (a
 precision, with mining or not, forward only or with backward, B, K); 2 for --quick. This is an estimate: no GPU has run it yet.
@@ -38,11 +38,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
-from benchmarks.timing import Ceilings, Precision
+from benchmarks import harness
+from benchmarks.harness import Ceilings, Precision
 from dclr.report import environment
 from kernels import describe, info_nce, mine_positives_by_each
 from kernels.backend import runs_triton
@@ -311,20 +308,20 @@ def measure(
     inputs = make_inputs(cell, device)
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
-    with timing.float32_products(cell.precision):
+    with harness.float32_products(cell.precision):
         for name in names:
             try:
                 step = PROVIDERS[name]()
                 calls[name] = partial(run, step, inputs, cell.backward)
                 found[name] = accuracy(inputs, *calls[name]())
-                found[name]["peak_extra_bytes"] = timing.peak_extra_memory(calls[name], device)
+                found[name]["peak_extra_bytes"] = harness.peak_extra_memory(calls[name], device)
             except Exception as error:  # whatever it is: the other providers and cells are worth having
-                found[name] = {"skipped": timing.reason(error)}
+                found[name] = {"skipped": harness.reason(error)}
                 calls.pop(name, None)
         try:
-            times = timing.interleaved(calls, device, repetitions) if calls else {}
+            times = harness.interleaved(calls, device, repetitions) if calls else {}
         except torch.OutOfMemoryError as error:  # each fits alone, but not all graphs beside each other
-            found |= {name: {"skipped": timing.reason(error)} for name in calls}
+            found |= {name: {"skipped": harness.reason(error)} for name in calls}
             times = {}
     floor = None if ceilings is None else floor_ms(cell, ceilings)
     for name, of_name in times.items():
@@ -388,16 +385,16 @@ def time_line(row: dict[str, Any], names: Sequence[str]) -> str:
         mark = " (no graph)" if of_name["captured"] is False else ""
         columns.append(f"{of_name['median_ms']:.3g} ({of_name['low_ms']:.3g} to {of_name['high_ms']:.3g}){mark}")
     share = row["providers"].get("ours", {}).get("share_of_floor")
-    return timing.table_line([*columns, *([] if share is None else [f"{share:.0%}"])])
+    return harness.table_line([*columns, *([] if share is None else [f"{share:.0%}"])])
 
 
 def time_header(names: Sequence[str], with_floor: bool) -> str:
     columns = ["precision", "what", "B", "K", *(f"{name}, ms" for name in names)]
-    return timing.table_header([*columns, *(["ours: share of the floor"] if with_floor else [])])
+    return harness.table_header([*columns, *(["ours: share of the floor"] if with_floor else [])])
 
 
 def accuracy_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    lines = [timing.table_header(["precision", "what", "B", "K", *names])]
+    lines = [harness.table_header(["precision", "what", "B", "K", *names])]
     for row in rows:
         cell = _cell(row)
         columns = [cell.precision, cell.kind, str(cell.B), str(cell.K)]
@@ -414,16 +411,16 @@ def accuracy_table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
             if of_name["peak_extra_bytes"] is not None:
                 parts.append(f"{of_name['peak_extra_bytes'] / 2**20:.1f} MiB")
             columns.append(", ".join(parts))
-        lines.append(timing.table_line(columns))
+        lines.append(harness.table_line(columns))
     return "\n".join(lines)
 
 
 def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
-    lines = [timing.table_header(["goal", "precision", "a training step", "worst", "where", ""])]
+    lines = [harness.table_header(["goal", "precision", "a training step", "worst", "where", ""])]
     for verdict in verdicts:
         ratios = ["" if verdict[name] is None else f"{verdict[name]:.2f}" for name in ("training_step", "worst")]
         columns = [verdict["goal"], verdict["precision"], *ratios, verdict["worst_at"] or "", verdict["verdict"]]
-        lines.append(timing.table_line(columns))
+        lines.append(harness.table_line(columns))
     return "\n".join(lines)
 
 
@@ -509,7 +506,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no new cell is begun after that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of the devices' folders")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the devices' folders")
     return parser
 
 
@@ -524,7 +521,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     genuine = device.type == "cuda" and runs_triton(device)
     implementation = f"ours is: {describe(device)}"
     print(f"{surroundings['device']}, torch {surroundings['versions']['torch']}; {implementation}")
-    ceilings = timing.ceilings(device)
+    ceilings = harness.ceilings(device)
     if ceilings is None:
         print("The ceilings of this device are not measured: no share of the floor, no peak memory.")
     else:
@@ -541,7 +538,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             rows.append(measure(cell, names, device, repetitions, ceilings))
         except RuntimeError as error:  # after some errors a GPU does nothing more in this process
-            stopped, failed = f"{cell}: {timing.reason(error)}", True
+            stopped, failed = f"{cell}: {harness.reason(error)}", True
             break
         print(time_line(rows[-1], names), flush=True)
     if not rows:
@@ -559,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = {
         "question": "how fast is the contrastive loss over a queue, with the search for its positives?",
-        "command": timing.command("info_nce", argv),
+        "command": harness.command("info_nce", argv),
         "environment": surroundings,
         "implementation": implementation,
         "seconds": round(time.monotonic() - begin, 1),
@@ -571,13 +568,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     name = "_".join(["info_nce", *(arguments.precision or []), *(["quick"] if arguments.quick else [])])
-    folder = timing.results_folder(device, arguments.results)
+    folder = harness.results_folder(device, arguments.results)
     caption = (
         f"{surroundings['device']}, {surroundings['date'][:10]}, torch {surroundings['versions']['torch']}, "
         f"commit {surroundings['commit']}; {implementation}\nmedian of {repetitions}, band: 20 to 80 %"
     )
     figure = plot(rows, names, "Contrastive loss over a queue, with mining", caption)
-    timing.write(folder, name, content, figure)
+    harness.write(folder, name, content, figure)
     print(f"Wrote {folder / name}.json and .png")
     if any("skipped" in row["providers"].get("ours", {}) for row in rows):
         raise SystemExit("ours failed somewhere: see above")

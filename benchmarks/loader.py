@@ -1,8 +1,8 @@
 """How many training samples a second does one core read? Ours, what the authors released, and torchcodec, in one run.
 
-    python benchmarks/loader.py --data UCF-101 KINETICS     every data set with 1 and 2 workers
-    python benchmarks/loader.py --data UCF-101 --quick      with 1 worker, one short round
-    python benchmarks/loader.py --data UCF-101 --minutes 5  no new cell (a data set, a number of workers) is begun after 5 minutes
+    python -m benchmarks.loader --data UCF-101 KINETICS     every data set with 1 and 2 workers
+    python -m benchmarks.loader --data UCF-101 --quick      with 1 worker, one short round
+    python -m benchmarks.loader --data UCF-101 --minutes 5  no new cell (a data set, a number of workers) is begun after 5 minutes
 
 Time to expect: 2 minutes a cell. It needs no GPU. --data takes what train.py takes; the videos of the train split are read.
 
@@ -54,10 +54,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
+from benchmarks import harness
 from dclr.config import DataConfig
 from dclr.data import clips
 from dclr.data.augmentation import PRETRAIN
@@ -195,7 +192,7 @@ def torchcodec(source: Source) -> Reader:
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:  # the last: FFmpeg's libraries are not found
-        raise NotAvailable(f"cannot be imported ({timing.reason(error)})") from error
+        raise NotAvailable(f"cannot be imported ({harness.reason(error)})") from error
     if len({(record.height, record.width) for record in source.records}) > 1:
         raise NotAvailable("default_collate cannot stack frames of different sizes")
 
@@ -448,15 +445,15 @@ def cell_table(row: dict[str, Any]) -> str:
     lines = [
         f"{row['data']} ({row['videos']} videos), {number_of_workers(row['workers'])}",
         "",
-        timing.table_header(columns),
+        harness.table_header(columns),
     ]
     for name, own in row["providers"].items():
         if "skipped" in own:
-            lines.append(timing.table_line([name, f"skipped: {own['skipped']}", "", "", "", ""]))
+            lines.append(harness.table_line([name, f"skipped: {own['skipped']}", "", "", "", ""]))
             continue
         core, times = own["core_samples_per_second"], own["times_released"]
         lines.append(
-            timing.table_line(
+            harness.table_line(
                 [
                     name,
                     f"{rate(core['median'])} ({rate(core['low'])} to {rate(core['high'])})",
@@ -479,10 +476,10 @@ def number_of_workers(count: int) -> str:
 
 
 def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
-    lines = [timing.table_header(["goal", "worst", "where", ""])]
+    lines = [harness.table_header(["goal", "worst", "where", ""])]
     for verdict in verdicts:
         worst = "" if verdict["worst"] is None else f"{verdict['worst']:.2f}"
-        lines.append(timing.table_line([verdict["goal"], worst, verdict["worst_at"] or "", verdict["verdict"]]))
+        lines.append(harness.table_line([verdict["goal"], worst, verdict["worst_at"] or "", verdict["verdict"]]))
     return "\n".join(lines)
 
 
@@ -542,7 +539,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="of a round")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no new cell is begun after that")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of the devices' folders")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the devices' folders")
     return parser
 
 
@@ -584,11 +581,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nGoals, by a core's samples\n\n{goal_table(verdicts)}\n")
     if not_reached:
         print(f"stopped, {arguments.minutes:g} minutes were over; not measured: {'; '.join(not_reached)}")
-    folder = timing.results_folder(device, arguments.results)
+    folder = harness.results_folder(device, arguments.results)
     name = "loader_quick" if arguments.quick else "loader"
     content = {
         "question": "how many training samples a second does one core read?",
-        "command": timing.command("loader", argv),
+        "command": harness.command("loader", argv),
         "environment": surroundings,
         "seconds": round(time.monotonic() - begin, 1),
         "sample": f"2 windows of {CONFIG.clip_length} frames at stride {CONFIG.clip_stride}, 2 stills",
@@ -600,7 +597,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{surroundings['processor']}, {surroundings['date'][:10]}, av {surroundings['versions']['av']}, "
         f"commit {surroundings['commit']}; median of {rounds} rounds, line: 20 to 80 %"
     )
-    timing.write(folder, name, content, plot(rows, arguments.providers, caption))
+    harness.write(folder, name, content, plot(rows, arguments.providers, caption))
     print(f"Wrote {folder / name}.json and .png")
 
 

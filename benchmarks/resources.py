@@ -1,7 +1,7 @@
 """What each Triton kernel takes of a GPU: registers, shared memory, spills. Compiled ahead of time, so that it needs no GPU.
 
-    python benchmarks/resources.py            prints a table, writes results/resources.json: about a minute on one core
-    python benchmarks/resources.py --check    only prints, and exits with status 1 if a kernel spills or takes too much shared memory
+    python -m benchmarks.resources            prints a table, writes results/resources.json: about a minute on one core
+    python -m benchmarks.resources --check    only prints, and exits with status 1 if a kernel spills or takes too much shared memory
 
 Kernels are compiled for sm_80 (A100) and sm_90 (H100, H200) in every configuration that their launchers choose, and the numbers are read
 from the binary by cuobjdump, which comes with Triton.
@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RESULT = Path(__file__).parent / "results" / "resources.json"
 
@@ -133,7 +131,7 @@ def main() -> None:
 
         content = {
             "question": "what does each kernel take of a GPU, compiled ahead of time?",
-            "command": "python benchmarks/resources.py",
+            "command": "python -m benchmarks.resources",
             "environment": environment(torch.device("cpu")),
             "kernels": [asdict(usage) for usage in found],
         }

@@ -1,8 +1,8 @@
 """What does DeepSpeed cost or save? Its stages 0, 1 and 2 beside torch's DistributedDataParallel, on the same steps in the same run.
 
-    python benchmarks/sharding.py                   a process for each GPU; without one, two processes and a small network
-    python benchmarks/sharding.py --processes 4     other than that; at most one for each GPU
-    python benchmarks/sharding.py --rounds 5        more launches of each
+    python -m benchmarks.sharding                   a process for each GPU; without one, two processes and a small network
+    python -m benchmarks.sharding --processes 4     other than that; at most one for each GPU
+    python -m benchmarks.sharding --rounds 5        more launches of each
 
 Time to expect: 5 to 8 minutes on two cores; on GPUs about 8 (an estimate: none has run it yet). Most of a launch is its start.
 
@@ -44,10 +44,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
+from benchmarks import harness
 from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.method import DCLR, Output
@@ -56,7 +53,8 @@ from dclr.training import engine
 from dclr.training.engine import Engine, read_ds_config, settle_precision
 from kernels import Views
 
-CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "ds_configs"
 DS_CONFIGS = {"DDP": "ddp.json", "stage 0": "ddp.json", "ZeRO-1": "zero1.json", "ZeRO-2": "zero2.json"}
 """Providers, and where precision and sharding stand; DDP reads the precision only."""
 
@@ -105,8 +103,8 @@ def train(provider: str, task: Task, device: torch.device) -> dict[str, Any]:
     def call() -> None:
         losses.append(step(query, key, len(losses)))
 
-    timing.consecutive(call, device, WARMUP)
-    milliseconds = timing.consecutive(call, device, task.steps)
+    harness.consecutive(call, device, WARMUP)
+    milliseconds = harness.consecutive(call, device, task.steps)
     return {
         "precision": precision,
         "ms": milliseconds,
@@ -189,9 +187,9 @@ def launch(provider: str, task: Task, processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turn.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += [str(Path(__file__).resolve()), "--worker", provider, json.dumps(asdict(task)), str(out)]
+        command += ["--module", "benchmarks.sharding", "--worker", provider, json.dumps(asdict(task)), str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode != 0 or not out.is_file():
             raise SystemExit(f"a launch of {provider} failed: {_last_words(done.stderr)}")
         return json.loads(out.read_text())
@@ -258,7 +256,7 @@ def _clearly_faster(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = [timing.table_header(["provider", "ms a step", "samples/s", "peak memory", "time by DDP's", "by round"])]
+    lines = [harness.table_header(["provider", "ms a step", "samples/s", "peak memory", "time by DDP's", "by round"])]
     for name, row in rows.items():
         ratios = row["ratio_by_round"]
         columns = [
@@ -268,7 +266,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"{row['ratio_to_ddp']:.3f}",
             ", ".join(f"{ratio:.3f}" for ratio in ratios),
         ]
-        lines.append(timing.table_line([name, *columns]))
+        lines.append(harness.table_line([name, *columns]))
     return "\n".join(lines)
 
 
@@ -300,7 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, help="default: one for each GPU; without a GPU two")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--batch-size", type=int, help="clips of one process")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of the devices' folders")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the devices' folders")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # provider, task, file: a launched process
     return parser
 
@@ -323,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{surroundings['device']}, torch {surroundings['versions']['torch']}, {processes} process(es)")
 
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in DS_CONFIGS}
-    for name in timing.rounds(list(DS_CONFIGS), arguments.rounds):
+    for name in harness.rounds(list(DS_CONFIGS), arguments.rounds):
         turns[name].append(launch(name, task, processes))
         turn = turns[name][-1]
         print(f"  {name}: {statistics.median(turn['ms']):.4g} ms, {turn['precision']}", flush=True)
@@ -340,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = {
         "question": "what do DeepSpeed's stages cost or save beside plain DistributedDataParallel?",
-        "command": timing.command("sharding", argv),
+        "command": harness.command("sharding", argv),
         "environment": surroundings,
         "processes": processes,
         "task": asdict(task),
@@ -351,13 +349,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "verdict": last,
         "rows": rows,
     }
-    folder = timing.results_folder(device, arguments.results)
+    folder = harness.results_folder(device, arguments.results)
     caption = (
         f"{surroundings['device']}, {surroundings['date'][:10]}, torch {surroundings['versions']['torch']}, deepspeed "
         f"{surroundings['versions']['deepspeed']}, commit {surroundings['commit']}; {precision}"
     )
     title = f"{task.backbone}, width {task.width}, {processes} process(es), {task.batch} clips each"
-    timing.write(folder, "sharding", content, plot(rows, title, caption))
+    harness.write(folder, "sharding", content, plot(rows, title, caption))
     print(f"Wrote {folder / 'sharding'}.json and .png")
     if not same["agree"]:
         raise SystemExit(f"the losses differ by more than {LOSS_TOLERANCE:g}: these are not the same steps")

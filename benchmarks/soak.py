@@ -1,7 +1,7 @@
 """Does a long run stay as small as it began: memory, open files and threads of every process?
 
-    python benchmarks/soak.py --data WEIZMANN              an hour on two cores: two ranks with two workers each
-    python benchmarks/soak.py --data WEIZMANN --minutes 3  whether it works
+    python -m benchmarks.soak --data WEIZMANN              an hour on two cores: two ranks with two workers each
+    python -m benchmarks.soak --data WEIZMANN --minutes 3  whether it works
 
 Pretrains the demo's network through the deepspeed launcher, with a checkpoint every ten epochs, and looks at all its processes every ten
 seconds. What counts is what they hold in the last quarter of the time against the quarter after the first tenth. In the end it is stopped
@@ -30,10 +30,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
+from benchmarks import harness
 from dclr.report import environment
 from dclr.training import checkpoint
 
@@ -139,11 +136,11 @@ def grown(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [timing.table_header(["process", "how many", "MiB of its own, early, late", "open files", "threads"])]
+    lines = [harness.table_header(["process", "how many", "MiB of its own, early, late", "open files", "threads"])]
     for row in rows:
         pairs = [f"{row[f'{name}_early']:.0f}, {row[f'{name}_late']:.0f}" for name in ("files", "threads")]
         memory = f"{row['mib_early']:.1f}, {row['mib_late']:.1f}"
-        lines.append(timing.table_line([row["kind"], f"{row['count']:.0f}", memory, *pairs]))
+        lines.append(harness.table_line([row["kind"], f"{row['count']:.0f}", memory, *pairs]))
     return "\n".join(lines)
 
 
@@ -164,7 +161,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a data set's folder")
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--results", type=Path, default=timing.RESULTS)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args(arguments)
     seconds = options.minutes * 60
     out = Path(tempfile.mkdtemp(prefix="dclr-soak-")) / "run"
@@ -198,7 +195,7 @@ def main(arguments: Sequence[str]) -> None:
     device = torch.device("cpu")
     content = {
         "question": "does a long run stay as small as it began?",
-        "command": timing.command("soak", arguments),
+        "command": harness.command("soak", arguments),
         "minutes": options.minutes,
         "ranks": RANKS,
         "workers_a_rank": WORKERS,
@@ -211,7 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     }
     print(table(rows))
     print(f"{steps} steps in {options.minutes:g} minutes; stopped {stopped:.1f} s after SIGTERM")
-    timing.write(timing.results_folder(device, options.results), "soak", content, plot(looks))
+    harness.write(harness.results_folder(device, options.results), "soak", content, plot(looks))
     if faults:
         raise SystemExit("; ".join(faults))
 

@@ -1,12 +1,10 @@
 """How fast is a whole training step of pretraining, and which part of it takes the time? The same step in three ways, in one run.
 
-    python benchmarks/step.py                     on a GPU: r2plus1d_10, then r2plus1d_18, at 128, 40, 256 and 8 clips of 16 x 112 x 112
-    python benchmarks/step.py --minutes 10        no new cell is begun after 10 minutes; the goals' cell, r2plus1d_10 at 128, comes first
-    python benchmarks/step.py --quick             the first cell only, fewer rounds
-    python benchmarks/step.py --ideas             changes of ours (benchmarks/step_ideas.py), each beside ours in the first cell
+    python -m benchmarks.step                     on a GPU: r2plus1d_10, then r2plus1d_18, at 128, 40, 256 and 8 clips of 16 x 112 x 112
+    python -m benchmarks.step --minutes 10        no new cell is begun after 10 minutes; the goals' cell, r2plus1d_10 at 128, comes first
+    python -m benchmarks.step --quick             the first cell only, fewer rounds
 
-Time to expect on one H100 or H200: 20 minutes for the first, of which half is torch.compile, and 15 for the ideas. These are estimates:
-no GPU has run them yet.
+Time to expect on one H100 or H200: 20 minutes, of which half is torch.compile.
 Without a GPU it runs at 2 clips of that size and at smaller clips (about 5 minutes on two cores).
 
 A sample is a video: two clips, and all views of both. A step makes the views, passes them through the query and the key network,
@@ -33,10 +31,7 @@ where the method is the same, against float32 without tf32. Then all stay in mem
 turn begins with a step that is not measured, because memory of the last turn is given back before it, and times are the distances of
 events on the stream, so that waiting for the host counts. Milliseconds by part come from further steps, with events between the parts.
 
-An idea is measured alone with ours, so that one that keeps memory or fails touches no other. Its TFLOP/s count the work of ours, also
-where it has less to do; keys on a second stream show as "keys" only what the loss still waits for.
-
-Prints tables, writes step.json and step.png into results/DEVICE; --ideas and --quick add their names to the files'.
+Prints tables, writes step.json and step.png into results/DEVICE; --quick adds its name to the files'.
 """
 
 import argparse
@@ -58,11 +53,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
-from benchmarks.step_ideas import IDEAS
+from benchmarks import harness
+from benchmarks.harness import Ceilings
 from benchmarks.step_providers import (
     DS_CONFIG,
     METHOD,
@@ -76,7 +68,6 @@ from benchmarks.step_providers import (
     make_inputs,
     unwatched,
 )
-from benchmarks.timing import Ceilings
 from dclr.data.augmentation import PRETRAIN
 from dclr.errors import UserError
 from dclr.models import build_backbone
@@ -144,7 +135,7 @@ def start(
 ) -> tuple[Provider, dict[str, Any]]:
     """A provider after its first steps, with a full queue, and what these told. Raises ArithmeticError: its loss is not finite."""
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    provider = (PROVIDERS | IDEAS)[name](cell, inputs, device)
+    provider = PROVIDERS[name](cell, inputs, device)
     began = time.perf_counter()
     given = (truth.query, truth.key) if truth and provider.own_draw else None
     loss = float(provider.step(unwatched, given))  # waits for the device
@@ -171,7 +162,7 @@ def start(
 def take_turn(provider: Provider, device: torch.device, steps: int) -> list[float]:
     """Milliseconds of each step."""
     settle(provider, device)
-    return timing.consecutive(lambda: provider.step(unwatched), device, steps)
+    return harness.consecutive(lambda: provider.step(unwatched), device, steps)
 
 
 def settle(provider: Provider, device: torch.device) -> None:
@@ -251,7 +242,7 @@ def measure(
 
     for name in names:
         attempt(name, partial(begin, name))
-    for name in timing.rounds(list(providers), rounds):
+    for name in harness.rounds(list(providers), rounds):
         if name in providers:
             attempt(name, partial(time_turn, name))
     for name in list(providers):
@@ -287,7 +278,7 @@ def numbers(
 def reason(failure: Exception) -> str:
     if isinstance(failure, UserError):
         return str(failure)
-    return OUT_OF_MEMORY if isinstance(failure, torch.OutOfMemoryError) else timing.reason(failure)
+    return OUT_OF_MEMORY if isinstance(failure, torch.OutOfMemoryError) else harness.reason(failure)
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
@@ -326,28 +317,6 @@ def judge(rows: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return verdicts
 
 
-def compare_ideas(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each row, which holds ours and an idea: how many times as fast as ours the idea is, and how many times its memory."""
-    found = []
-    for row in rows:
-        (_, ours), (name, idea) = row["providers"].items()
-        result: dict[str, Any] = {"idea": name, "value": None, "by_round": None, "without_views": None, "memory": None}
-        found.append(result)
-        if "skipped" in idea or "skipped" in ours:
-            result["verdict"] = idea["skipped"] if "skipped" in idea else f"ours: {ours['skipped']}"
-            continue
-        if idea["right"] is False:
-            result["verdict"] = "computes something else"
-            continue
-        result |= _compare(idea, ours)
-        if ours["peak_bytes"]:
-            result["memory"] = idea["peak_bytes"] / ours["peak_bytes"]
-        slowest, fastest = min(result["by_round"]), max(result["by_round"])
-        told = "faster" if slowest > 1 else "slower" if fastest < 1 else "not told from ours by these rounds"
-        result["verdict"] = told if idea["right"] else f"{told}, not checked"
-    return found
-
-
 def _compare(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """How many times as fast ours is, and how many times without what the views of either took when watched."""
     by_round = [theirs / own for theirs, own in zip(other["ms_by_round"], ours["ms_by_round"], strict=True)]
@@ -365,12 +334,12 @@ def cell_table(row: dict[str, Any]) -> str:
     lines = [
         f"{_cell(row)}: {row['flops_of_view'] / 1e9:.1f} GFLOP a view",
         "",
-        timing.table_header([*header, "first step", "loss error", "key error", ""]),
+        harness.table_header([*header, "first step", "loss error", "key error", ""]),
     ]
-    second = ["", timing.table_header(["ms by part", *PARTS])]
+    second = ["", harness.table_header(["ms by part", *PARTS])]
     for name, of in row["providers"].items():
         if "skipped" in of:
-            lines.append(timing.table_line([name, f"skipped: {of['skipped']}", *[""] * 9]))
+            lines.append(harness.table_line([name, f"skipped: {of['skipped']}", *[""] * 9]))
             continue
         share, peak, right = of["share_of_peak"], of["peak_bytes"], of["right"]
         errors = ["" if of[key] is None else f"{of[key]:.0e}" for key in ("loss_error", "key_error")]
@@ -386,13 +355,13 @@ def cell_table(row: dict[str, Any]) -> str:
             *errors,
             "unchecked" if right is None else "right" if right else "WRONG",
         ]
-        lines.append(timing.table_line(columns))
-        second.append(timing.table_line([name, *(f"{of['parts'][part]:.3g}" for part in PARTS)]))
+        lines.append(harness.table_line(columns))
+        second.append(harness.table_line([name, *(f"{of['parts'][part]:.3g}" for part in PARTS)]))
     return "\n".join(lines + second)
 
 
 def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
-    lines = [timing.table_header(["goal", "where", "value", "by round", "without views", ""])]
+    lines = [harness.table_header(["goal", "where", "value", "by round", "without views", ""])]
     for verdict in verdicts:
         value, rounds, rest = verdict["value"], verdict["by_round"], verdict["without_views"]
         columns = [
@@ -400,31 +369,8 @@ def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
             "" if rounds is None else f"{min(rounds):.3g} to {max(rounds):.3g}",
             "" if rest is None else f"{rest:.3g}",
         ]
-        lines.append(timing.table_line([verdict["goal"], verdict["where"], *columns, verdict["verdict"]]))
+        lines.append(harness.table_line([verdict["goal"], verdict["where"], *columns, verdict["verdict"]]))
     return "\n".join(lines)
-
-
-def idea_table(found: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        timing.table_header(["idea", "times as fast as ours", "by round", "without views", "times its memory", ""])
-    ]
-    for of in found:
-        rounds = of["by_round"]
-        columns = ["" if of[key] is None else f"{of[key]:.3g}" for key in ("value", "without_views", "memory")]
-        columns.insert(1, "" if rounds is None else f"{min(rounds):.3g} to {max(rounds):.3g}")
-        lines.append(timing.table_line([of["idea"], *columns, of["verdict"]]))
-    return "\n".join(lines)
-
-
-def merge_ideas(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row to draw: ours as it was beside the first idea, and every idea."""
-    providers: dict[str, Any] = {}
-    for row in rows:
-        providers = row["providers"] | providers
-    return {
-        **rows[0],
-        "providers": {"ours": providers["ours"]} | {name: providers[name] for name in IDEAS if name in providers},
-    }
 
 
 COLOURS = {"as released": "tab:gray", "eager bf16": "tab:blue", "ours": "tab:red", "ours, float32": "tab:pink"}
@@ -487,14 +433,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the first cell only, fewer rounds")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="B", help="of the cells, only those")
     parser.add_argument("--backbones", nargs="+", help="of the cells, only those")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--providers", nargs="+", choices=PROVIDERS, help="only those")
-    which.add_argument(
-        "--ideas", nargs="*", choices=IDEAS, metavar="IDEA", help=f"all, or of these: {'; '.join(IDEAS)}"
-    )
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="only those")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no new cell is begun after that")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of the devices' folders")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the devices' folders")
     return parser
 
 
@@ -507,14 +449,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds, steps = QUICK_ROUNDS if arguments.quick else ROUNDS[device.type]
     rounds = arguments.rounds or rounds
     cells = plan(arguments, device.type)
-    measured = [(cell, names) for cell in cells]
-    if arguments.ideas is not None:
-        measured = [(cell, ("ours", idea)) for cell in cells[:1] for idea in arguments.ideas or IDEAS]
     surroundings = environment(device)
     precision = settle_precision(read_ds_config(DS_CONFIG), device)
     implementation = f"ours is: {describe(device)}, {precision}"
     print(f"{surroundings['device']}, torch {surroundings['versions']['torch']}; {implementation}")
-    ceilings = timing.ceilings(device)
+    ceilings = harness.ceilings(device)
     if ceilings is None:
         print("The ceilings of this device are not measured: no share of the peak, no peak memory.")
     else:
@@ -524,38 +463,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows: list[dict[str, Any]] = []
     stopped, failed = None, False
-    for cell, providers in measured:
+    for cell in cells:
         if time.monotonic() - begin > 60 * arguments.minutes:
             stopped = f"{arguments.minutes:g} minutes were over"
             break
         try:
-            rows.append(measure(cell, providers, device, rounds, steps, ceilings))
+            rows.append(measure(cell, names, device, rounds, steps, ceilings))
         except RuntimeError as failure:  # after some errors a GPU does nothing more in this process
             stopped, failed = f"{cell}: {reason(failure)}", True
             break
         print(f"\n{cell_table(rows[-1])}", flush=True)
     if not rows:
         raise SystemExit(f"nothing was measured: {stopped or 'no cell is left of the grid'}")
-    judged: dict[str, list[dict[str, Any]]]
-    if arguments.ideas is None:
-        question, title = (
-            "how fast is a training step of pretraining, and which part of it takes the time?",
-            "A training step",
-        )
-        not_reached = [str(cell) for cell, _ in measured[len(rows) :]]
-        judged, drawn = {"goals": judge(rows, device.type)}, rows
-        print(f"\nGoals; those of a GPU are stated for an H200\n\n{goal_table(judged['goals'])}\n")
-    else:
-        question, title = "which changes make our training step faster or smaller?", "Ideas for the training step"
-        not_reached = [idea for _, (_, idea) in measured[len(rows) :]]
-        judged, drawn = {"ideas": compare_ideas(rows)}, [merge_ideas(rows)]
-        print(f"\n{idea_table(judged['ideas'])}\n")
+    not_reached = [str(cell) for cell in cells[len(rows) :]]
+    verdicts = judge(rows, device.type)
+    print(f"\nGoals; those of a GPU are stated for an H200\n\n{goal_table(verdicts)}\n")
     if stopped:
-        print(f"stopped, {stopped}; not measured: {len(not_reached)} of {len(measured)}")
+        print(f"stopped, {stopped}; not measured: {len(not_reached)} of {len(cells)} cells")
 
     content = {
-        "question": question,
-        "command": timing.command("step", argv),
+        "question": "how fast is a training step of pretraining, and which part of it takes the time?",
+        "command": harness.command("step", argv),
         "environment": surroundings,
         "convolutions": convolutions(device),
         "implementation": implementation,
@@ -564,25 +492,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ds_config": f"ds_configs/{DS_CONFIG.name}",
         "ceilings": None if ceilings is None else asdict(ceilings),
         "milliseconds_per_step": goal_milliseconds(rows, device),
-        **judged,
+        "goals": verdicts,
         "stopped": stopped,
         "not_reached": not_reached,
         "rows": rows,
     }
-    name = "step" + ("" if arguments.ideas is None else "_ideas") + ("_quick" if arguments.quick else "")
-    folder = timing.results_folder(device, arguments.results)
+    name = "step_quick" if arguments.quick else "step"
+    folder = harness.results_folder(device, arguments.results)
     caption = (
         f"{surroundings['device']}, {surroundings['date'][:10]}, torch {surroundings['versions']['torch']}, "
         f"commit {surroundings['commit']}; {implementation}\nmedian of {rounds} rounds of {steps} steps"
     )
-    figure = plot(drawn, list(drawn[0]["providers"]), f"{title}: two clips, all views", caption)
-    timing.write(folder, name, content, figure)
+    figure = plot(rows, list(rows[0]["providers"]), "A training step: two clips, all views", caption)
+    harness.write(folder, name, content, figure)
     print(f"Wrote {folder / name}.json and .png")
     skipped = [
-        of.get("skipped", OUT_OF_MEMORY)
-        for row in rows
-        for who, of in row["providers"].items()
-        if "ours" in who and who not in IDEAS  # an idea may fail
+        of.get("skipped", OUT_OF_MEMORY) for row in rows for who, of in row["providers"].items() if "ours" in who
     ]
     if any(why != OUT_OF_MEMORY for why in skipped):
         raise SystemExit("ours failed somewhere: see above")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchvision.models.video.resnet import Conv2Plus1D
 from torchvision.transforms import v2
 
-from benchmarks import info_nce, timing, views
-from benchmarks.timing import Precision
+from benchmarks import harness, info_nce, views
+from benchmarks.harness import Precision
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.data.augmentation import PRETRAIN
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
@@ -198,7 +198,6 @@ class Ours(Provider):
         inputs: Inputs,
         device: torch.device,
         bfloat16: bool = True,
-        configure: Callable[[DCLR, torch.device], None] = configure,  # benchmarks/step_ideas.py has others
     ) -> None:
         self.inputs, self.method = inputs, make_method(cell)
         configure(self.method, device)
@@ -270,7 +269,7 @@ class Released(Provider):
         )  # its sigma is one for the whole run
 
     def step(self, part: Part, given: tuple[Views, Views] | None = None) -> Tensor:
-        with timing.float32_products(self.precision), cudnn("benchmark", True):
+        with harness.float32_products(self.precision), cudnn("benchmark", True):
             with part("views"):
                 query, key = given or (self.make_views(clips) for clips in self.inputs)
             with part("forward"):
@@ -365,7 +364,7 @@ class Truth(NamedTuple):
 def find_truth(cell: Cell, inputs: Inputs, device: torch.device) -> Truth:
     """The first step's loss and keys in float32, no tf32, default memory, reference kernels."""
     method = as_torchvision(make_method(cell)).to(device)
-    with reference_kernels(), timing.float32_products("ieee"), cudnn("allow_tf32", False):
+    with reference_kernels(), harness.float32_products("ieee"), cudnn("allow_tf32", False):
         query, key = (
             Views(*(view.contiguous() for view in generate_views(clips.planes, clips.stills, clips.host_params)))
             for clips in inputs

@@ -8,15 +8,11 @@ machines far better than times do.
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
+from benchmarks import harness
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -27,7 +23,7 @@ Result = dict[str, Any]
 
 def step_table(result: Result, gpu: bool) -> Iterator[str]:
     columns = ["network, batch, clip", "times as released", "times eager bf16", "times as released, both float32"]
-    yield timing.table_header([*columns, *(["samples/s", "of the peak", "peak memory"] if gpu else [])])
+    yield harness.table_header([*columns, *(["samples/s", "of the peak", "peak memory"] if gpu else [])])
     for row in result["rows"]:
         found = row["providers"]
         cell = f"{row['backbone']}, {row['B']}, {row['T']} x {row['side']} x {row['side']}"
@@ -44,7 +40,7 @@ def step_table(result: Result, gpu: bool) -> Iterator[str]:
                 f"{ours['share_of_peak']:.0%}" if gpu else "",
                 f"{ours['peak_bytes'] / 2**30:.1f} GiB" if gpu else "",
             ]
-        yield timing.table_line([cell, *ratios, *(absolute if gpu else [])])
+        yield harness.table_line([cell, *ratios, *(absolute if gpu else [])])
 
 
 def _speedup(found: Result, ours: str, other: str) -> str:
@@ -58,7 +54,7 @@ def _speedup(found: Result, ours: str, other: str) -> str:
 
 def loader_table(result: Result, gpu: bool) -> Iterator[str]:
     names = [name for name in result["rows"][0]["providers"] if name != "as released"]
-    yield timing.table_header(["data, workers", *names, "wrong frames as released"])
+    yield harness.table_header(["data, workers", *names, "wrong frames as released"])
     for row in result["rows"]:
         found = row["providers"]
         cells = [f"{row['data']}, {row['workers']}"]
@@ -67,12 +63,12 @@ def loader_table(result: Result, gpu: bool) -> Iterator[str]:
             cells.append(found[name].get("skipped", "")[:40] if times is None else f"{times:.3g}")
         released = found["as released"]
         cells.append(f"in {released['wrong_videos']} of {released['checked_videos']} videos")
-        yield timing.table_line(cells)
+        yield harness.table_line(cells)
 
 
 def train_table(result: Result, gpu: bool) -> Iterator[str]:
     columns = ["read from, processes", "waits for data", "times from videos", "times one process"]
-    yield timing.table_header([*columns, *(["samples/s"] if gpu else [])])
+    yield harness.table_header([*columns, *(["samples/s"] if gpu else [])])
     for row in result["rows"]:
         cells = [
             f"{row['source']}, {row['processes']}",
@@ -80,23 +76,23 @@ def train_table(result: Result, gpu: bool) -> Iterator[str]:
             f"{row['times_videos']:.2f}",
             f"{row['growth_from_one_process']:.2f}",
         ]
-        yield timing.table_line([*cells, *([f"{row['samples_per_second']:.0f}"] if gpu else [])])
+        yield harness.table_line([*cells, *([f"{row['samples_per_second']:.0f}"] if gpu else [])])
 
 
 def sharding_table(result: Result, gpu: bool) -> Iterator[str]:
-    yield timing.table_header(["", "time of a step by DDP's", "by round", "peak memory of a process"])
+    yield harness.table_header(["", "time of a step by DDP's", "by round", "peak memory of a process"])
     for name, row in result["rows"].items():
         rounds = ", ".join(f"{ratio:.2f}" for ratio in row["ratio_by_round"])
-        yield timing.table_line([name, f"{row['ratio_to_ddp']:.2f}", rounds, f"{row['peak_gib']:.2f} GiB"])
+        yield harness.table_line([name, f"{row['ratio_to_ddp']:.2f}", rounds, f"{row['peak_gib']:.2f} GiB"])
 
 
 def goals_table(result: Result, gpu: bool) -> Iterator[str]:
     """Of the kernels: on a CPU they are the reference, and there is nothing to tell."""
     if gpu:
-        yield timing.table_header(["goal", "precision", "worst", "where", ""])
+        yield harness.table_header(["goal", "precision", "worst", "where", ""])
         for goal in result["goals"]:
             worst = "" if goal["worst"] is None else f"{goal['worst']:.3g}"
-            yield timing.table_line([goal["goal"], goal["precision"], worst, goal["worst_at"] or "", goal["verdict"]])
+            yield harness.table_line([goal["goal"], goal["precision"], worst, goal["worst_at"] or "", goal["verdict"]])
 
 
 # file -> what its table is about, and how it is made
@@ -110,7 +106,7 @@ TABLES: dict[str, tuple[str, Callable[[Result, bool], Iterator[str]]]] = {
 }
 
 
-def tables(results: Path = timing.RESULTS) -> str:
+def tables(results: Path = harness.RESULTS) -> str:
     """Of every device, in markdown."""
     parts = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):

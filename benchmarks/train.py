@@ -1,7 +1,7 @@
 """How fast is a whole pretraining run, from videos and from a packed store, and how long does it wait for data?
 
-    python benchmarks/train.py --data UCF101             on a GPU: r2plus1d_10, 128 clips a step; about 5 minutes
-    python benchmarks/train.py --data UCF101 --rounds 3  each run three times; the median counts
+    python -m benchmarks.train --data UCF101             on a GPU: r2plus1d_10, 128 clips a step; about 5 minutes
+    python -m benchmarks.train --data UCF101 --rounds 3  each run three times; the median counts
 
 Without a GPU: the demo's small network on the same videos, about 6 minutes on two cores.
 
@@ -30,10 +30,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
+from benchmarks import harness
 from dclr.data.catalog import open_catalog
 from dclr.report import environment
 
@@ -136,7 +133,7 @@ def summarise(runs: dict[Case, list[dict[str, float]]]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        timing.table_header(
+        harness.table_header(
             ["run", "samples/s (least to most)", "waits for data", "times one process", "times videos", "GiB a process"]
         )
     ]
@@ -144,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         rate = f"{row['samples_per_second']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})"
         ratios = [f"{row[name]:.2f}" for name in ("growth_from_one_process", "times_videos", "peak_gib")]
         case = Case(source=row["source"], processes=row["processes"])
-        lines.append(timing.table_line([str(case), rate, f"{row['data_wait_share']:.1%}", *ratios]))
+        lines.append(harness.table_line([str(case), rate, f"{row['data_wait_share']:.1%}", *ratios]))
     return "\n".join(lines)
 
 
@@ -199,7 +196,7 @@ def make_parser(kind: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=STEPS[kind], help="optimizer steps a run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no new round is begun after that")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of the devices' folders")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the devices' folders")
     return parser
 
 
@@ -238,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{table(rows)}\n\n{verdict}")
     content = {
         "question": "how fast is a whole pretraining run, and how long does it wait for data?",
-        "command": timing.command("train", argv),
+        "command": harness.command("train", argv),
         "environment": surroundings,
         "settings": settings,
         "batch": batch,
@@ -253,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{surroundings['device']}, {surroundings['date'][:10]}, torch {surroundings['versions']['torch']}, "
         f"commit {surroundings['commit']}; {' '.join(settings)}"
     )
-    folder = timing.results_folder(device, arguments.results)
-    timing.write(folder, "train", content, plot(rows, "Pretraining, end to end", caption))
+    folder = harness.results_folder(device, arguments.results)
+    harness.write(folder, "train", content, plot(rows, "Pretraining, end to end", caption))
     print(f"Wrote {folder / 'train'}.json and .png")
 
 

@@ -1,9 +1,9 @@
 """How fast are the three views made from decoded frames? Nine implementations of one chain in one run.
 
-    python benchmarks/views.py                        bfloat16 at 128, 40 and 8 clips, from 240 x 320 and 128 x 171; float32 at 40 clips
-    python benchmarks/views.py --quick                bfloat16 at 128 clips only, fewer repetitions
-    python benchmarks/views.py --precision float32    one precision, on the whole grid; also: bf16, or both
-    python benchmarks/views.py --minutes 4            no new cell is begun after 4 minutes; 128 clips come first
+    python -m benchmarks.views                        bfloat16 at 128, 40 and 8 clips, from 240 x 320 and 128 x 171; float32 at 40 clips
+    python -m benchmarks.views --quick                bfloat16 at 128 clips only, fewer repetitions
+    python -m benchmarks.views --precision float32    one precision, on the whole grid; also: bf16, or both
+    python -m benchmarks.views --minutes 4            no new cell is begun after 4 minutes; 128 clips come first
 
 Time to expect on one H100 or H200: 4 minutes for the first, of which most is torch.compile and what crops on the CPU; 1 for --quick. This
 is an estimate: no GPU has run it yet. Without a GPU it runs at a small size (half a minute on two cores); ours is the reference there,
@@ -63,11 +63,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 from torchvision.transforms import v2
 
-# Runs as a script and as a module, installed or not.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import timing
-from benchmarks.timing import Ceilings
+from benchmarks import harness
+from benchmarks.harness import Ceilings
 from dclr.data.augmentation import PRETRAIN, draw_augmentation, to_augmentation
 from dclr.report import environment
 from kernels import Augmentation, ViewParams, Views, Yuv420, describe, generate_views
@@ -525,7 +522,7 @@ def measure(
             views = call()
             found[name] = {"error": None if name in OWN_DRAW else error(views, truths["YUV" in name])}
             del views
-            found[name]["peak_extra_bytes"] = timing.peak_extra_memory(call, device)
+            found[name]["peak_extra_bytes"] = harness.peak_extra_memory(call, device)
             calls[name] = call
         except Exception as failure:  # whatever it is: the other providers and cells are worth having
             found[name] = {"skipped": _reason(failure)}
@@ -536,9 +533,9 @@ def measure(
         times = {}
         try:
             if group and slow:
-                times = timing.interleaved(group, device, max(repetitions // 5, 2), warmup=1)
+                times = harness.interleaved(group, device, max(repetitions // 5, 2), warmup=1)
             elif group:
-                times = timing.interleaved(group, device, repetitions)
+                times = harness.interleaved(group, device, repetitions)
         except torch.OutOfMemoryError as failure:  # each fits alone, but not all graphs beside each other
             found |= {name: {"skipped": _reason(failure)} for name in group}
         for name, of_name in times.items():
@@ -557,7 +554,7 @@ def measure(
 def _reason(failure: Exception) -> str:
     if isinstance(failure, NotAvailable):
         return str(failure)
-    return timing.reason(failure)
+    return harness.reason(failure)
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
@@ -645,12 +642,12 @@ def cell_table(row: dict[str, Any]) -> str:
     lines = [
         f"{_cell(row)}: {moved}; rounding {row['rounding']:.1e}",
         "",
-        timing.table_line(columns),
+        harness.table_line(columns),
         "|" + "---|" * len(columns),
     ]
     for name, of_name in row["providers"].items():
         if "skipped" in of_name:
-            lines.append(timing.table_line([name, f"skipped: {of_name['skipped']}", "", "", ""]))
+            lines.append(harness.table_line([name, f"skipped: {of_name['skipped']}", "", "", ""]))
             continue
         mark = " (no graph)" if of_name["captured"] is False else ""
         spread = f"{of_name['median_ms']:.3g} ({of_name['low_ms']:.3g} to {of_name['high_ms']:.3g}){mark}"
@@ -658,18 +655,18 @@ def cell_table(row: dict[str, Any]) -> str:
         share_text = "" if share is None else f"{share:.1%}"
         peak_text = "" if peak is None else f"{peak / 2**20:.0f} MiB"
         lines.append(
-            timing.table_line([name, spread, share_text, peak_text, "own draw" if wrong is None else f"{wrong:.1e}"])
+            harness.table_line([name, spread, share_text, peak_text, "own draw" if wrong is None else f"{wrong:.1e}"])
         )
     return "\n".join(lines)
 
 
 def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
     columns = ["goal", "precision", "at B 128", "worst", "where", ""]
-    lines = [timing.table_header(columns)]
+    lines = [harness.table_header(columns)]
     for verdict in verdicts:
         values = ["" if verdict[name] is None else f"{verdict[name]:.3g}" for name in ("at_128", "worst")]
         columns = [verdict["goal"], verdict["precision"], *values, verdict["worst_at"] or "", verdict["verdict"]]
-        lines.append(timing.table_line(columns))
+        lines.append(harness.table_line(columns))
     return "\n".join(lines)
 
 
@@ -767,7 +764,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no new cell is begun after that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=timing.RESULTS, help="folder of the devices' folders")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the devices' folders")
     return parser
 
 
@@ -782,7 +779,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     genuine = device.type == "cuda" and runs_triton(device)
     implementation = f"ours is: {describe(device)}"
     print(f"{surroundings['device']}, torch {surroundings['versions']['torch']}; {implementation}")
-    ceilings = timing.ceilings(device)
+    ceilings = harness.ceilings(device)
     if ceilings is None:
         print("The ceilings of this device are not measured: no share of the bandwidth, no peak memory.")
     else:
@@ -804,7 +801,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         raise SystemExit(f"nothing was measured: {stopped}")
     not_reached = [str(cell) for cell in cells[len(rows) :]]
-    folder = timing.results_folder(device, arguments.results)
+    folder = harness.results_folder(device, arguments.results)
     step_ms = step_milliseconds(folder)
     verdicts = judge(rows, genuine, step_ms)
     print(f"\nGoals, stated for an H200: times as fast as the other, or shares\n\n{goal_table(verdicts)}\n")
@@ -813,7 +810,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     content = {
         "question": "how fast are the three views made from decoded frames?",
-        "command": timing.command("views", argv),
+        "command": harness.command("views", argv),
         "environment": surroundings,
         "implementation": implementation,
         "seconds": round(time.monotonic() - begin, 1),
@@ -831,7 +828,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"commit {surroundings['commit']}; {implementation}\nmedian, line: 20 to 80 %"
     )
     T, side = VIEWS[device.type]
-    timing.write(folder, name, content, plot(rows, names, f"Three views of {T} x {side} x {side}", caption))
+    harness.write(folder, name, content, plot(rows, names, f"Three views of {T} x {side} x {side}", caption))
     print(f"Wrote {folder / name}.json and .png")
     if any("skipped" in row["providers"].get(ours, {}) for row in rows for ours in ("ours", "ours, from YUV")):
         raise SystemExit("ours failed somewhere: see above")

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
-from benchmarks.timing import Figure, plt
+from benchmarks import harness
+from benchmarks.harness import Figure, plt
 from dclr.errors import UserError
 from dclr.report import environment
 from experiments import runs
@@ -77,7 +77,7 @@ def not_below(claim: str, first: list[float], second: list[float]) -> list[dict[
 
 def published_file(name: str) -> Path:
     """Where the committed result of this kind of device is, or would be."""
-    return timing.results_folder(here(), RESULTS) / f"{name}.json"
+    return harness.results_folder(here(), RESULTS) / f"{name}.json"
 
 
 def here() -> torch.device:
@@ -138,7 +138,7 @@ def publish(
         "seeds": list(options.seeds),
         "environment": environment(here()) | {"commit": AND.join(sorted(commits))},
     }
-    timing.write(options.work, name, result, plot(result))
+    harness.write(options.work, name, result, plot(result))
     print("\n" + "\n".join(body(result)))
     written = options.work / f"{name}.json"
     if options.quick:
@@ -198,10 +198,10 @@ def body(result: Result) -> Iterator[str]:
     """The table and the findings, in markdown."""
     if result["rows"]:
         figures = result["figures"]
-        yield timing.table_header(["", *(title for title, _ in figures.values())])
+        yield harness.table_header(["", *(title for title, _ in figures.values())])
         for row, found in result["rows"].items():
             cells = [cell(found[figure], unit) if figure in found else "" for figure, (_, unit) in figures.items()]
-            yield timing.table_line([row, *cells])
+            yield harness.table_line([row, *cells])
     if result["rows"] and result["findings"]:
         yield ""
     for found in result["findings"]:

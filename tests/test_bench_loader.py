@@ -208,7 +208,7 @@ def test_a_quick_run(
     content = json.loads(text)
     assert str(folder) not in text  # results are published
     assert {"processor", "cores", "versions", "commit", "date"} <= content["environment"].keys()
-    assert content["command"].startswith("python benchmarks/loader.py --data three_clips --quick --results ")
+    assert content["command"].startswith("python -m benchmarks.loader --data three_clips --quick --results ")
     (only,) = content["rows"]
     assert (only["data"], only["videos"], only["workers"]) == ("three_clips", 3, 1)
     assert list(only["providers"]) == list(loader.PROVIDERS)

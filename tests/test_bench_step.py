@@ -168,7 +168,7 @@ def row(times: dict[str, list[float]], cell: Cell | None = None, views_ms: float
 
 
 def test_numbers_by_hand():
-    ceilings = step.timing.Ceilings(bytes_per_second=1.0, flops_per_second={"ieee": 1.0, "tf32": 1.0, "bf16": 1e14})
+    ceilings = step.harness.Ceilings(bytes_per_second=1.0, flops_per_second={"ieee": 1.0, "tf32": 1.0, "bf16": 1e14})
     found = {"precision": "bf16", "passes": 14}
     numbers = step.numbers([[100.0, 300.0], [200.0, 200.0]], found, Cell(B=10), 10**9, ceilings)
     assert (numbers["median_ms"], numbers["repetitions"], numbers["ms_by_round"]) == (200, 4, [200, 200])

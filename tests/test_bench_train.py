@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import timing
+from benchmarks import harness
 from benchmarks import train as benchmark
 from benchmarks.train import Case, figures_of, judge, link_videos, summarise
 from dclr.data.catalog import open_catalog
@@ -101,7 +101,7 @@ def test_the_whole_way(demo_videos, tmp_path, monkeypatch, capsys):
     assert len(commands) == 9
     assert {line[line.index("--workers") + 1] for line in commands[1:]} == {"3", "1"}
     assert commands[1] != commands[5]  # the second round begins with another case
-    assert timing.table_line(["run"]).strip("| ") in capsys.readouterr().out
+    assert harness.table_line(["run"]).strip("| ") in capsys.readouterr().out
 
 
 def test_a_run_that_fails_ends_with_its_last_words(tmp_path):

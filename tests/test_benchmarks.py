@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import info_nce, timing, views
+from benchmarks import harness, info_nce, views
 from kernels import ViewParams
 from kernels.view_generation import generate_views_reference
 
@@ -109,8 +109,8 @@ def test_floors_by_hand() -> None:
     )  # 5 x 2 x 10 x 128 multiplications and as many additions
     assert info_nce.floor_flops(cell(False, True, 2, 10)) == 51_200
     assert info_nce.floor_flops(cell(True, True, 2, 10)) == 61_440  # and two of 2 x 10 x 128
-    slow_memory = timing.Ceilings(bytes_per_second=1e6, flops_per_second={"ieee": 1e12, "tf32": 1e12, "bf16": 1e12})
-    slow_units = timing.Ceilings(bytes_per_second=1e12, flops_per_second={"ieee": 5.12e6, "tf32": 1e12, "bf16": 1e12})
+    slow_memory = harness.Ceilings(bytes_per_second=1e6, flops_per_second={"ieee": 1e12, "tf32": 1e12, "bf16": 1e12})
+    slow_units = harness.Ceilings(bytes_per_second=1e12, flops_per_second={"ieee": 5.12e6, "tf32": 1e12, "bf16": 1e12})
     assert info_nce.floor_ms(cell(False, True, 2, 10), slow_memory) == pytest.approx(40.98)
     assert info_nce.floor_ms(cell(False, True, 2, 10), slow_units) == pytest.approx(10)
 
@@ -125,7 +125,7 @@ def test_interleaved_tells_slow_from_fast() -> None:
 
         return call
 
-    times = timing.interleaved({"slow": provider("slow", 0.01), "fast": provider("fast", 0.001)}, CPU, 6, warmup=1)
+    times = harness.interleaved({"slow": provider("slow", 0.01), "fast": provider("fast", 0.001)}, CPU, 6, warmup=1)
     assert calls == ["slow", "fast", *["slow", "fast", "fast", "slow"] * 3]
     for of_name in times.values():
         assert of_name.low_ms <= of_name.median_ms <= of_name.high_ms
@@ -138,7 +138,7 @@ def test_interleaved_tells_slow_from_fast() -> None:
 def test_precision_of_products_is_restored() -> None:
     before = torch.get_float32_matmul_precision()
     for precision, setting in (("tf32", "high"), ("bf16", "high"), ("ieee", "highest")):
-        with timing.float32_products(precision):
+        with harness.float32_products(precision):
             assert torch.get_float32_matmul_precision() == setting
         assert torch.get_float32_matmul_precision() == before
 

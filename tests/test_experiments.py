@@ -14,7 +14,7 @@ import torch
 
 import eval as evaluation
 import train
-from benchmarks.timing import plt
+from benchmarks.harness import plt
 from dclr.data.catalog import open_catalog
 from dclr.errors import UserError
 from experiments import activation_maps, controlled, controlled_set, evidence, precision, runs, weizmann

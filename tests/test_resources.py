@@ -20,7 +20,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
     """Compiled by a process of its own: in this one kernels are interpreted."""
     path = tmp_path_factory.mktemp("resources") / "resources.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "benchmarks/resources.py", "--json", str(path)]
+    command = [sys.executable, "-m", "benchmarks.resources", "--json", str(path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert path.exists(), run.stdout + run.stderr
     return [Usage(**kernel) for kernel in json.loads(path.read_text())["kernels"]]

@@ -180,7 +180,7 @@ def write(folder: Path, name: str, content: dict[str, Any], figure: Figure) -> N
 def command(script: str, arguments: Sequence[str]) -> str:
     """What was typed, with a folder's name for its path: where things lie is nobody's business."""
     named = [Path(argument).resolve().name if "/" in argument else argument for argument in arguments]
-    return " ".join([f"python benchmarks/{script}.py", *named])
+    return " ".join([f"python -m benchmarks.{script}", *named])
 
 
 def reason(error: Exception) -> str:
