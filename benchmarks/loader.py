@@ -61,7 +61,7 @@ from dclr.data.augmentation import PRETRAIN
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.clips import ClipPair
 from dclr.data.decode import NO_PTS, VideoRecord, YuvFrames
-from dclr.data.loader import PairSamples, Schedule, TrainBatches
+from dclr.data.loader import BatchSampler, PairSamples, TrainBatches
 from dclr.data.manifest import load_manifest
 from dclr.data.pack import pack
 from dclr.data.videos import open_videos
@@ -111,7 +111,7 @@ class Reader:
 
     frames: Callable[[int, ClipPair], np.ndarray | YuvFrames]
     """The frames of a sample of video `index` as it reads them: query clip, key clip, their stills; RGB (2 T + 2, H, W, 3), or planes."""
-    batches: Callable[[Schedule, int], Iterable[Any]]
+    batches: Callable[[BatchSampler, int], Iterable[Any]]
     """What is measured: the schedule's batches, by so many workers."""
     folder: TemporaryDirectory[str] | None = None
     """What it reads from, if that is its own."""
@@ -251,8 +251,10 @@ class Samples(Dataset[Any]):
         return self.sample(index, self.source.pair(epoch, index))
 
 
-def of_samples(source: Source, sample: Callable[[int, ClipPair], Any]) -> Callable[[Schedule, int], DataLoader[Any]]:
-    def batches(schedule: Schedule, workers: int) -> DataLoader[Any]:
+def of_samples(
+    source: Source, sample: Callable[[int, ClipPair], Any]
+) -> Callable[[BatchSampler, int], DataLoader[Any]]:
+    def batches(schedule: BatchSampler, workers: int) -> DataLoader[Any]:
         return DataLoader(
             Samples(source, sample), batch_sampler=schedule, num_workers=workers, multiprocessing_context="fork"
         )
@@ -356,7 +358,7 @@ def open_readers(source: Source, names: Sequence[str]) -> tuple[dict[str, Reader
 
 def run(source: Source, reader: Reader, workers: int, epochs: int) -> Round:
     """Workers are started and ended within: only what has ended is in the processor time of children."""
-    schedule = Schedule(len(source.paths), source.batch_size, epochs)
+    schedule = BatchSampler(len(source.paths), source.batch_size, epochs)
     begin, processor_begin, batches = time.perf_counter(), processor_seconds(), 0
     for _ in reader.batches(schedule, workers):
         batches += 1

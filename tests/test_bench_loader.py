@@ -16,7 +16,7 @@ import torch
 from benchmarks import loader
 from benchmarks.loader import Round, Source
 from dclr.data.decode import NO_PTS, YuvFrames, write_video
-from dclr.data.loader import Schedule
+from dclr.data.loader import BatchSampler
 from dclr.errors import UserError
 
 FRAMES = 80
@@ -108,7 +108,7 @@ def test_checked_videos_are_spread(source: Source) -> None:
 
 
 def test_as_released_hands_over_cropped_float_clips(source: Source) -> None:
-    (batch,) = loader.as_released(source).batches(Schedule(3, 3, epochs=1), 1)
+    (batch,) = loader.as_released(source).batches(BatchSampler(3, 3, epochs=1), 1)
     assert len(batch) == 4  # query clip, its still, key clip, its still
     for view in batch:
         assert view.shape == (3, 3, 16, 112, 112)

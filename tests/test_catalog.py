@@ -499,15 +499,15 @@ def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Cat
     """What `open_catalog` makes of the index that a store of these would have."""
     folder.mkdir()
     lists = catalog_arrays(catalogs)
-    videos = len(string_array.unpacked(lists["paths"]))
+    videos = len(string_array.unpack_strings(lists["paths"]))
     nothing = np.zeros(videos, np.int64)
     index = {
         "version": np.array(store.VERSION),
         "compact": np.array(True),
         "short_side": np.array(128),
-        "source": string_array.packed(["videos"]),
+        "source": string_array.pack_strings(["videos"]),
         **lists,
-        "reasons": string_array.packed(["not packed"] * videos),
+        "reasons": string_array.pack_strings(["not packed"] * videos),
         "stamps": np.zeros((videos, 2), np.int64),
         **dict.fromkeys(("frames", "heights", "widths", "sizes", "offsets"), nothing),
         "shards": nothing - 1,

@@ -10,11 +10,11 @@ from helpers import block, children, crash, loop
 
 from dclr.config import DataConfig
 from dclr.data import decoder_process, pack
-from dclr.data.decoder_process import TICK, Child, Died, Progress, RemoteTraceback
+from dclr.data.decoder_process import TICK, DecoderDied, DecoderProcess, Progress, RemoteTraceback
 from dclr.errors import UserError
 
 
-def result(child: Child, request: object) -> object:
+def result(child: DecoderProcess, request: object) -> object:
     """As its users ask it."""
     child.ask(request)
     while not child.connection.poll(TICK):
@@ -25,7 +25,7 @@ def result(child: Child, request: object) -> object:
 @pytest.fixture
 def child():
     """Calls what it is given."""
-    own = Child(lambda call: call(), limit=1)
+    own = DecoderProcess(lambda call: call(), limit=1)
     yield own
     own.stop()
     assert children() == []
@@ -46,7 +46,7 @@ def raises(error: BaseException) -> None:
 
 
 def begin_and(function) -> None:
-    decoder_process.begin(7)
+    decoder_process.report_video(7)
     function()
 
 
@@ -104,7 +104,7 @@ def test_an_exception_that_cannot_be_pickled_comes_as_its_words(child):
 def test_a_child_that_dies_or_stalls_says_on_what_and_another_takes_its_place(child, fault, reason):
     process = result(child, Call(os.getpid))
     began = time.monotonic()
-    with pytest.raises(Died) as caught:
+    with pytest.raises(DecoderDied) as caught:
         result(child, Call(begin_and, fault))
     assert time.monotonic() - began < 1 + 3 * TICK
     assert str(caught.value) == reason
@@ -118,7 +118,7 @@ def test_a_child_that_dies_while_it_waits_is_noticed_at_the_next_request(child):
     process = result(child, Call(os.getpid))
     os.kill(process, signal.SIGKILL)
     time.sleep(0.2)
-    with pytest.raises(Died) as caught:
+    with pytest.raises(DecoderDied) as caught:
         result(child, Call(os.getpid))
     assert caught.value.out_of_memory
     assert child.item is None
@@ -134,13 +134,13 @@ def test_signals_to_the_group_do_not_end_it(child):
 def beats(count: int, seconds: float) -> str:
     for _ in range(count):
         time.sleep(seconds)
-        decoder_process.beat()
+        decoder_process.report_progress()
     return "done"
 
 
 def test_no_time_is_too_long_while_there_are_beats(child):
     assert result(child, Call(beats, 6, 0.4)) == "done"
-    with pytest.raises(Died, match="no frame for 1 s"):
+    with pytest.raises(DecoderDied, match="no frame for 1 s"):
         result(child, Call(beats, 1, 5.0))
 
 
@@ -165,20 +165,20 @@ def test_time_in_which_nobody_looked_does_not_count(monkeypatch):
 
 def test_a_stopped_child_is_ended_at_once_whatever_it_does():
     for fault in (block, loop):
-        child = Child(lambda call: call(), limit=60)
+        child = DecoderProcess(lambda call: call(), limit=60)
         child.ask(fault)
         time.sleep(0.1)
         began = time.monotonic()
         child.stop()
         assert time.monotonic() - began < 1
         assert children() == []
-    Child(lambda call: call(), limit=60).stop()  # never asked
+    DecoderProcess(lambda call: call(), limit=60).stop()  # never asked
 
 
 def test_a_child_ends_with_its_parent_however_that_ends(tmp_path):
     parent = os.fork()
     if parent == 0:
-        child = Child(lambda call: call(), limit=60)
+        child = DecoderProcess(lambda call: call(), limit=60)
         child.ask(block)
         (tmp_path / "part").write_text(str(children()[0]))
         (tmp_path / "part").rename(tmp_path / "child")

@@ -26,14 +26,14 @@ from dclr.data.decoder_process import shared_array
 from dclr.data.loader import (
     PREFETCH,
     Batch,
+    BatchSampler,
+    ChunkSampler,
     ClipSamples,
-    Drawn,
     Failures,
     PairBatch,
     PairSamples,
-    Pieces,
     Sample,
-    Schedule,
+    SampleInfo,
     TrainBatches,
 )
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
@@ -61,7 +61,7 @@ def mixed(tmp_path: Path) -> VideoSet:
 
 
 def kept(batch: Batch) -> Batch:
-    """A batch that stays as it is, zeros in place of what lies beside smaller frames."""
+    """A batch that stays as it is, zeros in position of what lies beside smaller frames."""
     rows = batch.query_params.clip if isinstance(batch, PairBatch) else batch.augmentation
     y, u, v = (torch.zeros_like(plane) for plane in (batch.frames.y, batch.frames.u, batch.frames.v))
     for b, (height, width) in enumerate(rows.size.tolist()):
@@ -72,8 +72,8 @@ def kept(batch: Batch) -> Batch:
     return replace(batch, frames=replace(batch.frames, y=y, u=u, v=v))
 
 
-def train_batches(samples: loader.TrainSamples, schedule: Schedule, workers: int = 0) -> Iterator[Batch]:
-    return map(kept, TrainBatches(samples, schedule, workers))
+def train_batches(samples: loader.TrainSamples, sampler: BatchSampler, workers: int = 0) -> Iterator[Batch]:
+    return map(kept, TrainBatches(samples, sampler, workers))
 
 
 def plain(batch: object) -> list[object]:
@@ -90,8 +90,8 @@ def plain(batch: object) -> list[object]:
     return found
 
 
-def batches(samples: loader.TrainSamples, schedule: Schedule, workers: int = 0) -> list[object]:
-    return [plain(batch) for batch in train_batches(samples, schedule, workers)]
+def batches(samples: loader.TrainSamples, sampler: BatchSampler, workers: int = 0) -> list[object]:
+    return [plain(batch) for batch in train_batches(samples, sampler, workers)]
 
 
 def sequential(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,7 +119,7 @@ def batch_of(samples: loader.TrainSamples, indices: list[int], epoch: int = 0) -
         for target, part in zip(planes[-1].numpy(), parts, strict=True):
             own = getattr(part.frames, name)
             target[:, : own.shape[1], : own.shape[2]] = own
-    drawn = [Drawn(part.index, part.rows, part.frames.bt709, part.frames.full_range, {}) for part in parts]
+    drawn = [SampleInfo(part.index, part.rows, part.frames.bt709, part.frames.full_range, {}) for part in parts]
     flags = (torch.tensor([getattr(d, flag) for d in drawn]) for flag in ("bt709", "full_range"))
     return kept(samples.batch(Yuv420(*planes, *flags), drawn))
 
@@ -130,27 +130,27 @@ def batch_of(samples: loader.TrainSamples, indices: list[int], epoch: int = 0) -
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ranks_and_accumulation_share_out_the_batch_of_a_single_process_in_order(ranks, accumulation):
-    whole = list(Schedule(27, 12, 2))
-    shares = [list(Schedule(27, 12, 2, accumulation=accumulation, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    whole = list(BatchSampler(27, 12, 2))
+    shares = [list(BatchSampler(27, 12, 2, accumulation=accumulation, rank=rank, ranks=ranks)) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(whole) * accumulation} == {4 * accumulation}
     for step, expected in enumerate(whole):
         micro = [share[step * accumulation + part] for part in range(accumulation) for share in shares]
         assert {len(m) for m in micro} == {12 // (ranks * accumulation)}
-        assert [place for m in micro for place in m] == expected
+        assert [position for m in micro for position in m] == expected
 
 
 def test_an_epoch_takes_consecutive_places_and_drops_the_last_incomplete_step():
-    schedule = Schedule(11, 4, 3)
-    assert (schedule.steps_per_epoch, schedule.stop, len(schedule)) == (2, 6, 6)
-    steps = list(schedule)
+    sampler = BatchSampler(11, 4, 3)
+    assert (sampler.steps_per_epoch, sampler.stop, len(sampler)) == (2, 6, 6)
+    steps = list(sampler)
     for epoch in range(3):
-        assert steps[2 * epoch] + steps[2 * epoch + 1] == [(epoch, place) for place in range(8)]
+        assert steps[2 * epoch] + steps[2 * epoch + 1] == [(epoch, position) for position in range(8)]
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5, 6])
 def test_a_schedule_from_step_k_is_the_tail_of_the_whole(start):
-    whole = list(Schedule(11, 4, 3, accumulation=2, ranks=2, rank=1))
-    tail = Schedule(11, 4, 3, accumulation=2, ranks=2, rank=1, start=start)
+    whole = list(BatchSampler(11, 4, 3, accumulation=2, ranks=2, rank=1))
+    tail = BatchSampler(11, 4, 3, accumulation=2, ranks=2, rank=1, start=start)
     assert list(tail) == whole[2 * start :]
     assert len(tail) == len(whole) - 2 * start
 
@@ -159,8 +159,8 @@ def test_a_batch_larger_than_the_data_set_is_refused():
     with pytest.raises(
         UserError, match=r"^--batch-size is 8, but there are only 7 readable training videos: lower it$"
     ):
-        Schedule(7, 8, 1)
-    assert len(Schedule(8, 8, 1)) == 1
+        BatchSampler(7, 8, 1)
+    assert len(BatchSampler(8, 8, 1)) == 1
 
 
 # ---------------------------------------------------------------- what is in a batch
@@ -169,20 +169,20 @@ def test_a_batch_larger_than_the_data_set_is_refused():
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_batches_are_byte_identical_for_any_workers_and_any_start(videos, kind):
     samples = kind(videos, CONFIG, 5)
-    expected = batches(samples, Schedule(len(videos), 4, 2))
+    expected = batches(samples, BatchSampler(len(videos), 4, 2))
     assert len(expected) == 8
     assert len({repr(batch) for batch in expected}) == 8
     for workers in (1, 2):
-        assert batches(kind(videos, CONFIG, 5), Schedule(len(videos), 4, 2), workers) == expected
+        assert batches(kind(videos, CONFIG, 5), BatchSampler(len(videos), 4, 2), workers) == expected
     for start, workers in ((1, 0), (5, 2), (7, 1)):
-        assert batches(samples, Schedule(len(videos), 4, 2, start=start), workers) == expected[start:]
+        assert batches(samples, BatchSampler(len(videos), 4, 2, start=start), workers) == expected[start:]
 
 
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_two_ranks_read_the_two_halves_of_the_same_samples(videos, kind):
     samples = kind(videos, CONFIG, 5)
-    (whole,) = train_batches(samples, Schedule(16, 8, 1, start=1))
-    halves = [next(train_batches(samples, Schedule(16, 8, 1, start=1, rank=r, ranks=2))) for r in (0, 1)]
+    (whole,) = train_batches(samples, BatchSampler(16, 8, 1, start=1))
+    halves = [next(train_batches(samples, BatchSampler(16, 8, 1, start=1, rank=r, ranks=2))) for r in (0, 1)]
     assert torch.equal(torch.cat([half.indices for half in halves]), whole.indices)
     for plane in "yuv":
         assert torch.equal(torch.cat([getattr(half.frames, plane) for half in halves]), getattr(whole.frames, plane))
@@ -197,7 +197,7 @@ def test_epochs_and_seeds_draw_differently(videos):
     assert drawn(0, 0)[-1] != drawn(0, 1)[-1]
     assert drawn(0, 0)[-1] != drawn(1, 0)[-1]
     assert drawn(0, 0)[0] != drawn(0, 1)[0]
-    orders = [[key for batch in train_batches(PairSamples(videos, CONFIG, seed), Schedule(16, 8, 2))
+    orders = [[key for batch in train_batches(PairSamples(videos, CONFIG, seed), BatchSampler(16, 8, 2))
                for key in batch.indices.tolist()] for seed in (0, 1)]  # fmt: skip
     assert orders[0][:16] != orders[0][16:]
     assert orders[0] != orders[1]
@@ -228,8 +228,8 @@ def test_frames_of_a_pair_are_those_of_a_sequential_decode_at_the_drawn_numbers(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_holds_its_samples_whatever_their_size_and_tells_it(mixed, workers):
     """Batches through the ring against samples read one by one: planes, colour space, parameters, order."""
-    samples, schedule = PairSamples(mixed, CONFIG, 0), Schedule(6, 3, 2)
-    for step, batch in enumerate(train_batches(samples, schedule, workers)):
+    samples, sampler = PairSamples(mixed, CONFIG, 0), BatchSampler(6, 3, 2)
+    for step, batch in enumerate(train_batches(samples, sampler, workers)):
         assert isinstance(batch, PairBatch)
         order = clips.epoch_order(0, step // 2, 6)[step % 2 * 3 :][:3].tolist()
         assert batch.indices.tolist() == order
@@ -244,18 +244,18 @@ def test_a_batch_holds_its_samples_whatever_their_size_and_tells_it(mixed, worke
                 assert np.array_equal(getattr(batch.frames, plane)[b, :, : height // 2, : width // 2], expected)
             assert batch.frames.bt709[b] == sample.frames.bt709
             assert batch.frames.full_range[b] == sample.frames.full_range
-        # Four rows of parameters a sample, each at its place, and the size without what lies beside.
+        # Four rows of parameters a sample, each at its position, and the size without what lies beside.
         tables = [table for params in (batch.query_params, batch.key_params) for table in (params.clip, params.still)]
-        for place, table in enumerate(tables):
+        for position, table in enumerate(tables):
             for name in AUGMENTATION.names:
-                assert np.array_equal(getattr(table, name), np.stack([sample.rows[place][name] for sample in own]))
+                assert np.array_equal(getattr(table, name), np.stack([sample.rows[position][name] for sample in own]))
             assert table.size.tolist() == [[mixed.heights[index], mixed.widths[index]] for index in order]
 
 
 def test_colour_spaces_go_with_their_samples(mixed):
     samples = PairSamples(mixed, CONFIG, 0)
     own = [samples.read(0, index) for index in range(2)]
-    drawn = [Drawn(s.index, s.rows, bool(s.index), not s.index, {}) for s in own]
+    drawn = [SampleInfo(s.index, s.rows, bool(s.index), not s.index, {}) for s in own]
 
     class Marked(PairSamples):
         def read(self, epoch, index, into=None):
@@ -264,14 +264,14 @@ def test_colour_spaces_go_with_their_samples(mixed):
             return Sample(index, frames, sample.rows)
 
     two = replace(mixed, labels=mixed.labels[:2])
-    (batch,) = train_batches(Marked(two, CONFIG, 0), Schedule(2, 2, 1))
+    (batch,) = train_batches(Marked(two, CONFIG, 0), BatchSampler(2, 2, 1))
     assert batch.frames.bt709.tolist() == [index == 1 for index in batch.indices.tolist()]
     assert batch.frames.full_range.tolist() == [index == 0 for index in batch.indices.tolist()]
 
 
 def test_labels_go_with_their_videos(mixed):
     assert batch_of(ClipSamples(mixed, CONFIG, 0), [4, 1, 0]).labels.tolist() == mixed.labels[[4, 1, 0]].tolist()
-    (batch,) = train_batches(ClipSamples(mixed, CONFIG, 0), Schedule(6, 6, 1))
+    (batch,) = train_batches(ClipSamples(mixed, CONFIG, 0), BatchSampler(6, 6, 1))
     assert batch.labels.tolist() == [int(mixed.path(index)[0] == "b") for index in batch.indices.tolist()]
 
 
@@ -298,59 +298,59 @@ def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
 @pytest.mark.parametrize(
     ("size", "workers", "hold"),
     [
-        pytest.param(3, 2, 1, id="a batch is one piece"),
-        pytest.param(9, 2, 1, id="two pieces a batch, the last one smaller"),
+        pytest.param(3, 2, 1, id="a batch is one chunk"),
+        pytest.param(9, 2, 1, id="two chunks a batch, the last one smaller"),
         pytest.param(8, 3, 2, id="two batches stay valid"),
-        pytest.param(40, 2, 2, id="more pieces a batch than are out"),
+        pytest.param(40, 2, 2, id="more chunks a batch than are out"),
         pytest.param(4, 0, 1, id="no workers"),
     ],
 )
 def test_no_piece_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers, hold):
-    """By a consumer as DataLoader is: `workers * PREFETCH` pieces at once, then one for each that comes back."""
-    schedule = Schedule(size, size, 12)
-    pieces = Pieces(schedule, workers, hold)
+    """By a consumer as DataLoader is: `workers * PREFETCH` chunks at once, then one for each that comes back."""
+    sampler = BatchSampler(size, size, 12)
+    chunks = ChunkSampler(sampler, workers, hold)
     sent, batches_at_once = [], []
 
     def send():
-        piece = next(pieces_sent, None)
-        if piece is not None:
-            sent.append(piece)
-            newest = (len(sent) - 1) // len(pieces.firsts)
-            in_use = range(max(pieces.asked_for - hold + 1, 0), newest + 1)
-            assert len({number % pieces.slots for number in in_use}) == len(in_use)
-            assert piece.slot == newest % pieces.slots
+        chunk = next(pieces_sent, None)
+        if chunk is not None:
+            sent.append(chunk)
+            newest = (len(sent) - 1) // len(chunks.firsts)
+            in_use = range(max(chunks.asked_for - hold + 1, 0), newest + 1)
+            assert len({number % chunks.slots for number in in_use}) == len(in_use)
+            assert chunk.slot == newest % chunks.slots
             batches_at_once.append(len(in_use))
 
-    pieces_sent = iter(pieces)
+    pieces_sent = iter(chunks)
     for _ in range(workers * PREFETCH):
         send()
     for number in range(12):
-        pieces.asked_for = number
-        for _ in pieces.firsts:
+        chunks.asked_for = number
+        for _ in chunks.firsts:
             send()
-    assert max(batches_at_once) == pieces.slots  # every slot is needed
+    assert max(batches_at_once) == chunks.slots  # every slot is needed
 
-    by_batch = [sent[first : first + len(pieces.firsts)] for first in range(0, len(sent), len(pieces.firsts))]
-    assert [[place for piece in batch for place in piece.places] for batch in by_batch] == list(schedule)
+    by_batch = [sent[first : first + len(chunks.firsts)] for first in range(0, len(sent), len(chunks.firsts))]
+    assert [[position for chunk in batch for position in chunk.positions] for batch in by_batch] == list(sampler)
     for batch in by_batch:
-        rows = [piece.first_row + row for piece in batch for row in range(len(piece.places))]
+        rows = [chunk.first_row + row for chunk in batch for row in range(len(chunk.positions))]
         assert rows == list(range(size))
-        assert max(len(piece.places) for piece in batch) <= loader.PIECE
+        assert max(len(chunk.positions) for chunk in batch) <= loader.CHUNK
 
 
 def test_a_piece_for_a_slot_in_use_is_refused():
-    pieces = iter(Pieces(Schedule(4, 4, 9), workers=1, hold=1))
+    chunks = iter(ChunkSampler(BatchSampler(4, 4, 9), workers=1, hold=1))
     with pytest.raises(RuntimeError, match="batch 2 would be written over batch -1"):
-        list(pieces)  # nothing has been asked for
+        list(chunks)  # nothing has been asked for
 
 
 @pytest.mark.parametrize("hold", [1, 2])
 def test_a_batch_stays_as_it_is_until_enough_others_are_asked_for(videos, hold):
     """However long the consumer takes, and while the workers read on."""
-    samples, schedule = PairSamples(videos, CONFIG, 5), Schedule(16, 4, 2)
-    expected = batches(samples, schedule)
+    samples, sampler = PairSamples(videos, CONFIG, 5), BatchSampler(16, 4, 2)
+    expected = batches(samples, sampler)
     held: list[Batch] = []
-    for number, batch in enumerate(TrainBatches(samples, schedule, 2, hold)):
+    for number, batch in enumerate(TrainBatches(samples, sampler, 2, hold)):
         held = [*held, batch][-hold:]
         time.sleep(0.15)
         assert [plain(kept(b)) for b in held] == expected[number + 1 - len(held) : number + 1]
@@ -359,15 +359,15 @@ def test_a_batch_stays_as_it_is_until_enough_others_are_asked_for(videos, hold):
 
 def test_frames_are_views_of_the_ring_and_little_else_comes_from_a_worker(videos):
     samples = PairSamples(videos, CONFIG, 0)
-    found = TrainBatches(samples, Schedule(16, 4, 2), workers=2)
+    found = TrainBatches(samples, BatchSampler(16, 4, 2), workers=2)
     for number, batch in enumerate(found):
         start = found.ring.slot(number % found.ring.slots).data_ptr()
         assert found.slot().data_ptr() == start
         for plane in (batch.frames.y, batch.frames.u, batch.frames.v, batch.query_frames.y, batch.key_stills.v):
             assert start <= plane.data_ptr() < start + found.ring.slot_bytes
-    piece = next(iter(Pieces(Schedule(16, 4, 2), workers=2, hold=1)))
-    sent = len(pickle.dumps(loader.RingSamples(samples, found.ring).__getitems__(piece)))
-    assert sent < 1000 * len(piece.places)
+    chunk = next(iter(ChunkSampler(BatchSampler(16, 4, 2), workers=2, hold=1)))
+    sent = len(pickle.dumps(loader.RingSamples(samples, found.ring).__getitems__(chunk)))
+    assert sent < 1000 * len(chunk.positions)
     assert sent < found.ring.slot_bytes / 100
 
 
@@ -388,10 +388,10 @@ def spoil(videos: VideoSet, index: int, how: str) -> str:
 @pytest.mark.parametrize("how", ["delete", "truncate"])
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_a_video_that_fails_later_gives_its_place_to_the_next_of_the_epochs_order(mixed, kind, how, workers, capsys):
-    samples, schedule = kind(mixed, CONFIG, 1), Schedule(6, 3, 2)
-    before = list(train_batches(samples, schedule))
+    samples, sampler = kind(mixed, CONFIG, 1), BatchSampler(6, 3, 2)
+    before = list(train_batches(samples, sampler))
     path = spoil(mixed, 2, how)
-    after = list(train_batches(samples, schedule, workers))
+    after = list(train_batches(samples, sampler, workers))
 
     failures = Failures()
     for step, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -413,7 +413,7 @@ def test_the_sample_that_takes_the_place_is_its_own_of_that_epoch(mixed):
     spoil(mixed, order[0], "delete")
     samples, height, width = PairSamples(mixed, CONFIG, 1), mixed.heights[order[1]], mixed.widths[order[1]]
     into = [empty_planes(10, 48, 48) for _ in range(2)]
-    replaced, own = samples.draw(0, 0, into[0]), samples.draw(0, 1, into[1])
+    replaced, own = samples.read_into(0, 0, into[0]), samples.read_into(0, 1, into[1])
     assert replaced.index == own.index == order[1]
     assert (replaced.failures, own.failures) == ({mixed.path(order[0]): "no such file"}, {})
     assert replaced.rows.tobytes() == own.rows.tobytes()
@@ -425,7 +425,7 @@ def test_the_sample_that_takes_the_place_is_its_own_of_that_epoch(mixed):
 def test_when_no_video_can_be_read_any_more_the_run_ends_with_one_line(mixed, workers):
     shutil.rmtree(mixed.root)
     with pytest.raises(UserError) as caught:
-        list(train_batches(PairSamples(mixed, CONFIG, 0), Schedule(6, 3, 1), workers))
+        list(train_batches(PairSamples(mixed, CONFIG, 0), BatchSampler(6, 3, 1), workers))
     assert "\n" not in str(caught.value)
     assert str(caught.value) == (
         f"{mixed.root}: not one of 6 videos can be read any more; was the folder moved or unmounted?"
@@ -490,11 +490,11 @@ def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not
 ):
     """Three epochs by two workers: the time-out passes at most once in each of them."""
     mixed = replace(mixed, timeout=1)
-    samples, schedule = PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 3)
-    before = list(train_batches(samples, schedule))
+    samples, sampler = PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 3)
+    before = list(train_batches(samples, sampler))
     hurt(monkeypatch, 2, fault)
     began = time.monotonic()
-    after = list(train_batches(samples, schedule, 2))
+    after = list(train_batches(samples, sampler, 2))
     assert time.monotonic() - began < 8
     for step, (old, new) in enumerate(zip(before, after, strict=True)):
         order = clips.epoch_order(1, step // 2, 6).tolist()
@@ -527,12 +527,12 @@ def test_a_decoder_killed_once_reads_the_video_after_all(mixed, monkeypatch):
         if times[0] == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    expected = batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1))
+    expected = batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1))
     hurt(monkeypatch, 2, killed_at_first)
-    assert batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1), 2) == expected
+    assert batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1), 2) == expected
     assert times[0] == 2
     hurt(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    found = list(train_batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1), 2))
+    found = list(train_batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1), 2))
     assert merged(found) == {mixed.path(4): "the decoder crashes on it (SIGKILL)"}
 
 
@@ -547,7 +547,7 @@ def test_a_bug_in_a_worker_comes_out_with_its_traceback(mixed, monkeypatch):
     hurt(monkeypatch, 2, bug)
     began = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="a bug") as caught:
-        list(train_batches(PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 1), 2))
+        list(train_batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1), 2))
     assert "in bug" in str(caught.value)  # the line in the child
     assert gone(children())
     assert time.monotonic() - began < 4
@@ -555,10 +555,10 @@ def test_a_bug_in_a_worker_comes_out_with_its_traceback(mixed, monkeypatch):
 
 def test_signals_to_the_whole_group_leave_the_workers_reading(mixed):
     """A terminal's Ctrl-C and a scheduler's signals reach all processes: it is the training process that decides."""
-    samples, schedule = PairSamples(mixed, CONFIG, 1), Schedule(6, 3, 20)
-    expected = batches(samples, schedule)
+    samples, sampler = PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 20)
+    expected = batches(samples, sampler)
     found = []
-    for number, batch in enumerate(train_batches(samples, schedule, 2)):
+    for number, batch in enumerate(train_batches(samples, sampler, 2)):
         found.append(plain(batch))
         if number == 3:
             processes = children()
@@ -577,7 +577,7 @@ def test_batches_that_are_dropped_end_their_workers_at_once(mixed, monkeypatch, 
     """Also while a decoder does not return and its time is not up."""
     if busy:
         hurt(monkeypatch, 2, block)
-    found = TrainBatches(PairSamples(mixed, CONFIG, 1), Schedule(6, 1, 20), 2)
+    found = TrainBatches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
     next(found)
     time.sleep(0.3)
     processes = children()
@@ -596,7 +596,7 @@ def test_no_process_outlives_the_training_process(mixed, monkeypatch, tmp_path, 
         hurt(monkeypatch, clips.epoch_order(1, 0, 6)[3], block)
 
     def train() -> None:
-        found = TrainBatches(PairSamples(mixed, CONFIG, 1), Schedule(6, 1, 20), 2)
+        found = TrainBatches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
         keep.append(found)  # as a traceback's frames do
         next(found)
         time.sleep(0.3)
@@ -659,6 +659,6 @@ def test_faulty_files_are_left_out_and_never_crash_a_worker(genuine, tmp_path, l
     assert len(videos.unreadable) == 7
     assert all(reason and "\n" not in reason for reason in videos.unreadable.values())
     for kind in (PairSamples, ClipSamples):
-        (batch,) = train_batches(kind(videos, CONFIG, 0), Schedule(3, 3, 1), workers=2)
+        (batch,) = train_batches(kind(videos, CONFIG, 0), BatchSampler(3, 3, 1), workers=2)
         assert sorted(batch.indices.tolist()) == [0, 1, 2]
         assert batch.failures == {}

@@ -273,7 +273,7 @@ def test_a_long_decode_is_not_cut_while_it_gives_frames(root, monkeypatch):
     def slow(path: Path) -> VideoRecord:
         for _ in range(8):
             time.sleep(0.3)
-            decoder_process.beat()
+            decoder_process.report_progress()
         return verify_video(path)
 
     monkeypatch.setattr(manifest, "verify_video", slow)

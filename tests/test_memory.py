@@ -22,8 +22,9 @@ from helpers import children
 from dclr.config import DataConfig
 from dclr.data.catalog import Video, open_catalog
 from dclr.data.decode import VideoRecord, empty_planes
-from dclr.data.loader import PairSamples, Schedule, TrainBatches, leave_inherited_objects_alone
-from dclr.data.videos import VideoFiles, VideoSet, open_videos, pack_texts
+from dclr.data.loader import BatchSampler, PairSamples, TrainBatches, leave_inherited_objects_alone
+from dclr.data.string_array import StringArray
+from dclr.data.videos import VideoFiles, VideoSet, open_videos
 
 EPOCHS = 30
 SETTLED = 8  # epochs until every worker has seen every video and holds what it will always hold
@@ -74,7 +75,7 @@ def test_a_sample_leaves_nothing_allocated(demo_videos):
 
     def read(first: int) -> tuple[int, int]:
         for number in range(first, first + count):
-            samples.draw(number // videos, number % videos, into)
+            samples.read_into(number // videos, number % videos, into)
         gc.collect()
         return allocated(libc), sys.getallocatedblocks()
 
@@ -97,7 +98,7 @@ class Leaky(PairSamples):
 def growth(samples: PairSamples) -> int:
     """Bytes that this process and its workers take together, each page counted once, at the end more than after epoch SETTLED."""
     videos, found = len(samples.videos), []
-    for number, batch in enumerate(TrainBatches(samples, Schedule(videos, videos // 2, EPOCHS), workers=2)):
+    for number, batch in enumerate(TrainBatches(samples, BatchSampler(videos, videos // 2, EPOCHS), workers=2)):
         assert batch.frames.y.any()
         if number in (2 * SETTLED, 2 * EPOCHS - 6):  # the workers have not read everything yet
             time.sleep(0.5)  # but all that they have been asked for
@@ -109,7 +110,7 @@ def growth(samples: PairSamples) -> int:
 
 def collected(samples: PairSamples) -> int:
     """Bytes that this process takes more after a full garbage collection, which comes by itself once in thousands of steps."""
-    batches = TrainBatches(samples, Schedule(len(samples.videos), 8, EPOCHS), workers=2)
+    batches = TrainBatches(samples, BatchSampler(len(samples.videos), 8, EPOCHS), workers=2)
     next(batches)
     before = memory(None, "Pss_Anon")
     gc.collect()
@@ -164,7 +165,7 @@ def test_a_worker_does_not_copy_the_list_of_videos():
         keyframes=np.zeros(1, np.int64),
     )
     records = [record] * len(listed)
-    paths, ones = pack_texts(video.path for video in listed), np.ones(len(listed), np.int64)
+    paths, ones = StringArray(video.path for video in listed), np.ones(len(listed), np.int64)
     source = VideoFiles(Path("/data"), paths, records)
     videos = VideoSet(
         root=Path("/data"), layout="", classes=(), unreadable={}, paths=paths, labels=ones, frames=ones, heights=ones,

@@ -34,7 +34,7 @@ from dclr.data.decode import (
 )
 from dclr.data.manifest import load_manifest
 from dclr.data.store import open_store, shard_name
-from dclr.data.string_array import unpacked
+from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 
 
@@ -531,7 +531,7 @@ def test_videos_may_have_moved(videos, tmp_path):
     videos.rename(tmp_path / "moved")
     again = content(pack_small(tmp_path / "moved", out))
     assert [name for name in whole if again[name] != whole[name]] == [store.INDEX]
-    assert unpacked(store.load_index(out)["source"]) == [str(tmp_path / "moved")]
+    assert unpack_strings(store.load_index(out)["source"]) == [str(tmp_path / "moved")]
 
 
 def test_a_folder_that_holds_something_else_is_refused(videos, tmp_path):

@@ -289,7 +289,7 @@ def test_arrays_come_back_and_their_file_depends_on_nothing_else(tmp_path, monke
     names = ["ß #&(!).mp4", os.fsdecode(b"not \xff utf-8"), ""]
     arrays = {
         "version": np.array(store.VERSION),
-        "names": string_array.packed(names),
+        "names": string_array.pack_strings(names),
         "matrix": np.arange(6).reshape(2, 3),
     }
     digest = save_arrays(tmp_path / "a.npz", arrays)
@@ -298,7 +298,7 @@ def test_arrays_come_back_and_their_file_depends_on_nothing_else(tmp_path, monke
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     read, read_digest = load_arrays(tmp_path / "a.npz")
     assert read_digest == digest
-    assert string_array.unpacked(read["names"]) == names
+    assert string_array.unpack_strings(read["names"]) == names
     assert np.array_equal(read["matrix"], arrays["matrix"])
     assert sorted(os.listdir(tmp_path)) == ["a.npz", "b.npz"]  # nothing half-written stays
 
@@ -433,14 +433,17 @@ def at(place: int, value: int):
         ({"entry_number": at(0, 2)}, "entry_number must be one of the numbers"),
         ({"numbers": [1, 1]}, "numbers must be some of 1, 2 and 3, each once"),
         ({"numbers": []}, "numbers must be some of 1, 2 and 3, each once"),
-        ({"paths": string_array.packed(["a", "a", "b", "c", "d"])}, "paths must be at least one, and each another"),
-        ({"paths": string_array.packed(["a"])}, "paths must be of shape (5,), not (1,)"),
+        (
+            {"paths": string_array.pack_strings(["a", "a", "b", "c", "d"])},
+            "paths must be at least one, and each another",
+        ),
+        ({"paths": string_array.pack_strings(["a"])}, "paths must be of shape (5,), not (1,)"),
         ({"paths": at(-1, 65)}, "paths must be texts, each with a null character behind it"),
         (
-            {"missing": string_array.packed(["a"]), "missing_number": np.array([2])},
+            {"missing": string_array.pack_strings(["a"]), "missing_number": np.array([2])},
             "missing_number must be one of the numbers",
         ),
-        ({"layout": string_array.packed([])}, "layout must be of shape (1,), not (0,)"),
+        ({"layout": string_array.pack_strings([])}, "layout must be of shape (1,), not (0,)"),
         ({"crc32": np.zeros(5, np.int64)}, "crc32 must be an array of uint32"),
         ({"compact": np.array([True])}, "compact must be of shape (), not (1,)"),
         ({"frames": np.zeros((5, 1), np.int64)}, "frames must be of shape (any,), not (5, 1)"),
@@ -529,7 +532,7 @@ def test_what_is_said_of_a_shard_is_checked_and_what_cannot_be_is_made_again(spo
         {"sizes": found["sizes"].astype(np.float32).astype(np.int32)},
         {"sizes": -found["sizes"]},
         {"crc32": found["crc32"].astype(np.int64)},
-        {"reasons": string_array.packed(["", ""])},
+        {"reasons": string_array.pack_strings(["", ""])},
         {"plan": found["plan"][:5]},
         {"bt709": np.array(True)},
     ):

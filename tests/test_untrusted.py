@@ -729,12 +729,12 @@ def test_a_store_of_videos_from_elsewhere_reads_them_from_itself(elsewhere, plac
 
 
 def test_what_a_store_says_of_its_source_is_quoted_before_it_is_told_to_be_typed(originals, tmp_path):
-    from dclr.data.string_array import packed
+    from dclr.data.string_array import pack_strings
 
     shutil.copytree(originals / "planes", tmp_path / "planes")
     (tmp_path / "planes" / store.INDEX).unlink()
     plan, _ = store.load_arrays(tmp_path / "planes" / store.PLAN)
-    source = packed(["x; touch /tmp/owned\n\x1b[2J"])
+    source = pack_strings(["x; touch /tmp/owned\n\x1b[2J"])
     store.save_arrays(tmp_path / "planes" / store.PLAN, {**plan, "source": source})
     with pytest.raises(UserError) as caught:
         store.load_index(tmp_path / "planes")

@@ -16,7 +16,8 @@ from dclr.data.clips import draw_pair, sample_rng
 from dclr.data.decode import UnreadableVideo, VideoRecord, empty_planes, read_planes, write_video
 from dclr.data.manifest import load_manifest
 from dclr.data.pack import pack
-from dclr.data.videos import Ragged, VideoFiles, open_videos, pack_texts, text_of
+from dclr.data.string_array import StringArray
+from dclr.data.videos import RaggedArray, VideoFiles, open_videos
 from dclr.errors import UserError
 
 
@@ -40,7 +41,7 @@ def test_records_come_back_as_they_were_found(genuine):
             p.relative_to(root).as_posix() for p in sorted((root / folder).rglob("*")) if p.suffix in (".avi", ".mp4")
         ]
     records = load_manifest(root, names, workers=1, progress=False).records
-    source = VideoFiles(root, pack_texts(records), list(records.values()))
+    source = VideoFiles(root, StringArray(records), list(records.values()))
     assert len(records) == 15
     assert len({record.seekable for record in records.values()}) == 2
     for index, (name, record) in enumerate(records.items()):
@@ -101,14 +102,14 @@ def test_nothing_of_the_catalog_is_kept(demo_videos):
     assert len(videos) == 16
 
 
-def test_texts_and_arrays_of_any_length_come_back():
-    texts = ["a", "", "ß/é.mp4", os.fsdecode(b"not \xff utf-8.avi"), "x" * 300]
-    packed = pack_texts(texts)
-    assert len(packed) == 5
-    assert [text_of(packed, index) for index in range(5)] == texts
-    assert len(pack_texts([])) == 0
+def test_strings_and_arrays_of_any_length_come_back():
+    strings = ["a", "", "ß/é.mp4", os.fsdecode(b"not \xff utf-8.avi"), "x" * 300]
+    array = StringArray(strings)
+    assert len(array) == 5
+    assert [array[index] for index in range(5)] == strings
+    assert len(StringArray([])) == 0
     arrays = [np.arange(n, dtype=np.int64) - 2**62 for n in (3, 0, 1)]
-    ragged = Ragged(arrays, np.int64)
+    ragged = RaggedArray(arrays, np.int64)
     assert all(np.array_equal(ragged[i], array) and ragged[i].dtype == np.int64 for i, array in enumerate(arrays))
 
 

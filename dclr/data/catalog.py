@@ -28,7 +28,7 @@ from pathlib import Path, PurePath, PurePosixPath
 import numpy as np
 
 from dclr.data.store import Arrays, is_store, leaves_folder, load_index
-from dclr.data.string_array import packed, unpacked
+from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 
 SUFFIXES = frozenset([".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv"])
@@ -147,37 +147,37 @@ def catalog_arrays(catalogs: dict[int, Catalog]) -> Arrays:
     rows = {path: row for row, path in enumerate(dict.fromkeys(video.path for _, _, video in listed))}
     missing = [(number, path) for number, catalog in catalogs.items() for path in catalog.missing]
     return {
-        "layout": packed([first.layout]),
-        "classes": packed(first.classes),
-        "paths": packed(rows),
+        "layout": pack_strings([first.layout]),
+        "classes": pack_strings(first.classes),
+        "paths": pack_strings(rows),
         "numbers": np.array(list(catalogs), dtype=np.int64),
         "entry_number": np.array([number for number, _, _ in listed], dtype=np.int64),
         "entry_split": np.array([split for _, split, _ in listed], dtype=np.int64),
         "entry_row": np.array([rows[video.path] for _, _, video in listed], dtype=np.int64),
         "entry_label": np.array([video.label for _, _, video in listed], dtype=np.int64),
-        "entry_group": packed(video.group for _, _, video in listed),
-        "missing": packed(path for _, path in missing),
+        "entry_group": pack_strings(video.group for _, _, video in listed),
+        "missing": pack_strings(path for _, path in missing),
         "missing_number": np.array([number for number, _ in missing], dtype=np.int64),
     }
 
 
 def _from_store(folder: Path, split: int) -> Catalog:
     index = load_index(folder)
-    (layout,) = unpacked(index["layout"])
+    (layout,) = unpack_strings(index["layout"])
     numbers = index["numbers"].tolist()
     if split not in numbers:
         raise UserError(f"split {split} of {layout}: the store in {folder} holds {' and '.join(map(str, numbers))}")
-    paths, groups = unpacked(index["paths"]), unpacked(index["entry_group"])
+    paths, groups = unpack_strings(index["paths"]), unpack_strings(index["entry_group"])
     splits: dict[str, list[Video]] = {}
     for entry in np.flatnonzero(index["entry_number"] == split).tolist():
         row, label = int(index["entry_row"][entry]), int(index["entry_label"][entry])
         video = Video(path=paths[row], label=label, group=groups[entry])
         splits.setdefault(SPLITS[index["entry_split"][entry]], []).append(video)
-    missing = zip(index["missing_number"].tolist(), unpacked(index["missing"]), strict=True)
+    missing = zip(index["missing_number"].tolist(), unpack_strings(index["missing"]), strict=True)
     return Catalog(
         root=folder,
         layout=f"{layout} (packed)",
-        classes=tuple(unpacked(index["classes"])),
+        classes=tuple(unpack_strings(index["classes"])),
         splits={name: tuple(videos) for name, videos in splits.items()},
         missing=tuple(path for number, path in missing if number == split),
     )

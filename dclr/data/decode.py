@@ -28,7 +28,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from dclr.data.decoder_process import beat
+from dclr.data.decoder_process import report_progress
 
 NO_PTS = np.iinfo(np.int64).min
 """Stands in `VideoRecord.pts` for a frame without a timestamp (FFmpeg's own AV_NOPTS_VALUE)."""
@@ -372,7 +372,7 @@ def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iter
             raise UnreadableVideo(f"decoding stops at frame {number}: {_plain(error)}") from error
         if frame is None:
             return
-        beat()
+        report_progress()
         if frame.is_corrupt:
             raise UnreadableVideo(f"frame {number} is corrupt")
         yield frame
@@ -409,7 +409,7 @@ def _needed(
             if not waiting:
                 frames += decoder.decode(None)
             for frame in frames:
-                beat()
+                report_progress()
                 if frame.is_corrupt:
                     raise UnreadableVideo("a frame is corrupt")
                 yield frame
@@ -457,7 +457,7 @@ def _skips_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -
         with _opened(path) as (container, stream):
             packets = []
             for packet in _packets(container, stream):
-                beat()
+                report_progress()
                 if packet.size:
                     packets.append(_pts(packet))
         if sorted(packets) != record.pts.tolist():

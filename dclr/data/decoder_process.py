@@ -64,8 +64,8 @@ class Progress:
         self._looked = now
         return self._idle
 
-    def report_here(self) -> None:
-        """From now on `begin` and `beat` in this process write here."""
+    def attach(self) -> None:
+        """From now on `report_video` and `report_progress` in this process write here."""
         global _cells
         _cells = self._cells
 
@@ -73,13 +73,13 @@ class Progress:
 _cells = memoryview(bytearray(16)).cast("q")  # of this process; nobody looks at it unless it is watched
 
 
-def begin(item: int | None) -> None:
+def report_video(item: int | None) -> None:
     """This process begins to read video number `item`; None: it is done with it."""
     _cells[0] += 1
     _cells[1] = _NOTHING if item is None else item
 
 
-def beat() -> None:
+def report_progress() -> None:
     """This process gets on."""
     _cells[0] += 1
 
@@ -96,7 +96,7 @@ def describe(status: int, limit: float) -> str:
     return f"the decoder crashes on it (exit status {status})"
 
 
-class Died(Exception):
+class DecoderDied(Exception):
     """A child ended before its answer; the message is `describe`'s."""
 
     def __init__(self, status: int, limit: float) -> None:
@@ -113,7 +113,7 @@ class RemoteTraceback(Exception):
     """The cause of what is raised here for an exception in a child: where it came from there."""
 
 
-class Child:
+class DecoderProcess:
     """`serve(request)` in a forked process, one request at a time; a new process after each that died.
 
     Requests and answers are pickled, `serve` is not. To be used by the thread that stays: the child ends with the thread that forked it.
@@ -139,11 +139,11 @@ class Child:
             self.connection.send_bytes(pickle.dumps(request))
 
     def answer(self) -> Any:
-        """What `serve` returned; waits for it. Raises Died, and what `serve` raised."""
+        """What `serve` returned; waits for it. Raises DecoderDied, and what `serve` raised."""
         try:
             content = self.connection.recv_bytes()
         except (EOFError, OSError):  # OSError: in the middle of its answer
-            raise Died(self._reap(), self.limit) from None
+            raise DecoderDied(self._reap(), self.limit) from None
         error, text, value = pickle.loads(content)
         if error is not None:
             raise error from RemoteTraceback(f"\n{text}")
@@ -189,14 +189,14 @@ def _run(serve: Callable[[Any], Any], connection: "Connection[Any, Any]", progre
             signal.signal(fatal, signal.SIG_DFL)
         # Garbage collection writes to every object it looks at: the first one in a forked process copied 82 MB of its parent's memory.
         gc.freeze()
-        progress.report_here()
+        progress.attach()
         while True:
             content = connection.recv_bytes()
             try:
                 answer = pickle.dumps((None, "", serve(pickle.loads(content))), protocol=5)
             except BaseException as error:  # also an interrupt: it belongs to whoever asked
                 answer = _raised(error)
-            begin(None)
+            report_video(None)
             connection.send_bytes(answer)
     except (EOFError, OSError):
         pass  # the parent has closed its end

@@ -26,15 +26,22 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dclr.config import DataConfig
 from dclr.data import augmentation, clips
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, empty_planes
-from dclr.data.decoder_process import TICK, Child, Died, end_with_parent, leave_signals_to_parent, shared_array
+from dclr.data.decoder_process import (
+    TICK,
+    DecoderDied,
+    DecoderProcess,
+    end_with_parent,
+    leave_signals_to_parent,
+    shared_array,
+)
 from dclr.data.ring_buffer import FrameRing
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from kernels import Augmentation, ViewParams, Yuv420
 
 TEST_CLIPS = 10  # clips a video, uniformly spaced: the test protocol of the released code
-PIECE = 8  # samples at most that a worker is asked for at a time: the workers share out a micro-batch
-PREFETCH = 2  # pieces that a worker has been asked for and not given: one that it reads, one that waits
+CHUNK = 8  # samples at most that a worker is asked for at a time: the workers share out a micro-batch
+PREFETCH = 2  # chunks that a worker has been asked for and not given: one that it reads, one that waits
 T = TypeVar("T")
 
 
@@ -46,7 +53,7 @@ class PairBatch:
     query_params: ViewParams
     key_params: ViewParams
     indices: Tensor  # (B,) int64: which videos
-    failures: dict[str, str]  # path -> reason, of videos that gave their place to the next
+    failures: dict[str, str]  # path -> reason, of videos that gave their position to the next
 
     @property
     def query_frames(self) -> Yuv420:  # (B, T, H, W), as key_frames
@@ -68,10 +75,10 @@ class PairBatch:
     def _length(self) -> int:
         return self.frames.y.shape[1] // 2 - 1
 
-    def _part(self, places: slice | int) -> Yuv420:
+    def _part(self, positions: slice | int) -> Yuv420:
         """Views of some frames of every sample."""
         own = self.frames
-        return Yuv420(own.y[:, places], own.u[:, places], own.v[:, places], own.bt709, own.full_range)
+        return Yuv420(own.y[:, positions], own.u[:, positions], own.v[:, positions], own.bt709, own.full_range)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleInfo:
     """A sample whose frames lie in the ring: all else, which is what travels from a worker."""
 
     index: int
@@ -113,14 +120,16 @@ class Drawn:
     failures: dict[str, str]
 
 
-def read_or_next(videos: VideoSet, order: np.ndarray, place: int, read: Callable[[int], T]) -> tuple[T, dict[str, str]]:
-    """`read(index)` of the video at `place` of the epoch's order; one that fails gives its place to the next of the order.
+def read_or_next(
+    videos: VideoSet, order: np.ndarray, position: int, read: Callable[[int], T]
+) -> tuple[T, dict[str, str]]:
+    """`read(index)` of the video at `position` of the epoch's order; one that fails gives its position to the next of the order.
 
     Returns what was read and the failures (path -> reason). Raises UserError when no video of the epoch can be read.
     """
     failures: dict[str, str] = {}
     for offset in range(len(order)):
-        index = int(order[(place + offset) % len(order)])
+        index = int(order[(position + offset) % len(order)])
         try:
             return read(index), failures
         except UnreadableVideo as error:
@@ -131,7 +140,7 @@ def read_or_next(videos: VideoSet, order: np.ndarray, place: int, read: Callable
 
 
 class TrainSamples(ABC):
-    """Random samples by (epoch, place in the epoch's order)."""
+    """Random samples by (epoch, position in the epoch's order)."""
 
     frames_a_sample: int
 
@@ -139,20 +148,20 @@ class TrainSamples(ABC):
         self.videos, self.config, self.seed = videos, config, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def draw(self, epoch: int, place: int, into: Planes) -> Drawn:
+    def read_into(self, epoch: int, position: int, into: Planes) -> SampleInfo:
         """Reads a sample's frames into `into`, which a video that fails on the way may have written to before."""
         if self._order[0] != epoch:
             self._order = (epoch, clips.epoch_order(self.seed, epoch, len(self.videos)))
         order = self._order[1]
-        sample, failures = read_or_next(self.videos, order, place, lambda index: self.read(epoch, index, into))
-        return Drawn(sample.index, sample.rows, sample.frames.bt709, sample.frames.full_range, failures)
+        sample, failures = read_or_next(self.videos, order, position, lambda index: self.read(epoch, index, into))
+        return SampleInfo(sample.index, sample.rows, sample.frames.bt709, sample.frames.full_range, failures)
 
     @abstractmethod
     def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
         """The sample of a video in an epoch: a pure function of (seed, epoch, index). Raises UnreadableVideo."""
 
     @abstractmethod
-    def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> Batch:
+    def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> Batch:
         """Frames of B samples and the rest of them -> a batch, without copying frames."""
 
 
@@ -181,21 +190,21 @@ class PairSamples(TrainSamples):
             index, frames, np.stack([augmentation.draw_augmentation(rng, height, width, self.recipe) for _ in range(4)])
         )
 
-    def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> PairBatch:
-        rows = np.stack([sample.rows for sample in drawn])  # (B, 4)
+    def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> PairBatch:
+        rows = np.stack([sample.rows for sample in infos])  # (B, 4)
         query, query_still, key, key_still = (augmentation.to_augmentation(rows[:, i]) for i in range(4))
         size = (self.config.crop_size, self.config.crop_size)
         return PairBatch(
             frames,
             ViewParams(query, query_still, size),
             ViewParams(key, key_still, size),
-            torch.tensor([sample.index for sample in drawn]),
-            merge(sample.failures for sample in drawn),
+            torch.tensor([sample.index for sample in infos]),
+            merge(sample.failures for sample in infos),
         )
 
 
 class ClipSamples(TrainSamples):
-    """Supervised training: one random clip of a video."""
+    """WatchedSamples training: one random clip of a video."""
 
     def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
         super().__init__(videos, config, seed)
@@ -213,14 +222,14 @@ class ClipSamples(TrainSamples):
             augmentation.draw_augmentation(rng, frames.y.shape[1], frames.y.shape[2], augmentation.FINETUNE)[None],
         )
 
-    def batch(self, frames: Yuv420, drawn: Sequence[Drawn]) -> ClipBatch:
-        indices = [sample.index for sample in drawn]
+    def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> ClipBatch:
+        indices = [sample.index for sample in infos]
         return ClipBatch(
             frames,
-            augmentation.to_augmentation(np.concatenate([sample.rows for sample in drawn])),
+            augmentation.to_augmentation(np.concatenate([sample.rows for sample in infos])),
             torch.from_numpy(self.videos.labels[indices]),
             torch.tensor(indices),
-            merge(sample.failures for sample in drawn),
+            merge(sample.failures for sample in infos),
         )
 
 
@@ -241,7 +250,7 @@ class TestClips(Dataset[Any]):
         return self.videos.read(index, clips.uniform_clips(frames, TEST_CLIPS, length, stride).ravel(), into)
 
     def __getitems__(self, indices: Sequence[int]) -> ClipBatch:
-        """A batch of these videos. One that fails is left out: a figure must not count another video in its place."""
+        """A batch of these videos. One that fails is left out: a figure must not count another video in its position."""
         own, length = self.videos, self.config.clip_length
         frames_a_video = TEST_CLIPS * length
         height, width = int(own.heights[indices].max()), int(own.widths[indices].max())
@@ -277,10 +286,10 @@ def merge(parts: Any) -> dict[str, str]:
     return {path: reason for part in parts for path, reason in part.items()}
 
 
-class Schedule:
-    """Which (epoch, place) a rank reads at each micro-batch, from `start` to `stop` (both in optimizer steps).
+class BatchSampler:
+    """Which (epoch, position) a rank reads at each micro-batch, from `start` to `stop` (both in optimizer steps).
 
-    A step takes `batch_size` consecutive places of the epoch's order, cut first into accumulation micro-batches and those into
+    A step takes `batch_size` consecutive positions of the epoch's order, cut first into accumulation micro-batches and those into
     ranks; the last incomplete step of an epoch is dropped.
     """
 
@@ -314,59 +323,59 @@ class Schedule:
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             for part in range(self.accumulation):
                 first = step_in_epoch * self.batch_size + (part * self.ranks + self.rank) * micro
-                yield [(epoch, place) for place in range(first, first + micro)]
+                yield [(epoch, position) for position in range(first, first + micro)]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Samples that a worker is asked for, and where in the ring the first of them belongs."""
 
     slot: int
     first_row: int
-    places: list[tuple[int, int]]  # (epoch, place)
+    positions: list[tuple[int, int]]  # (epoch, position)
 
 
-class Pieces:
-    """What DataLoader sends to workers: the schedule's micro-batches, cut up, each batch with a slot of the ring.
+class ChunkSampler:
+    """What DataLoader sends to workers: the sampler's micro-batches, cut up, each batch with a slot of the ring.
 
     How many slots are enough: while batch n is asked for, and until the next one is, batches n - hold + 1 to n are the consumer's.
-    DataLoader has sent at most `workers * PREFETCH` pieces beyond the last one it was asked for, which is the last of batch n at most:
-    with k pieces a batch, these are of batches up to n + ceil(workers * PREFETCH / k). From the first to the last that is
+    DataLoader has sent at most `workers * PREFETCH` chunks beyond the last one it was asked for, which is the last of batch n at most:
+    with k chunks a batch, these are of batches up to n + ceil(workers * PREFETCH / k). From the first to the last that is
     hold + ceil(workers * PREFETCH / k) batches; batch n lies in slot n % slots.
     """
 
-    def __init__(self, schedule: Schedule, workers: int, hold: int) -> None:
-        size = schedule.micro_batch_size
-        self.piece = math.ceil(size / math.ceil(size / PIECE))  # samples, the same for all pieces but the last
-        self.firsts = range(0, size, self.piece)  # rows
+    def __init__(self, sampler: BatchSampler, workers: int, hold: int) -> None:
+        size = sampler.micro_batch_size
+        self.chunk_size = math.ceil(size / math.ceil(size / CHUNK))  # samples, the same for all chunks but the last
+        self.firsts = range(0, size, self.chunk_size)  # rows
         self.slots = hold + math.ceil(workers * PREFETCH / len(self.firsts))
-        self.schedule, self.hold = schedule, hold
+        self.sampler, self.hold = sampler, hold
         self.asked_for = -1  # the last batch that the consumer asked for
 
-    def __iter__(self) -> Iterator[Piece]:
-        for number, places in enumerate(self.schedule):
+    def __iter__(self) -> Iterator[Chunk]:
+        for number, positions in enumerate(self.sampler):
             for first in self.firsts:
                 if number - self.slots > self.asked_for - self.hold:
                     raise RuntimeError(
                         f"batch {number} would be written over batch {number - self.slots}, which is in use"
                     )
-                yield Piece(number % self.slots, first, places[first : first + self.piece])
+                yield Chunk(number % self.slots, first, positions[first : first + self.chunk_size])
 
 
 class RingSamples(Dataset[Any]):
-    """A piece in, its frames written into the ring, all else out."""
+    """A chunk in, its frames written into the ring, all else out."""
 
     def __init__(self, samples: TrainSamples, ring: FrameRing) -> None:
         self.samples, self.ring = samples, ring
 
-    def __getitems__(self, piece: Piece) -> list[Drawn]:
+    def __getitems__(self, chunk: Chunk) -> list[SampleInfo]:
         return [
-            self.samples.draw(epoch, place, self.ring.row(piece.slot, row))
-            for row, (epoch, place) in enumerate(piece.places, start=piece.first_row)
+            self.samples.read_into(epoch, position, self.ring.row(chunk.slot, row))
+            for row, (epoch, position) in enumerate(chunk.positions, start=chunk.first_row)
         ]
 
 
-class Supervised(Dataset[Any]):
+class WatchedSamples(Dataset[Any]):
     """What DataLoader's workers see: `samples`, read in a child process that the worker watches. Without workers, read in this process.
 
     A video whose decoder crashes or gives no frame for too long is marked in the set's `faults`, and the samples are asked for once more:
@@ -375,18 +384,18 @@ class Supervised(Dataset[Any]):
 
     def __init__(self, samples: "RingSamples | TestClips", videos: VideoSet) -> None:
         self.samples, self.videos = samples, videos
-        self._child: Child | None = None
+        self._child: DecoderProcess | None = None
         self._ended, self._parent = shared_array(1, np.uint8), os.getpid()
 
     def __len__(self) -> int:
-        """Of the test clips; training's pieces are counted by their schedule."""
+        """Of the test clips; training's chunks are counted by their sampler."""
         return len(self.videos)
 
     def __getitems__(self, request: Any) -> Any:
         if get_worker_info() is None:
             return self.samples.__getitems__(request)
         if self._child is None:
-            self._child = Child(self.samples.__getitems__, self.videos.timeout)
+            self._child = DecoderProcess(self.samples.__getitems__, self.videos.timeout)
             # At the worker's end, so that what the child used counts as the worker's.
             Finalize(None, self._child.stop, exitpriority=1)
         child = self._child
@@ -398,7 +407,7 @@ class Supervised(Dataset[Any]):
                 child.end_if_stalled()
             try:
                 return child.answer()
-            except Died as death:
+            except DecoderDied as death:
                 index = child.item
                 if death.out_of_memory and index not in tried_twice:
                     tried_twice.add(index)
@@ -432,16 +441,16 @@ class TrainBatches(Iterator[Any]):
     """
 
     def __init__(
-        self, samples: TrainSamples, schedule: Schedule, workers: int, hold: int = 1, processes: int = 1
+        self, samples: TrainSamples, sampler: BatchSampler, workers: int, hold: int = 1, processes: int = 1
     ) -> None:
         """`processes`: of the machine, that each make such batches. Raises UserError: their rings take too much of its memory."""
         videos = samples.videos
-        self.samples, self._pieces, self._workers = samples, Pieces(schedule, workers, hold), workers
+        self.samples, self._chunks, self._workers = samples, ChunkSampler(sampler, workers, hold), workers
         self.ring = FrameRing(
-            self._pieces.slots, schedule.micro_batch_size, samples.frames_a_sample,
+            self._chunks.slots, sampler.micro_batch_size, samples.frames_a_sample,
             int(videos.heights.max()), int(videos.widths.max()), processes,
         )  # fmt: skip
-        supervised = Supervised(RingSamples(samples, self.ring), videos)
+        supervised = WatchedSamples(RingSamples(samples, self.ring), videos)
         if workers:
             # Garbage collection writes to every object it looks at: this process's first full one, 20 minutes into a run, copied 70 MB
             # that it shares with its workers (docs/LOG.md). What is frozen it does not look at.
@@ -450,7 +459,7 @@ class TrainBatches(Iterator[Any]):
             gc.freeze()
         loader: DataLoader[Any] = DataLoader(
             supervised,
-            batch_sampler=self._pieces,  # type: ignore[arg-type]  # typed as lists of keys, but any iterable of what __getitems__ takes will do
+            batch_sampler=self._chunks,  # type: ignore[arg-type]  # typed as lists of keys, but any iterable of what __getitems__ takes will do
             collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
@@ -458,16 +467,16 @@ class TrainBatches(Iterator[Any]):
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=supervised.start_worker,
         )
-        self._drawn: Iterator[list[Drawn]] = iter(loader)  # workers start here
+        self._infos: Iterator[list[SampleInfo]] = iter(loader)  # workers start here
         # When this is dropped or the process ends: in either case before DataLoader waits for its workers.
         self._end = Finalize(self, supervised.end, exitpriority=1)
 
     def __next__(self) -> Any:
-        self._pieces.asked_for += 1
-        drawn: list[Drawn] = []
+        self._chunks.asked_for += 1
+        infos: list[SampleInfo] = []
         try:
-            for _ in self._pieces.firsts:
-                drawn += next(self._drawn)
+            for _ in self._chunks.firsts:
+                infos += next(self._infos)
         except Exception as error:  # StopIteration too
             # The workers end here. Left to whoever collects garbage, their queues could be closed before they are told to, and each
             # would be waited for 5 seconds. DataLoader's frames, which the traceback holds, refer to them too; what was raised in a
@@ -475,16 +484,16 @@ class TrainBatches(Iterator[Any]):
             if self._workers:
                 error.__traceback__ = None
             self._end()
-            self._drawn = iter(())
+            self._infos = iter(())
             if isinstance(error, UserError):
                 raise UserError(error.args[0].rpartition("UserError: ")[2].strip()) from None
             raise error
-        bt709, full_range = (torch.tensor([getattr(d, flag) for d in drawn]) for flag in ("bt709", "full_range"))
-        return self.samples.batch(Yuv420(*self.ring.planes(self.slot()), bt709, full_range), drawn)
+        bt709, full_range = (torch.tensor([getattr(d, flag) for d in infos]) for flag in ("bt709", "full_range"))
+        return self.samples.batch(Yuv420(*self.ring.planes(self.slot()), bt709, full_range), infos)
 
     def slot(self) -> Tensor:
         """The memory of the newest batch's frames, as `FrameRing.planes` takes it."""
-        return self.ring.slot(self._pieces.asked_for % self.ring.slots)
+        return self.ring.slot(self._chunks.asked_for % self.ring.slots)
 
 
 def as_it_is(fetched: T) -> T:
@@ -499,7 +508,7 @@ def leave_inherited_objects_alone(worker: int) -> None:
 
 def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool) -> Iterator[ClipBatch]:
     """Each video once, in order."""
-    supervised = Supervised(samples, samples.videos)
+    supervised = WatchedSamples(samples, samples.videos)
     loader: DataLoader[Any] = DataLoader(
         supervised,
         batch_size=videos_a_batch,
@@ -520,7 +529,7 @@ def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool
 class Failures:
     """Videos that failed while a run read them: counted, each named once on stderr with what becomes of it."""
 
-    def __init__(self, consequence: str = "its place goes to the next video") -> None:
+    def __init__(self, consequence: str = "its position goes to the next video") -> None:
         self.reasons: dict[str, str] = {}
         self.count = 0
         self.consequence = consequence

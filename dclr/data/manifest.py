@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dclr.data.decode import MOST_PIXELS, UnreadableVideo, VideoRecord, verify_video
-from dclr.data.decoder_process import TICK, TIMEOUT, Child, Died, begin
-from dclr.data.string_array import packed, unpacked
+from dclr.data.decoder_process import TICK, TIMEOUT, DecoderDied, DecoderProcess, report_video
+from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 
 _VERSION = 2
@@ -91,7 +91,7 @@ def load_manifest(
     try:
         for path, finding in _verify(root, list(todo), workers, timeout, progress):
             if isinstance(
-                finding, Died
+                finding, DecoderDied
             ):  # may have been the machine's fault (memory, a slow disk): looked at again next time
                 findings[path] = str(finding)
                 known.pop(path, None)
@@ -118,10 +118,10 @@ def load_manifest(
 
 def _verify(
     root: Path, paths: list[str], workers: int, timeout: float, progress: bool
-) -> Iterator[tuple[str, Finding | Died]]:
+) -> Iterator[tuple[str, Finding | DecoderDied]]:
     """(path, finding) for each path, as they get done. Each worker has one video at a time, so it is known which one it died on."""
-    children = [Child(lambda path: _find(root / path), timeout) for _ in range(min(workers, len(paths)))]
-    waiting, asked, tried_twice = deque(paths), dict[Child, str](), set[str]()
+    children = [DecoderProcess(lambda path: _find(root / path), timeout) for _ in range(min(workers, len(paths)))]
+    waiting, asked, tried_twice = deque(paths), dict[DecoderProcess, str](), set[str]()
     try:
         with tqdm(total=len(paths), desc="verifying videos", unit="video", disable=not (progress and paths)) as bar:
             while waiting or asked:
@@ -135,10 +135,10 @@ def _verify(
                         child.end_if_stalled()
                         continue
                     del asked[child]
-                    finding: Finding | Died
+                    finding: Finding | DecoderDied
                     try:
                         finding = child.answer()
-                    except Died as death:
+                    except DecoderDied as death:
                         if death.out_of_memory and path not in tried_twice:
                             tried_twice.add(path)
                             waiting.append(path)  # last, when the others may have let go of their memory
@@ -152,7 +152,7 @@ def _verify(
 
 
 def _find(path: Path) -> Finding:
-    begin(0)
+    report_video(0)
     try:
         return verify_video(path)
     except UnreadableVideo as reason:
@@ -178,8 +178,8 @@ def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
     pts_steps = [np.diff(record.pts, prepend=np.int64(0)) for record in readable]
     arrays = {
         "version": np.array(_VERSION),
-        "paths": packed(list(known)),
-        "reasons": packed([finding if isinstance(finding, str) else "" for _, finding in known.values()]),
+        "paths": pack_strings(list(known)),
+        "reasons": pack_strings([finding if isinstance(finding, str) else "" for _, finding in known.values()]),
         "stamps": np.array(stamps, dtype=np.int64).reshape(-1, 2),
         "readable": np.array([record is not None for record in records], dtype=bool),
         "declared": np.array([record.declared for record in readable], dtype=np.int64),
@@ -239,7 +239,7 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
         )
         for row in range(len(arrays["frames"]))
     )
-    paths, reasons = unpacked(arrays["paths"]), unpacked(arrays["reasons"])
+    paths, reasons = unpack_strings(arrays["paths"]), unpack_strings(arrays["reasons"])
     return {
         path: ((int(size), int(mtime)), next(records) if readable else reason)
         for path, reason, (size, mtime), readable in zip(

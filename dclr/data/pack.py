@@ -39,7 +39,7 @@ from dclr.data.decode import (
 )
 from dclr.data.manifest import load_manifest
 from dclr.data.store import Arrays, shard_name
-from dclr.data.string_array import packed, unpacked
+from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 from dclr.files import sync_folder
 
@@ -93,7 +93,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
         raise UserError(f"--out {out} lies in the data folder, where it could be taken for videos: give another place")
 
     lists = catalog_arrays(catalogs)
-    paths = unpacked(lists["paths"])
+    paths = unpack_strings(lists["paths"])
     manifest = load_manifest(root, paths, workers=max(1, data.workers), timeout=data.video_timeout)
     if not manifest.records:
         first, reason = next(iter(manifest.unreadable.items()))
@@ -135,7 +135,7 @@ def make_plan(
     compact: bool,
 ) -> Arrays:
     """Every array that the index has, but for what is only known once a shard is written (see `write_shard`)."""
-    paths = unpacked(lists["paths"])
+    paths = unpack_strings(lists["paths"])
     frames, heights, widths, sizes, shards, offsets = np.zeros((6, len(paths)), dtype=np.int64)
     stamps = np.zeros((len(paths), 2), dtype=np.int64)
     shard, filled = 0, 0
@@ -157,9 +157,9 @@ def make_plan(
         "version": np.array(store.VERSION),
         "compact": np.array(compact),
         "short_side": np.array(short_side),
-        "source": packed([os.path.abspath(source)]),
+        "source": pack_strings([os.path.abspath(source)]),
         **lists,
-        "reasons": packed(reasons),
+        "reasons": pack_strings(reasons),
         "stamps": stamps,
         "frames": frames,
         "heights": heights,
@@ -193,7 +193,7 @@ def compact_size(plan: Arrays, rows: np.ndarray | slice = slice(None)) -> int:
 def describe(root: Path, plan: Arrays) -> list[str]:
     """The lines that `pack` prints before it writes anything."""
     stored = plan["shards"] >= 0
-    (layout,) = unpacked(plan["layout"])
+    (layout,) = unpack_strings(plan["layout"])
     numbers = plan["numbers"].tolist()
     splits = f" (splits {', '.join(map(str, numbers))})" if len(numbers) > 1 else ""
     lines = [
@@ -273,14 +273,14 @@ def difference_of(before: Arrays, now: Arrays) -> str:
         return "--compact" if before["compact"] else "planes, not --compact"
     if before["short_side"] != now["short_side"]:
         return f"--short-side {before['short_side']}, not {now['short_side']}"
-    paths, paths_now = unpacked(before["paths"]), unpacked(now["paths"])
+    paths, paths_now = unpack_strings(before["paths"]), unpack_strings(now["paths"])
     if odd := sorted(set(paths) ^ set(paths_now)):
         return f"{len(paths)} videos, not {len(paths_now)} (such as {odd[0]})"
     if paths == paths_now:
         for name, what in (("stamps", "size or date"), ("frames", "number of frames"), ("reasons", "readability")):
             old, new = before[name], now[name]
             if name == "reasons":
-                old, new = np.array(unpacked(old)), np.array(unpacked(new))
+                old, new = np.array(unpack_strings(old)), np.array(unpack_strings(new))
             if changed := [path for path, *pair in zip(paths, old, new, strict=True) if not np.array_equal(*pair)]:
                 more = f", as in {len(changed) - 1} more" if len(changed) > 1 else ""
                 return f"another {changed[0]} (its {what} has changed{more})"
@@ -368,7 +368,7 @@ def write_shard(job: Job, number: int, count: Any) -> None:
     remove(shard)  # a folder cannot be renamed onto another
     os.rename(aside, shard)
     sync_folder(job.folder)
-    store.save_arrays(job.folder / f"shard-{number:05d}.npz", {**found, "reasons": packed(reasons)})
+    store.save_arrays(job.folder / f"shard-{number:05d}.npz", {**found, "reasons": pack_strings(reasons)})
 
 
 Written = tuple[int, int, bool, bool] | str
@@ -423,14 +423,14 @@ def write_small_videos(job: Job, rows: np.ndarray, aside: Path, count: Any) -> I
 def small_frames(job: Job, row: int, count: Any) -> Iterator[YuvFrames]:
     path = job.paths[row]
     height, width = int(job.plan["heights"][row]), int(job.plan["widths"][row])
-    decoder_process.begin(row)
+    decoder_process.report_video(row)
     try:
         for frame in resized_planes(job.root / path, job.records[path], height, width):
             yield frame
             with count.get_lock():
                 count.value += 1
     finally:
-        decoder_process.begin(None)
+        decoder_process.report_video(None)
 
 
 def check_small_video(file: Path, promised: VideoRecord) -> None:
@@ -480,7 +480,7 @@ def write_index(job: Job) -> dict[str, str]:
         "full_range": np.zeros(size, bool),
     }
     index["sizes"] = job.plan["sizes"].copy()
-    reasons = unpacked(job.plan["reasons"])
+    reasons = unpack_strings(job.plan["reasons"])
     failed = {}
     for number, rows in enumerate(job.shards):
         found = finished(job, number)
@@ -488,10 +488,10 @@ def write_index(job: Job) -> dict[str, str]:
             raise UserError(f"{job.shard(number)} is gone again: run the same command once more")
         for name in ("sizes", "crc32", "bt709", "full_range"):
             index[name][rows] = found[name]
-        for row, reason in zip(rows.tolist(), unpacked(found["reasons"]), strict=True):
+        for row, reason in zip(rows.tolist(), unpack_strings(found["reasons"]), strict=True):
             if reason:
                 reasons[row] = failed[job.paths[row]] = reason
-    index["reasons"] = packed(reasons)
+    index["reasons"] = pack_strings(reasons)
     if job.compact:
         index["offsets"] = np.zeros(size, dtype=np.int64)
     store.save_arrays(job.folder / store.INDEX, index)
@@ -557,7 +557,7 @@ def _work(
     job: Job, todo: list[int], next_place: Any, count: Any, messages: Any, progress: decoder_process.Progress
 ) -> None:
     """A worker: takes the next shard until there is none."""
-    progress.report_here()
+    progress.attach()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

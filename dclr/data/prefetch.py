@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from dclr.data.loader import ClipBatch, Schedule, TrainBatches, TrainSamples
+from dclr.data.loader import BatchSampler, ClipBatch, TrainBatches, TrainSamples
 from kernels import Yuv420
 
 
 def batches_on(
-    device: torch.device, samples: TrainSamples, schedule: Schedule, workers: int, processes: int = 1
+    device: torch.device, samples: TrainSamples, sampler: BatchSampler, workers: int, processes: int = 1
 ) -> Iterator[Any]:
     """Micro-batches of a whole run with frames and labels on `device`, each valid until the next one is asked for.
 
@@ -19,10 +19,10 @@ def batches_on(
     Raises UserError: see TrainBatches.
     """
     if device.type == "cuda":
-        batches = TrainBatches(samples, schedule, workers, hold=2, processes=processes)
+        batches = TrainBatches(samples, sampler, workers, hold=2, processes=processes)
         batches.ring.pin(device)
         return DeviceBatches(batches, device)
-    return TrainBatches(samples, schedule, workers, processes=processes)
+    return TrainBatches(samples, sampler, workers, processes=processes)
 
 
 class DeviceBatches(Iterator[Any]):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, compact_record, empty_planes
-from dclr.data.string_array import unpacked
+from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 from dclr.files import write_whole
 
@@ -71,7 +71,7 @@ class Store:
 
     def rows_of(self, paths: Iterable[str]) -> np.ndarray:
         """(number of paths,) int64: the rows of these videos. KeyError: the index does not know one."""
-        rows = {path: row for row, path in enumerate(unpacked(self._paths))}
+        rows = {path: row for row, path in enumerate(unpack_strings(self._paths))}
         return np.array([rows[path] for path in paths], dtype=np.int64)
 
     def source(self, rows: np.ndarray) -> "Selection":
@@ -161,7 +161,7 @@ def open_store(folder: Path) -> Store:
 
 def store_of(folder: Path, index: Arrays) -> Store:
     """A store by its index, whatever became of its shards."""
-    reasons = zip(unpacked(index["paths"]), unpacked(index["reasons"]), strict=True)
+    reasons = zip(unpack_strings(index["paths"]), unpack_strings(index["reasons"]), strict=True)
     return Store(
         folder=folder,
         compact=bool(index["compact"]),
@@ -192,9 +192,9 @@ def load_plan(folder: Path) -> tuple[Arrays, bytes]:
 
 def pack_command(folder: Path, plan: Arrays) -> str:
     """What makes, or mends, the store in `folder`: to be copied into a shell, so what the file says of its source is quoted."""
-    (source,) = map(shlex.quote, unpacked(plan["source"]))
+    (source,) = map(shlex.quote, unpack_strings(plan["source"]))
     size = "" if plan["short_side"] == SHORT_SIDE else f" --short-side {plan['short_side']}"
-    outside = " --allow-outside yes" if any(map(leaves_folder, unpacked(plan["paths"]))) else ""
+    outside = " --allow-outside yes" if any(map(leaves_folder, unpack_strings(plan["paths"]))) else ""
     compact = " --compact" if plan["compact"] else ""
     return f"train.py pack --data {source} --out {shlex.quote(str(folder))}{size}{outside}{compact}"
 
@@ -207,7 +207,7 @@ def leaves_folder(path: str) -> bool:
 def damaged_shards(store: Store, workers: int, progress: bool = True) -> dict[str, str]:
     """Name of a shard -> what is wrong with it, after reading every byte of the store."""
     shards = rows_by_shard(store.shards)
-    find = partial(_fault, store, unpacked(store._paths))
+    find = partial(_fault, store, unpack_strings(store._paths))
     with (
         ThreadPoolExecutor(workers) as threads,  # checksums are computed without Python's lock
         tqdm(total=len(shards), desc="checking shards", unit="shard", disable=not progress) as bar,
@@ -291,7 +291,7 @@ def _check_lists(path: Path, index: Arrays) -> None:
     _check_columns(path, index, (), int64=["version", "short_side"], bool=["compact"])
     _check_columns(path, index, (1,), texts=["source", "layout"])
     _check_columns(path, index, (None,), int64=["numbers", "entry_row", "missing_number", "frames"], texts=["classes"])
-    numbers, classes, videos = index["numbers"], len(unpacked(index["classes"])), len(index["frames"])
+    numbers, classes, videos = index["numbers"], len(unpack_strings(index["classes"])), len(index["frames"])
     entries, missing = index["entry_row"].shape, index["missing_number"].shape
     _check_columns(path, index, entries, int64=["entry_number", "entry_split", "entry_label"], texts=["entry_group"])
     _check_columns(path, index, missing, texts=["missing"])
@@ -299,8 +299,8 @@ def _check_lists(path: Path, index: Arrays) -> None:
     _check_columns(path, index, (videos,), int64=places, texts=["paths", "reasons"])
     _check_columns(path, index, (videos, 2), int64=["stamps"])
 
-    paths, shards, stored = unpacked(index["paths"]), index["shards"], index["shards"] >= 0
-    absent = np.array([reason != "" for reason in unpacked(index["reasons"])], dtype=bool)
+    paths, shards, stored = unpack_strings(index["paths"]), index["shards"], index["shards"] >= 0
+    absent = np.array([reason != "" for reason in unpack_strings(index["reasons"])], dtype=bool)
     short_sides = np.minimum(index["heights"], index["widths"])
     least = stored.astype(np.int64)  # a video that is in no shard has no frames and no size
     for name, right, rule in (
@@ -338,7 +338,7 @@ def _check_planes(path: Path, index: Arrays) -> None:
 
 def _check_small_videos(path: Path, index: Arrays) -> None:
     """Every video is a file of its own; a frame takes more than a byte, so no reader prepares for frames that cannot be there."""
-    absent = np.array([reason != "" for reason in unpacked(index["reasons"])], dtype=bool)
+    absent = np.array([reason != "" for reason in unpack_strings(index["reasons"])], dtype=bool)
     _require(path, "offsets", index["offsets"] == 0, "0 in a compact store")
     _require(path, "sizes", absent | (index["sizes"] > index["frames"]), "more than a byte a frame")
 

@@ -6,7 +6,6 @@ videos would cost each worker a hundred megabytes as objects; so it costs nothin
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from dclr.data.catalog import Catalog, Video
 from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, read_planes
 from dclr.data.manifest import load_manifest
 from dclr.data.store import is_store, open_store
+from dclr.data.string_array import StringArray
 from dclr.errors import UserError
 
 
@@ -34,8 +34,8 @@ class Source(Protocol):
         ...
 
 
-class Ragged:
-    """Arrays of different lengths, end to end in one."""
+class RaggedArray:
+    """Arrays of different lengths, stored end to end in one."""
 
     def __init__(self, arrays: Iterable[np.ndarray], dtype: Any) -> None:
         arrays = list(arrays)
@@ -47,15 +47,6 @@ class Ragged:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self._starts[index] : self._starts[index + 1]]
-
-
-def pack_texts(texts: Iterable[str]) -> Ragged:
-    """As bytes; `text_of` reads one."""
-    return Ragged((np.frombuffer(os.fsencode(text), np.uint8) for text in texts), np.uint8)
-
-
-def text_of(packed: Ragged, index: int) -> str:
-    return os.fsdecode(packed[index].tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +61,8 @@ class VideoSet:
     """Names by label; empty where nothing is labelled."""
     unreadable: dict[str, str]
     """Path -> reason, of the videos of the split that are left out."""
-    paths: Ragged
-    """Relative to root: see `path`."""
+    paths: StringArray
+    """Relative to root."""
     labels: np.ndarray
     """(N,) int64, places in `classes`; -1: unlabelled."""
     frames: np.ndarray
@@ -95,18 +86,19 @@ class VideoSet:
 
     def path(self, index: int) -> str:
         """Relative to root, as the catalog has it."""
-        return text_of(self.paths, index)
+        return self.paths[index]
 
     def read(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
         """The wanted frames of a video, as `decode.read_planes`. Raises UnreadableVideo."""
         if fault := int(self.faults[index]):
             raise UnreadableVideo(decoder_process.describe(fault, self.timeout))
-        decoder_process.begin(index)
+        decoder_process.report_video(index)
         return self.source.read_planes(index, wanted, into)
 
     def fingerprint(self) -> str:
         """Of which videos these are, in which order, and what is in them as far as it is known without reading them again."""
-        own = (self.paths.values, self.labels, self.frames, self.heights, self.widths, *self.source.identity())
+        paths = self.paths.packed[self.paths.packed != 0]  # without the null characters between them
+        own = (paths, self.labels, self.frames, self.heights, self.widths, *self.source.identity())
         digest = hashlib.sha256()
         for array in own:
             digest.update(np.ascontiguousarray(array).data)
@@ -116,7 +108,9 @@ class VideoSet:
 class VideoFiles:
     """A Source: video files, each decoded by the record of its verification."""
 
-    def __init__(self, root: Path, paths: Ragged, records: Sequence[VideoRecord], sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, root: Path, paths: StringArray, records: Sequence[VideoRecord], sizes: Sequence[int] = ()
+    ) -> None:
         """`sizes`: of the files in bytes."""
         self._root, self._paths, self._sizes = root, paths, np.array(sizes, np.int64)
         self._columns = {
@@ -129,18 +123,18 @@ class VideoFiles:
         return VideoRecord(**{name: v.item() if isinstance(v, np.generic) else v for name, v in row.items()})
 
     def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
-        return read_planes(self._root / text_of(self._paths, index), self.record(index), wanted, into)
+        return read_planes(self._root / self._paths[index], self.record(index), wanted, into)
 
     def identity(self) -> list[np.ndarray]:
         """The files' sizes, timestamps, keyframes and the rest of what verifying found."""
         return [self._sizes] + [
-            column.values if isinstance(column, Ragged) else column for column in self._columns.values()
+            column.values if isinstance(column, RaggedArray) else column for column in self._columns.values()
         ]
 
 
-def _column(values: list[Any]) -> Ragged | np.ndarray:
+def _column(values: list[Any]) -> RaggedArray | np.ndarray:
     """One field of all records: numbers as an array, arrays end to end."""
-    return Ragged(values, values[0].dtype) if isinstance(values[0], np.ndarray) else np.array(values)
+    return RaggedArray(values, values[0].dtype) if isinstance(values[0], np.ndarray) else np.array(values)
 
 
 def open_videos(
@@ -163,7 +157,7 @@ def open_videos(
         raise UserError(
             f"{catalog.root}: none of the {len(listed)} videos of split {split} can be read ({first}: {reason}); see train.py check"
         )
-    paths = pack_texts(v.path for v in videos)
+    paths = StringArray(v.path for v in videos)
     records = [manifest.records[v.path] for v in videos]
     return VideoSet(
         root=catalog.root,
@@ -192,7 +186,7 @@ def _packed_videos(catalog: Catalog, listed: Sequence[Video], timeout: float) ->
         layout=catalog.layout,
         classes=catalog.classes,
         unreadable={v.path: store.unreadable[v.path] for v in listed if v.path in store.unreadable},
-        paths=pack_texts(v.path for v in videos),
+        paths=StringArray(v.path for v in videos),
         labels=np.array([v.label for v in videos], np.int64),
         frames=store.frames[rows],
         heights=store.heights[rows],

@@ -15,7 +15,7 @@ from dclr import distributed, report
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
 from dclr.data.catalog import Catalog
 from dclr.data.datasets import make_demo, open_data
-from dclr.data.loader import Failures, Schedule, TrainSamples, check_bad
+from dclr.data.loader import BatchSampler, Failures, TrainSamples, check_bad
 from dclr.data.prefetch import batches_on
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
@@ -80,14 +80,14 @@ class Run:
             self.say(f"  compiled in {compile_seconds():.0f} s")
         self.told = True
 
-    def schedule(self, start: int = 0) -> Schedule:
-        return Schedule(
+    def schedule(self, start: int = 0) -> BatchSampler:
+        return BatchSampler(
             len(self.videos), self.config.optim.batch_size, self.config.optim.epochs,
             start=start, accumulation=int(self.ds_config.get("gradient_accumulation_steps", 1)),
             rank=distributed.rank(), ranks=distributed.world_size(),
         )  # fmt: skip
 
-    def batches(self, samples: TrainSamples, schedule: Schedule) -> Iterator[Any]:
+    def batches(self, samples: TrainSamples, schedule: BatchSampler) -> Iterator[Any]:
         """The schedule's micro-batches on the run's device. Raises UserError on all ranks: there is too little memory for them."""
         return distributed.together(
             lambda: batches_on(
@@ -222,7 +222,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     check_bad(videos, {}, config.data.max_bad)
     if command != "pretrain" and (videos.labels < 0).any():
         raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
-    steps = Schedule(len(videos), config.optim.batch_size, config.optim.epochs).stop  # refuses too large a batch
+    steps = BatchSampler(len(videos), config.optim.batch_size, config.optim.epochs).stop  # refuses too large a batch
     if isinstance(config, PretrainConfig) and config.method.fill_steps >= steps:
         raise UserError(
             f"--fill-steps is {config.method.fill_steps}, but must be below the run's {steps} steps, or nothing is trained: "
