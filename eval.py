@@ -53,8 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         if command == "bias":
             what.add_argument(
-                "--foreground", choices=("yes", "no"), default="yes",
-                help="whether to test actions on other videos' backgrounds too; change it to no for the probes alone (default: yes)",
+                "--foreground", action=argparse.BooleanOptionalAction, default=True,
+                help="also test actions on the backgrounds of other videos. Turn it off to run only the probes",
             )  # fmt: skip
         # Not --max-bad: what fails is left out of the figures, and listed.
         clips = {f.name for f in dataclasses.fields(configuration.DataConfig)} - {"max_bad"}
@@ -66,9 +66,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> None:
+    configuration.refuse_old_switches(arguments)
     flags = vars(make_parser().parse_args(arguments))
     command, checkpoint, out = flags.pop("command"), Path(flags.pop("checkpoint")), flags.pop("out", None)
-    foreground = flags.pop("foreground", "no") == "yes"
+    foreground = flags.pop("foreground", False)
     if not checkpoint.exists() and not (command != "accuracy" and str(checkpoint) == "random"):
         raise UserError(
             f"--checkpoint {checkpoint}: no such file or folder; give a run's folder, or a file as --help says"

@@ -70,9 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
             help="go on with the run in this folder (without a value: in --out), with its settings; auto: with the one in --out where "
             "there is a checkpoint, else begin it, so that the same command can be given again and again",
         )  # fmt: skip
-        configuration.add_flags(
-            sub, [group for _, group in configuration.groups(configuration.COMMANDS[command])], command=command
-        )
+        configuration.add_flags(sub, configuration.groups(configuration.COMMANDS[command]).values(), command=command)
     return parser
 
 
@@ -81,6 +79,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     own = [a for a in arguments if not a.startswith("--local_rank")]
     if not own or (own[0].startswith("-") and own[0] not in ("-h", "--help")):
         own = ["pretrain", *own]
+    configuration.refuse_old_switches(own)
     return vars(make_parser().parse_args(own))
 
 

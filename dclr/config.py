@@ -1,13 +1,16 @@
-"""What a run is told: frozen dataclasses, the published recipes as presets, and the command line made from both.
+"""Settings of a run: frozen dataclasses with bounds, the published recipes as presets, command-line flags and configuration files.
 
-A value comes from, last one wins: the default below, the preset, the configuration of the run that is resumed, the flag.
+A later source overrides an earlier one: the defaults below, then the preset, then the file given to --config, then the flags.
+A resumed run has its own config.json in place of the preset and the file.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,274 +20,312 @@ from dclr.models import BACKBONES, MAX_WIDTH
 from kernels import BACKENDS, EMBEDDING_SIZES
 
 METHODS = ("dclr", "moco")
-YES_NO = ("no", "yes")
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with its default, what it is, and when to change it (shown by --help)."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def _require(ok: bool, flag: str, value: object, right: str) -> None:
-    if not ok:
-        raise UserError(f"{flag} is {value}, but must be {right}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """where a run writes, and how it repeats"""
+class Bounds:
+    """The values that a field accepts. Without arguments, every text and every finite number."""
 
-    out: str = option("", "folder of the run; change it to keep several apart (default: the next free runs/COMMAND-N)")
-    seed: int = option(0, "decides every random draw; change it to repeat an experiment with other draws")
+    choices: tuple[Any, ...] = ()
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def accepts(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, str):
+            return True
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        """Return the accepted values in words, empty if there are no bounds: "a, b or c", "from 0 to 1", "at least 0 and below 1"."""
+        if self.choices:
+            *others, last = map(str, self.choices)
+            return f"{', '.join(others)} or {last}"
+        if math.isfinite(self.at_least) and math.isfinite(self.at_most):
+            return f"from {self.at_least} to {self.at_most}"
+        limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
+
+
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """Return a dataclass field with its default, its text for --help and its `Bounds`. A default True or False makes a yes/no option."""
+    if isinstance(default, bool):
+        bounds = {"choices": (True, False)}
+    return field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
+
+
+class _Group:
+    """Base class of the groups of settings: it checks every field against its bounds."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its bounds. The message names the flag, the value and the accepted values."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            found = getattr(self, f.name)
+            for value in found if isinstance(found, tuple) else (found,):
+                if not f.metadata["bounds"].accepts(value):
+                    raise UserError(f"{flag_of(f.name)} is {value}, but must be {f.metadata['bounds']}")
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field, "--log-every" for "log_every"."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Group):
+    """The run: its folder, random seed, execution, log and checkpoints."""
+
+    out: str = option(
+        "", "folder of the run. Change it to keep several runs apart (default: the next free runs/COMMAND-N)"
+    )
+    seed: int = option(
+        0, "seed of every random number. Change it to repeat an experiment with other random numbers", at_least=0
+    )
     ds_config: str = option(
         "ds_configs/ddp.json",
-        "DeepSpeed configuration: sharding and precision; change it to zero1.json or zero2.json where memory is short: they share out "
-        "the optimizer's state, and zero2.json gradients too",
+        "DeepSpeed configuration: sharding and precision. Change it to zero1.json or zero2.json if GPU memory is short: "
+        "zero1.json shards the optimizer state over the processes, zero2.json also the gradients",
     )
-    log_every: int = option(10, "optimizer steps between two log lines; raise it where a step takes milliseconds")
+    log_every: int = option(
+        10, "optimizer steps between two log lines. Raise it if a step takes milliseconds", at_least=1
+    )
     kernels: str = option(
         "auto",
-        "auto: Triton on a GPU, plain torch and kornia elsewhere; change it to reference to see whether a result is a kernel's doing",
-        BACKENDS,
+        "implementation of the loss and of the views. auto: Triton on a GPU, plain PyTorch and kornia elsewhere. "
+        "Change it to reference to find out whether a result depends on the Triton kernels",
+        choices=BACKENDS,
     )
     compile: str = option(
         "auto",
-        "torch.compile of the backbones; auto: on a GPU; change it to off for a run of a few steps, which is over before it is compiled",
-        ("auto", "on", "off"),
+        "torch.compile of the backbones. auto: only on a GPU. Change it to off for a run of a few steps, "
+        "which takes less time than the compilation",
+        choices=("auto", "on", "off"),
     )
-    deterministic: str = option(
-        "no",
-        "yes: only algorithms that give the same bits every time, slower; change it to resume a run on a GPU to the bit, as on a CPU",
-        YES_NO,
+    deterministic: bool = option(
+        False,
+        "use only algorithms that give the same bits every time. They are slower. "
+        "Change it to make a resumed run on a GPU equal an uninterrupted one bit for bit, which a CPU does without this flag",
     )
     pad_channels: int = option(
         8,
-        "zero channels between convolutions in space and in time, up to a multiple of this, for tensor cores; same results and "
-        "checkpoints; try 16, or 1 for none",
+        "pad the channels between the spatial and the temporal convolution with zeros to a multiple of this number, "
+        "for tensor cores. Results and checkpoints stay the same. Try 16, or 1 for no padding",
+        at_least=1,
+        at_most=64,
     )
-    checkpoint_every: int = option(1, "epochs between two checkpoints; raise it when an epoch takes seconds")
+    checkpoint_every: int = option(1, "epochs between two checkpoints. Raise it if an epoch takes seconds", at_least=1)
     on_nonfinite: str = option(
         "stop",
-        "what a loss or gradient that is not finite does; stop: the run ends and names the step, its terms and samples; change it to skip "
-        "to leave such steps out and count them",
-        ("stop", "skip"),
+        "what happens at a loss or gradient that is not finite. stop: the run ends and names the step, the loss terms and "
+        "the samples. Change it to skip to leave out such steps and count them",
+        choices=("stop", "skip"),
     )
-
-    def __post_init__(self) -> None:
-        _require(self.seed >= 0, "--seed", self.seed, "at least 0")
-        _require(self.log_every >= 1, "--log-every", self.log_every, "at least 1")
-        _require(self.kernels in BACKENDS, "--kernels", self.kernels, "one of " + ", ".join(BACKENDS))
-        _require(self.compile in ("auto", "on", "off"), "--compile", self.compile, "auto, on or off")
-        _require(self.deterministic in YES_NO, "--deterministic", self.deterministic, "no or yes")
-        _require(
-            1 <= self.pad_channels <= 64, "--pad-channels", self.pad_channels, "1 to 64 (8 and 16 suit tensor cores)"
-        )
-        _require(self.checkpoint_every >= 1, "--checkpoint-every", self.checkpoint_every, "at least 1")
-        _require(self.on_nonfinite in ("stop", "skip"), "--on-nonfinite", self.on_nonfinite, "stop or skip")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """which videos, and the clips cut from them"""
+class DataConfig(_Group):
+    """The data: videos, and the clips that are cut from them."""
 
     data: str = option(
-        "", "a data set's folder, or a list file; left out, the built-in demo videos are rendered and used"
+        "", "folder of a data set, or a list file. If left out, the built-in demo videos are rendered and used"
     )
     split: int = option(
-        1, "which of the official train/test splits, 1 to 3 (UCF101, HMDB51); change it to average over splits"
+        1,
+        "number of the official train/test split (UCF101, HMDB51). Change it to average a result over the splits",
+        choices=(1, 2, 3),
     )
-    allow_outside: str = option(
-        "no",
-        "whether list files may name videos outside of the data folder (absolute, or by ..); change it to yes for lists that you trust",
-        YES_NO,
+    allow_outside: bool = option(
+        False,
+        'let list files name videos outside the data folder, by an absolute path or by "..". '
+        "Change it for lists that you trust",
     )
-    clip_length: int = option(16, "frames a clip, T; lower it for quick experiments (the backbones divide it by 8)")
+    clip_length: int = option(
+        16, "frames of a clip. Lower it for quick experiments. The backbones divide it by 8", at_least=1
+    )
     clip_stride: int = option(
-        2, "source frames from one kept frame to the next; raise it for slow motion or high frame rates"
+        2,
+        "source frames from one frame of a clip to the next. Raise it for slow motion or high frame rates",
+        at_least=1,
     )
-    crop_size: int = option(112, "height and width of a clip in pixels; lower it for quick experiments")
+    crop_size: int = option(
+        112,
+        "height and width of a clip in pixels. Lower it for quick experiments. The backbones divide it by 16",
+        at_least=16,
+    )
     workers: int = option(
         2,
-        "decoding processes for each training process; raise it while the bar shows time spent waiting for data; 0 decodes in the training "
-        "process, where a video that crashes the decoder ends the run and one that never ends holds it up",
+        "decoding processes of each training process. Raise it if the progress bar shows time spent on waiting for data. "
+        "0 decodes in the training process: a video that crashes the decoder then ends the run, "
+        "and a video that never ends blocks the run",
+        at_least=0,
+        at_most=1024,
     )
-
     video_timeout: float = option(
         60.0,
-        "seconds that the decoder may take without giving a frame, before the video counts as unreadable; raise it for slow network disks",
+        "seconds without a new frame after which a video counts as unreadable. Raise it for slow network disks",
+        above=0,
     )
     max_bad: float = option(
         1.0,
-        "percent of the split's videos that may be unreadable or fail while training, before the run stops; raise it for a data set that "
-        "is known to be damaged",
+        "percent of the split's videos that may be unreadable or may fail during training before the run stops. "
+        "Raise it for a data set that is known to be damaged",
+        at_least=0,
+        at_most=100,
     )
-
-    def __post_init__(self) -> None:
-        _require(1 <= self.split <= 3, "--split", self.split, "1, 2 or 3")
-        _require(self.allow_outside in YES_NO, "--allow-outside", self.allow_outside, "no or yes")
-        _require(self.clip_length >= 1, "--clip-length", self.clip_length, "at least 1")
-        _require(self.clip_stride >= 1, "--clip-stride", self.clip_stride, "at least 1")
-        _require(self.crop_size >= 16, "--crop-size", self.crop_size, "at least 16 (the backbones divide it by 16)")
-        _require(0 <= self.workers <= 1024, "--workers", self.workers, "0 to 1024 (0: decode in the training process)")
-        _require(0 < self.video_timeout < math.inf, "--video-timeout", self.video_timeout, "above 0 seconds")
-        _require(0 <= self.max_bad <= 100, "--max-bad", self.max_bad, "between 0 and 100 percent")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """the network"""
+class ModelConfig(_Group):
+    """The model: the video backbone."""
 
     backbone: str = option(
         "r2plus1d_10",
-        "r2plus1d_10 is the published recipe's (its authors call it r2plus1d_18); r2plus1d_18 is torchvision's, twice the cost",
-        BACKBONES,
+        "network architecture. r2plus1d_10 is the one of the published recipe, whose released code calls it r2plus1d_18. "
+        "r2plus1d_18 is torchvision's network, which costs twice as much",
+        choices=BACKBONES,
     )
     width: int = option(
-        64, "channels of the first stage; 64 is every published network, lower it for quick experiments"
+        64,
+        "channels of the first stage. Every published network has 64. Lower it for quick experiments",
+        at_least=1,
+        at_most=MAX_WIDTH,
     )
-
-    def __post_init__(self) -> None:
-        _require(self.backbone in BACKBONES, "--backbone", self.backbone, "one of " + ", ".join(BACKBONES))
-        _require(1 <= self.width <= MAX_WIDTH, "--width", self.width, f"1 to {MAX_WIDTH}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """dual contrastive learning"""
+class MethodConfig(_Group):
+    """The method: dual contrastive learning (DCLR), or MoCo as a baseline."""
 
     method: str = option(
         "dclr",
-        "dclr; change it to moco, the baseline of the same shape: rgb clips alone, one queue, nothing of static and dynamic views",
-        METHODS,
+        "pretraining method. Change it to moco for the baseline of the same shape: "
+        "only rgb clips, one queue, no static view and no dynamic view",
+        choices=METHODS,
     )
-    static_pairs: str = option(
-        "yes",
-        "whether rgb is contrasted with the static view; change it to no, and the view is left out, to see what that brings",
-        YES_NO,
+    static_pairs: bool = option(
+        True, "contrast rgb clips with their static view. Turn it off, which removes that view, to measure its effect"
     )
-    dynamic_pairs: str = option(
-        "yes",
-        "whether rgb is contrasted with the dynamic view; change it to no, and the view is left out, to see what that brings",
-        YES_NO,
+    dynamic_pairs: bool = option(
+        True, "contrast rgb clips with their dynamic view. Turn it off, which removes that view, to measure its effect"
     )
-    activation_maps: str = option(
-        "yes",
-        "yes: a view's activation map weighs the rgb features that are compared with it; change it to no to see what that brings",
-        YES_NO,
+    activation_maps: bool = option(
+        True,
+        "weight the rgb features that are compared with a view by the activation map of that view. "
+        "Turn it off to measure its effect",
     )
-    embedding_dim: int = option(128, "length of an embedding, D: 32, 64, 128 or 256; 128 is published")
+    embedding_dim: int = option(128, "length D of an embedding. The published value is 128", choices=EMBEDDING_SIZES)
     queue_length: int = option(
-        2048, "negatives kept for each pair, K; raise it with the data set: 2048 for UCF101, 16384 for Kinetics-400"
+        2048,
+        "negatives K that are kept for each pair of views. Raise it with the data set: 2048 for UCF101, 16384 for Kinetics-400",
+        at_least=1,
     )
-    temperature: float = option(0.07, "of the contrastive losses; lower weighs hard negatives more")
+    temperature: float = option(
+        0.07, "temperature of the contrastive losses. Lower it to give hard negatives more weight", above=0
+    )
     key_momentum: float = option(
         0.999,
-        "of the key network; lower it only with a short queue: keys that change fast tell new from old instead of clip from clip",
+        "momentum of the key encoder. Lower it only with a short queue: "
+        "if keys change fast, the loss separates new keys from old keys instead of clips from clips",
+        at_least=0,
+        at_most=1,
     )
-    mined_positives: int = option(5, "queue rows that count as positives too, M; 0 turns cross-video mining off")
-    alignment_weight: float = option(0.1, "of the activation alignment term; 0 turns it off")
+    mined_positives: int = option(
+        5, "queue entries M that count as further positives of a clip. 0 turns cross-video mining off", at_least=0
+    )
+    alignment_weight: float = option(0.1, "weight of the activation alignment term. 0 turns it off", at_least=0)
     alignment: str = option(
         "relative",
-        "relative: activation maps divided by their mean, as pooling uses them; raw: as published, hundreds of times larger",
-        ("relative", "raw"),
+        "scale of the activation maps in the alignment term. relative: divided by their mean, as pooling uses them. "
+        "Change it to raw for the published form, whose values are hundreds of times larger",
+        choices=("relative", "raw"),
     )
     repel_weight: float = option(
         0.0,
-        "weight of pushing static and dynamic features apart (in the paper's figure, not in its code); raise it to try that",
+        "weight of a term that pushes static and dynamic features apart. The paper shows this term in a figure, "
+        "but the released code lacks it. Raise it to try the term",
+        at_least=0,
     )
     boundary: str = option(
         "wrap",
-        "frame before the first, for frame differences; wrap (the last one) is published, change it where videos do not loop",
-        ("wrap", "zero", "replicate"),
+        "frame before the first one, for frame differences. wrap: the last frame, as published. "
+        "Change it for videos that do not loop",
+        choices=("wrap", "zero", "replicate"),
     )
     jitter: float = option(
         1.0,
-        "strength of the colour jitter, 1 as published, 0 none; lower it where colour tells videos apart that a short run should learn to",
+        "strength of the colour jitter. 1 is the published strength, 0 turns it off. "
+        "Lower it if a short run should learn to tell videos apart by their colour",
+        at_least=0,
+        at_most=2,
     )
     fill_steps: int = option(
         256,
-        "first steps that only fill the queue, without training; lower it in short runs, queue length / batch size is enough",
+        "first steps, which only fill the queue and do not train. "
+        "Lower it in short runs: queue length / batch size is enough",
+        at_least=0,
     )
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, "--method", self.method, "dclr or moco")
-        for name in ("static_pairs", "dynamic_pairs", "activation_maps"):
-            _require(getattr(self, name) in YES_NO, "--" + name.replace("_", "-"), getattr(self, name), "yes or no")
-        if self.method == "dclr" and not self.parts:
-            raise UserError("--static-pairs no --dynamic-pairs no leaves rgb clips alone: that is --method moco")
-        # What the Triton kernels take, on every device: a run must not depend on where it was begun.
-        _require(self.embedding_dim in EMBEDDING_SIZES, "--embedding-dim", self.embedding_dim, "32, 64, 128 or 256")
-        _require(self.queue_length >= 1, "--queue-length", self.queue_length, "at least 1")
-        _require(0 < self.temperature < math.inf, "--temperature", self.temperature, "above 0")
-        _require(0 <= self.key_momentum <= 1, "--key-momentum", self.key_momentum, "between 0 and 1")
-        _require(
-            0 <= self.mined_positives <= self.queue_length,
-            "--mined-positives",
-            self.mined_positives,
-            f"between 0 and --queue-length ({self.queue_length})",
-        )
-        for flag, weight in (("--alignment-weight", self.alignment_weight), ("--repel-weight", self.repel_weight)):
-            _require(0 <= weight < math.inf, flag, weight, "at least 0")
-        _require(self.alignment in ("relative", "raw"), "--alignment", self.alignment, "relative or raw")
-        boundaries = ("wrap", "zero", "replicate")
-        _require(self.boundary in boundaries, "--boundary", self.boundary, "wrap, zero or replicate")
-        if self.repel_weight and self.method == "dclr" and len(self.parts) < 2:
+        super().__post_init__()
+        if self.mined_positives > self.queue_length:
+            raise UserError(
+                f"--mined-positives is {self.mined_positives}, but must be from 0 to --queue-length ({self.queue_length})"
+            )
+        if self.method == "dclr" and not self.auxiliary_views:
+            raise UserError("--no-static-pairs and --no-dynamic-pairs together leave only rgb clips: use --method moco")
+        if self.repel_weight and self.method == "dclr" and len(self.auxiliary_views) < 2:
             raise UserError(
                 "--repel-weight pushes static and dynamic features apart: it needs --static-pairs and --dynamic-pairs"
             )
-        _require(0 <= self.jitter <= 2, "--jitter", self.jitter, "between 0 and 2")
-        _require(self.fill_steps >= 0, "--fill-steps", self.fill_steps, "at least 0")
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """What rgb clips are contrasted with beside themselves: some of static and dynamic; nothing in MoCo."""
-        on = {"static": self.static_pairs, "dynamic": self.dynamic_pairs}
-        return tuple(part for part, switch in on.items() if switch == "yes" and self.method == "dclr")
+    def auxiliary_views(self) -> tuple[str, ...]:
+        """Names of the views, besides rgb, that rgb clips are contrasted with: of "static" and "dynamic". None of them in MoCo."""
+        used = {"static": self.static_pairs, "dynamic": self.dynamic_pairs}
+        return tuple(view for view, is_used in used.items() if is_used and self.method == "dclr")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """optimization"""
+class OptimConfig(_Group):
+    """The optimization: stochastic gradient descent (SGD)."""
 
     epochs: int = option(
-        200, "passes over the training videos; 200 is published for pretraining, 10 for finetune and linear"
+        200,
+        "passes over the training videos. The published numbers are 200 for pretraining, 10 for finetune and linear",
+        at_least=1,
     )
     batch_size: int = option(
-        40, "clips a step, over all processes together; raise it to fill a GPU (then raise --lr with it)"
+        40, "clips of a step, over all processes together. Raise it to fill a GPU, and raise --lr with it", at_least=1
     )
-    lr: float = option(0.01, "learning rate of SGD; lower it when the loss jumps")
+    lr: float = option(0.01, "learning rate of SGD. Lower it if the loss jumps", above=0)
     milestones: tuple[int, ...] = option(
-        (120, 160), "epochs after which the learning rate drops to a tenth; change them with --epochs"
+        (120, 160), "epochs after which the learning rate drops to a tenth. Change them with --epochs", at_least=1
     )
-    momentum: float = option(0.9, "of SGD; lower it when the loss swings")
-    weight_decay: float = option(1e-4, "of SGD; raise it where a classifier overfits")
-
-    def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "--epochs", self.epochs, "at least 1")
-        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "at least 1")
-        _require(0 < self.lr < math.inf, "--lr", self.lr, "above 0")
-        for milestone in self.milestones:
-            _require(milestone >= 1, "--milestones", milestone, "at least 1")
-        _require(0 <= self.momentum < 1, "--momentum", self.momentum, "at least 0 and below 1")
-        _require(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "at least 0")
+    momentum: float = option(0.9, "momentum of SGD. Lower it if the loss oscillates", at_least=0, below=1)
+    weight_decay: float = option(1e-4, "weight decay of SGD. Raise it if a classifier overfits", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig:
-    """what a classifier starts from"""
+class TransferConfig(_Group):
+    """The transfer: the weights that a classifier starts from."""
 
     pretrained: str = option(
         "",
-        "a run's folder, its backbone.safetensors, torchvision's weights or the authors' checkpoint (default: from scratch)",
+        "a run's folder, its backbone.safetensors, weights of torchvision, or a checkpoint of the released code "
+        "(default: random weights)",
     )
-    dropout: float = option(0.7, "before the classifier, when finetuning; lower it for narrow networks")
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.dropout < 1, "--dropout", self.dropout, "at least 0 and below 1")
+    dropout: float = option(
+        0.7, "dropout before the classifier, in finetune. Lower it for narrow networks", at_least=0, below=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
+    """Settings of `pretrain`."""
+
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -292,17 +333,17 @@ class PretrainConfig:
     optim: OptimConfig = OptimConfig()
 
     def __post_init__(self) -> None:
-        _require(
-            self.method.queue_length >= self.optim.batch_size,
-            "--queue-length",
-            self.method.queue_length,
-            f"at least --batch-size ({self.optim.batch_size}): the queue takes a whole batch at a time",
-        )
+        queue_length, batch_size = self.method.queue_length, self.optim.batch_size
+        if queue_length < batch_size:
+            raise UserError(
+                f"--queue-length is {queue_length}, but must be at least --batch-size ({batch_size}): "
+                "each step writes a whole batch to the queue"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
-    """finetune and linear"""
+class FinetuneConfig:
+    """Settings of `finetune` and `linear`."""
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -311,14 +352,24 @@ class SupervisedConfig:
     optim: OptimConfig = OptimConfig()
 
 
-Config = PretrainConfig | SupervisedConfig
-COMMANDS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": SupervisedConfig, "linear": SupervisedConfig}
+Config = PretrainConfig | FinetuneConfig
+COMMANDS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear": FinetuneConfig}
 
-# The downstream protocols, as published (DCLR and FAME code): finetune 64 clips, lr 0.1; linear 128 clips, lr 5, no decay.
+
+def groups(config_class: type) -> dict[str, type]:
+    """Return name -> dataclass of the groups of a configuration, in the order of --help."""
+    return {f.name: f.type for f in dataclasses.fields(config_class)}  # type: ignore[misc]
+
+
+GROUPS = {name: group for config_class in COMMANDS.values() for name, group in groups(config_class).items()}
+FIELDS = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
+
+# The downstream protocols of the released code of DCLR and FAME.
+# finetune: batches of 64 clips, learning rate 0.1. linear: batches of 128 clips, learning rate 5, no weight decay.
 _FINETUNE = {"lr": 0.1, "epochs": 10, "milestones": (6, 8), "batch_size": 64}
 _LINEAR = {"lr": 5.0, "weight_decay": 0.0, "epochs": 10, "milestones": (6, 8), "batch_size": 128}
 
-# The demo: a network a sixteenth as costly on clips a tenth as large, so that two cores finish in minutes.
+# The demo finishes in minutes on two cores: its network costs a sixteenth, and its clips have a tenth of the pixels.
 _DEMO = {"clip_length": 8, "clip_stride": 2, "crop_size": 32, "width": 16}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -342,7 +393,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dropout": 0.0,
             "checkpoint_every": 20,
         },
-        # At the published lr 5 the loss of this network's probe stays in the hundreds (docs/LOG.md).
+        # At the published learning rate, 5, the loss of the linear probe of this small network stays above 100 (docs/LOG.md).
         "linear": {
             **_DEMO,
             **_LINEAR,
@@ -359,55 +410,76 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong command line is a UserError: one line, without the usage of every flag before it."""
+    """An argument parser that raises UserError for a wrong command line: one line, without the usage of every flag."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help explains every flag)")
 
 
-def groups(config_class: type) -> list[tuple[str, type]]:
-    """(name, dataclass) of a configuration's groups, in the order --help shows them."""
-    return [(f.name, f.type) for f in dataclasses.fields(config_class)]  # type: ignore[misc]
-
-
 def add_flags(
-    parser: argparse.ArgumentParser, group_classes: list[type], only: set[str] | None = None, command: str = ""
+    parser: argparse.ArgumentParser, group_classes: Iterable[type], only: set[str] | None = None, command: str = ""
 ) -> None:
-    """Give `parser` one flag for each field of the groups, under one heading a group; help names the default, and what the presets
-    of `command` make of it. A flag not given is absent from the namespace."""
+    """Add one flag for each field of the groups, or of the fields in `only`, under one heading for each group.
+
+    The help text of a flag ends with its bounds, its default and the values in the presets of `command`. A flag that is
+    not given is absent from the parsed namespace.
+    """
     for group_class in group_classes:
-        box = parser.add_argument_group((group_class.__doc__ or "").strip())
+        heading = parser.add_argument_group((group_class.__doc__ or "").rstrip("."))
         for f in dataclasses.fields(group_class):
-            if only is not None and f.name not in only:
-                continue
-            many = isinstance(f.default, tuple)
-            values = {"default": f.default} if f.default != "" else {}
-            values |= {
-                name: recipe[command][f.name] for name, recipe in PRESETS.items() if f.name in recipe.get(command, {})
-            }
-            listed = [f"{k}: {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in values.items()]
-            text = f.metadata["help"] + (f" ({'; '.join(listed)})" if listed else "")
-            names = ["--ds_config", "--ds-config"] if f.name == "ds_config" else ["--" + f.name.replace("_", "-")]
-            box.add_argument(
-                *names,
-                dest=f.name,
-                type=int if many else type(f.default),
-                nargs="*" if many else None,
-                choices=f.metadata["choices"],
-                default=argparse.SUPPRESS,
-                metavar=None if f.metadata["choices"] else f.name.split("_")[-1].upper(),
-                help=text.replace("%", "%%"),
+            if only is None or f.name in only:
+                _add_flag(heading, f, command)
+
+
+def _add_flag(heading: Any, f: dataclasses.Field[Any], command: str) -> None:
+    bounds = f.metadata["bounds"]
+    notes = [] if bounds.choices else [str(bounds)]
+    notes += ["" if f.default == "" else f"default: {show(f.default)}"]
+    notes += [f"{name}: {show(of[command][f.name])}" for name, of in PRESETS.items() if f.name in of.get(command, {})]
+    notes = [note for note in notes if note]
+    text = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    names = ["--ds_config", "--ds-config"] if f.name == "ds_config" else [flag_of(f.name)]
+    given: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if isinstance(f.default, bool):
+        heading.add_argument(*names, action=argparse.BooleanOptionalAction, **given)
+        return
+    choices = "{" + ",".join(map(str, bounds.choices)) + "}"
+    given["metavar"] = choices if bounds.choices else f.name.split("_")[-1].upper()
+    if isinstance(f.default, tuple):
+        heading.add_argument(*names, type=int, nargs="*", **given)
+    else:
+        heading.add_argument(*names, type=type(f.default), **given)
+
+
+def show(value: Any) -> str:
+    """Return a value as messages and help texts write it: on or off for True or False, and a tuple without brackets."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# --foreground is a flag of eval.py.
+SWITCHES = {"--foreground", *(flag_of(f.name) for f in FIELDS.values() if isinstance(f.default, bool))}
+
+
+def refuse_old_switches(arguments: Sequence[str]) -> None:
+    """Raise UserError for a yes/no option in the spelling of earlier versions, "--static-pairs no". The message names the new one."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag in SWITCHES and value in ("yes", "no"):
+            raise UserError(
+                f"{flag} {value} is an old spelling: write {flag if value == 'yes' else '--no-' + flag[2:]}"
             )
 
 
 def make_config(command: str, values: dict[str, Any]) -> Config:
-    """The configuration of `command` from flat field values; those a command has no field for are refused.
+    """Return the configuration of `command` from flat field values, and from defaults for the other fields.
 
-    Raises UserError: unknown name, or a value a group refuses.
+    Raises UserError for a name that the command does not have, and for a value outside its bounds.
     """
     values = dict(values)
     built: dict[str, Any] = {}
-    for name, group_class in groups(COMMANDS[command]):
+    for name, group_class in groups(COMMANDS[command]).items():
         own = {f.name: values.pop(f.name) for f in dataclasses.fields(group_class) if f.name in values}
         built[name] = group_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
     if values:
@@ -415,30 +487,39 @@ def make_config(command: str, values: dict[str, Any]) -> Config:
     return COMMANDS[command](**built)
 
 
-def resolve(command: str, preset: str, flags: dict[str, Any], resumed: dict[str, Any] | None = None) -> Config:
-    """Preset (or the resumed run's flat values), then flags.
-
-    Raises UserError: a value that is refused, also one given for a method that has no use for it.
-    """
-    if resumed is None and preset not in PRESETS:
-        raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
-    config = make_config(command, {**(PRESETS[preset][command] if resumed is None else resumed), **flags})
-    useless = sorted(_FOR_PARTS & flags.keys())
-    if isinstance(config, PretrainConfig) and config.method.method == "moco" and useless:
-        flag = "--" + useless[0].replace("_", "-")
-        raise UserError(
-            f"{flag} has no meaning with --method moco, which has neither static nor dynamic views: leave it out"
-        )
-    return config
-
-
-# Settings of what rgb clips are contrasted with beside themselves.
-_FOR_PARTS = {
+# Settings without effect on MoCo, which has no auxiliary views.
+_ONLY_WITH_AUXILIARY_VIEWS = {
     "static_pairs", "dynamic_pairs", "activation_maps", "mined_positives", "alignment_weight", "alignment", "repel_weight", "boundary",
 }  # fmt: skip
 
 
-# What a resumed run may do otherwise than before; anything else would change which samples or which network it goes on with.
+def resolve(
+    command: str,
+    preset: str,
+    flags: dict[str, Any],
+    resumed: dict[str, Any] | None = None,
+    file: dict[str, Any] | None = None,
+) -> Config:
+    """Return the configuration from the preset, the values of the file given to --config, and the flags, in this order.
+
+    A resumed run has its stored values, `resumed`, in place of preset and file.
+
+    Raises UserError for a value that is refused, and for a flag that has no effect on the chosen method.
+    """
+    if resumed is None and preset not in PRESETS:
+        raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
+    stored = resumed if resumed is not None else {**PRESETS[preset][command], **(file or {})}
+    config = make_config(command, {**stored, **flags})
+    useless = sorted(_ONLY_WITH_AUXILIARY_VIEWS & flags.keys())
+    if isinstance(config, PretrainConfig) and config.method.method == "moco" and useless:
+        raise UserError(
+            f"{flag_of(useless[0])} has no effect with --method moco, which has neither static nor dynamic views: "
+            "leave the flag out"
+        )
+    return config
+
+
+# Settings that may change when a run is resumed. Any other change would alter the samples or the network.
 FREE_ON_RESUME = {
     "data", "workers", "video_timeout", "max_bad", "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every",
     "checkpoint_every", "on_nonfinite",
@@ -448,52 +529,69 @@ FREE_ON_RESUME = {
 
 
 def check_resume(folder: Path, flags: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Raises UserError when a flag contradicts the stored settings of the run in `folder` in what must not change."""
+    """Raise UserError if a flag contradicts a stored setting that must not change for the run in `folder`."""
     for name, value in flags.items():
-        before = tuple(stored[name]) if isinstance(stored.get(name), list) else stored.get(name)
-        if name not in FREE_ON_RESUME and value != before:
-            flag = "--" + name.replace("_", "-")
+        if name not in FREE_ON_RESUME and value != stored.get(name):
             raise UserError(
-                f"{flag} is {value}, but the run in {folder} has {before}: leave the flag out, or start another run"
+                f"{flag_of(name)} is {show(value)}, but the run in {folder} has {show(stored.get(name))}: "
+                "leave the flag out, or start another run"
             )
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Field name -> value over all groups."""
+    """Return field name -> value over all groups."""
     return {k: v for group in dataclasses.asdict(config).values() for k, v in group.items()}
 
 
 def write_config(path: Path, command: str, preset: str, config: Config) -> None:
-    """The resolved configuration, grouped, as JSON; `read_config` is its inverse."""
+    """Write the resolved configuration as JSON, one object for each group. `read_config` reads this file."""
     text = json.dumps({"command": command, "preset": preset, **dataclasses.asdict(config)}, indent=2)
     write_whole(path, (text + "\n").encode())
 
 
 def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
-    """(command, preset, flat values) of a config.json. Raises UserError when it is missing, not one, or a value is of another type than
-    its flag's."""
+    """Return (command, preset, flat values) of a run's config.json.
+
+    Raises UserError if the file is missing, if it is not the configuration of a run, or if a value has another type than its flag.
+    """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         command, preset = str(stored.pop("command")), str(stored.pop("preset"))
-        values = {k: v for group in stored.values() for k, v in group.items()}
-        for name, default in _DEFAULTS.items():
-            if name in values and not _is_alike(values[name], default):
-                raise UserError(f"{path}: {name} is {values[name]!r:.80}, but must be {_KINDS[type(default)]}")
-        return command, preset, values
+        values = {name: value for group in stored.values() for name, value in group.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path}: not the configuration of a run (damaged, or written by something else)") from None
+    for name, f in FIELDS.items():
+        # Runs of earlier versions hold "yes" and "no" for true and false.
+        if isinstance(f.default, bool) and values.get(name) in ("yes", "no"):
+            values[name] = values[name] == "yes"
+    return command, preset, _typed(path, values)
 
 
-_DEFAULTS = {f.name: f.default for c in COMMANDS.values() for _, group in groups(c) for f in dataclasses.fields(group)}
-_KINDS = {str: "a text", int: "a whole number below 2 ** 31", float: "a number", tuple: "a list of whole numbers"}
+_KINDS = {
+    bool: "true or false",
+    str: "a text",
+    int: "a whole number below 2 ** 31",
+    float: "a number",
+    tuple: "a list of whole numbers",
+}
+
+
+def _typed(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the file with lists as tuples. Raises UserError for a value of another type than its flag."""
+    for name, value in values.items():
+        if name in FIELDS and not _is_alike(value, FIELDS[name].default):
+            raise UserError(f"{path}: {name} is {value!r:.80}, but must be {_KINDS[type(FIELDS[name].default)]}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _is_alike(value: Any, default: Any) -> bool:
-    """Whether a value read from a file is what argparse would have made of the flag with this default."""
+    """Return whether a value from a file has the type that argparse gives the flag with this default."""
     if isinstance(default, tuple):
         return isinstance(value, list) and all(_is_alike(item, 0) for item in value)
+    if isinstance(default, bool):
+        return isinstance(value, bool)
     if isinstance(default, float) and isinstance(value, float):
         return True
     if isinstance(default, int | float):

@@ -75,7 +75,7 @@ class DCLR(nn.Module):
     def __init__(self, model: ModelConfig, method: MethodConfig, seed: int = 0) -> None:
         super().__init__()
         self.method, self.seed = method, seed
-        self.parts = "".join(part[0] for part in method.parts)  # their letters
+        self.parts = "".join(view[0] for view in method.auxiliary_views)  # their letters
         self.pairs = tuple(name for name in PAIRS if set(name) <= set("v" + self.parts))
         self.query = Encoder(model, method.embedding_dim, self.pairs)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
@@ -143,7 +143,7 @@ class DCLR(nn.Module):
 
     def _weights(self, maps: ByLetter) -> ByLetter:
         """The maps that weigh the rgb features: none where they are switched off."""
-        return maps if self.method.activation_maps == "yes" else {}
+        return maps if self.method.activation_maps else {}
 
     @torch.no_grad()
     def _look_at_query(self, query: Views) -> tuple[ByLetter, Tensor | None]:

@@ -32,9 +32,9 @@ MINING = ["--mined-positives", str(MINED)]
 METHODS: dict[str, list[str]] = {
     "DCLR": MINING,
     "MoCo": ["--method", "moco"],
-    "without static pairs": [*MINING, "--static-pairs", "no"],
-    "without dynamic pairs": [*MINING, "--dynamic-pairs", "no"],
-    "without activation maps": [*MINING, "--activation-maps", "no"],
+    "without static pairs": [*MINING, "--no-static-pairs"],
+    "without dynamic pairs": [*MINING, "--no-dynamic-pairs"],
+    "without activation maps": [*MINING, "--no-activation-maps"],
     "without alignment": [*MINING, "--alignment-weight", "0"],
     "without mining": ["--mined-positives", "0"],
     "with 5 mined positives": [],  # as published
@@ -87,7 +87,7 @@ def labelled(folder: Path, seed: int, by_motion: Path, by_scene: Path, options: 
     chains = []
     for name, data in (("motion", by_motion), ("scene", by_scene)):
         run = folder / f"supervised-{name}-{seed}"
-        probe = runs.evaluate("bias", run / "backbone.safetensors", by_motion, run / "bias", ("--foreground", "no"))
+        probe = runs.evaluate("bias", run / "backbone.safetensors", by_motion, run / "bias", ("--no-foreground",))
         chains.append([*controlled_set.supervised(run, seed, data, options), probe])
     return chains
 
@@ -204,11 +204,18 @@ def more_flags(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def new_spelling(flags: list[str]) -> list[str]:
+    """Return the flags of a published result with `--no-x` in place of `--x no`, the spelling of earlier versions."""
+    if flags[-1:] != ["no"]:
+        return flags
+    return [*flags[:-2], "--no-" + flags[-2].removeprefix("--")]
+
+
 def published(options: Options) -> evidence.Result:
     """The published result, to take rows from. Raises UserError: as evidence.published, or a method was another one then."""
     result = evidence.published("controlled", recipe(options), options.seeds)
     for method, flags in result["recipe"]["methods"].items():
-        if METHODS.get(method) != flags:
+        if METHODS.get(method) != new_spelling(flags):
             raise UserError(
                 f"--with-published: what is published as {method} was run with {flags}, and no method here is"
             )

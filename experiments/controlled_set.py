@@ -77,7 +77,7 @@ def list_by_scene(videos: Path, folder: Path) -> None:
 
 def random_probe(folder: Path, seed: int, data: Path) -> Chain:
     """An untrained network's features, into folder/bias."""
-    flags = ("--foreground", "no", "--seed", str(seed), *NETWORK)
+    flags = ("--no-foreground", "--seed", str(seed), *NETWORK)
     return [runs.evaluate("bias", "random", data, folder / "bias", flags)]
 
 

@@ -111,7 +111,7 @@ def pretrain_and_probe(folder: Path, flags: Iterable[str], seed: int, data: Path
     """
     chain = []
     for epoch in epochs:
-        probe = evaluate("bias", folder, data, folder / f"bias-{epoch}", ("--foreground", "no"))
+        probe = evaluate("bias", folder, data, folder / f"bias-{epoch}", ("--no-foreground",))
         whole = train("pretrain", folder, (*flags, "--data", str(data), "--epochs", str(epoch)), seed)
         chain += [replace(whole, until=probe.writes, log=folder / f"train-{epoch}.log"), probe]
     return chain

@@ -50,7 +50,7 @@ def finetuned(folder: Path, seed: int, data: Path, options: Options, start: Sequ
 def features(checkpoint: Path | str, folder: Path, data: Path, flags: Sequence[str] = ()) -> Chain:
     """What is measured on a frozen backbone."""
     return [
-        runs.evaluate("bias", checkpoint, data, folder / "bias", ("--foreground", "yes", *flags)),
+        runs.evaluate("bias", checkpoint, data, folder / "bias", ("--foreground", *flags)),
         runs.evaluate("retrieval", checkpoint, data, folder / "retrieval", flags),
     ]
 

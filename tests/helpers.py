@@ -62,8 +62,8 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     """Settings by field name -> command line."""
     given = []
     for name, value in settings.items():
-        flag = "--ds_config" if name == "ds_config" else "--" + name.replace("_", "-")
-        many = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        flag = "--ds_config" if name == "ds_config" else ("--no-" if value is False else "--") + name.replace("_", "-")
+        many = value if isinstance(value, list | tuple) else [] if isinstance(value, bool) else [value]
         given += [flag, *map(str, many)]
     return given
 
@@ -76,7 +76,7 @@ def make_views(seed: int) -> Views:
     return Views(*(torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3)))
 
 
-def make_method(**settings: str) -> DCLR:
+def make_method(**settings: Any) -> DCLR:
     torch.manual_seed(0)
     return DCLR(MODEL, replace(METHOD, **settings))
 

@@ -203,7 +203,7 @@ def test_the_same_command_gives_the_same_figures_and_another_network_the_same_cl
 
 
 def test_without_the_foreground_only_probes_are_measured(crossed, tmp_path):
-    report = measure(tmp_path / "out", checkpoint="random", data=crossed, foreground="no")
+    report = measure(tmp_path / "out", checkpoint="random", data=crossed, foreground=False)
     assert list(report["figures"]) == PROBES + SCENES
     assert "foreground" not in report
     assert list((tmp_path / "out" / "pictures").iterdir()) == []
@@ -211,7 +211,7 @@ def test_without_the_foreground_only_probes_are_measured(crossed, tmp_path):
 
 def test_scene_scores_that_would_mean_nothing_are_left_out_with_the_reason(demo_videos, tmp_path, capsys):
     """The demo as the tests render it: two train videos a class, and the test videos' scene is a third."""
-    report = measure(tmp_path / "out", checkpoint="random", data=demo_videos, foreground="no")
+    report = measure(tmp_path / "out", checkpoint="random", data=demo_videos, foreground=False)
     assert list(report["figures"]) == PROBES
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no scene")]
     assert line == f"no scene scores: {report['no_scene_scores']}"
@@ -229,7 +229,7 @@ def test_a_classifiers_run_predicts_by_itself_and_its_backbone_gives_the_probes(
     save_backbone(classifier.backbone, tmp_path / "alone" / "backbone.safetensors")
 
     by_classifier = measure(tmp_path / "a", checkpoint=file.parent, data=crossed)
-    probes = measure(tmp_path / "b", checkpoint=tmp_path / "alone", data=crossed, foreground="no")["figures"]
+    probes = measure(tmp_path / "b", checkpoint=tmp_path / "alone", data=crossed, foreground=False)["figures"]
     assert {name: by_classifier["figures"][name] for name in probes} == probes
     assert by_classifier["foreground"]["predicted_by"] == f"the classifier of {file.parent}"
     clips = {name: TINY[name] for name in ("clip_length", "crop_size", "workers")}
@@ -287,7 +287,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(crossed, tmp_path, monke
     for split in ("train", "test"):
         still(tmp_path / "still" / split / "b" / "still.mp4")
     assert "nothing moves in any of 2 test videos" in refused(**random)
-    measure(tmp_path / "out", **random, foreground="no")
+    measure(tmp_path / "out", **random, foreground=False)
 
     lists = tmp_path / "unlabelled"
     shutil.copytree(crossed, lists)

@@ -134,7 +134,7 @@ LISTS = "DATA/ucfTrainTestlist"
             "testlist01.txt",
             ["../A/v_A_g01_c01.avi"],
             f"{LISTS}/testlist01.txt:1: UCF-101/../A/v_A_g01_c01.avi must be relative to the data folder "
-            "and stay inside it (or trust the list: --allow-outside yes)",
+            "and stay inside it (or trust the list: --allow-outside)",
         ),
         ("classInd.txt", ["B", "2 A"], f"{LISTS}/classInd.txt:1: expected `number Class`, got 'B'"),
         ("classInd.txt", ["0 B", "1 A"], f"{LISTS}/classInd.txt: the classes must be numbered 1 to 2, each once"),
@@ -393,11 +393,11 @@ def test_a_list_of_another_name_is_all_there_is(tmp_path: Path) -> None:
         ("1.mp4 2", "label 2 is beyond the 2 classes of DATA/splits/classes.txt"),
         (
             "/1.mp4 0",
-            "/1.mp4 must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)",
+            "/1.mp4 must be relative to the data folder and stay inside it (or trust the list: --allow-outside)",
         ),
         (
             "a/../../1.mp4 0",
-            "a/../../1.mp4 must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)",
+            "a/../../1.mp4 must be relative to the data folder and stay inside it (or trust the list: --allow-outside)",
         ),
     ],
 )
@@ -554,7 +554,7 @@ def test_official_splits_are_those_that_have_lists(genuine: Path, tmp_path: Path
 
 # ---------------------------------------------------------------- lists from anywhere
 
-LEAVES = "must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)"
+LEAVES = "must be relative to the data folder and stay inside it (or trust the list: --allow-outside)"
 NO_NAME = "its lists hold characters that no file name can have (null, or half of a surrogate pair)"
 EXPECTED = "expected `path label [group]`, the label a number"
 DIVES = {

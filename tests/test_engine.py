@@ -89,7 +89,7 @@ def train_rank(
         pytest.param(0, {}, id="ddp"),
         pytest.param(1, {}, id="zero1"),
         pytest.param(2, {}, id="zero2"),
-        pytest.param(0, {"static_pairs": "no"}, id="one part: one map travels"),
+        pytest.param(0, {"static_pairs": False}, id="one part: one map travels"),
         pytest.param(0, {"method": "moco"}, id="moco: no map travels"),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_batch_of_more_than_two_to_the_31_values_is_not_wrong():
     assert (whole - parts).norm() / parts.norm() < 0.01
 
 
-@pytest.mark.parametrize("deterministic", ["yes", "no"])
+@pytest.mark.parametrize("deterministic", [True, False])
 def test_a_run_stopped_and_resumed_on_a_gpu_gives_the_losses_of_the_uninterrupted_one(
     tmp_path, one_process, monkeypatch, deterministic
 ):
@@ -120,7 +120,7 @@ def test_a_run_stopped_and_resumed_on_a_gpu_gives_the_losses_of_the_uninterrupte
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(whole) == 10
-    assert found == whole if deterministic == "yes" else found == pytest.approx(whole, rel=0.01)
+    assert found == whole if deterministic else found == pytest.approx(whole, rel=0.01)
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])

@@ -240,7 +240,7 @@ def test_moco_looks_at_nothing_but_rgb():
 )
 def test_a_part_left_out_takes_its_pairs_its_view_and_its_map_with_it(left_out, pairs, similar):
     """In evaluation mode the rest is what it is in the whole method with the same weights."""
-    whole, some = make_method().eval(), make_method(**{f"{left_out}_pairs": "no"}).eval()
+    whole, some = make_method().eval(), make_method(**{f"{left_out}_pairs": False}).eval()
     part = "dynamic" if left_out == "static" else "static"
     weights = {k: v for k, v in whole.state_dict().items() if k in some.state_dict() and k != "queue"}
     some.load_state_dict({**weights, "queue": whole.queue[[PAIRS.index(name) for name in pairs]]})
@@ -268,7 +268,7 @@ def test_a_part_left_out_takes_its_pairs_its_view_and_its_map_with_it(left_out, 
 
 
 def test_without_activation_maps_the_parts_of_rgb_are_pooled_as_they_are():
-    method = make_method(activation_maps="no").eval()
+    method = make_method(activation_maps=False).eval()
     with torch.no_grad():
         for p in [*method.query.heads.parameters(), *method.key.heads.parameters()]:
             p.copy_(torch.randn_like(p))

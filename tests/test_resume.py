@@ -135,7 +135,7 @@ def test_finetuning_with_dropout_goes_on_bit_for_bit(train_main, tiny, monkeypat
 def test_deterministic_algorithms_exist_for_all_that_a_run_does(train_main, flags, uninterrupted, tmp_path):
     """torch raises where there is none. On a GPU tests/test_gpu.py asks."""
     try:
-        train_main(**flags, out=tmp_path / "run", deterministic="yes")
+        train_main(**flags, out=tmp_path / "run", deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)

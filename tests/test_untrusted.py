@@ -633,7 +633,8 @@ def test_hostile_json_is_refused_in_one_line(path, content, place, capsys):
         ("run", "ds_config", 3),
         ("data", "data", ["a"]),
         ("data", "workers", 10**9),
-        ("data", "allow_outside", True),
+        ("data", "allow_outside", "maybe"),
+        ("data", "allow_outside", 1),
         ("model", "width", 10**9),
         ("model", "backbone", {"a": 1}),
         ("method", "key_momentum", float("nan")),
@@ -682,7 +683,7 @@ def test_a_list_names_videos_outside_only_where_it_is_allowed_to(elsewhere, plac
             f"{data / 'train.txt'}:2: {path} must be relative to the data folder and stay inside it"
         ), said
     (data / "a").mkdir()
-    place.train("check", "--data", str(data), "--allow-outside", "yes", "--workers", "1")
+    place.train("check", "--data", str(data), "--allow-outside", "--workers", "1")
     assert "readable: 2" in capsys.readouterr().out
 
 
@@ -693,19 +694,19 @@ def test_permission_to_leave_the_data_folder_is_kept_by_a_run_and_never_taken_fr
     (data / "train.txt").write_text("inside.mp4 0\n../outside.mp4 1\n")
     (data / "test.txt").write_text("../outside.mp4 1\n")
     flags = ["--data", str(data), *place.tiny, "--batch-size", "2"]
-    assert "--allow-outside yes" in ends_well(lambda: place.train("finetune", *flags), data / "none", capsys)
+    assert "--allow-outside" in ends_well(lambda: place.train("finetune", *flags), data / "none", capsys)
     assert not out.exists()
-    place.train("finetune", *flags, "--allow-outside", "yes")
-    assert json.loads((out / "config.json").read_text())["data"]["allow_outside"] == "yes"
+    place.train("finetune", *flags, "--allow-outside")
+    assert json.loads((out / "config.json").read_text())["data"]["allow_outside"] is True
     place.train("finetune", "--resume", str(out), "--epochs", "2")
     message = ends_well(
-        lambda: place.train("finetune", "--resume", str(out), "--allow-outside", "no"), data / "none", capsys
+        lambda: place.train("finetune", "--resume", str(out), "--no-allow-outside"), data / "none", capsys
     )
-    assert message.startswith("--allow-outside is no, but the run in")
+    assert message.startswith("--allow-outside is off, but the run in")
 
     measure = ["accuracy", "--data", str(data), "--checkpoint", str(out), "--workers", "0"]
-    assert "--allow-outside yes" in ends_well(lambda: place.eval(*measure), data / "none", capsys)
-    place.eval(*measure, "--allow-outside", "yes")
+    assert "--allow-outside" in ends_well(lambda: place.eval(*measure), data / "none", capsys)
+    place.eval(*measure, "--allow-outside")
     assert json.loads((out / "accuracy" / "report.json").read_text())["videos"] == 1
 
 
@@ -713,8 +714,8 @@ def test_a_store_of_videos_from_elsewhere_reads_them_from_itself(elsewhere, plac
     data, packed = elsewhere / "data", elsewhere / "packed"
     (data / "train.txt").write_text(f"inside.mp4 0\n{elsewhere / 'outside.mp4'} 1\n")
     flags = ["pack", "--data", str(data), "--out", str(packed), "--short-side", "32", "--workers", "1"]
-    assert "--allow-outside yes" in ends_well(lambda: place.train(*flags), data / "none", capsys)
-    place.train(*flags, "--allow-outside", "yes")
+    assert "--allow-outside" in ends_well(lambda: place.train(*flags), data / "none", capsys)
+    place.train(*flags, "--allow-outside")
     (elsewhere / "outside.mp4").unlink()
     shutil.rmtree(data)
     opened = store.open_store(packed)
@@ -724,7 +725,7 @@ def test_a_store_of_videos_from_elsewhere_reads_them_from_itself(elsewhere, plac
         str(elsewhere / "outside.mp4"),
     ]
     (packed / "shard-00000.yuv").write_bytes(b"")
-    with pytest.raises(UserError, match="--short-side 32 --allow-outside yes`, which makes only these again"):
+    with pytest.raises(UserError, match="--short-side 32 --allow-outside`, which makes only these again"):
         place.train("check", "--data", str(packed))
 
 

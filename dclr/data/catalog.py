@@ -473,7 +473,7 @@ def _inside(path: PurePosixPath, where: str, allow_outside: bool) -> str:
     """The path in its plain form; UserError where it leaves the root and must not."""
     if leaves_folder(str(path)) and not allow_outside:
         raise UserError(
-            f"{where}: {path} must be relative to the data folder and stay inside it (or trust the list: --allow-outside yes)"
+            f"{where}: {path} must be relative to the data folder and stay inside it (or trust the list: --allow-outside)"
         )
     return str(path)
 

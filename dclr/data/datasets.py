@@ -18,8 +18,4 @@ def make_demo() -> None:
 
 def open_data(data: DataConfig) -> Catalog:
     """The data set that was asked for, or the demo videos where none was."""
-    return (
-        open_catalog(Path(data.data), data.split, data.allow_outside == "yes")
-        if data.data
-        else open_catalog(DEMO_VIDEOS)
-    )
+    return open_catalog(Path(data.data), data.split, data.allow_outside) if data.data else open_catalog(DEMO_VIDEOS)

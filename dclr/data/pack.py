@@ -87,7 +87,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
     source, folder = Path(data.data or DEMO_VIDEOS), Path(out)
     if store.is_store(source):
         raise UserError(f"--data {source} is a packed store already: give the videos that it was made from")
-    catalogs = {number: open_catalog(source, number, data.allow_outside == "yes") for number in official_splits(source)}
+    catalogs = {number: open_catalog(source, number, data.allow_outside) for number in official_splits(source)}
     root = next(iter(catalogs.values())).root
     if out and folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out} lies in the data folder, where it could be taken for videos: give another place")

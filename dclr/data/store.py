@@ -194,7 +194,7 @@ def pack_command(folder: Path, plan: Arrays) -> str:
     """What makes, or mends, the store in `folder`: to be copied into a shell, so what the file says of its source is quoted."""
     (source,) = map(shlex.quote, unpack_strings(plan["source"]))
     size = "" if plan["short_side"] == SHORT_SIDE else f" --short-side {plan['short_side']}"
-    outside = " --allow-outside yes" if any(map(leaves_folder, unpack_strings(plan["paths"]))) else ""
+    outside = " --allow-outside" if any(map(leaves_folder, unpack_strings(plan["paths"]))) else ""
     compact = " --compact" if plan["compact"] else ""
     return f"train.py pack --data {source} --out {shlex.quote(str(folder))}{size}{outside}{compact}"
 

@@ -52,7 +52,7 @@ def measure_bias(
         check_classes(checkpoint, classifier[1], catalog)
     if foreground and len(np.unique(test_videos.labels)) < 2:
         raise UserError(
-            f"--data {catalog.root}: all test videos are of one class, so that none has another's background; pass --foreground no"
+            f"--data {catalog.root}: all test videos are of one class, so that none has another's background; pass --no-foreground"
         )
     backbone.to(device).eval()
 
@@ -254,7 +254,7 @@ def measure_foreground(
     kept = [(row, index) for row, index in read if samples.shares[index].any()]
     if not kept:
         raise UserError(
-            f"{samples.videos.root}: nothing moves in any of {len(read)} test videos, so that no foreground is left; pass --foreground no"
+            f"{samples.videos.root}: nothing moves in any of {len(read)} test videos, so that no foreground is left; pass --no-foreground"
         )
     rows, indices = (list(column) for column in zip(*kept, strict=True))
     labels = outputs.labels[rows]

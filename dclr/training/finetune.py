@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dclr import distributed
-from dclr.config import SupervisedConfig
+from dclr.config import FinetuneConfig
 from dclr.data.loader import ClipSamples, Failures
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
 from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
@@ -21,7 +21,7 @@ from kernels import augment
 
 
 def supervise(
-    command: str, config: SupervisedConfig, preset: str, device: torch.device, resume: Path | None = None
+    command: str, config: FinetuneConfig, preset: str, device: torch.device, resume: Path | None = None
 ) -> Path:
     """`finetune` the whole network or train a `linear` classifier on the frozen backbone; returns the run's folder.
 

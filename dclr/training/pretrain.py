@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: 
     run = start_run("pretrain", preset, config, device, resume)
     torch.manual_seed(config.run.seed)
     method = DCLR(config.model, config.method, seed=config.run.seed)
-    run.say(f"  {config.method.method}: rgb clips contrasted with {', '.join(('rgb', *config.method.parts))}")
+    run.say(f"  {config.method.method}: rgb clips contrasted with {', '.join(('rgb', *config.method.auxiliary_views))}")
     run.prepare(method.query.backbone, method.key.backbone)
     engine = Engine(method, run.ds_config, config.optim, device)
     state = run.resume(engine)

@@ -213,7 +213,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     engine.micro_batch_size(ds_config, config.optim.batch_size)
     precision = engine.settle_precision(ds_config, device)
     choose_kernels(config.run.kernels, device)
-    choose_algorithms(config.run.deterministic == "yes")
+    choose_algorithms(config.run.deterministic)
     compiles, compiling = distributed.together(lambda: settle_compile(config.run.compile, device))
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
