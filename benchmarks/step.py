@@ -183,7 +183,7 @@ def parts(provider: Provider, device: torch.device, steps: int) -> dict[str, flo
     def part(name: str) -> Iterator[None]:
         nonlocal depth
         depth += 1
-        with (outer if depth == 1 else inner).part(name):
+        with (outer if depth == 1 else inner).section(name):
             yield
         depth -= 1
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dclr.errors import UserError
-from dclr.files import write_whole
+from dclr.files import atomic_write
 from dclr.models import BACKBONES, MAX_WIDTH
 from kernels import BACKENDS, EMBEDDING_SIZES
 
@@ -546,7 +546,7 @@ def flat(config: Config) -> dict[str, Any]:
 def write_config(path: Path, command: str, preset: str, config: Config) -> None:
     """Write the resolved configuration as JSON, one object for each group. `read_config` reads this file."""
     text = json.dumps({"command": command, "preset": preset, **dataclasses.asdict(config)}, indent=2)
-    write_whole(path, (text + "\n").encode())
+    atomic_write(path, (text + "\n").encode())
 
 
 def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:

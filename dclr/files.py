@@ -1,13 +1,15 @@
-"""Files that a kill, a full disk or a loss of power leaves either as they were or as they should be."""
+"""Atomic writes: after a kill, a full disk or a power failure, a file has either its old content or its new content."""
 
 import os
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes, aside: Path | None = None) -> None:
-    """Write `content` aside, down to the disk, then give it its name: whoever looks sees the old file or the new one, never half of one.
+def atomic_write(path: Path, content: bytes, aside: Path | None = None) -> None:
+    """Write `content` to the file `aside`, flush it to disk, and rename it to `path`. A reader never sees half a file.
 
-    `aside` is in the same folder, by default the path with .tmp behind it. Raises OSError; `path` is as it was then.
+    `aside` must be in the folder of `path`. By default its name is the name of `path` with ".tmp" added.
+
+    Raises OSError. `path` then still has its old content.
     """
     aside = aside or path.with_name(path.name + ".tmp")
     try:
@@ -17,13 +19,16 @@ def write_whole(path: Path, content: bytes, aside: Path | None = None) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError:
-        aside.unlink(missing_ok=True)  # gives its space back to a full disk
+        aside.unlink(missing_ok=True)  # frees its space on a full disk
         raise
     sync_folder(path.parent)
 
 
+write_whole = atomic_write  # until every caller has the new name
+
+
 def sync_folder(folder: Path) -> None:
-    """Names in the folder survive a loss of power from here on."""
+    """Flush the folder's list of names to disk, so that new names survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

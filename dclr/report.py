@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dclr.errors import UserError
-from dclr.files import write_whole
+from dclr.files import atomic_write
 
 
 def say(message: str) -> None:
@@ -61,7 +61,7 @@ def make_writable(folder: Path) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A reader never sees half a file. NaN and infinities are refused (not JSON)."""
-    write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def json_numbers(metrics: dict[str, float]) -> dict[str, float | None]:
@@ -116,7 +116,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Milliseconds a step by part. On a GPU parts are timed by events on the stream, read only when asked: nothing waits before."""
+    """Milliseconds of a step by section. On a GPU, events on the stream time a section. Only `read` waits for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -125,8 +125,8 @@ class Stopwatch:
         self._steps, self._since = 0, time.perf_counter()
 
     @contextmanager
-    def part(self, name: str, host: bool = False) -> Iterator[None]:
-        """Count the time inside to `name`; `host`: waiting of the Python thread, also on a GPU."""
+    def section(self, name: str, host: bool = False) -> Iterator[None]:
+        """Add the time inside this context to `name`. With `host`, time the Python thread on a GPU too."""
         if self._cuda and not host:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -138,22 +138,25 @@ class Stopwatch:
             yield
             self._host[name] += (time.perf_counter() - begin_s) * 1e3
 
+    part = section  # until every caller has the new name
+
     def step(self) -> None:
+        """Count one more step."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Mean milliseconds a step by part, and `total`, since the last read."""
+        """Return the mean milliseconds of a step since the last read: by section, and `total` for the whole step."""
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:
             self._host[name] += begin.elapsed_time(end)
         now, steps = time.perf_counter(), max(self._steps, 1)
-        parts = {name: value / steps for name, value in self._host.items()}
-        parts["total"] = (now - self._since) * 1e3 / steps
+        sections = {name: value / steps for name, value in self._host.items()}
+        sections["total"] = (now - self._since) * 1e3 / steps
         self._host.clear()
         self._events.clear()
         self._steps, self._since = 0, now
-        return parts
+        return sections
 
 
 class RunLog:
@@ -171,7 +174,7 @@ class RunLog:
                 kept = [
                     line for line in self._lines.read_text(errors="replace").splitlines() if _step(line) <= start_step
                 ]
-            write_whole(self._lines, "".join(line + "\n" for line in kept).encode())
+            atomic_write(self._lines, "".join(line + "\n" for line in kept).encode())
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(
             total=total_steps,

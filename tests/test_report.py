@@ -59,17 +59,17 @@ def test_the_environment_names_device_versions_commit_and_date():
     assert found["commit"]
 
 
-def test_the_stopwatch_adds_up_parts_and_divides_by_steps():
+def test_the_stopwatch_adds_up_sections_and_divides_by_steps():
     watch = report.Stopwatch(torch.device("cpu"))
     for _ in range(2):
-        with watch.part("a"):
+        with watch.section("a"):
             time.sleep(0.02)
-        with watch.part("b", host=True):
+        with watch.section("b", host=True):
             time.sleep(0.01)
-        with watch.part("b"):
+        with watch.section("b"):
             time.sleep(0.01)
         watch.step()
-    time.sleep(0.02)  # of no part: 10 ms a step
+    time.sleep(0.02)  # of no section: 10 ms a step
     found = watch.read()
     assert found.keys() == {"a", "b", "total"}
     assert 20 <= found["a"] < 200  # sleeps are never shorter, and longer only on a busy machine

@@ -31,7 +31,7 @@ from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, compact_record, empty_planes
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
-from dclr.files import write_whole
+from dclr.files import atomic_write
 
 INDEX, PLAN = "dclr-index.npz", "dclr-plan.npz"
 
@@ -399,7 +399,7 @@ def save_arrays(path: Path, arrays: Arrays) -> bytes:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:  # dated 1980, always
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
     digest = hashlib.sha256(content.getbuffer()).digest()
-    write_whole(path, content.getvalue() + digest, aside=path.with_name(f"{path.name}.part"))
+    atomic_write(path, content.getvalue() + digest, aside=path.with_name(f"{path.name}.part"))
     return digest
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dclr.errors import UserError
-from dclr.files import write_whole
+from dclr.files import atomic_write
 from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone
 
 FILE_NAME = "backbone.safetensors"
@@ -40,7 +40,7 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
     """Written whole under another name, synced and then renamed, so that `path` never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(content, metadata))
+    atomic_write(path, save(content, metadata))
 
 
 def load_backbone(path: Path, backbone: Backbone) -> str:
