@@ -1,14 +1,53 @@
-"""What the pages say is what was measured and what is there."""
+"""Tests of README.md and docs/: figures follow the committed results; links, flags, commands and files exist."""
 
 import json
 import re
+import runpy
+import shlex
 import shutil
 from pathlib import Path
 
+import pytest
+
+import eval as evaluation
+import train
 from benchmarks import tables
+from dclr.evaluation import view_sheet
 from experiments import evidence
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LOG = ROOT / "docs" / "LOG.md"
+# The log names flags and commands as they were called at the time.
+PAGES_OF_TODAY = [page for page in PAGES if page != LOG]
+PAGE_OF_THE_AUTHORS_FLAGS = ROOT / "docs" / "from-the-authors-code.md"
+# Flags of deepspeed, torchrun, tensorboard and Slurm.
+FOREIGN_FLAGS = {"--hostfile", "--nproc_per_node", "--logdir", "--signal", "--requeue"}
+PENDING = {"--config", "--no-static-pairs", "--no-dynamic-pairs", "--no-activation-maps"}
+
+
+def subcommands() -> dict[str, dict]:
+    """Return the parsers of train.py and eval.py by entry and subcommand."""
+    entries = {"train.py": train.make_parser(), "eval.py": evaluation.make_parser()}
+    return {name: parser._subparsers._group_actions[0].choices for name, parser in entries.items()}
+
+
+def without_code_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(page: Path) -> list[str]:
+    """Return GitHub's anchor of each heading: lower case, no punctuation, a hyphen for each space."""
+    headings = re.findall(r"^#+ (.+)$", without_code_blocks(page.read_text()), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def without_foreign_columns(page: Path) -> str:
+    """Return a page's text, of the page of the authors' flags only the last column of its tables."""
+    lines = page.read_text().splitlines()
+    if page == PAGE_OF_THE_AUTHORS_FLAGS:
+        lines = [line.rpartition(" | ")[2] if line.startswith("|") else line for line in lines]
+    return "\n".join(lines)
 
 
 def test_the_performance_tables_are_those_of_the_committed_results(tmp_path):
@@ -53,43 +92,80 @@ def test_results_name_device_versions_commit_and_date():
         assert {"device", "versions", "commit", "date"} <= environment.keys(), path
 
 
-def test_every_flag_and_every_file_the_readme_names_exists():
-    import eval as evaluation
-    import train
-    from dclr.evaluation import view_sheet
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_of_a_page_leads_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code_blocks(page.read_text())):
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        file = page.parent / path if path else page
+        assert file.is_file(), link
+        assert not anchor or anchor in anchors(file), link
 
-    parsers = [entry.make_parser() for entry in (train, evaluation)]
-    known = {"--hostfile", "--nproc_per_node", "--logdir"}  # of deepspeed, torchrun and tensorboard
-    known |= set(view_sheet.make_parser()._option_string_actions)
-    for parser in parsers:
-        for action in parser._subparsers._group_actions[0].choices.values():
-            known |= set(action._option_string_actions)
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_two_headings_of_a_page_have_the_same_anchor(page):
+    assert len(set(anchors(page))) == len(anchors(page))
+
+
+@pytest.mark.parametrize("page", PAGES_OF_TODAY, ids=lambda page: page.name)
+def test_every_flag_that_a_page_names_exists(page):
+    known = FOREIGN_FLAGS | PENDING | set(view_sheet.make_parser()._option_string_actions)
+    for parsers in subcommands().values():
+        for parser in parsers.values():
+            known |= set(parser._option_string_actions)
+    assert not set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", without_foreign_columns(page))) - known
+
+
+@pytest.mark.parametrize("page", PAGES_OF_TODAY, ids=lambda page: page.name)
+def test_every_command_that_a_page_gives_is_accepted(page):
+    for entry, parsers in subcommands().items():
+        commands = "|".join(parsers)
+        for command, arguments in re.findall(
+            rf"{re.escape(entry)} ({commands})\b([^`#\n]*)", without_foreign_columns(page)
+        ):
+            if "--" in arguments and "..." not in arguments:
+                parsers[command].parse_args(shlex.split(arguments))
+
+
+def test_every_path_that_the_readme_names_exists():
     readme = (ROOT / "README.md").read_text()
-    before, _, rest = readme.partition("## From the authors' commands to these")
-    table, _, after = rest.partition("## Where things are")
-    ours = before + after + "\n".join(row.rpartition(" | ")[2] for row in table.splitlines())
-    ours = ours.replace("without `--finetune`", "")
-    assert not set(re.findall(r"--[a-z][a-z_-]+", ours)) - known
-    for path in re.findall(r"\((docs/[a-zA-Z.]+)\)|`(ds_configs/\w+\.json)`", readme):
-        assert (ROOT / "".join(path)).is_file(), path
+    paths = re.findall(r"`?((?:dclr|kernels|benchmarks|experiments|ds_configs)/[\w/]*(?:\.\w+)?)`?", readme)
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_has_at_most_150_lines_of_at_most_120_columns():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_index_links_to_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page
+
+
+def test_the_readmes_picture_can_be_made_again_and_is_small(tmp_path):
+    runpy.run_path(str(ROOT / "docs" / "pictures" / "views.py"))["plot_views"](tmp_path / "views.jpg")
+    for picture in (tmp_path / "views.jpg", ROOT / "docs" / "pictures" / "views.jpg"):
+        assert 20_000 < picture.stat().st_size < 150_000
 
 
 def test_the_logs_index_lists_every_entry_once_and_links_to_its_heading():
-    page = (ROOT / "docs" / "LOG.md").read_text()
+    page = LOG.read_text()
     headings = re.findall(r"^## (.+)$", page, re.M)
     rows = re.findall(r"^\| \[(\d{4}-\d\d-\d\d)\]\(#(\S+)\) \| (.+) \| (.+) \|$", page, re.M)
     listed = [f"{date} · {title}: {verdict}" for date, _, title, verdict in rows]
     assert listed == [heading for heading in headings if re.match(r"\d{4}-\d\d-\d\d ", heading)]
     assert listed == sorted(listed, key=lambda heading: heading[:10], reverse=True)
-    # GitHub's anchor of a heading: lower case, without punctuation, a hyphen for each space.
-    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    assert [anchor for _, anchor, _, _ in rows] == [anchor for anchor in anchors if anchor[:4].isdigit()]
-    assert len(set(anchors)) == len(anchors)
-    assert not set(re.findall(r"\]\(#(\S+?)\)", page)) - set(anchors)
+    assert [anchor for _, anchor, _, _ in rows] == [anchor for anchor in anchors(LOG) if anchor[:4].isdigit()]
 
 
 def test_what_we_know_opens_the_log_and_is_a_page_of_at_most_60_lines():
-    lines = (ROOT / "docs" / "LOG.md").read_text().splitlines()
+    lines = LOG.read_text().splitlines()
     first, second = [number for number, line in enumerate(lines) if line.startswith("## ")][:2]
     assert lines[first] == "## What we know"
     assert second - first <= 60
