@@ -23,7 +23,7 @@ PAGES_OF_TODAY = [page for page in PAGES if page != LOG]
 PAGE_OF_THE_AUTHORS_FLAGS = ROOT / "docs" / "from-the-authors-code.md"
 # Flags of deepspeed, torchrun, tensorboard and Slurm.
 FOREIGN_FLAGS = {"--hostfile", "--nproc_per_node", "--logdir", "--signal", "--requeue"}
-PENDING = {"--config", "--no-static-pairs", "--no-dynamic-pairs", "--no-activation-maps"}
+PENDING = {"--config"}  # until train.py has it
 
 
 def subcommands() -> dict[str, dict]:
