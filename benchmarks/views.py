@@ -69,16 +69,9 @@ from dclr.data.augmentation import PRETRAIN, draw_augmentation, to_augmentation
 from dclr.report import environment
 from kernels import Augmentation, ViewParams, Views, Yuv420, describe, generate_views
 from kernels.backend import runs_triton
-from kernels.view_generation import (
-    BLUR_KERNEL,
-    MEAN,
-    STD,
-    _blur,
-    _jitter,
-    _rgb_of_yuv,
-    generate_views_reference,
-    yuv_coefficients,
-)
+from kernels.colour import yuv_box_to_rgb, yuv_coefficients
+from kernels.types import BLUR_KERNEL, MEAN, STD
+from kernels.view_generation import colour_jitter, gaussian_blur, generate_views_reference
 
 Output = Literal["bf16", "float32"]
 """What the views are cast to."""
@@ -417,18 +410,18 @@ def float64_augment(frames: Tensor | Yuv420, rows: Augmentation, size: tuple[int
     colours = yuv_coefficients(frames.bt709, frames.full_range).tolist() if isinstance(frames, Yuv420) else []
     for b, (top, left, height, width) in enumerate(rows.box.tolist()):
         if isinstance(frames, Yuv420):
-            crop = _rgb_of_yuv(frames, colours[b], b, top, left, height, width).double()
+            crop = yuv_box_to_rgb(frames, colours[b], b, top, left, height, width).double()
         else:
             crop = frames[b, :, top : top + height, left : left + width].permute(0, 3, 1, 2).double()
         images = F.interpolate(crop, size, mode="bilinear", align_corners=False) / 255
         if rows.grayscale[b]:
             images = rgb_to_grayscale(images).expand(-1, 3, -1, -1)
         if rows.jitter[b]:
-            images = _jitter(images[None], rows.factors[b : b + 1], rows.order[b : b + 1])[0]
+            images = colour_jitter(images[None], rows.factors[b : b + 1], rows.order[b : b + 1])[0]
         if rows.flip[b]:
             images = images.flip(3)
         if rows.sigma[b] > 0:
-            images = _blur(images[None], rows.sigma[b : b + 1])[0]
+            images = gaussian_blur(images[None], rows.sigma[b : b + 1])[0]
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         views.append(((images - mean) / std).transpose(0, 1))
     return torch.stack(views)
@@ -439,7 +432,7 @@ def float64_views(inputs: Inputs, yuv: bool) -> Views:
     params = inputs.host_params
     if yuv:
         planes = inputs.still_planes
-        still = Yuv420(planes.y[:, None], planes.u[:, None], planes.v[:, None], planes.bt709, planes.full_range)
+        still = planes.select(np.s_[:, None])
         rgb = float64_augment(inputs.planes, params.clip, params.size)
         static = float64_augment(still, params.still, params.size)
     else:

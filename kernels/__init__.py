@@ -6,8 +6,9 @@ Nothing here knows of the rest of the project.
 """
 
 from kernels.backend import BACKENDS, describe, set_backend
-from kernels.info_nce import EMBEDDING_SIZES, Contrast, contrast, info_nce, mine_positives, mine_positives_by_each
-from kernels.view_generation import Augmentation, ViewParams, Views, Yuv420, augment, generate_views
+from kernels.info_nce import contrast, info_nce, mine_positives, mine_positives_by_each
+from kernels.types import EMBEDDING_SIZES, Augmentation, Contrast, ViewParams, Views, Yuv420
+from kernels.view_generation import augment, generate_views
 
 __all__ = [
     "BACKENDS",

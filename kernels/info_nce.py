@@ -7,25 +7,13 @@ Letters: B clips in a batch, D embedding size, K queue length, P contrastive pai
 S similarities that are ranked together.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kernels import backend
-
-EMBEDDING_SIZES = (32, 64, 128, 256)
-"""D that the Triton kernels are made for; the reference takes any."""
+from kernels.types import EMBEDDING_SIZES, Contrast
 
 _FLOATS = (torch.float32, torch.bfloat16)
-
-
-class Contrast(NamedTuple):
-    """Losses, and how alike what they compare is. Only the losses carry a gradient."""
-
-    losses: Tensor  # (P,)
-    positive: Tensor  # (P,) mean over B of query . key
-    hardest: Tensor  # (P,) mean over B of the greatest query . row of the queue
 
 
 def info_nce(

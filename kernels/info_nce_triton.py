@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import INTERPRETED, float32_precision, multiprocessors
-from kernels.info_nce import EMBEDDING_SIZES
 from kernels.launch import Launch
+from kernels.types import EMBEDDING_SIZES
 
 _BITS = math.log2(math.e)  # exp(x) = exp2(x * _BITS)
 # As many as a program of 8 warps can have. Without a limit given, ptxas (CUDA 12.8) aims at more programs side by side and keeps values

@@ -12,9 +12,9 @@ Letters: B clips in a batch, T frames, H, W pixels of the padded buffer, h, w pi
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,73 +29,8 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from kernels.backend import check_same_device, runs_triton, to_device
-
-# ImageNet's channel means and standard deviations, of RGB in 0 to 1.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
-BLUR_KERNEL = 11  # pixels on a side
-
-Boundary = Literal["wrap", "zero", "replicate"]
-
-
-@dataclass(frozen=True)
-class Yuv420:
-    """Frames of B clips, or B stills, as planes of uint8: luma for every pixel, chroma for every square of 2 x 2.
-
-    Where height or width is odd, the last square is cut off by the frame's border. Chroma is repeated, not interpolated.
-    """
-
-    y: Tensor  # (B, T, H, W); stills (B, H, W)
-    u: Tensor  # (B, T, ceil(H / 2), ceil(W / 2)); stills without T
-    v: Tensor  # as u
-    bt709: Tensor  # (B,) bool: the matrix is BT.709's, not BT.601's
-    full_range: Tensor  # (B,) bool: 0..255 in all planes, not 16..235 in y and 16..240 in u and v
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Yuv420":
-        """The same on another device."""
-        return Yuv420(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to each of B clips: small tensors, one row a clip."""
-
-    size: Tensor  # (B, 2) int64: valid height and width, at the top left of the padded buffer
-    box: Tensor  # (B, 4) int64: top, left, height, width of the crop, within the valid part
-    flip: Tensor  # (B,) bool: mirror left and right
-    grayscale: Tensor  # (B,) bool
-    jitter: Tensor  # (B,) bool: whether factors and order apply
-    factors: Tensor  # (B, 4) float32: brightness, contrast, saturation (1 changes nothing), hue in turns (0 likewise)
-    order: Tensor  # (B, 4) int64: a permutation of 0..3, the order in which the four factors are applied
-    sigma: Tensor  # (B,) float32: standard deviation of the Gaussian blur in pixels of the view, 0 for none
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Augmentation":
-        """The same on another device."""
-        return Augmentation(
-            *(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
-        )
-
-
-@dataclass(frozen=True)
-class ViewParams:
-    """What makes views of B clips and their stills."""
-
-    clip: Augmentation
-    still: Augmentation
-    size: tuple[int, int]  # h, w of every view
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewParams":
-        """The same on another device."""
-        return ViewParams(self.clip.to(device, non_blocking), self.still.to(device, non_blocking), self.size)
-
-
-class Views(NamedTuple):
-    """Three views of B clips, each (B, 3, T, h, w) in channels_last_3d memory."""
-
-    rgb: Tensor
-    static: Tensor
-    dynamic: Tensor
+from kernels.colour import yuv_box_to_rgb, yuv_coefficients
+from kernels.types import BLUR_KERNEL, MEAN, STD, Augmentation, Boundary, ViewParams, Views, Yuv420
 
 
 def generate_views(
@@ -225,9 +160,9 @@ def augment_reference(
         images /= 255  # after the resize, which is linear, because there are then fewer pixels to scale
         # Each operation on the clips that it applies to: they are few calls, however many clips there are.
         images = _where(rows.grayscale, images, lambda some, _: rgb_to_grayscale(some).expand_as(some))
-        images = _where(rows.jitter, images, lambda some, of: _jitter(some, rows.factors[of], rows.order[of]))
+        images = _where(rows.jitter, images, lambda some, of: colour_jitter(some, rows.factors[of], rows.order[of]))
         images = _where(rows.flip, images, lambda some, _: some.flip(4))
-        images = _where(rows.sigma > 0, images, lambda some, of: _blur(some, rows.sigma[of]))
+        images = _where(rows.sigma > 0, images, lambda some, of: gaussian_blur(some, rows.sigma[of]))
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
         view = torch.empty((B, 3, T, *size), dtype=dtype, device=device, memory_format=torch.channels_last_3d)
         view.copy_(((images - mean) / std).transpose(1, 2))
@@ -257,54 +192,13 @@ def _crop(
     """The box of clip b, resized."""
     top, left, height, width = box
     if isinstance(frames, Yuv420):
-        crop = _rgb_of_yuv(frames, colours[b], b, top, left, height, width)  # (T, 3, height, width)
+        crop = yuv_box_to_rgb(frames, colours[b], b, top, left, height, width)  # (T, 3, height, width)
     else:
         crop = frames[b, :, top : top + height, left : left + width].permute(0, 3, 1, 2).float()
     return F.interpolate(crop, size, mode="bilinear", align_corners=False, antialias=False)
 
 
-def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:
-    """What turns YUV into RGB, (B, 6) float32: `offset, scale, red_v, green_u, green_v, blue_u` of
-
-        luma = (y - offset) * scale
-        R = luma + red_v * (v - 128)
-        G = luma + green_u * (u - 128) + green_v * (v - 128)
-        B = luma + blue_u * (u - 128)
-
-    With luma = Kr R + Kg G + Kb B, Cb = (B - luma) / (2 (1 - Kb)) and Cr likewise with R and Kr (Rec. ITU-R BT.601 and BT.709), all
-    in units of 255. In full range y is luma and u, v are Cb, Cr plus 128; in limited range y spans 219 steps from 16, u and v 224.
-    """
-    kr = torch.where(bt709, 0.2126, 0.299)  # (B,), as all below
-    kb = torch.where(bt709, 0.0722, 0.114)
-    kg = 1 - kr - kb
-    chroma = torch.where(full_range, 1.0, 255 / 224)
-    red_v, blue_u = 2 * (1 - kr) * chroma, 2 * (1 - kb) * chroma
-    return torch.stack(
-        [
-            torch.where(full_range, 0.0, 16.0),
-            torch.where(full_range, 1.0, 255 / 219),
-            red_v,
-            -kb / kg * blue_u,
-            -kr / kg * red_v,
-            blue_u,
-        ],
-        dim=1,
-    ).float()
-
-
-def _rgb_of_yuv(frames: Yuv420, colours: list[float], b: int, top: int, left: int, height: int, width: int) -> Tensor:
-    """A box of clip b in RGB, 0..255 but not rounded, (T, 3, height, width)."""
-    offset, scale, red_v, green_u, green_v, blue_u = colours
-    rows = torch.arange(top, top + height, device=frames.y.device)
-    columns = torch.arange(left, left + width, device=frames.y.device)
-    luma = (frames.y[b][:, rows[:, None], columns].float() - offset) * scale  # (T, height, width), as both below
-    cb = frames.u[b][:, rows[:, None] // 2, columns // 2].float() - 128
-    cr = frames.v[b][:, rows[:, None] // 2, columns // 2].float() - 128
-    rgb = [luma + red_v * cr, luma + green_u * cb + green_v * cr, luma + blue_u * cb]
-    return torch.stack(rgb, dim=1).clamp(0, 255)
-
-
-def _jitter(
+def colour_jitter(
     images: Tensor,  # (N, T, 3, h, w), 0..1
     factors: Tensor,  # (N, 4), on the CPU, as below
     order: Tensor,  # (N, 4)
@@ -331,7 +225,7 @@ def _by_factor(operation: Callable[..., Tensor], factors: Tensor, images: Tensor
     return operation(images, factors[numbers])
 
 
-def _blur(
+def gaussian_blur(
     images: Tensor,  # (N, T, 3, h, w)
     sigma: Tensor,  # (N,) pixels, on the CPU
 ) -> Tensor:
@@ -375,7 +269,7 @@ def _planes(frames: Tensor | Yuv420) -> tuple[Tensor, Tensor | None, Tensor | No
 def _with_time(stills: Tensor | Yuv420) -> Tensor | Yuv420:
     """Stills as frames of clips of length 1."""
     if isinstance(stills, Yuv420):
-        return Yuv420(stills.y[:, None], stills.u[:, None], stills.v[:, None], stills.bt709, stills.full_range)
+        return stills.select((slice(None), None))  # [:, None]
     return stills[:, None]
 
 

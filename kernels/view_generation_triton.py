@@ -29,13 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import INTERPRETED
+from kernels.colour import yuv_coefficients
 from kernels.launch import Launch
-from kernels.view_generation import BLUR_KERNEL, MEAN, STD, Augmentation, Yuv420, yuv_coefficients
+from kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
 
-# Columns of the table of parameters, (rows, C) float32: whole numbers of pixels are exact in it. C is 16, and 6 more for YUV.
-_TOP, _LEFT, _HEIGHT, _WIDTH = (tl.constexpr(i) for i in range(4))
-_FLIP, _GRAYSCALE, _JITTER, _SIGMA = (tl.constexpr(i) for i in range(4, 8))
-_FACTORS, _ORDER, _YUV = tl.constexpr(8), tl.constexpr(12), tl.constexpr(16)
+# Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 16, or 22 for YUV frames.
+_TOP, _LEFT, _HEIGHT, _WIDTH = (tl.constexpr(TABLE_COLUMNS["box"] + i) for i in range(4))
+_FLIP, _GRAYSCALE, _JITTER, _SIGMA, _FACTORS, _ORDER, _YUV = (
+    tl.constexpr(TABLE_COLUMNS[name]) for name in ("flip", "grayscale", "jitter", "sigma", "factors", "order", "yuv")
+)
 
 _RADIUS = tl.constexpr(BLUR_KERNEL // 2)
 _MEAN_R, _MEAN_G, _MEAN_B = (tl.constexpr(mean) for mean in MEAN)
@@ -551,9 +553,9 @@ def _finish(
 
 
 def table_of(rows: Augmentation, frames: Tensor | Yuv420) -> Tensor:
-    """What the kernels need of the rows and of their frames' colour space, (B, C) float32."""
-    flags = torch.stack([rows.flip, rows.grayscale, rows.jitter], dim=1)
-    table = torch.cat([rows.box, flags, rows.sigma[:, None], rows.factors, rows.order], dim=1)  # promoted to float32
+    """Return the table of parameters for these rows and the colour space of their frames, (B, C) float32."""
+    values = [getattr(rows, name)[:, None].flatten(1) for name in TABLE_COLUMNS if name != "yuv"]  # (B, width) each
+    table = torch.cat(values, dim=1)  # promoted to float32
     if isinstance(frames, Tensor):
         return table
     coefficients = yuv_coefficients(frames.bt709, frames.full_range)

@@ -10,7 +10,6 @@ from torchvision.transforms import RandomResizedCrop
 
 from dclr.data import augmentation
 from dclr.data.augmentation import (
-    AUGMENTATION,
     FINETUNE,
     PRETRAIN,
     AugmentRecipe,
@@ -20,7 +19,7 @@ from dclr.data.augmentation import (
     view_grid,
 )
 from kernels import Augmentation, Views, augment
-from kernels.view_generation import MEAN, STD
+from kernels.types import AUGMENTATION, MEAN, STD
 
 N = 4000  # draws of a statistical test
 

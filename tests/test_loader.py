@@ -19,7 +19,6 @@ from helpers import block, children, crash, loop
 
 from dclr.config import DataConfig
 from dclr.data import clips, loader
-from dclr.data.augmentation import AUGMENTATION
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import empty_planes, write_video
 from dclr.data.decoder_process import shared_array
@@ -39,6 +38,7 @@ from dclr.data.loader import (
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
 from dclr.errors import UserError
 from kernels import Yuv420
+from kernels.types import AUGMENTATION
 
 CONFIG = DataConfig(clip_length=4, clip_stride=2, crop_size=32)
 

@@ -18,7 +18,9 @@ from torch import Tensor
 import kernels
 from kernels import Augmentation, ViewParams, Views, Yuv420
 from kernels.backend import HAS_TRITON, runs_triton
-from kernels.view_generation import MEAN, STD, Boundary, generate_views_reference, yuv_coefficients
+from kernels.colour import yuv_coefficients
+from kernels.types import AUGMENTATION, MEAN, STD, TABLE_COLUMNS, Boundary
+from kernels.view_generation import generate_views_reference
 
 # Oracles compute in float64. A value of 0..1 is rounded to EPS / 2 by each operation and then divided by a standard deviation of
 # 0.22 or more. A mean over pixels, of sums in any order, adds no more than one such rounding at these sizes.
@@ -452,7 +454,7 @@ def test_yuv_goes_through_the_whole_chain(backend: str) -> None:
     """Boxes at odd rows and columns, a matrix of each clip's own, stills of another size; the reference goes through float RGB."""
     frames, stills = yuv_video(21, 27, seed=3), yuv_video(15, 18, seed=4)
     frames.bt709[1], frames.full_range[0] = True, False
-    stills = Yuv420(stills.y[:, 0], stills.u[:, 0], stills.v[:, 0], stills.bt709, ~stills.full_range)
+    stills = replace(stills.select(np.s_[:, 0]), full_range=~stills.full_range)
     rows = two_clips()[1]
     rows.size[:], rows.box[:] = torch.tensor([21, 27]), torch.tensor([[1, 3, 17, 21], [0, 5, 21, 22]])
     params = ViewParams(rows, neutral([(15, 18)] * 2), (7, 9))
@@ -600,24 +602,33 @@ def test_launches_do_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert launched == ["_means", "_columns", "_finish"]
 
 
+def test_the_record_the_tensors_and_the_table_agree() -> None:
+    """One declaration gives the NumPy record, the tensors and the kernels' columns: the same names, dtypes and widths."""
+    _, rows = two_clips()
+    assert AUGMENTATION.names == tuple(field.name for field in fields(Augmentation))
+    for name in AUGMENTATION.names:
+        values = getattr(rows, name).numpy()
+        record = np.zeros(2, AUGMENTATION)[name]
+        assert (values.dtype, values.shape) == (record.dtype, record.shape), name
+    assert list(TABLE_COLUMNS) == ["box", "flip", "grayscale", "jitter", "sigma", "factors", "order", "yuv"]
+    assert list(TABLE_COLUMNS.values()) == [0, 4, 5, 6, 7, 8, 12, 16]
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_table_of_parameters_has_the_kernels_columns() -> None:
-    from kernels import view_generation_triton as kernel
+    from kernels.view_generation_triton import table_of
 
     _, rows = two_clips()
-    table = kernel.table_of(rows, yuv_video(40, 44))
+    table = table_of(rows, yuv_video(40, 44))
     assert table.shape == (2, 22)
     assert table.dtype == torch.float32
-    assert kernel.table_of(rows, torch.empty(0)).shape == (2, 16)
-    assert table[0].tolist()[:4] == rows.box[0].tolist()
-    assert torch.equal(table[:, kernel._FLIP.value] != 0, rows.flip)
-    assert torch.equal(table[:, kernel._GRAYSCALE.value] != 0, rows.grayscale)
-    assert torch.equal(table[:, kernel._JITTER.value] != 0, rows.jitter)
-    assert torch.equal(table[:, kernel._SIGMA.value], rows.sigma)
-    assert torch.equal(table[:, kernel._FACTORS.value :][:, :4], rows.factors)
-    assert torch.equal(table[:, kernel._ORDER.value :][:, :4].long(), rows.order)
+    assert torch.equal(table[:, :16], table_of(rows, torch.empty(0)))
+    for name in AUGMENTATION.names[1:]:  # all but the size
+        values = getattr(rows, name).float().view(2, -1)
+        column = TABLE_COLUMNS[name]
+        assert torch.equal(table[:, column : column + values.shape[1]], values), name
     coefficients = yuv_coefficients(torch.tensor([False] * 2), torch.tensor([True] * 2))
-    assert torch.equal(table[:, kernel._YUV.value :][:, :6], coefficients)
+    assert torch.equal(table[:, TABLE_COLUMNS["yuv"] :], coefficients)
     # BT.601 in full range as ITU-T T.871 (JFIF) prints it, to five decimals.
     torch.testing.assert_close(
         coefficients[0], torch.tensor([0, 1, 1.402, -0.34414, -0.71414, 1.772]), rtol=0, atol=1e-5

@@ -1,6 +1,6 @@
 """Draws the augmentation of a clip.
 
-A draw is one record of a numpy dtype, `AUGMENTATION`: light enough for a worker to make thousands a second, and
+A draw is one record of a numpy dtype, `kernels.types.AUGMENTATION`: light enough for a worker to make thousands a second, and
 `to_augmentation` turns a batch of them into the tensors that `kernels.generate_views` takes.
 Every function is pure: the same generator state gives the same draw.
 """
@@ -13,21 +13,7 @@ import numpy as np
 import torch
 
 from kernels import Augmentation, Views
-from kernels.view_generation import MEAN, STD
-
-AUGMENTATION = np.dtype(
-    [
-        ("size", np.int64, 2),
-        ("box", np.int64, 4),
-        ("flip", np.bool_),
-        ("grayscale", np.bool_),
-        ("jitter", np.bool_),
-        ("factors", np.float32, 4),
-        ("order", np.int64, 4),
-        ("sigma", np.float32),
-    ]
-)
-"""One clip's row of `kernels.Augmentation`, under the same names."""
+from kernels.types import AUGMENTATION, MEAN, STD
 
 CENTRE = 112 / 128
 """Side of the test crop as a share of the frame's short side: 112 pixels of frames scaled to 128."""

@@ -38,6 +38,7 @@ from dclr.data.ring_buffer import FrameRing
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from kernels import Augmentation, ViewParams, Yuv420
+from kernels.types import AUGMENTATION
 
 TEST_CLIPS = 10  # clips a video, uniformly spaced: the test protocol of the released code
 CHUNK = 8  # samples at most that a worker is asked for at a time: the workers share out a micro-batch
@@ -78,7 +79,7 @@ class PairBatch:
     def _part(self, positions: slice | int) -> Yuv420:
         """Views of some frames of every sample."""
         own = self.frames
-        return Yuv420(own.y[:, positions], own.u[:, positions], own.v[:, positions], own.bt709, own.full_range)
+        return own.select(np.s_[:, positions])
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class TestClips(Dataset[Any]):
         bt709, full_range = torch.tensor(flags).reshape(-1, 2).bool().repeat_interleave(TEST_CLIPS, 0).unbind(1)
         return ClipBatch(
             Yuv420(y, u, v, bt709, full_range),
-            augmentation.to_augmentation(np.array(rows, augmentation.AUGMENTATION)),
+            augmentation.to_augmentation(np.array(rows, AUGMENTATION)),
             torch.from_numpy(own.labels[of_clips]),
             torch.from_numpy(of_clips),
             failures,

@@ -25,7 +25,7 @@ from dclr.evaluation.accuracy import load_features
 from dclr.evaluation.composites import energy_share, foreground_mask
 from dclr.evaluation.view_sheet import to_yuv420
 from dclr.models import Backbone, activation_map
-from kernels import ViewParams, Yuv420, generate_views
+from kernels import ViewParams, generate_views
 
 MAPS = ("A_v", "A_s", "A_d")
 VIDEOS = 200
@@ -136,7 +136,7 @@ def maps_of(backbone: Backbone, clip: Clip, size: int, boundary: Any, device: to
     """A_v, A_s and A_d of a clip: (3, T', H', W') float32."""
     frames = to_yuv420([clip.frames]).to(device)
     middle = frames.y.shape[1] // 2
-    still = Yuv420(frames.y[:, middle], frames.u[:, middle], frames.v[:, middle], frames.bt709, frames.full_range)
+    still = frames.select(np.s_[:, middle])
     row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:])])
     made = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
     return activation_map(backbone(torch.cat(made)))[:, 0].cpu().numpy()

@@ -69,7 +69,7 @@ def view_sheet(
 
     Args:
         samples: name; source frames (T, H, W, 3) uint8; the still (H, W, 3) uint8; the augmentations drawn for the frames and for the still
-            (dtype dclr.data.augmentation.AUGMENTATION); the three views, each (T, h, w, 3) uint8.
+            (dtype kernels.types.AUGMENTATION); the three views, each (T, h, w, 3) uint8.
         shown: frames to show, a column each; the still stands in one more, and crops are outlined in the source.
     """
     lines = 4 * len(samples)

@@ -47,7 +47,7 @@ def draw_view_sheet(video: Path, out: Path, seed: int) -> str:
     # As the loader draws them: query, its still, key, its still.
     frames = to_yuv420([part(slice(0, length)), part(slice(length, 2 * length))])
     stills = to_yuv420([part(slice(2 * length, 2 * length + 1)), part(slice(2 * length + 1, None))])
-    stills = Yuv420(stills.y[:, 0], stills.u[:, 0], stills.v[:, 0], stills.bt709, stills.full_range)
+    stills = stills.select(np.s_[:, 0])
     params = ViewParams(
         augmentation.to_augmentation([rows[0], rows[2]]), augmentation.to_augmentation([rows[1], rows[3]]), size
     )
