@@ -1,1 +1,1 @@
-"""One short file an experiment: question, exact command, seeds, expected time. `python -m experiments.NAME` runs it."""
+"""One experiment a file: question, command, seeds and duration. `python -m experiments.NAME` runs it."""

@@ -1,32 +1,34 @@
-"""Do activation maps lie on what moves? Where networks respond to a clip, its still and its difference, before training and after.
+"""Are activation maps inside the moving region? Maps of a clip's three views, before and after training.
 
     python -m experiments.activation_maps --data WEIZMANN            three seeds: about an hour on two cores
-    python -m experiments.activation_maps --data WEIZMANN --quick    that it runs: about 5 minutes
+    python -m experiments.activation_maps --data WEIZMANN --quick    checks that it runs: about 5 minutes
 
-DCLR and MoCo are pretrained as in weizmann.py, on frames twice as wide: maps of its 48 pixels are 3 x 3, where a person is a cell. Of the
-30 test clips then `eval.py maps` takes A_v, A_s and A_d, and how much of each lies on what moves. A map that is the same everywhere has the
-moving pixels' own share; random weights are those that the runs began with.
-Said beforehand, when one run of DCLR had been seen (docs/LOG.md, 2026-11-26), each by more than two standard errors over seeds: DCLR's A_d
-lies on what moves more than a map that is the same everywhere; its A_v more than that of random weights, and more than MoCo's.
+DCLR and MoCo are pretrained as in weizmann.py, but on frames twice as wide. With 48 pixels, a map has 3 x 3 cells, and
+a person fills one cell. `eval.py maps` then computes A_v, A_s and A_d of the 30 test clips, and the share of each map
+inside the moving region. A uniform map has the moving region's own share of the pixels. Random weights are the initial
+weights of the runs.
+
+These claims were written down after one run of DCLR (docs/LOG.md, 2026-11-26), each by more than two standard errors
+over seeds: A_d of DCLR is inside the moving region more than a uniform map; A_v of DCLR is inside the moving region
+more than A_v of random weights, and more than A_v of MoCo.
 """
 
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dclr.evaluation.activation_maps import MAPS
 from experiments import evidence, runs, weizmann
 from experiments.runs import Chain, Options
 
 CLIPS = ["--preset", "demo", "--clip-length", "8", "--clip-stride", "2", "--crop-size", "96"]
-FIGURES = {name: [f"{name}, share on what moves", "%"] for name in MAPS}
-RANDOM, FLAT = "random weights", "the same everywhere"
+FIGURES = {name: [f"{name}, share inside the moving region", "%"] for name in MAPS}
+RANDOM, UNIFORM = "random weights", "the same everywhere"
 
 
 def plan(folder: Path, method: str, seed: int, data: Path, options: Options) -> Chain:
-    """A network, and its maps."""
+    """Return the pretraining of a network, and the evaluation of its maps."""
     run = folder / f"{method.lower()}-{seed}"
     schedule = weizmann.QUICK_PRETRAIN if options.quick else weizmann.PRETRAIN
     recipe = ["--data", str(data), *CLIPS, *weizmann.BATCH, *schedule, *weizmann.METHODS[method]]
@@ -34,28 +36,26 @@ def plan(folder: Path, method: str, seed: int, data: Path, options: Options) -> 
 
 
 def table(folder: Path, options: Options) -> evidence.Rows:
-    """What the runs of these seeds have found."""
+    """Return the rows of the table."""
 
-    def by_seed(method: str, which: str = "") -> dict[str, evidence.Values]:
-        maps = [folder / f"{method.lower()}-{seed}" / "maps" for seed in options.seeds]
-        return {name: [runs.figure(each, name + which) for each in maps] for name in MAPS}
+    def by_seed(method: str, suffix: str = "") -> dict[str, evidence.Values]:
+        return {name: runs.figure_by_seed(folder, method, options.seeds, "maps", name + suffix) for name in MAPS}
 
-    rows: evidence.Rows = {RANDOM: by_seed("DCLR", "_untrained")}
-    rows |= {method: by_seed(method) for method in weizmann.METHODS}
-    rows[FLAT] = dict.fromkeys(MAPS, runs.figure(folder / f"dclr-{options.seeds[0]}" / "maps", "flat"))
+    rows: evidence.Rows = {RANDOM: by_seed("dclr", "_untrained")}
+    rows |= {method: by_seed(method.lower()) for method in weizmann.METHODS}
+    rows[UNIFORM] = dict.fromkeys(MAPS, runs.figure(folder / f"dclr-{options.seeds[0]}" / "maps", "flat"))
     return rows
 
 
-def findings(rows: evidence.Rows) -> list[dict[str, Any]]:
-    """What was said beforehand."""
-    found = []
+def findings(result: evidence.Result) -> list[evidence.Finding]:
+    """Return the claims that were written down before the comparison."""
+    rows, found = result["rows"], []
     for name, other, claim in (
-        ("A_d", FLAT, "DCLR's A_d lies on what moves more than a map that is the same everywhere"),
-        ("A_v", RANDOM, "DCLR's A_v lies on what moves more than that of random weights"),
-        ("A_v", "MoCo", "DCLR's A_v lies on what moves more than MoCo's"),
+        ("A_d", UNIFORM, "A_d of DCLR is inside the moving region more than a uniform map"),
+        ("A_v", RANDOM, "A_v of DCLR is inside the moving region more than A_v of random weights"),
+        ("A_v", "MoCo", "A_v of DCLR is inside the moving region more than A_v of MoCo"),
     ):
         ours, theirs = rows["DCLR"][name], rows[other][name]
-        assert isinstance(ours, list)
         found += evidence.above(claim, ours, theirs if isinstance(theirs, list) else [theirs] * len(ours))
     return found
 
@@ -67,17 +67,19 @@ def main(arguments: Sequence[str]) -> None:
         plan(folder, method, seed, data, options) for method in reversed(weizmann.METHODS) for seed in options.seeds
     ]
     runs.run(chains, options.parallel)
-    rows = table(folder, options)
-    result = {
-        "question": "do activation maps lie on what moves?",
+    result: evidence.Result = {
+        "question": "are activation maps inside the moving region?",
         "recipe": {
-            "clips": CLIPS, "batch": weizmann.BATCH, "pretraining": weizmann.PRETRAIN, "methods": weizmann.METHODS
+            "clips": CLIPS,
+            "batch": weizmann.BATCH,
+            "pretraining": weizmann.PRETRAIN,
+            "methods": weizmann.METHODS,
         },
         "figures": FIGURES,
         "ylabel": "share of a map",
-        "rows": rows,
-        "findings": findings(rows),
-    }  # fmt: skip
+        "rows": table(folder, options),
+    }
+    result["findings"] = findings(result)
     if evidence.publish("activation_maps", result, chains, options):
         for method in weizmann.METHODS:
             pictures = folder / f"{method.lower()}-{options.seeds[0]}" / "maps" / "pictures"

@@ -1,17 +1,18 @@
-"""Is the controlled set honest? Before it judges a method: can motion and scene be learned from it, and motion from motion alone?
+"""Is the controlled set valid? Can motion and scene be learned from it, and is the motion visible only in the movement?
 
     python -m experiments.controlled_set                three seeds: about half an hour on two cores
-    python -m experiments.controlled_set --quick        that it runs: about 3 minutes
+    python -m experiments.controlled_set --quick        checks that it runs: about 3 minutes
 
-The set is the demo videos (dclr/data/demo.py), more of them: 8 motions, each on 24 backgrounds equally often, so a video's motion says
-nothing about its scene. The seeds are those of training; the videos are the same for all. Three networks are trained with labels from
-scratch: on motions, on scenes (the same videos, listed by scene), and on motions from one frame at a time. Said beforehand:
+The set holds more of the demo videos (dclr/data/demo.py): 8 motions, each on 24 backgrounds equally often, so the
+motion of a video says nothing about its scene. Seeds differ in training, and the videos are the same for all seeds.
+Three networks are trained from scratch with labels: on the motions, on the scenes (the same videos, listed by scene),
+and on the motions from single frames. Pre-registered thresholds:
 
-- the network trained on motions, and the one trained on scenes, are right on at least 95 % of the test videos;
-- a linear probe of random features is near chance on motion, and so is the network that sees single frames: at most three standard
-  errors of guessing above it.
+- The network trained on motions and the network trained on scenes are right on at least 95 % of the test videos.
+- A linear probe of random features is near chance on motion, and so is the network that sees single frames. Near chance
+  means at most three standard errors of guessing above chance.
 
-Exit status 1: one of these does not hold, and no comparison on the set means anything.
+Exit status 1 means that one of these does not hold. Then no comparison on the set is meaningful.
 """
 
 import math
@@ -20,16 +21,19 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dclr.data.demo import render_demo
 from experiments import evidence, runs
 from experiments.runs import Chain, Job, Options
 
-TRAIN, TEST = 96, 32  # videos of each motion
-QUICK_TRAIN, QUICK_TEST = 24, 8  # the fewest with which every scene is in the train split
-RENDERING = 0  # seed of the videos
-SHORT_SIDE = 32  # pixels; the demo preset's crops are as large
+TRAIN, TEST = 96, 32
+"""Videos of each motion in the two splits."""
+QUICK_TRAIN, QUICK_TEST = 24, 8
+"""The fewest videos with which every scene is in the train split."""
+RENDERING = 0
+"""Seed of the videos."""
+SHORT_SIDE = 32
+"""Pixels of a stored frame's short side. The crops of the demo preset have the same size."""
 NETWORK = ["--preset", "demo", "--workers", "1"]  # r2plus1d_10 of width 16 on 8 frames of 32 x 32
 SUPERVISED = [*NETWORK, "--epochs", "40", "--milestones", "32", "36"]
 QUICK_SUPERVISED = [*NETWORK, "--epochs", "2"]
@@ -38,18 +42,25 @@ FRAME = ["--clip-length", "1"]
 LEARNED = 0.95
 STANDARD_ERRORS = 3.0
 
+FIGURES = {"motion": ["motion", "%"], "scene": ["scene", "%"]}
 MOTION = "supervised on motion, top-1 by video"
 SCENE = "supervised on scene, top-1 by video"
 SINGLE = "supervised on single frames, top-1 by frame"
 RANDOM = "random features, linear probe"
 
 
+def counts(options: Options) -> dict[str, int]:
+    """Return the number of videos of each motion, by split."""
+    train, test = (QUICK_TRAIN, QUICK_TEST) if options.quick else (TRAIN, TEST)
+    return {"train": train, "test": test}
+
+
 def stores(options: Options) -> tuple[Path, Path]:
-    """The packed videos, listed by motion and by scene, made where they are missing."""
+    """Return the packed videos, listed by motion and listed by scene. Stores that are missing are made."""
     folder = options.work / "set"
     videos, by_scene = folder / "videos", folder / "videos-by-scene"
-    counts = (QUICK_TRAIN, QUICK_TEST) if options.quick else (TRAIN, TEST)
-    render_demo(videos, train_per_class=counts[0], test_per_class=counts[1], seed=RENDERING)
+    number = counts(options)
+    render_demo(videos, train_per_class=number["train"], test_per_class=number["test"], seed=RENDERING)
     list_by_scene(videos, by_scene)
     chains, packed = [], []
     for source in (videos, by_scene):
@@ -57,62 +68,70 @@ def stores(options: Options) -> tuple[Path, Path]:
         line = ("train.py", "pack", "--data", str(source), "--short-side", str(SHORT_SIDE), "--out", str(store))
         chains.append([Job(command=line, writes=store / "dclr-index.npz", log=store.with_suffix(".log"))])
         packed.append(store)
-    runs.run(chains, parallel=1)  # the second finds the videos verified
+    runs.run(chains, parallel=1)  # one at a time, so that the second uses the verification of the first
     return packed[0], packed[1]
 
 
 def list_by_scene(videos: Path, folder: Path) -> None:
-    """A data set of the same videos, by a link, whose classes are the scenes and whose groups are the motions."""
+    """Make a data set of the same videos (by a link) whose classes are the scenes and whose groups are the motions."""
     (folder / "splits").mkdir(parents=True, exist_ok=True)
     if not (folder / "videos").is_symlink():
         (folder / "videos").symlink_to(os.path.relpath(videos / "videos", folder), target_is_directory=True)
     lines = {split: (videos / "splits" / f"{split}.txt").read_text().split("\n")[:-1] for split in ("train", "test")}
-    scenes = sorted({line.split()[2] for of_split in lines.values() for line in of_split})
-    for split, of_split in lines.items():
-        listed = [(path, scenes.index(scene), Path(path).parent.name) for path, _, scene in map(str.split, of_split)]
+    scenes = sorted({line.split()[2] for split in lines for line in lines[split]})
+    for split in lines:
+        listed = [
+            (path, scenes.index(scene), Path(path).parent.name) for path, _, scene in map(str.split, lines[split])
+        ]
         text = "".join(f"{path} {scene} {motion}\n" for path, scene, motion in listed)
         (folder / "splits" / f"{split}.txt").write_text(text)
     (folder / "splits" / "classes.txt").write_text("".join(f"{scene}\n" for scene in scenes))
 
 
 def random_probe(folder: Path, seed: int, data: Path) -> Chain:
-    """An untrained network's features, into folder/bias."""
+    """Return the probe of an untrained network, in folder/bias."""
     flags = ("--no-foreground", "--seed", str(seed), *NETWORK)
     return [runs.evaluate("bias", "random", data, folder / "bias", flags)]
 
 
 def supervised(folder: Path, seed: int, data: Path, options: Options, more: Sequence[str] = ()) -> Chain:
-    """A network trained with labels, and its accuracy."""
+    """Return the training of a network with labels, and the evaluation of its accuracy."""
     flags = (*(QUICK_SUPERVISED if options.quick else SUPERVISED), *more, "--data", str(data))
     return [runs.train("finetune", folder, flags, seed), runs.evaluate("accuracy", folder, data, folder / "accuracy")]
 
 
 def near_chance(chance: float, videos: int) -> float:
-    """The highest share of `videos` that guessing reaches but for 1 time in 700."""
+    """Return the highest share of `videos` that counts as near chance. Guessing exceeds it about once in 700 times."""
     return chance + STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / videos)
 
 
-def findings(found: dict[str, dict[str, list[float]]], chance: float, videos: int) -> list[dict[str, Any]]:
-    """What was said beforehand, of the means over seeds. `chance`: of guessing the motions of that many test videos."""
+def findings(result: evidence.Result) -> list[evidence.Finding]:
+    """Return the pre-registered claims, judged by the means over seeds."""
+    rows, chance = result["rows"], result["rows"]["chance"]["motion"]
+    videos = round(result["recipe"]["videos of a motion"]["test"] / chance)  # chance is 1 / motions
     limit = near_chance(chance, videos)
-    motion, scene = statistics.fmean(found[MOTION]["motion"]), statistics.fmean(found[SCENE]["scene"])
-    probe, frame = statistics.fmean(found[RANDOM]["motion"]), statistics.fmean(found[SINGLE]["motion"])
-    return [
-        evidence.finding("motion can be learned", motion >= LEARNED, f"{motion:.1%}, at least {LEARNED:.0%} was asked"),
-        evidence.finding("scene can be learned", scene >= LEARNED, f"{scene:.1%}, at least {LEARNED:.0%} was asked"),
-        evidence.finding(
-            "random features are near chance on motion", probe <= limit, f"{probe:.1%}, at most {limit:.1%}"
-        ),
-        evidence.finding("a frame does not tell the motion", frame <= limit, f"{frame:.1%}, at most {limit:.1%}"),
-    ]
+    found = []
+    for row, figure, claim in (
+        (MOTION, "motion", "a network trained on labels learns the motion"),
+        (SCENE, "scene", "a network trained on labels learns the scene"),
+    ):
+        mean = statistics.fmean(rows[row][figure])
+        found.append(evidence.finding(claim, mean >= LEARNED, f"{mean:.1%}, threshold at least {LEARNED:.0%}"))
+    for row, claim in (
+        (RANDOM, "random features are near chance on motion"),
+        (SINGLE, "a network that sees single frames is near chance on motion"),
+    ):
+        mean = statistics.fmean(rows[row]["motion"])
+        found.append(evidence.finding(claim, mean <= limit, f"{mean:.1%}, threshold at most {limit:.1%}"))
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
     options, _ = runs.parse(__doc__, arguments)
     by_motion, by_scene = stores(options)
-    folder = options.work / "controlled"
+    folder, seeds = options.work / "controlled", options.seeds
     chains = []
-    for seed in options.seeds:
+    for seed in seeds:
         chains += [
             supervised(folder / f"supervised-motion-{seed}", seed, by_motion, options),
             supervised(folder / f"supervised-scene-{seed}", seed, by_scene, options),
@@ -122,31 +141,24 @@ def main(arguments: Sequence[str]) -> None:
     runs.run(chains, options.parallel)
 
     def values(run: str, evaluation: str, name: str) -> list[float]:
-        return [runs.figure(folder / f"{run}-{seed}" / evaluation, name) for seed in options.seeds]
+        return runs.figure_by_seed(folder, run, seeds, evaluation, name)
 
-    found = {
-        MOTION: {"motion": values("supervised-motion", "accuracy", "top1_video")},
-        SCENE: {"scene": values("supervised-scene", "accuracy", "top1_video")},
-        SINGLE: {"motion": values("supervised-frame", "accuracy", "top1_clip")},
-        RANDOM: {name: values("random", "bias", f"{name}_probe") for name in ("motion", "scene")},
-    }
-    chance = {name: values(f"supervised-{name}", "accuracy", "chance_top1")[0] for name in ("motion", "scene")}
-    videos = runs.report(folder / "supervised-motion-0" / "accuracy")["videos"]
-    judged = findings(found, chance["motion"], videos)
-    result = {
+    result: evidence.Result = {
         "question": "can motion and scene be learned from the controlled set, and motion from motion alone?",
-        "recipe": {
-            "supervised": SUPERVISED,
-            "videos of a motion": {"train": TRAIN, "test": TEST},
-            "rendering": RENDERING,
+        "recipe": {"supervised": SUPERVISED, "videos of a motion": counts(options), "rendering": RENDERING},
+        "figures": FIGURES,
+        "rows": {
+            MOTION: {"motion": values("supervised-motion", "accuracy", "top1_video")},
+            SCENE: {"scene": values("supervised-scene", "accuracy", "top1_video")},
+            SINGLE: {"motion": values("supervised-frame", "accuracy", "top1_clip")},
+            RANDOM: {name: values("random", "bias", f"{name}_probe") for name in FIGURES},
+            "chance": {name: values(f"supervised-{name}", "accuracy", "chance_top1")[0] for name in FIGURES},
         },
-        "figures": {"motion": ["motion", "%"], "scene": ["scene", "%"]},
-        "rows": found | {"chance": chance},
-        "findings": judged,
     }
+    result["findings"] = findings(result)
     evidence.publish("controlled_set", result, chains, options)
-    if not options.quick and not all(each["holds"] for each in judged):
-        sys.exit("the controlled set is not honest: see the lines that do not hold")
+    if not options.quick and not all(each["holds"] for each in result["findings"]):
+        sys.exit("the controlled set is not valid: see the claims that do not hold")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
-"""What experiments have found: JSON, a table of means and spreads over seeds, a plot, and the page docs/evidence.md.
+"""Results of experiments: JSON files, comparisons of means over seeds, and the page docs/evidence.md.
 
-    python -m experiments.evidence      makes the page and its plots anew from the committed results
+    python -m experiments.evidence      writes the page and its plots again, from the committed results
 
-A result is a dictionary, kept as results/DEVICE/NAME.json:
-    question, command       what was asked, and what was typed
-    seeds                   [0, 1, 2]
-    figures                 {figure: [its title, "%" or "min"]}: the columns of the table, in order
-    rows                    {row: {figure: [value by seed]}}; a bare number has no seed (chance)
-    findings                [{"claim", "holds", "detail"}]: what was said beforehand, and whether it came out so
-    panels                  of the plot, where values along training are shown: [{"title", "ylabel", "lines", "levels"}], a line being
-                            {"steps": [...], "values": [[by step] by seed]} and a level one number
-    ylabel                  of the plot, where no panels are and the values are no shares of test videos
-    recipe, environment     what was run and on what; environment.commit is of the runs
+A result is a dictionary in results/DEVICE/NAME.json:
+    question, command       the question, and the command line that answered it seeds                   [0, 1, 2]
+    figures                 {figure: [title, "%" or "min"]}: the columns of the table, in order rows
+    {row: {figure: [one value for each seed]}}; a single number does not depend on the seed (chance) findings
+    [{"claim", "holds", "detail"}]: each pre-registered claim, and whether it holds panels                  of a plot
+    along training: [{"title", "ylabel", "lines", "levels"}]. A line is
+                            {"steps": [...], "values": [[one value for each step] for each seed]}; a level is one
+                            number.
+    ylabel                  of a bar plot, if it is not "share of test videos"
+    recipe, environment     the settings and the machine; environment.commit names the commits of the runs
+
+A result file keeps the words of the day it was measured. The page computes the findings again from the rows, and shows
+names as LABELS says.
 """
 
+import importlib
 import json
 import math
 import re
 import shutil
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,88 +31,98 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Figure, plt
 from dclr.errors import UserError
 from dclr.report import environment
-from experiments import runs
+from experiments import plots, runs
+from experiments.plots import label
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = runs.ROOT / "docs" / "evidence.md"
 PLOTS = runs.ROOT / "docs" / "evidence"
-MARKER, END = "<!-- experiments/{}.py -->\n", "<!-- end -->\n"  # what is measured stands between them
+MARKER, END = "<!-- experiments/{}.py -->\n", "<!-- end -->\n"
+"""The generated text of an experiment is between these two lines."""
 
 STANDARD_ERRORS = 2.0
-"""By how many the means of two methods must differ to be called different."""
+"""Two means differ if their difference is larger than this many of its standard errors."""
 
 AND = " and "
-"""Between the commits of a result's runs."""
+"""Separates the commits of a result's runs."""
 
 Result = dict[str, Any]
+Finding = dict[str, Any]
 Values = list[float] | float
 Rows = dict[str, dict[str, Values]]
 
 
-def finding(claim: str, holds: bool, detail: str) -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+
+def finding(claim: str, holds: bool, detail: str) -> Finding:
     return {"claim": claim, "holds": bool(holds), "detail": detail}
 
 
-def difference(first: list[float], second: list[float]) -> tuple[float, float]:
-    """Of the means over at least two seeds, and its standard error."""
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return the difference of two means over at least two seeds, and its standard error."""
     error = math.sqrt((statistics.variance(first) + statistics.variance(second)) / len(first))
     return statistics.mean(first) - statistics.mean(second), error
 
 
-def above(claim: str, more: list[float], less: list[float]) -> list[dict[str, Any]]:
-    """The finding that the first mean is above the second by more than two standard errors. One seed says nothing, and nothing is said."""
+def above(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Finding]:
+    """Return the finding that the first mean is above the second by more than two standard errors; [] for one seed."""
     if len(more) < 2:
         return []
     gap, error = difference(more, less)
-    detail = f"{100 * gap:+.1f} points, more than {100 * STANDARD_ERRORS * error:.1f} was asked"
+    detail = f"{100 * gap:+.1f} points, threshold more than {100 * STANDARD_ERRORS * error:.1f}"
     return [finding(claim, gap > STANDARD_ERRORS * error, detail)]
 
 
-def not_below(claim: str, first: list[float], second: list[float]) -> list[dict[str, Any]]:
-    """The finding that the first mean is at most two standard errors below the second; again nothing of one seed."""
+def not_below(claim: str, first: Sequence[float], second: Sequence[float]) -> list[Finding]:
+    """Return the finding that the first mean is at most two standard errors below the second; [] for one seed."""
     if len(first) < 2:
         return []
     gap, error = difference(first, second)
-    detail = f"{100 * gap:+.1f} points, at least {-100 * STANDARD_ERRORS * error:.1f} was asked"
+    detail = f"{100 * gap:+.1f} points, threshold at least {-100 * STANDARD_ERRORS * error:.1f}"
     return [finding(claim, gap >= -STANDARD_ERRORS * error, detail)]
 
 
-def published_file(name: str) -> Path:
-    """Where the committed result of this kind of device is, or would be."""
-    return harness.results_folder(here(), RESULTS) / f"{name}.json"
+# ---------------------------------------------------------------------------------------------------- published results
 
 
 def here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def published(name: str, recipe: dict[str, Any], seeds: range) -> Result:
-    """The committed result, to take rows from: made on the same device, with these seeds and these parts of its recipe.
+def published_file(name: str) -> Path:
+    """Return the path of the committed result for this kind of device. The file may not exist."""
+    return harness.results_folder(here(), RESULTS) / f"{name}.json"
 
-    Raises UserError: there is none, or it was made otherwise, so that its rows do not belong beside new ones.
+
+def published(name: str, recipe: dict[str, Any], seeds: range) -> Result:
+    """Return the committed result, so that its rows can be shown next to new ones.
+
+    Raises:
+        UserError: there is no such result, or its device, its seeds or an entry of `recipe` differ.
     """
     file = published_file(name)
     try:
         result = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--with-published: {file} cannot be read ({error}); without the flag, every row is run"
+            f"--with-published: {file} cannot be read ({error}); leave the flag out to run every row"
         ) from None
-    asked = {"seeds": list(seeds), "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
+    wanted = {"seeds": list(seeds), "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
     found = {"seeds": result["seeds"], "device": result["environment"]["device"], **result["recipe"]}
-    for part, value in asked.items():
-        if found.get(part) != value:
+    for name, value in wanted.items():
+        if found.get(name) != value:
             raise UserError(
-                f"--with-published: {file} has {part} {found.get(part)}, and this would be {value}; without the flag, every row is run"
+                f"--with-published: {file} has {name} {found.get(name)}, but this run has {value}; "
+                "leave the flag out to run every row"
             )
     return result
 
 
 def in_order(rows: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """Its entries as `order` names them. Raises KeyError: it has others."""
+    """Return `rows` sorted as `order` lists them. Raises KeyError if `order` lacks one."""
     if others := rows.keys() - set(order):
         raise KeyError(f"not in order: {others}")
     return {name: rows[name] for name in order if name in rows}
@@ -116,21 +131,31 @@ def in_order(rows: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
 def with_lines_of(
     before: Sequence[dict[str, Any]], panels: Sequence[dict[str, Any]], order: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The panels of both, those of the same title as one, with the lines of both."""
-    joined = {panel["title"]: panel for panel in before}
+    """Return the panels of both lists. Panels with the same title become one panel with the lines of both."""
+    joined = {label(panel["title"]): panel for panel in before}
     for panel in panels:
-        lines = joined.get(panel["title"], {}).get("lines", {}) | panel["lines"]
-        joined[panel["title"]] = panel | {"lines": in_order(lines, order)}
+        title = label(panel["title"])
+        lines = joined.get(title, {}).get("lines", {}) | panel["lines"]
+        joined[title] = panel | {"lines": in_order(lines, order)}
     return list(joined.values())
 
 
 def publish(
     name: str, result: Result, chains: Sequence[runs.Chain], options: runs.Options, taken: Result | None = None
 ) -> bool:
-    """Prints the table; writes NAME.json and NAME.png into the folder of the runs and, unless it was a quick try, where the page is
-    made from, and the page. A result of fewer seeds or rows than the one that is there does not replace it.
+    """Print the table, write NAME.json and NAME.png into the work folder, publish both and write the page.
 
-    `taken`: the published result that some of the rows are of, whose commits are then told too. Returns whether it was published.
+    A quick run is never published. A result with fewer seeds or rows than the published one does not replace it.
+
+    Args:
+        name: the experiment's.
+        result: without command, seeds and environment, which are added here.
+        chains: the commands that were run, for their commits.
+        options: the experiment's command line.
+        taken: the published result that some rows come from. Its commits are added.
+
+    Returns:
+        Whether the result was published.
     """
     commits = {*runs.commits(chains), *(taken["environment"]["commit"].split(AND) if taken else ())}
     result = result | {
@@ -138,22 +163,24 @@ def publish(
         "seeds": list(options.seeds),
         "environment": environment(here()) | {"commit": AND.join(sorted(commits))},
     }
-    harness.write(options.work, name, result, plot(result))
+    harness.write(options.work, name, result, plots.plot(result))
     print("\n" + "\n".join(body(result)))
     written = options.work / f"{name}.json"
     if options.quick:
-        print(f"\n{written} and .png written; a quick try, so nothing is published")
+        print(f"\nwrote {written} and its plot; a quick run is not published")
         return False
     kept = published_file(name)
     if kept.exists() and is_narrower(result, json.loads(kept.read_text())):
-        print(f"\n{written} and .png written; {kept} is of more seeds or rows and stays: delete it to publish this one")
+        print(
+            f"\nwrote {written} and its plot; {kept} has more seeds or rows and stays: delete it to publish this result"
+        )
         return False
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(written, kept)
     (PLOTS / kept.parent.name).mkdir(parents=True, exist_ok=True)
     shutil.copy(written.with_suffix(".png"), PLOTS / kept.parent.name)
     write_page()
-    print(f"\n{kept} and {PAGE} written")
+    print(f"\nwrote {kept} and {PAGE}")
     return True
 
 
@@ -161,7 +188,7 @@ def is_narrower(result: Result, before: Result) -> bool:
     return len(result["seeds"]) < len(before["seeds"]) or not before["rows"].keys() <= result["rows"].keys()
 
 
-# ---------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def write_page() -> None:
@@ -169,153 +196,60 @@ def write_page() -> None:
 
 
 def with_sections(page: str, results: Path) -> str:
-    """The page with every experiment's tables in their place, a device after the other."""
+    """Return the page with the generated text of every experiment, one block for each device."""
 
     def section(match: re.Match[str]) -> str:
         name = match[2]
-        files = sorted(results.glob(f"*/{name}.json"))
-        parts = []
-        for file in files:
-            kind, result = file.parent.name, json.loads(file.read_text())
-            parts.append("\n".join(described(name, kind, result)))
-        return match[1] + "\n" + ("\n\n".join(parts) or "Not measured yet.") + "\n\n" + END
+        blocks = [
+            "\n".join(described(name, file.parent.name, json.loads(file.read_text())))
+            for file in sorted(results.glob(f"*/{name}.json"))
+        ]
+        return match[1] + "\n" + ("\n\n".join(blocks) or "Not measured yet.") + "\n\n" + END
 
     between = MARKER.format("@").replace("@", r"(\w+)")
     return re.sub(f"({between}).*?{END}", section, page, flags=re.DOTALL)
 
 
 def described(name: str, kind: str, result: Result) -> Iterator[str]:
-    """The lines of a result on the page. `kind`: the device's folder."""
-    where = result["environment"]
-    seeds = len(result["seeds"])
-    spread = f"mean ± s.d. over {seeds} seeds" if seeds > 1 else "one seed"
-    yield f"{where['device']}, {where['date'][:10]}, commit {where['commit']}; {spread}; [plot](evidence/{kind}/{name}.png)"
+    """Yield the lines of a result on the page. `kind` is the name of its device's folder."""
+    where, seeds = result["environment"], len(result["seeds"])
+    spread = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
+    yield f"{spread}. {where['device']}, {where['date'][:10]}. [Plot](evidence/{kind}/{name}.png)."
+    yield f"Commits of the runs: {', '.join(where['commit'].split(AND))}."
     yield ""
-    yield from body(result)
+    yield from body(result | {"findings": importlib.import_module(f"experiments.{name}").findings(result)})
 
 
 def body(result: Result) -> Iterator[str]:
-    """The table and the findings, in markdown."""
+    """Yield the table and the findings in markdown."""
     if result["rows"]:
         figures = result["figures"]
-        yield harness.table_header(["", *(title for title, _ in figures.values())])
-        for row, found in result["rows"].items():
-            cells = [cell(found[figure], unit) if figure in found else "" for figure, (_, unit) in figures.items()]
-            yield harness.table_line([row, *cells])
+        yield harness.table_header(["", *(label(title) for title, _ in figures.values())])
+        for row, values in result["rows"].items():
+            cells = [cell(values[figure], unit) if figure in values else "" for figure, (_, unit) in figures.items()]
+            yield harness.table_line([label(row), *cells])
     if result["rows"] and result["findings"]:
         yield ""
     for found in result["findings"]:
-        yield f"- {'Holds' if found['holds'] else '**Does not hold**'}: {found['claim']} ({found['detail']})."
+        line = f"- {'Holds' if found['holds'] else '**Does not hold**'}: {found['claim']} ({found['detail']})."
+        yield textwrap.fill(line, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def cell(values: Values, unit: str) -> str:
-    """Mean ± standard deviation over seeds; a single value as it is."""
+    """Return mean ± standard deviation over seeds, or a single value. Raises ValueError for an unknown unit."""
     if unit not in ("%", "min"):
-        raise ValueError(f"no such unit: {unit}")
-    several = values if isinstance(values, list) else [values]
-    shown = [statistics.mean(several), *([statistics.stdev(several)] if len(several) > 1 else [])]
+        raise ValueError(f"the unit must be % or min, not {unit}")
+    by_seed = values if isinstance(values, list) else [values]
+    shown = [statistics.mean(by_seed), *([statistics.stdev(by_seed)] if len(by_seed) > 1 else [])]
     numbers = " ± ".join(f"{100 * value:.1f}" if unit == "%" else f"{value:.1f}" for value in shown)
     return f"{numbers} %" if unit == "%" else numbers
-
-
-# ---------------------------------------------------------------------------------------------------------------- the plot
-
-
-def plot(result: Result) -> Figure:
-    """Values along training where there are panels, else bars; error bars and bands are a standard deviation over seeds."""
-    figure = curves(result["panels"]) if "panels" in result else bars(result)
-    where, seeds = result["environment"], len(result["seeds"])
-    spread = f"mean and s.d. over {seeds} seeds" if seeds > 1 else "one seed"
-    caption = f"{spread}; {where['device']}, {where['date'][:10]}, torch {where['versions']['torch']}, commit {where['commit']}"
-    figure.supxlabel(caption, fontsize=8, color="dimgray")
-    return figure
-
-
-def bars(result: Result) -> Figure:
-    """A group for each figure that is a share, a bar for each row that has seeds, a dashed line where a row has none."""
-    shares = {name: title for name, (title, unit) in result["figures"].items() if unit == "%"}
-    rows = {name: row for name, row in result["rows"].items() if any(isinstance(row.get(key), list) for key in shares)}
-    figure, panel = plt.subplots(figsize=(max(7, 2 + 1.5 * len(shares)), 4.5), layout="constrained")
-    width = 0.8 / len(rows)
-    for place, (name, row) in enumerate(rows.items()):
-        at = [group for group, key in enumerate(shares) if key in row]
-        values = [row[key] if isinstance(row[key], list) else [row[key]] for key in shares if key in row]
-        left = [group - 0.4 + (place + 0.5) * width for group in at]
-        errors = [statistics.stdev(several) for several in values] if len(values[0]) > 1 else None
-        heights = [statistics.mean(several) for several in values]
-        panel.bar(left, heights, 0.9 * width, yerr=errors, capsize=3, label=name, color=f"C{place}", alpha=0.8)
-        for x, several in zip(left, values, strict=True):
-            panel.plot([x] * len(several), several, "k.", markersize=3)
-    for name, row in result["rows"].items():
-        if name not in rows:
-            for group, key in enumerate(shares):
-                if key in row:
-                    label = (
-                        name if group == min(g for g, k in enumerate(shares) if k in row) else "_"
-                    )  # no second entry in the legend
-                    panel.hlines(row[key], group - 0.42, group + 0.42, "k", "dashed", linewidth=1, label=label)
-    panel.set(xticks=range(len(shares)), ylabel=result.get("ylabel", "share of test videos"))
-    panel.set_ylim(0, None if "ylabel" in result else 1.02)
-    panel.set_xticklabels([title.replace(", ", "\n") for title in shares.values()], fontsize=8)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
-    return figure
-
-
-def curves(panels: Sequence[dict[str, Any]]) -> Figure:
-    """Two panels a row; a line has the same colour in all of them. The first two are drawn bold, and what varies them thin."""
-    names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
-    rows = (len(panels) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(12, 4 * rows), layout="constrained", squeeze=False)
-    drawn = {}
-    for panel, axis in zip(panels, axes.flat, strict=False):
-        for name, line in panel["lines"].items():
-            by_step, place = list(zip(*line["values"], strict=True)), names.index(name)
-            mean = [statistics.mean(values) for values in by_step]
-            style = {
-                "color": f"C{place}",
-                "linewidth": 2.2 if place < 2 else 1.0,
-                "marker": "." if len(mean) < 10 else "",
-            }
-            (drawn[name],) = axis.plot(line["steps"], mean, label=name, **style)
-            if len(by_step[0]) > 1:
-                spread = [statistics.stdev(values) for values in by_step]
-                low = [m - s for m, s in zip(mean, spread, strict=True)]
-                high = [m + s for m, s in zip(mean, spread, strict=True)]
-                axis.fill_between(line["steps"], low, high, color=f"C{place}", alpha=0.15, linewidth=0)
-        levels = panel.get("levels", {})
-        for name, level in levels.items():
-            below = len(levels) > 1 and level == min(levels.values())  # so that two near each other can be read
-            axis.axhline(level, color="black", linewidth=1, linestyle="dashed")
-            axis.text(
-                0.99, level, name, transform=axis.get_yaxis_transform(), ha="right", va="top" if below else "bottom",
-                fontsize=8,
-            )  # fmt: skip
-        axis.margins(y=0.1)  # room for the names of levels
-        axis.set(title=panel["title"], xlabel="optimizer step", ylabel=panel["ylabel"])
-        axis.grid(True, alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=4)
-    return figure
-
-
-def thinned(metrics: Sequence[dict[str, Any]], name: str, points: int = 40) -> tuple[list[float], list[float]]:
-    """(steps, values) of a logged number: means over equal parts of the run, since single steps are noise. Steps without it (the queue
-    fills, or the number was not finite) are left out."""
-    logged = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
-    size = max(1, -(-len(logged) // points))
-    parts = [logged[first : first + size] for first in range(0, len(logged), size)]
-    means = [[round(statistics.mean(column), 5) for column in zip(*part, strict=True)] for part in parts]
-    return [step for step, _ in means], [value for _, value in means]
 
 
 def main() -> None:
     for file in sorted(RESULTS.glob("*/*.json")):
         picture = PLOTS / file.parent.name / f"{file.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        figure = plot(json.loads(file.read_text()))
-        figure.savefig(picture, dpi=130)
-        plt.close(figure)
+        plots.save(plots.plot(json.loads(file.read_text())), picture)
     write_page()
 
 

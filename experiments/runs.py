@@ -1,8 +1,9 @@
-"""The commands of an experiment: two at a time, none twice, gone on with where they were cut off.
+"""Run the commands of an experiment: several at a time, each once, and resume them after an interruption.
 
-A chain is one network's commands in order: pretrain to the first probe, measure it, pretrain to the second, ... A command is done once
-the file that it writes last is there. Its output goes into a log, whose first line is the command itself: a log of another command is
-refused, since what lies beside it was made by another recipe.
+A chain holds the commands of one network in order: pretrain to the first probe, evaluate, pretrain to the second probe,
+and so on. A command is done when the file that it writes last exists. Its output goes to a log, and the first line of
+the log is the command. If a log starts with another command, the experiment stops, because its files come from another
+recipe.
 """
 
 import argparse
@@ -26,21 +27,21 @@ from dclr.training import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 12
-"""Of a failed command's output: what is shown."""
+"""Number of output lines shown after a command fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One command: a script of the repository and its arguments."""
+    """One command: a script of this repository and its arguments."""
 
     command: tuple[str, ...]
     writes: Path
-    """the file that it writes last"""
+    """The file that the command writes last."""
     log: Path
     until: Path | None = None
-    """a file of a later command, which makes this one unnecessary; by default the one that it writes"""
+    """The command is done when this file exists. By default it is `writes`."""
     environment: dict[str, str] = field(default_factory=dict)
-    """beside what it inherits"""
+    """Environment variables, added to the inherited ones."""
 
     @property
     def done(self) -> bool:
@@ -52,32 +53,38 @@ Chain = list[Job]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every experiment is told on the command line."""
+    """The command line flags that all experiments have."""
 
     seeds: range
     parallel: int
     work: Path
     quick: bool
     arguments: tuple[str, ...] = ()
-    """as typed, but of a path its last part: where things lie is nobody's business"""
+    """The arguments as typed, but only the last component of a path, so that results do not publish local folders."""
 
 
 def parse(
     description: str | None, arguments: Sequence[str], more: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> tuple[Options, argparse.Namespace]:
-    """The common flags, and those that `more` adds to the parser. Raises UserError: fewer than one seed or run at a time."""
+    """Return the common flags, and all parsed flags. `more` adds an experiment's own flags to the parser.
+
+    Raises:
+        UserError: --seeds or --parallel is below 1.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ... (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ... (default: 3)")
     parser.add_argument(
-        "--parallel", type=int, help="runs at a time, which share the cores (default: 2; one where there is a GPU)"
+        "--parallel", type=int, help="runs at the same time, which share the cores (default: 2; 1 with a GPU)"
     )
-    parser.add_argument("--work", type=Path, help="folder of the runs (default: runs/evidence)")
+    parser.add_argument(
+        "--work", type=Path, help="folder of the runs (default: runs/evidence; runs/evidence-quick with --quick)"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a few steps, to see that it runs; nothing is published (runs/evidence-quick)",
+        help="a few steps, to check that the experiment runs; nothing is published",
     )
     if more:
         more(parser)
@@ -92,22 +99,22 @@ def parse(
 
 
 def train(command: str, folder: Path, flags: Iterable[str], seed: int) -> Job:
-    """`train.py pretrain`, `finetune` or `linear` into the folder."""
+    """Return the job of `train.py COMMAND` that writes into `folder`."""
     line = ("train.py", command, *flags, "--seed", str(seed), "--resume", "auto", "--out", str(folder))
     return Job(command=line, writes=folder / "report.json", log=folder / "train.log")
 
 
 def evaluate(protocol: str, checkpoint: Path | str, data: Path, out: Path, flags: Iterable[str] = ()) -> Job:
-    """`eval.py accuracy`, `retrieval` or `bias` of a run's folder, of its weights, or of the word random."""
+    """Return the job of `eval.py PROTOCOL` into `out`. `checkpoint`: a run's folder, a weights file, or "random"."""
     line = ("eval.py", protocol, "--data", str(data), "--checkpoint", str(checkpoint), *flags, "--out", str(out))
     return Job(command=line, writes=out / "report.json", log=out / "eval.log")
 
 
 def pretrain_and_probe(folder: Path, flags: Iterable[str], seed: int, data: Path, epochs: Sequence[int]) -> Chain:
-    """One pretraining, stopped at each of `epochs` to measure the backbone it has come to, into folder/bias-EPOCH.
+    """Return one pretraining run that stops at each of `epochs`, with a probe there, in folder/bias-EPOCH.
 
-    The stages differ in --epochs alone, and a resumed run goes on bit for bit (tests/test_resume.py): together they are the run that
-    was never stopped. A stage is done once its probe is: report.json is of the newest stage and says nothing about the earlier ones.
+    The stages differ only in --epochs. A resumed run is exact (tests/test_resume.py), so together they equal a run that
+    was never stopped. A stage is done when its probe is done: report.json belongs to the newest stage only.
     """
     chain = []
     for epoch in epochs:
@@ -121,10 +128,14 @@ def pretrain_and_probe(folder: Path, flags: Iterable[str], seed: int, data: Path
 
 
 def run(chains: Sequence[Chain], parallel: int) -> None:
-    """Every command that is not done, the chains side by side, `parallel` at a time, with an equal share of the cores each.
+    """Run every command that is not done, `parallel` chains at a time. Each chain gets an equal share of the cores.
 
-    Raises UserError: a command failed (its last lines are printed), was asked to stop, or a log is of another command. Whatever ends this
-    early, Ctrl-C among it, also ends the commands that are running; training writes a checkpoint first.
+    If this function ends early, for example by Ctrl-C, it also ends the running commands. Training writes a checkpoint
+    first.
+
+    Raises:
+        UserError: a command failed (its last lines are printed) or was asked to stop, or a log belongs to another
+        command.
     """
     for chain in chains:
         for job in chain:
@@ -141,28 +152,30 @@ def run(chains: Sequence[Chain], parallel: int) -> None:
             for process, chain in [pair for pair in running if pair[0].poll() is not None]:
                 running.remove((process, chain))
                 check_end(chain[0], process.returncode)
-                if len(chain) > 1:  # before other chains: a network that is begun is finished first
+                if len(chain) > 1:
+                    # In front, so that a started network is finished before the next one starts.
                     waiting.insert(0, chain[1:])
     finally:
         end([process for process, _ in running])
 
 
 def title(job: Job) -> str:
-    """The first line of its log."""
+    """Return the first line of a job's log."""
     return "$ " + shlex.join(("python", *job.command))
 
 
 def check_log(job: Job) -> None:
-    """Raises UserError: what is there was made by another command."""
+    """Raise UserError if the job's log belongs to another command."""
     with suppress(FileNotFoundError), job.log.open(errors="replace") as file:
         if (before := file.readline().strip()) not in ("", title(job)):
             raise UserError(
-                f"{job.log} is of another command ({before:.400}): give another --work, or delete {job.log.parent} to run {title(job)}"
+                f"{job.log} belongs to another command ({before:.400}): "
+                f"give another --work, or delete {job.log.parent} to run {title(job)}"
             )
 
 
 def start(job: Job, threads: int) -> subprocess.Popen[bytes]:
-    """Its output goes to its log, which begins anew."""
+    """Start the job's process. Its output replaces the log."""
     print(title(job), flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | job.environment
     job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -175,19 +188,19 @@ def start(job: Job, threads: int) -> subprocess.Popen[bytes]:
 
 
 def check_end(job: Job, status: int) -> None:
-    """Raises UserError: not a good end."""
+    """Raise UserError if the job failed or was asked to stop."""
     if status == signals.STATUS:
-        raise UserError(f"{title(job)} was asked to stop, and has; the same command goes on")
+        raise UserError(f"{title(job)} was asked to stop and wrote a checkpoint; give the same command to resume")
     if status == 0 and job.writes.exists():
         return
     lines = [line for line in job.log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     print("\n".join(lines[1:][-LAST_LINES:]), file=sys.stderr)
-    what = f"ended with status {status}" if status else f"has not written {job.writes}"
-    raise UserError(f"{title(job)} {what}; its output is in {job.log}")
+    reason = f"ended with status {status}" if status else f"did not write {job.writes}"
+    raise UserError(f"{title(job)} {reason}; its output is in {job.log}")
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Asks them to stop, waits for a minute (a step, and its checkpoint), then ends them."""
+    """Ask the processes to stop, give them one minute for a step and a checkpoint, then kill them."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + 60
@@ -200,12 +213,12 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> int:
-    """`main` with the command line's arguments; returns the exit status: 0 done, 2 refused or failed, 130 stopped."""
+    """Call `main` with the command line and return the exit status: 0 done, 2 refused or failed, 130 stopped."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C: what is running is ended too
+    signal.signal(signal.SIGTERM, interrupt)  # as for Ctrl-C, so that the running commands end too
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -216,32 +229,39 @@ def entry(main: Callable[[Sequence[str]], None]) -> int:
     return 0
 
 
-# -------------------------------------------------------------------------------------------------- what the runs have written
+# -------------------------------------------------------------------------------------------------- results of the runs
 
 
 def report(folder: Path) -> dict[str, Any]:
-    """Raises UserError: missing or damaged."""
+    """Return the content of report.json. Raises UserError if the file is missing or damaged."""
     file = folder / "report.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or damaged ({error}): delete {folder} and give the same command") from None
+        raise UserError(
+            f"{file} is missing or damaged ({error}): delete {folder} and give the same command again"
+        ) from None
 
 
 def figure(folder: Path, name: str) -> float:
-    """Of an evaluation. Raises UserError: it was not measured there."""
+    """Return one figure of an evaluation. Raises UserError if its report does not have it."""
     figures = report(folder)["figures"]
     if name not in figures:
-        raise UserError(f"{folder / 'report.json'} has no {name}, but: {', '.join(figures)}")
+        raise UserError(f"{folder / 'report.json'} has no figure {name}, only {', '.join(figures)}")
     return figures[name]
 
 
+def figure_by_seed(folder: Path, run: str, seeds: range, evaluation: str, name: str) -> list[float]:
+    """Return one figure for each seed, from the evaluations folder/RUN-SEED/EVALUATION."""
+    return [figure(folder / f"{run}-{seed}" / evaluation, name) for seed in seeds]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, each with its `step`."""
+    """Return the lines of a run's metrics.jsonl. Each has its `step`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def commits(chains: Sequence[Chain]) -> set[str]:
-    """Of the source trees that made these runs, usually one."""
+    """Return the commits of the source trees that made these runs, usually one."""
     reports = {job.writes.parent for chain in chains for job in chain if job.writes.name == "report.json"}
     return {report(folder)["environment"]["commit"] for folder in reports}

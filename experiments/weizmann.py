@@ -1,22 +1,27 @@
-"""Does pretraining help on genuine videos, and do its features follow the person or the background? Weizmann actions.
+"""Does pretraining help on real videos, and do the features follow the person or the background? Weizmann actions.
 
     python -m experiments.weizmann --data WEIZMANN                three seeds: about 50 minutes on two cores
-    python -m experiments.weizmann --data WEIZMANN --quick        that it runs: about 5 minutes
+    python -m experiments.weizmann --data WEIZMANN --quick        checks that it runs: about 5 minutes
 
-60 train and 30 test clips of 10 actions; no person is in both splits. For each seed DCLR and MoCo are pretrained on the train clips for the
-same 480 steps, and finetuned with the same budget as a network from scratch. Frozen features are probed, looked up (R@1), and tested on
-composites: a person who moves before another clip's background (moving foreground), and the same frozen to one frame (static foreground).
-Contrasted is right on the first and wrong on its frozen partner; never being right on a still picture helps there, so all three are told.
-The linear probe predicts; for the network trained on labels, its own classifier.
-Said beforehand, each by more than two standard errors of the difference over seeds: finetuning from DCLR is better than from MoCo and
-from scratch; DCLR recognises a moving foreground better than MoCo.
+The set has 60 train and 30 test clips of 10 actions, and no person is in both splits. For each seed, DCLR and MoCo are
+pretrained on the train clips for the same 480 steps. Then they are finetuned with the same budget as a network from
+scratch. Frozen features are evaluated by a linear probe, by retrieval (R@1), and on two kinds of composites:
+
+- moving foreground: the moving person on the background of another clip;
+- static foreground: one frame of this composite, repeated.
+
+"Contrasted" is the share of videos that are right on the first and wrong on the second. A network that is always wrong
+on still pictures has a high "contrasted", so all three are reported. The linear probe predicts the class. For the
+network trained on labels, its own classifier predicts.
+
+Pre-registered, each by more than two standard errors of the difference over seeds: finetuning from DCLR is better than
+from MoCo and from scratch; DCLR recognises a moving foreground better than MoCo.
 """
 
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments import evidence, runs
 from experiments.runs import Chain, Options
@@ -42,13 +47,13 @@ FROM_BIAS = [name for name in FIGURES if name == "motion_probe" or name.startswi
 
 
 def finetuned(folder: Path, seed: int, data: Path, options: Options, start: Sequence[str] = ()) -> Chain:
-    """From `start`, or from scratch, and its accuracy."""
+    """Return the finetuning from `start` (by default from scratch), and the evaluation of its accuracy."""
     flags = ["--data", str(data), *CLIPS, *BATCH, *(QUICK_FINETUNE if options.quick else FINETUNE), *start]
     return [runs.train("finetune", folder, flags, seed), runs.evaluate("accuracy", folder, data, folder / "accuracy")]
 
 
 def features(checkpoint: Path | str, folder: Path, data: Path, flags: Sequence[str] = ()) -> Chain:
-    """What is measured on a frozen backbone."""
+    """Return the evaluations of a frozen backbone."""
     return [
         runs.evaluate("bias", checkpoint, data, folder / "bias", ("--foreground", *flags)),
         runs.evaluate("retrieval", checkpoint, data, folder / "retrieval", flags),
@@ -56,10 +61,11 @@ def features(checkpoint: Path | str, folder: Path, data: Path, flags: Sequence[s
 
 
 def plan(work: Path, seed: int, data: Path, options: Options) -> list[Chain]:
-    """A seed's chains: from scratch, random features, and each method."""
+    """Return the chains of one seed: from scratch, random features, and each method."""
     untrained, scratch = work / f"random-{seed}", work / f"scratch-{seed}"
+    bias, _ = features(scratch, scratch, data)
     chains = [
-        [*finetuned(scratch, seed, data, options), *features(scratch, scratch, data)[:1]],
+        [*finetuned(scratch, seed, data, options), bias],
         features("random", untrained, data, (*CLIPS, "--seed", str(seed))),
     ]
     for method, flags in METHODS.items():
@@ -75,39 +81,40 @@ def plan(work: Path, seed: int, data: Path, options: Options) -> list[Chain]:
 
 
 def table(work: Path, seeds: range) -> evidence.Rows:
-    """What the runs of these seeds have found."""
+    """Return the rows of the table."""
+
+    def from_bias(run: str) -> dict[str, evidence.Values]:
+        return {name: runs.figure_by_seed(work, run, seeds, "bias", name) for name in FROM_BIAS}
+
     rows: evidence.Rows = {}
     names = {"random weights": ("random", "scratch")} | {m: (m.lower(), f"{m.lower()}-finetune") for m in METHODS}
     for row, (run, transfer) in names.items():
         rows[row] = {
-            "finetuned": [runs.figure(work / f"{transfer}-{seed}" / "accuracy", "top1_video") for seed in seeds],
-            "recall_at_1": [runs.figure(work / f"{run}-{seed}" / "retrieval", "recall_at_1") for seed in seeds],
+            "finetuned": runs.figure_by_seed(work, transfer, seeds, "accuracy", "top1_video"),
+            "recall_at_1": runs.figure_by_seed(work, run, seeds, "retrieval", "recall_at_1"),
+            **from_bias(run),
         }
-        for name in FROM_BIAS:
-            rows[row][name] = [runs.figure(work / f"{run}-{seed}" / "bias", name) for seed in seeds]
-    rows["trained on labels from scratch"] = {
-        name: [runs.figure(work / f"scratch-{seed}" / "bias", name) for seed in seeds] for name in FROM_BIAS
-    }
+    rows["trained on labels from scratch"] = from_bias("scratch")
     chance = runs.figure(work / f"random-{seeds[0]}" / "bias", "motion_chance")
-    by_class = dict.fromkeys(("finetuned", *FROM_BIAS), chance)
-    del by_class["foreground_contrasted"]  # a guess that does not look at the clip is wrong on both or right on both
-    by_order = runs.figure(work / f"random-{seeds[0]}" / "retrieval", "chance_at_1")
-    rows["chance"] = {**by_class, "recall_at_1": by_order}
+    by_class: dict[str, evidence.Values] = dict.fromkeys(("finetuned", *FROM_BIAS), chance)
+    # "Contrasted" has no chance level: a guess that ignores the clip is right on both composites or wrong on both.
+    del by_class["foreground_contrasted"]
+    rows["chance"] = {
+        **by_class,
+        "recall_at_1": runs.figure(work / f"random-{seeds[0]}" / "retrieval", "chance_at_1"),
+    }
     return rows
 
 
-def findings(rows: evidence.Rows) -> list[dict[str, Any]]:
-    """What was said beforehand."""
-    found = []
+def findings(result: evidence.Result) -> list[evidence.Finding]:
+    """Return the pre-registered claims."""
+    rows, found = result["rows"], []
     for figure, other, claim in (
         ("finetuned", "random weights", "finetuning from DCLR is better than from scratch"),
         ("finetuned", "MoCo", "finetuning from DCLR is better than from MoCo"),
         ("foreground_moving", "MoCo", "DCLR recognises a moving foreground better than MoCo"),
     ):
-        more, less = rows["DCLR"][figure], rows[other][figure]
-        assert isinstance(more, list)
-        assert isinstance(less, list)
-        found += evidence.above(claim, more, less)
+        found += evidence.above(claim, rows["DCLR"][figure], rows[other][figure])
     return found
 
 
@@ -120,14 +127,13 @@ def main(arguments: Sequence[str]) -> None:
     work, data = options.work / "weizmann", given.data.resolve()
     chains = [chain for seed in options.seeds for chain in plan(work, seed, data, options)]
     runs.run(chains, options.parallel)
-    rows = table(work, options.seeds)
-    result = {
-        "question": "does pretraining help on genuine videos, and do its features follow the person or the background?",
+    result: evidence.Result = {
+        "question": "does pretraining help on real videos, and do its features follow the person or the background?",
         "recipe": {"clips": CLIPS, "batch": BATCH, "pretraining": PRETRAIN, "finetuning": FINETUNE, "methods": METHODS},
         "figures": FIGURES,
-        "rows": rows,
-        "findings": findings(rows),
+        "rows": table(work, options.seeds),
     }
+    result["findings"] = findings(result)
     evidence.publish("weizmann", result, chains, options)
 
 
