@@ -1,11 +1,17 @@
-"""Measure a checkpoint: accuracy | retrieval | bias | maps. Prints a table, writes report.json and pictures. One process.
+"""Evaluate a checkpoint: accuracy | retrieval | bias | maps. Each prints a table and writes report.json and pictures.
 
-    python eval.py accuracy  --data UCF101 --checkpoint runs/ucf-finetune     top-1 and top-5 by video and by clip
-    python eval.py retrieval --data UCF101 --checkpoint runs/ucf              nearest neighbours of test videos in the train split
-    python eval.py bias      --data UCF101 --checkpoint runs/ucf              what features tell of motion and of scene
-    python eval.py maps      --data UCF101 --checkpoint runs/ucf              whether activation maps lie on what moves
+    python eval.py accuracy --data UCF101 --checkpoint runs/ucf-finetune
+        Top-1 and top-5 accuracy of a classifier, by video and by clip, and its confusion matrix.
+    python eval.py retrieval --data UCF101 --checkpoint runs/ucf
+        For each test video, the nearest training videos by the features of the backbone: recall at 1 to 50.
+    python eval.py bias --data UCF101 --checkpoint runs/ucf
+        Background bias: how well features predict the motion and the scene, also with backgrounds exchanged between videos.
+    python eval.py maps --data UCF101 --checkpoint runs/ucf
+        The share of each activation map on moving regions, and pictures of the maps.
+    python eval.py retrieval --checkpoint random --preset demo
+        The smallest command: an untrained network on the built-in demo videos. @@TIME@@
 
-`eval.py SUBCOMMAND --help` explains every flag. Without --data: the built-in demo videos.
+Everything runs in one process. Without --data, the built-in demo videos are used. `eval.py SUBCOMMAND --help` explains every flag.
 """
 
 import argparse
@@ -19,10 +25,10 @@ from dclr import config as configuration
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
-    "accuracy": "top-1 and top-5 of a finetuned or linear classifier on the test split, with a confusion matrix",
-    "retrieval": "nearest neighbours of the test split's videos in the train split, by a backbone's features",
-    "bias": "what frozen features tell of motion and of scene; actions on other videos' backgrounds, moving and frozen",
-    "maps": "activation maps of test clips, before training and after: how much of each lies on what moves, and pictures",
+    "accuracy": "top-1 and top-5 accuracy of a finetuned or linear classifier on the test split, with a confusion matrix",
+    "retrieval": "nearest training videos of the test split's videos, by the features of a backbone",
+    "bias": "what frozen features tell of the motion and of the scene; actions on the backgrounds of other videos",
+    "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
 
@@ -33,30 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(DESCRIPTIONS) + "}")
     for command, description in DESCRIPTIONS.items():
         sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
-        what = sub.add_argument_group("what is measured, and where the result goes")
-        kinds = "a finetune or linear run's folder, or its classifier.safetensors"
-        if command != "accuracy":
-            backbones = (
-                "a run's folder, its backbone.safetensors, torchvision's weights, the authors' checkpoint, or the word random "
-                "for an untrained network, the baseline"
-            )
-            kinds = f"{kinds}: what it predicts is tested; or {backbones}" if command == "bias" else backbones
-        what.add_argument("--checkpoint", required=True, metavar="FILE", help=kinds)
-        what.add_argument(
-            "--out",
-            metavar="RUN",
-            help=f"folder for report.json and pictures (default: {command} in the checkpoint's run, or runs/)",
-        )
-        what.add_argument(
-            "--preset", choices=configuration.PRESETS, metavar="NAME",
-            help="clips and network of this recipe, for a checkpoint without a config.json beside it (default: the published ones)",
-        )  # fmt: skip
-        if command == "bias":
-            what.add_argument(
-                "--foreground", action=argparse.BooleanOptionalAction, default=True,
-                help="also test actions on the backgrounds of other videos. Turn it off to run only the probes",
-            )  # fmt: skip
-        # Not --max-bad: what fails is left out of the figures, and listed.
+        add_inputs(sub, command)
+        # Without --max-bad: a video that fails is left out of the results and listed.
         clips = {f.name for f in dataclasses.fields(configuration.DataConfig)} - {"max_bad"}
         configuration.add_flags(sub, [configuration.DataConfig], only=clips)
         if command != "accuracy":
@@ -65,16 +49,55 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
+    heading = parser.add_argument_group("The checkpoint, the result and the sources of settings")
+    classifiers = "the folder of a finetune or linear run, or its classifier.safetensors"
+    backbones = (
+        "the folder of a run, its backbone.safetensors, weights of torchvision, a checkpoint of the released code, "
+        "or the word random for an untrained network, the baseline"
+    )
+    accepted = {"accuracy": classifiers, "bias": f"{classifiers}, whose predictions are tested; or {backbones}"}
+    heading.add_argument("--checkpoint", required=True, metavar="FILE", help=accepted.get(command, backbones))
+    heading.add_argument(
+        "--out",
+        metavar="RUN",
+        help=f"folder for report.json and pictures (default: {command} in the folder of the checkpoint's run, or in runs/)",
+    )
+    heading.add_argument(
+        "--preset",
+        choices=configuration.PRESETS,
+        metavar="NAME",
+        help="take clips and network from this recipe. Use it for a checkpoint without a config.json in its folder "
+        "(default: the published recipe)",
+    )
+    heading.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take clips and network from the config.json of a run, or from a TOML file as train.py reads it. "
+        "Flags override the file. Use it with random for an untrained network of the same shape",
+    )
+    if command == "bias":
+        heading.add_argument(
+            "--foreground",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="also test actions on the backgrounds of other videos. Turn it off to run only the probes (default: on)",
+        )
+
+
 def main(arguments: list[str]) -> None:
     configuration.refuse_old_switches(arguments)
     flags = vars(make_parser().parse_args(arguments))
     command, checkpoint, out = flags.pop("command"), Path(flags.pop("checkpoint")), flags.pop("out", None)
     foreground = flags.pop("foreground", False)
-    if not checkpoint.exists() and not (command != "accuracy" and str(checkpoint) == "random"):
+    if not checkpoint.exists() and (command == "accuracy" or str(checkpoint) != "random"):
         raise UserError(
             f"--checkpoint {checkpoint}: no such file or folder; give a run's folder, or a file as --help says"
         )
     settings = settings_of(checkpoint, flags)
+    data = pick(configuration.DataConfig, settings)
+    model, seed = pick(configuration.ModelConfig, settings), pick(configuration.RunConfig, settings).seed
+    boundary = pick(configuration.MethodConfig, settings).boundary
     folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
 
     import torch
@@ -85,23 +108,20 @@ def main(arguments: list[str]) -> None:
     from dclr.evaluation.activation_maps import measure_maps
     from dclr.evaluation.background import measure_bias
 
-    report.make_writable(folder / "pictures")
+    pictures = folder / "pictures"
+    report.make_writable(pictures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began = time.time()
-    data = pick(configuration.DataConfig, settings)
     if not data.data:
         make_demo()
     if command == "accuracy":
-        result = measure_accuracy(checkpoint, data, device, folder / "pictures")
+        result = measure_accuracy(checkpoint, data, device, pictures)
+    elif command == "retrieval":
+        result = measure_retrieval(checkpoint, data, model, seed, device, pictures)
+    elif command == "bias":
+        result = measure_bias(checkpoint, data, model, seed, device, pictures, foreground)
     else:
-        network = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
-        if command == "retrieval":
-            result = measure_retrieval(checkpoint, data, *network, device, folder / "pictures")
-        elif command == "maps":
-            boundary = pick(configuration.MethodConfig, settings).boundary
-            result = measure_maps(checkpoint, data, *network, boundary, device, folder / "pictures")
-        else:
-            result = measure_bias(checkpoint, data, *network, device, folder / "pictures", foreground)
+        result = measure_maps(checkpoint, data, model, seed, boundary, device, pictures)
     content = {
         "command": command,
         "checkpoint": str(checkpoint),
@@ -111,28 +131,37 @@ def main(arguments: list[str]) -> None:
         "environment": report.environment(device),
     }
     report.write_json(folder / "report.json", content)
-    print(f"\n{folder / 'report.json'} and {folder / 'pictures'} written")
+    print(f"\n{folder / 'report.json'} and {pictures} written")
 
 
 def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """How clips are cut and which network it is: defaults, preset, the configuration beside the checkpoint, flags; last one wins.
+    """Return flat settings for clips and network.
 
-    The data set is the flag's alone, and so is what its lists may name, but a run on the demo videos is measured on them.
+    They come from the preset, the config.json in the folder of the checkpoint, the file given to --config, and the flags.
+    The last of these that has a setting decides. The data set is never the one in the folder of the checkpoint, and neither
+    is the permission to read videos outside of it: a checkpoint may come from anywhere.
+
+    Raises UserError if the checkpoint was trained on a data set and none is given.
     """
-    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
-    preset = flags.pop("preset", None)
-    stored = configuration.read_config(beside)[2] if beside.is_file() else {}
-    stored = {**(configuration.PRESETS[preset]["pretrain"] if preset else {}), **stored}
-    if stored.get("data") and "data" not in flags:
+    preset, file = flags.pop("preset", None), flags.pop("config", None)
+    if file is not None and preset is not None:
+        raise UserError(f'--preset cannot be used with --config: write  preset = "{preset}"  into {file}')
+    named, given = configuration.read_settings(Path(file)) if file is not None else (preset, {})
+    if named and named not in configuration.PRESETS:
+        raise UserError(f"--config {file}: preset is {named}, but must be one of {', '.join(configuration.PRESETS)}")
+    given |= flags
+    in_folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    stored = configuration.read_config(in_folder)[2] if in_folder.is_file() else {}
+    if stored.get("data") and "data" not in given:
         raise UserError(
-            f"--data is needed: {checkpoint} was trained on {stored['data']}; name the data set to measure it on"
+            f"--data is needed: {checkpoint} was trained on {stored['data']}; name the data set to evaluate it on"
         )
-    stored.pop("allow_outside", None)  # a checkpoint may come from anywhere
-    return {**stored, **flags}
+    stored.pop("allow_outside", None)
+    return {**(configuration.PRESETS[named]["pretrain"] if named else {}), **stored, **given}
 
 
 def pick(group: type, settings: dict[str, Any]) -> Any:
-    """A configuration group from the settings that are its own."""
+    """Return the group with those settings that belong to it."""
     return group(**{f.name: settings[f.name] for f in dataclasses.fields(group) if f.name in settings})
 
 

@@ -1,12 +1,23 @@
-"""Train: pretrain | finetune | linear | check | pack. One process a device, under the deepspeed launcher, torchrun or alone.
+"""Train a backbone or a classifier: pretrain | finetune | linear | check | pack.
 
-    deepspeed train.py --ds_config ds_configs/zero1.json                      the built-in demo videos, about 5 minutes on two cores
-    deepspeed train.py pretrain --data UCF101 --preset ucf101 --out runs/ucf  the published recipe
+The program runs alone, under the deepspeed launcher, or under torchrun. A launcher starts one process for each GPU.
+
+    deepspeed train.py --ds_config ds_configs/zero1.json
+        Pretrain on the built-in demo videos. It takes about 5 minutes on two cores and writes runs/pretrain-1.
+    python train.py --epochs 2 --fill-steps 0 --workers 0
+        The smallest run: it takes under a minute on one core and shows only that everything works.
+    python train.py check --data UCF101
+        Print the layout of a data set, its counts by class and split, and every video that cannot be read.
+    deepspeed train.py pretrain --data UCF101 --preset ucf101 --out runs/ucf
+        Pretrain with the published recipe: 200 epochs of UCF101.
+    deepspeed train.py pretrain --config runs/ucf/config.json --lr 0.02 --out runs/ucf-2
+        Repeat that run with another learning rate. --config also reads a TOML file.
     deepspeed train.py finetune --data UCF101 --preset ucf101 --pretrained runs/ucf --out runs/ucf-finetune
-    python train.py check --data UCF101                                       what was recognised, and which videos cannot be read
-    python train.py pack --data UCF101 --out UCF101-packed --workers 12       decoded once, to read fast: --data UCF101-packed from then on
+        Train the whole network on labels, from the pretrained backbone. `linear` trains only a classifier on its features.
+    python train.py pack --data UCF101 --out UCF101-packed --workers 12
+        Decode the videos once, into a store that is fast to read: --data UCF101-packed.
 
-No subcommand means pretrain. `train.py SUBCOMMAND --help` explains every flag.
+Without a subcommand, train.py pretrains. `train.py SUBCOMMAND --help` explains every flag.
 """
 
 import argparse
@@ -22,11 +33,22 @@ from dclr.training import checkpoint, signals
 
 DESCRIPTIONS = {
     "pretrain": "learn a backbone from videos without labels (DCLR)",
-    "finetune": "train the whole network on labels, from pretrained weights or from scratch",
+    "finetune": "train the whole network on labels, from pretrained weights or from random ones",
     "linear": "train a linear classifier on a frozen backbone",
-    "check": "say what a data set is recognised as, and decode every video once",
-    "pack": "decode every video once into a store that is quick to read; without --out, say how large it would be",
+    "check": "decode every video once and report what a data set holds",
+    "pack": "decode every video once into a store that is fast to read; without --out, only print how large it would be",
 }
+
+CONFIG_EXAMPLE = """example of a TOML file for --config:
+
+    preset = "ucf101"
+    data = "UCF101"
+    epochs = 50
+    milestones = [30, 40]
+    deterministic = true
+
+Names are those of the flags. They may also stand in the tables of a config.json, for example epochs in [optim].
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,88 +57,103 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(DESCRIPTIONS) + "}")
     for command, description in DESCRIPTIONS.items():
-        sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
-        sub.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-        if command == "check":
-            shown = {"data", "split", "allow_outside", "workers", "video_timeout"}
+        sub = commands.add_parser(
+            command,
+            help=description,
+            description=description,
+            epilog=CONFIG_EXAMPLE if command in configuration.COMMANDS else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if command in configuration.COMMANDS:
+            add_sources(sub)
+            configuration.add_flags(
+                sub, configuration.groups(configuration.COMMANDS[command]).values(), command=command
+            )
+        else:
+            shown = {"data", "allow_outside", "workers", "video_timeout"} | ({"split"} if command == "check" else set())
             configuration.add_flags(sub, [configuration.DataConfig], only=shown)
-            continue
-        if command == "pack":
-            shown = {"data", "allow_outside", "workers", "video_timeout"}
-            configuration.add_flags(sub, [configuration.DataConfig], only=shown)
-            store = sub.add_argument_group("what is written")
-            store.add_argument(
-                "--out", default=argparse.SUPPRESS, metavar="STORE",
-                help="folder of the store; an interrupted one is gone on with (default: only say how large it would be)",
-            )  # fmt: skip
-            store.add_argument(
-                "--short-side", type=int, default=argparse.SUPPRESS, metavar="PIXELS",
-                help="shorter side of the stored frames, never enlarged; raise it with --crop-size (default: 128)",
-            )  # fmt: skip
-            store.add_argument(
-                "--compact", action="store_true", default=argparse.SUPPRESS,
-                help="small videos, re-encoded with a keyframe every 12 frames, instead of planes; "
-                "a twelfth of the space or less, slower to read; for data sets as large as Kinetics",
-            )  # fmt: skip
-            continue
-        start = sub.add_argument_group("where settings come from; a flag given here overrides both")
-        presets = ", ".join(configuration.PRESETS)
-        start.add_argument(
-            "--preset", choices=configuration.PRESETS, metavar="NAME",
-            help=f"a recipe: {presets} (default: demo without --data, else ucf101)",
-        )  # fmt: skip
-        start.add_argument(
-            "--resume", nargs="?", const="", metavar="RUN",
-            help="go on with the run in this folder (without a value: in --out), with its settings; auto: with the one in --out where "
-            "there is a checkpoint, else begin it, so that the same command can be given again and again",
-        )  # fmt: skip
-        configuration.add_flags(sub, configuration.groups(configuration.COMMANDS[command]).values(), command=command)
+    add_store_flags(commands.choices["pack"])
     return parser
 
 
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    heading = parser.add_argument_group("Sources of settings. Flags override all of them")
+    heading.add_argument(
+        "--preset",
+        choices=configuration.PRESETS,
+        metavar="NAME",
+        help=f"recipe: {', '.join(configuration.PRESETS)} (default: demo without --data, else ucf101)",
+    )
+    heading.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file with settings (example below), or the config.json of a run to repeat. It overrides the preset, which a "
+        "TOML file may name. The settings out and allow_outside of a config.json are ignored. Not together with --preset or --resume",
+    )
+    heading.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue the run in this folder, or in --out if no folder is given, with the settings of that run. "
+        "auto: continue the run in --out if there is a checkpoint, else begin it. Use auto to repeat one command until it is done",
+    )
+
+
+def add_store_flags(parser: argparse.ArgumentParser) -> None:
+    heading = parser.add_argument_group("The store")
+    heading.add_argument(
+        "--out",
+        default=argparse.SUPPRESS,
+        metavar="STORE",
+        help="folder of the store. An interrupted store is continued (default: only print how large it would be)",
+    )
+    heading.add_argument(
+        "--short-side",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="PIXELS",
+        help="shorter side of the stored frames in pixels. Frames are never enlarged. Raise it with --crop-size (default: 128)",
+    )
+    heading.add_argument(
+        "--compact",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="store small videos with a keyframe every 12 frames, in place of raw planes. They take a twelfth of the space or "
+        "less and are slower to read. Use it for data sets as large as Kinetics",
+    )
+
+
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """Command line -> names and values; only flags that were given are in it. No subcommand means pretrain."""
-    own = [a for a in arguments if not a.startswith("--local_rank")]
-    if not own or (own[0].startswith("-") and own[0] not in ("-h", "--help")):
-        own = ["pretrain", *own]
-    configuration.refuse_old_switches(own)
-    return vars(make_parser().parse_args(own))
+    """Return name -> value of the command line. A flag that is not given is absent or None. No subcommand means pretrain."""
+    # The deepspeed launcher (0.19.8) puts --local_rank=N before the other arguments. The environment holds the same number.
+    given = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given = ["pretrain", *given]
+    configuration.refuse_old_switches(given)
+    return vars(make_parser().parse_args(given))
 
 
 def main(arguments: list[str]) -> None:
     flags = parse(arguments)
     command = flags.pop("command")
-    flags.pop("local_rank")
     if command == "check":
         from dclr.data.check import check
 
         check(configuration.DataConfig(**flags))
-        return
-    if command == "pack":
+    elif command == "pack":
         from dclr.data.pack import pack
 
         store = {name: flags.pop(name) for name in ("out", "short_side", "compact") if name in flags}
         pack(configuration.DataConfig(**flags), **store)
-        return
+    else:
+        train(command, flags)
 
-    preset, resume = flags.pop("preset", None), flags.pop("resume", None)
-    folder = run_to_resume(resume, flags)
-    stored = None
-    if folder is not None:
-        written_by, preset_of_run, stored = configuration.read_config(folder / "config.json")
-        if written_by != command:
-            raise UserError(
-                f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}"
-            )
-        out = flags.pop("out", str(folder))
-        if Path(out) != folder:
-            raise UserError(f"--out is {out}, but --resume goes on in {folder}: leave --out out")
-        if preset not in (None, preset_of_run):
-            raise UserError(f"--preset is {preset}, but the run in {folder} has {preset_of_run}: leave the flag out")
-        configuration.check_resume(folder, flags, stored)
-        stored["out"], preset = str(folder), preset_of_run
-    preset = preset or ("ucf101" if flags.get("data") else "demo")
-    config = configuration.resolve(command, preset, flags, stored)
+
+def train(command: str, flags: dict[str, Any]) -> None:
+    """Run pretrain, finetune or linear, in this process and in the others of its launcher."""
+    config, preset, folder = resolve(command, flags)
     from dclr.training import engine
     from dclr.training.finetune import supervise
     from dclr.training.heartbeat import Lifeline
@@ -133,8 +170,49 @@ def main(arguments: list[str]) -> None:
         engine.stop_processes()
 
 
+def resolve(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, str, Path | None]:
+    """Return the settings, the name of their preset, and the folder of the run to resume (None: a new run).
+
+    Raises UserError if flags, files and presets contradict each other.
+    """
+    preset, file, resume = (flags.pop(name, None) for name in ("preset", "config", "resume"))
+    if file is not None and preset is not None:
+        raise UserError(f'--preset cannot be used with --config: write  preset = "{preset}"  into {file}')
+    if file is not None and resume is not None:
+        raise UserError("--resume cannot be used with --config: a resumed run has its own settings, leave --config out")
+    folder = run_to_resume(resume, flags)
+    if folder is not None:
+        config, preset = resolve_resumed(command, preset, flags, folder)
+        return config, preset, folder
+    named, values = configuration.read_settings(Path(file), command) if file is not None else ("", {})
+    has_data = bool({**values, **flags}.get("data"))
+    preset = preset or named or ("ucf101" if has_data else "demo")
+    return configuration.resolve(command, preset, flags, file=values), preset, None
+
+
+def resolve_resumed(
+    command: str, preset: str | None, flags: dict[str, Any], folder: Path
+) -> tuple[configuration.Config, str]:
+    """Return the settings of the run in `folder` with the flags that may change, and the name of its preset.
+
+    Raises UserError if a flag contradicts the run.
+    """
+    written_by, preset_of_run, stored = configuration.read_config(folder / "config.json")
+    if written_by != command:
+        raise UserError(
+            f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}"
+        )
+    if preset not in (None, preset_of_run):
+        raise UserError(f"--preset is {preset}, but the run in {folder} has {preset_of_run}: leave the flag out")
+    out = flags.pop("out", folder)
+    if Path(out) != folder:
+        raise UserError(f"--out is {out}, but --resume continues the run in {folder}: leave --out out")
+    configuration.check_resume(folder, flags, stored)
+    return configuration.resolve(command, preset_of_run, flags, resumed={**stored, "out": str(folder)}), preset_of_run
+
+
 def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
-    """The folder that --resume names, of a run to go on with; None: begin one. Raises UserError: it names none."""
+    """Return the folder of the run that --resume continues, or None to begin a run. Raises UserError if no folder is named."""
     if resume is None:
         return None
     if resume and resume != "auto":
@@ -146,22 +224,28 @@ def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
     if resume == "auto" and checkpoint.newest(folder / "checkpoints") is None:
         if (folder / "report.json").exists():
             raise UserError(f"--resume auto: {folder} holds a finished run without checkpoints: give another --out")
-        # Left by a run that never came to a checkpoint: a new one may take its place.
+        # A run that never wrote a checkpoint left this file. A new run may replace it.
         (folder / "config.json").unlink(missing_ok=True)
         return None
     return folder
 
 
 def refuse(error: UserError) -> None:
-    """One line for all processes of a run: rank 0's. The others wait, for a launcher ends all at the first exit, and it must not come
-    before that line; one that is still there after a while has something to say that rank 0 does not know."""
+    """Print the error in one line. Ranks other than 0 wait 30 seconds first.
+
+    A launcher ends all processes when the first one exits. Rank 0 must print its line before that, and one line is enough.
+    A rank that is still alive after the wait has an error that rank 0 does not have.
+    """
     if launched_rank() > 0:
         time.sleep(30)
     print(f"train.py: error: {error}", file=sys.stderr)
 
 
 def run(arguments: list[str]) -> int:
-    """`main`; returns the exit status: 0 done, 2 refused, 75 asked to stop with a checkpoint written, 130 Ctrl-C before training began."""
+    """Call `main` and return the exit status.
+
+    0: done. 2: wrong input. 75: stopped by a signal, with a checkpoint to resume from. 130: Ctrl-C before training began.
+    """
     try:
         main(arguments)
     except UserError as error:

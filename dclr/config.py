@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -106,8 +107,8 @@ class RunConfig(_Group):
     )
     deterministic: bool = option(
         False,
-        "use only algorithms that give the same bits every time. They are slower. "
-        "Change it to make a resumed run on a GPU equal an uninterrupted one bit for bit, which a CPU does without this flag",
+        "use only algorithms that give the same bits every time, which are slower. "
+        "Turn it on if a resumed run on a GPU must equal an uninterrupted run bit for bit. A CPU does so without this flag",
     )
     pad_channels: int = option(
         8,
@@ -140,7 +141,7 @@ class DataConfig(_Group):
     allow_outside: bool = option(
         False,
         'let list files name videos outside the data folder, by an absolute path or by "..". '
-        "Change it for lists that you trust",
+        "Turn it on for lists that you trust",
     )
     clip_length: int = option(
         16, "frames of a clip. Lower it for quick experiments. The backbones divide it by 8", at_least=1
@@ -566,6 +567,62 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
         # Runs of earlier versions hold "yes" and "no" for true and false.
         if isinstance(f.default, bool) and values.get(name) in ("yes", "no"):
             values[name] = values[name] == "yes"
+    return command, preset, _typed(path, values)
+
+
+def read_settings(path: Path, command: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return (preset, flat values) of the file given to --config: a TOML file, or the config.json of a run.
+
+    The preset is "" if the file names none. The file must be for `command`. If `command` is None, the file may be for any.
+    Of a config.json, `out` and `allow_outside` are left out: a new run needs a folder of its own, and a file from elsewhere
+    must not permit itself to name files outside the data folder.
+
+    Raises UserError if the file cannot be read, is for another command, or has an unknown name or a value of a wrong type.
+    """
+    if path.suffix == ".json":
+        written_for, preset, values = read_config(path)
+        values = {name: value for name, value in values.items() if name not in ("out", "allow_outside")}
+    else:
+        written_for, preset, values = _read_toml(path)
+    if command and written_for not in ("", command):
+        raise UserError(
+            f"--config {path} is for {written_for}, but the command is {command}: run {written_for}, or give another file"
+        )
+    allowed = [group for name, group in GROUPS.items() if command is None or name in groups(COMMANDS[command])]
+    unknown = sorted(values.keys() - {f.name for group in allowed for f in dataclasses.fields(group)})
+    if unknown:
+        raise UserError(
+            f"--config {path}: {f'{command} has no' if command else 'no command has a'} setting named {', '.join(unknown)}"
+        )
+    return preset, values
+
+
+def _read_toml(path: Path) -> tuple[str, str, dict[str, Any]]:
+    """Return (command, preset, flat values) of a TOML file. Settings are at the top, or in one table for each group.
+
+    Raises UserError if the file is not TOML, has an unknown table, gives a setting twice, or has a value of a wrong type.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a TOML file or a run's config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is not a TOML file: {error!s:.200}") from None
+    command, preset = str(content.pop("command", "")), str(content.pop("preset", ""))
+    settings: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        if not isinstance(value, dict):
+            settings.append((key, value))
+        elif key in GROUPS:
+            settings += value.items()
+        else:
+            raise UserError(f"--config {path}: no table is named [{key}]; the tables are {', '.join(GROUPS)}")
+    values: dict[str, Any] = {}
+    for key, value in settings:
+        name = key.replace("-", "_")
+        if name in values:
+            raise UserError(f"--config {path}: {name} is given twice")
+        values[name] = value
     return command, preset, _typed(path, values)
 
 

@@ -363,3 +363,161 @@ def test_what_a_method_contrasts_rgb_clips_with():
     assert auxiliary_views(static_pairs=False) == ("dynamic",)
     assert auxiliary_views(dynamic_pairs=False) == ("static",)
     assert auxiliary_views(method="moco") == ()
+
+
+# ---------------------------------------------------------------- --config FILE
+
+
+def settings_of(*arguments):
+    """Return (flat settings, preset) that train.py makes of a command line."""
+    flags = train.parse([str(argument) for argument in arguments])
+    config, preset, _ = train.resolve(flags.pop("command"), flags)
+    return flat(config), preset
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(*lines: str):
+        path = tmp_path / "settings.toml"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param(["epochs = 3", "milestones = [1, 2]", "static-pairs = false", "lr = 1"], id="as flags"),
+        pytest.param(
+            ["static_pairs = false", "[optim]", "epochs = 3", "milestones = [1, 2]", "lr = 1"], id="one table"
+        ),
+        pytest.param(
+            ["[method]", "static_pairs = false", "[optim]", "epochs = 3", "milestones = [1, 2]", "lr = 1"], id="tables"
+        ),
+    ],
+)
+def test_a_toml_file_overrides_the_preset_that_it_names_and_flags_override_the_file(toml, lines):
+    file = toml('preset = "demo"', 'command = "pretrain"', *lines)
+    found, preset = settings_of("pretrain", "--config", file, "--epochs", "4", "--seed", "5")
+    assert preset == "demo"
+    of_file = {"milestones": (1, 2), "static_pairs": False, "lr": 1}
+    assert found == {**flat(resolve("pretrain", "demo", {})), **of_file, "epochs": 4, "seed": 5}
+
+
+def test_the_preset_of_a_file_that_names_none_depends_on_its_data(toml):
+    assert settings_of("--config", toml("epochs = 3"))[1] == "demo"
+    assert settings_of("--config", toml("epochs = 3"), "--data", "x")[1] == "ucf101"
+    found, preset = settings_of("finetune", "--config", toml("epochs = 3", 'data = "x"'))
+    assert (found["data"], found["epochs"], found["lr"], preset) == ("x", 3, 0.1, "ucf101")
+
+
+def test_a_runs_configuration_repeats_the_run_in_another_folder(tmp_path):
+    run = resolve(
+        "finetune", "demo", {"out": "runs/a", "allow_outside": True, "data": "x", "epochs": 3, "lr": 0.5, "seed": 9}
+    )
+    write_config(tmp_path / "config.json", "finetune", "demo", run)
+    found, preset = settings_of("finetune", "--config", tmp_path / "config.json", "--lr", "0.25")
+    assert preset == "demo"
+    assert found == {**flat(run), "out": "", "allow_outside": False, "lr": 0.25}
+
+
+def test_a_configuration_of_an_earlier_version_can_be_repeated(tmp_path):
+    (tmp_path / "config.json").write_text(OLD_CONFIG)
+    found, preset = settings_of("--config", tmp_path / "config.json")
+    assert found == flat(resolve("pretrain", "ucf101", {"static_pairs": False, "seed": 3}))
+    assert preset == "ucf101"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["epoch = 3"], "--config {file}: pretrain has no setting named epoch"),
+        (["dropout = 0.5"], "--config {file}: pretrain has no setting named dropout"),
+        (
+            ["[optimizer]", "lr = 1.0"],
+            "--config {file}: no table is named [optimizer]; the tables are run, data, model",
+        ),
+        (["lr = 1.0", "[optim]", "lr = 2.0"], "--config {file}: lr is given twice"),
+        (["epochs = '3'"], "{file}: epochs is '3', but must be a whole number below 2 ** 31"),
+        (["epochs = 3.0"], "{file}: epochs is 3.0, but must be a whole number below 2 ** 31"),
+        (["epochs = 2147483648"], "{file}: epochs is 2147483648, but must be a whole number below 2 ** 31"),
+        (["lr = true"], "{file}: lr is True, but must be a number"),
+        (["lr = 1979-05-27"], "{file}: lr is datetime.date(1979, 5, 27), but must be a number"),
+        (["data = 3"], "{file}: data is 3, but must be a text"),
+        (["milestones = 3"], "{file}: milestones is 3, but must be a list of whole numbers"),
+        (["static-pairs = 'no'"], "{file}: static_pairs is 'no', but must be true or false"),
+        (["static-pairs = 0"], "{file}: static_pairs is 0, but must be true or false"),
+        (["optim = 3"], "--config {file}: pretrain has no setting named optim"),
+        (["lr = nan"], "--lr is nan, but must be above 0"),
+        (["lr = -1"], "--lr is -1, but must be above 0"),
+        (["preset = 'ucf'"], "--preset is ucf, but must be one of demo, ucf101, kinetics400"),
+        (["preset = []"], "--preset is [], but must be one of demo, ucf101, kinetics400"),
+        (
+            ["command = 'linear'"],
+            "--config {file} is for linear, but the command is pretrain: run linear, or give another file",
+        ),
+        (["epochs"], "--config {file} is not a TOML file: Expected '=' after a key"),
+        (["a=" + "[" * 100_000], "--config {file} is not a TOML file: "),
+    ],
+    ids=lambda value: value[0][:30] if isinstance(value, list) else "",
+)
+def test_a_wrong_file_is_refused_in_one_line(toml, lines, message):
+    file = toml(*lines)
+    with pytest.raises(UserError) as caught:
+        settings_of("--config", file)
+    assert str(caught.value).startswith(message.format(file=file))
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_that_is_none_and_a_file_with_a_preset_or_a_run_to_resume_are_refused(toml, tmp_path, capsys):
+    def refused(*arguments):
+        with pytest.raises(UserError) as caught:
+            settings_of(*arguments)
+        return str(caught.value)
+
+    gone = tmp_path / "gone.toml"
+    assert refused("--config", gone) == (
+        f"--config {gone}: No such file or directory; give a TOML file or a run's config.json"
+    )
+    assert refused("--config", tmp_path).startswith(f"--config {tmp_path}: Is a directory; give a TOML file")
+    (tmp_path / "config.json").write_text("{}")
+    assert "config.json: not the configuration of a run" in refused("--config", tmp_path / "config.json")
+    write_config(tmp_path / "config.json", "linear", "demo", make_config("linear", {}))
+    assert "config.json is for linear, but the command is pretrain" in refused("--config", tmp_path / "config.json")
+    (tmp_path / "binary.toml").write_bytes(b"\x80\x00\xff")
+    assert refused("--config", tmp_path / "binary.toml").startswith(
+        f"--config {tmp_path / 'binary.toml'} is not a TOML"
+    )
+
+    file = toml("epochs = 3")
+    assert refused("--config", file, "--preset", "demo") == (
+        f'--preset cannot be used with --config: write  preset = "demo"  into {file}'
+    )
+    for resume in (["--resume", tmp_path], ["--resume", "auto", "--out", tmp_path]):
+        assert refused("--config", file, *resume).startswith("--resume cannot be used with --config: a resumed run has")
+    assert train.run(["--config", str(gone)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_eval_takes_clips_and_network_from_a_file(toml, tmp_path):
+    def settings(*arguments):
+        flags = vars(evaluation.make_parser().parse_args(["retrieval", "--checkpoint", "x", *map(str, arguments)]))
+        return evaluation.settings_of(tmp_path / "backbone.safetensors", {k: flags[k] for k in flags.keys() - {"out"}})
+
+    demo = PRESETS["demo"]["pretrain"]
+    file = toml('preset = "demo"', "[data]", "clip_length = 24", "[model]", "width = 8")
+    found = settings("--config", file, "--width", "32")
+    assert (found["clip_length"], found["crop_size"], found["width"]) == (24, demo["crop_size"], 32)
+    # Settings in the folder of the checkpoint come before the file.
+    write_config(tmp_path / "config.json", "pretrain", "demo", make_config("pretrain", {"data": "x", "split": 2}))
+    with pytest.raises(UserError, match=r"^--data is needed"):
+        settings("--config", file)
+    found = settings("--config", file, "--data", "y")
+    assert (found["data"], found["split"], found["clip_length"], found["crop_size"]) == ("y", 2, 24, 112)
+    with pytest.raises(UserError, match=r"preset cannot be used with --config"):
+        settings("--config", file, "--preset", "demo")
+    with pytest.raises(UserError, match=r"no command has a setting named epoch$"):
+        settings("--config", toml("epoch = 3"))
+    with pytest.raises(UserError, match=r"preset is ucf, but must be one of demo, ucf101, kinetics400$"):
+        settings("--config", toml("preset = 'ucf'"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, as_flags
+from helpers import REPOSITORY, as_flags, numbers
 from PIL import Image
 
 import eval as evaluation
@@ -161,6 +161,32 @@ def test_no_subcommand_pretrains_and_no_data_means_the_demo_videos_and_says_so(
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (written["command"], written["preset"]) == ("pretrain", "demo")
     assert written["method"]["temperature"] == 0.07
+
+
+def test_a_run_is_repeated_from_its_configuration_in_another_folder(train_main, tiny_pretrain, tmp_path):
+    train_main(**{**tiny_pretrain, "epochs": 1}, out=tmp_path / "run", method="moco", seed=3)
+    train_main(config=tmp_path / "run" / "config.json", out=tmp_path / "again")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "again")
+    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("run", "again"))
+    assert second == {**first, "run": {**first["run"], "out": str(tmp_path / "again")}}
+
+
+def test_a_run_of_an_earlier_version_is_resumed(train_main, tiny_pretrain, tmp_path):
+    """Its config.json holds "yes" and "no" for true and false."""
+    train_main(**{**tiny_pretrain, "epochs": 1}, out=tmp_path / "run", dynamic_pairs=False)
+    path = tmp_path / "run" / "config.json"
+    new = json.loads(path.read_text())
+    old = {
+        name: {key: {True: "yes", False: "no"}[v] if isinstance(v, bool) else v for key, v in group.items()}
+        if isinstance(group, dict)
+        else group
+        for name, group in new.items()
+    }
+    assert [old["method"][name] for name in ("static_pairs", "dynamic_pairs")] == ["yes", "no"]
+    path.write_text(json.dumps(old))
+    train_main(resume=tmp_path / "run", epochs=2, dynamic_pairs=False)
+    assert len(numbers(tmp_path / "run")) == 8
+    assert json.loads(path.read_text()) == {**new, "optim": {**new["optim"], "epochs": 2}}
 
 
 def test_data_without_a_preset_takes_the_published_recipe(train_main, tiny_pretrain, tmp_path, capsys):

@@ -229,6 +229,14 @@ def beside_a_checkpoint(at: Place) -> Use:
     return run / "config.json", lambda: at.eval("accuracy", *at.data, "--checkpoint", str(run))
 
 
+def config_file(name: str) -> Callable[[Place], Use]:
+    def use(at: Place) -> Use:
+        file = at.copy("run") / name
+        return file, lambda: at.train("pretrain", *at.data, *at.tiny, "--config", str(file))
+
+    return use
+
+
 def ds_config(at: Place) -> Use:
     file = at.folder / "ds.json"
     flags = [*at.tiny, "--ds_config", str(file)]
@@ -275,6 +283,8 @@ PATHS: dict[str, Callable[[Place], Use]] = {
     "eval.py retrieval --checkpoint RUN": checkpoint("retrieval", "backbone.safetensors", folder=True),
     "--resume: RUN/config.json": resumed,
     "--resume: RUN/metrics.jsonl": metrics,
+    "--config FILE.toml": config_file("settings.toml"),
+    "--config RUN/config.json": config_file("config.json"),
     "--ds_config": ds_config,
     "--data LIST.txt": list_file("mine.txt"),
     "--data: splits/train.txt": list_file("splits/train.txt"),
@@ -589,6 +599,7 @@ NO_REPORT = {
 JSON_READERS = {
     "--resume: RUN/config.json": NO_JSON,
     "eval.py accuracy: RUN/config.json": NO_JSON,
+    "--config RUN/config.json": NO_JSON,
     "--ds_config": NO_JSON,
     "dclr.evaluation.demo_table FOLDER": {**NO_JSON, **NO_REPORT},
 }
