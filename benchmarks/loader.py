@@ -61,9 +61,10 @@ from dclr.data.augmentation import PRETRAIN
 from dclr.data.catalog import Catalog, open_catalog
 from dclr.data.clips import ClipPair
 from dclr.data.decode import NO_PTS, VideoRecord, YuvFrames
-from dclr.data.loader import BatchSampler, PairSamples, TrainBatches
+from dclr.data.loader import BatchSampler, TrainBatches
 from dclr.data.manifest import load_manifest
 from dclr.data.pack import pack
+from dclr.data.samples import PairSamples
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
 from dclr.report import cpu_name, environment

@@ -17,7 +17,7 @@ from PIL import Image
 import eval as evaluation
 from dclr.config import DataConfig
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import write_video
+from dclr.data.encode import write_video
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
 from dclr.evaluation.background import measure_features, measure_foreground, mutual_information, why_no_scenes

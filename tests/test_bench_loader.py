@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import loader
 from benchmarks.loader import Round, Source
-from dclr.data.decode import NO_PTS, YuvFrames, write_video
+from dclr.data.decode import NO_PTS, YuvFrames
+from dclr.data.encode import write_video
 from dclr.data.loader import BatchSampler
 from dclr.errors import UserError
 

@@ -16,8 +16,9 @@ from PIL import Image
 import eval as evaluation
 from dclr.config import DataConfig, make_config, write_config
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import YuvFrames, empty_planes, write_video
-from dclr.data.loader import TEST_CLIPS, TestClips
+from dclr.data.decode import YuvFrames, empty_planes
+from dclr.data.encode import write_video
+from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
 from dclr.evaluation.activation_maps import spread

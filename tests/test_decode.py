@@ -1,6 +1,6 @@
 """The reader against a plain decode of the whole file, on every genuine video, and the verdict on every broken one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from dclr.data.decode import (
     UnreadableVideo,
     VideoRecord,
     YuvFrames,
-    read_frames,
     read_planes,
     verify_video,
-    write_video,
 )
+from dclr.data.encode import write_video
 
 GENUINE = [
     "ucf101_sample/UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi",
@@ -47,7 +46,23 @@ GENUINE = [
 
 
 def decode_all(path: Path) -> np.ndarray:
-    """The oracle: (frames, H, W, 3) RGB by PyAV's shortest way and default settings, no seek, no record."""
+    """Return every frame of a video in YUV 4:2:0 by PyAV's plain decode, without seeking and without a record: the expected frames.
+
+    Returns:
+        (frames, H * W * 3 / 2) uint8: y, u and v of each frame, one after the other.
+    """
+    with av.open(str(path), metadata_errors="ignore") as container:
+        return np.stack([frame.to_ndarray().ravel() for frame in container.decode(video=0)])
+
+
+def read_all(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> np.ndarray:
+    """Return the wanted frames by `read_planes`, in the form of `decode_all`."""
+    planes = read_planes(path, record, wanted)
+    return np.concatenate([plane.reshape(len(plane), -1) for plane in (planes.y, planes.u, planes.v)], axis=1)
+
+
+def decode_rgb(path: Path) -> np.ndarray:
+    """Return every frame of a video, (frames, H, W, 3) uint8 RGB, by PyAV's own conversion."""
     with av.open(str(path), metadata_errors="ignore") as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -56,7 +71,7 @@ def decode_all(path: Path) -> np.ndarray:
 def test_any_window_equals_a_full_decode_byte_for_byte(genuine: Path, name: str) -> None:
     path = genuine / name
     record, frames = verify_video(path), decode_all(path)
-    assert (record.frames, record.height, record.width, 3) == frames.shape
+    assert frames.shape == (record.frames, record.height * record.width * 3 // 2)
     count = record.frames
     rng = np.random.default_rng(0)
     windows = [
@@ -74,7 +89,7 @@ def test_any_window_equals_a_full_decode_byte_for_byte(genuine: Path, name: str)
         )
         windows.append(rng.integers(0, count, 1))
     for wanted in windows:
-        got = read_frames(path, record, wanted)
+        got = read_all(path, record, wanted)
         assert got.dtype == np.uint8
         assert np.array_equal(got, frames[wanted]), f"frames {wanted}"
 
@@ -90,7 +105,7 @@ def test_a_late_window_is_reached_by_seeking(genuine: Path, monkeypatch: pytest.
         "dclr.data.decode._seek",
         lambda container, stream, keyframe, of: sought.append(keyframe) or real(container, stream, keyframe, of),
     )
-    read_frames(path, record, [300, 301, 150, 5])
+    read_all(path, record, [300, 301, 150, 5])
     assert sought == [138, 292]
 
 
@@ -221,7 +236,7 @@ def test_what_is_written_is_read(small: tuple[Path, VideoRecord]) -> None:
     assert (record.frames, record.height, record.width) == (30, 32, 32)
     assert record.keyframes.tolist() == [0, 12, 24]
     assert record.seekable
-    error = np.abs(read_frames(path, record, range(30)).astype(int) - moving_noise())
+    error = np.abs(decode.rgb_of(read_planes(path, record, range(30))).astype(int) - moving_noise())
     assert error.mean() < 8  # h264 and half the colour resolution; another frame of this video is off by 28 and more
     assert np.abs(np.roll(moving_noise(), 1, axis=0).astype(int) - moving_noise()).mean() > 24
     with av.open(str(path)) as container:
@@ -238,23 +253,23 @@ def test_shapes_that_cannot_be_written(tmp_path: Path, shape: tuple[int, ...]) -
 @pytest.mark.parametrize("wanted", [[-1], [30], [0, 5, 30]])
 def test_numbers_out_of_range(small: tuple[Path, VideoRecord], wanted: list[int]) -> None:
     with pytest.raises(ValueError, match=r"\[0, 30\)"):
-        read_frames(*small, wanted)
+        read_planes(*small, wanted)
 
 
 def test_nothing_wanted(small: tuple[Path, VideoRecord]) -> None:
-    assert read_frames(*small, []).shape == (0, 32, 32, 3)
+    assert read_planes(*small, []).y.shape == (0, 32, 32)
 
 
 def test_a_file_that_changed_since_is_not_read_as_if_it_had_not(small: tuple[Path, VideoRecord]) -> None:
     path, record = small
     write_video(path, moving_noise(frames=20))
     with pytest.raises(UnreadableVideo, match="ends before frame 23"):
-        read_frames(path, record, [23])
+        read_planes(path, record, [23])
     with pytest.raises(UnreadableVideo, match="frame 29"):  # record says: seek to 24
-        read_frames(path, record, [29])
+        read_planes(path, record, [29])
     write_video(path, moving_noise(size=64))
     with pytest.raises(UnreadableVideo, match="frame size changes at frame 3: 32 x 32 becomes 64 x 64"):
-        read_frames(path, record, [3])
+        read_planes(path, record, [3])
 
 
 def test_a_codec_without_decoder(genuine: Path, tmp_path: Path) -> None:
@@ -285,7 +300,7 @@ def test_a_truncated_avi(genuine: Path, tmp_path: Path) -> None:
     path.write_bytes(whole.read_bytes()[: start - 8])
     record = verify_video(path)
     assert (record.declared, record.frames) == (135, 90)
-    assert np.array_equal(read_frames(path, record, range(90)), decode_all(whole)[:90])
+    assert np.array_equal(read_all(path, record, range(90)), decode_all(whole)[:90])
     path.write_bytes(whole.read_bytes()[: start + 500])
     with pytest.raises(UnreadableVideo, match="frame 90 is corrupt"):
         verify_video(path)
@@ -309,7 +324,7 @@ def test_without_timestamps_nothing_is_sought(tmp_path: Path) -> None:
     assert record.keyframes.tolist() == [0, 12, 24]
     assert not record.seekable
     wanted = [29, 3, 15]
-    assert np.array_equal(read_frames(path, record, wanted), decode_all(path)[wanted])
+    assert np.array_equal(read_all(path, record, wanted), decode_all(path)[wanted])
 
 
 def test_a_colon_in_a_relative_path_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,9 +373,9 @@ def test_any_choice_of_frames_equals_a_full_decode(
     assert record.skippable == skippable
     rng = np.random.default_rng(0)
     for number in range(48):  # each alone, which skips the most, and with any others
-        assert np.array_equal(read_frames(path, record, [number]), frames[[number]])
+        assert np.array_equal(read_all(path, record, [number]), frames[[number]])
         wanted = np.append(rng.integers(0, 48, rng.integers(0, 20)), number)
-        assert np.array_equal(read_frames(path, record, wanted), frames[wanted]), f"frames {wanted}"
+        assert np.array_equal(read_all(path, record, wanted), frames[wanted]), f"frames {wanted}"
 
 
 @pytest.fixture
@@ -381,20 +396,20 @@ def test_the_trial_notices_frames_that_are_lost(av1: Path, monkeypatch: pytest.M
 def test_frames_that_skipping_loses_are_decoded_all_the_same(av1: Path) -> None:
     record = replace(verify_video(av1), skippable=True)
     wanted = np.arange(1, 48, 2)
-    assert np.array_equal(read_frames(av1, record, wanted), decode_all(av1)[wanted])
+    assert np.array_equal(read_all(av1, record, wanted), decode_all(av1)[wanted])
 
 
 def test_the_trial_notices_a_changed_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "video.mp4"
     write_with_b_frames(path, "libx264", bf="3")
     assert verify_video(path).skippable
-    real = decode._recognised
+    real = decode._frames_by_time
 
     def another_frame_once(*arguments: Any) -> Iterator[tuple[int, av.VideoFrame]]:
         frames = dict(real(*arguments))
         yield from (frames | {20: frames[21]}).items()
 
-    monkeypatch.setattr(decode, "_recognised", another_frame_once)
+    monkeypatch.setattr(decode, "_frames_by_time", another_frame_once)
     assert not verify_video(path).skippable
 
 
@@ -407,37 +422,30 @@ def test_a_file_with_b_frames_that_changed_since(tmp_path: Path) -> None:
     content[middle : middle + 500] = bytes(500)
     path.write_bytes(content)
     with pytest.raises(UnreadableVideo, match=r"is corrupt|decoding stops at frame \d+"):
-        read_frames(path, record, range(48))
+        read_planes(path, record, range(48))
     write_video(path, moving_noise(frames=30, size=32))
     with pytest.raises(UnreadableVideo, match="frame size changes at frame 5"):
-        read_frames(path, record, [5])
+        read_planes(path, record, [5])
     write_with_b_frames(tmp_path / "slower.mkv", "libx264", bf="3")
     write_with_b_frames(path, "libx264", bf="3")
     (tmp_path / "slower.mkv").rename(path)  # other timestamps
     with pytest.raises(UnreadableVideo, match="frame 5 is not the one that was verified: the file changed"):
-        read_frames(path, record, [5])
-
-
-def planes_of_all(path: Path) -> list[np.ndarray]:
-    """The oracle for planes: every frame as PyAV stacks it, (3 / 2 H, W) for even sizes, by a plain decode."""
-    with av.open(str(path), metadata_errors="ignore") as container:
-        return [frame.to_ndarray() for frame in container.decode(video=0)]
+        read_planes(path, record, [5])
 
 
 @pytest.mark.parametrize("name", GENUINE)
-def test_planes_are_the_decoders_own(genuine: Path, name: str) -> None:
-    path = genuine / name
-    record, frames = verify_video(path), planes_of_all(path)
-    H, W = record.height, record.width
-    wanted = np.array([record.frames - 1, 0, record.frames // 2, 0, record.frames - 1])
-    planes = read_planes(path, record, wanted)
-    for i, number in enumerate(wanted):
-        y, u, v = np.split(frames[number].reshape(-1), [H * W, H * W * 5 // 4])
-        assert np.array_equal(planes.y[i].ravel(), y)
-        assert np.array_equal(planes.u[i].ravel(), u)
-        assert np.array_equal(planes.v[i].ravel(), v)
+def test_the_colour_space_of_genuine_videos(genuine: Path, name: str) -> None:
+    planes = read_planes(genuine / name, verify_video(genuine / name), [0])
     assert planes.bt709 == (name == "faulty/rotated_90.mov")  # the only one here that names a matrix
     assert not planes.full_range
+
+
+@pytest.mark.parametrize("name", GENUINE[::3])
+def test_rgb_for_figures_is_that_of_the_video(genuine: Path, name: str) -> None:
+    path = genuine / name
+    record = verify_video(path)
+    wanted = [record.frames - 1, 0]
+    assert np.array_equal(decode.rgb_of(read_planes(path, record, wanted)), decode_rgb(path)[wanted])
 
 
 def rgb_of(planes: YuvFrames) -> np.ndarray:
@@ -460,17 +468,9 @@ def test_planes_have_the_colours_of_the_rgb_frames(genuine: Path, name: str) -> 
     path = genuine / name
     record = verify_video(path)
     wanted = [0, record.frames // 2]
-    difference = np.abs(rgb_of(read_planes(path, record, wanted)) - read_frames(path, record, wanted))
+    difference = np.abs(rgb_of(read_planes(path, record, wanted)) - decode_rgb(path)[wanted])
     assert difference.mean() < 1.5
     assert np.percentile(difference, 98) < 3
-
-
-@pytest.mark.parametrize("name", GENUINE[::3])
-def test_planes_make_the_rgb_that_the_video_makes(genuine: Path, name: str) -> None:
-    path = genuine / name
-    record = verify_video(path)
-    wanted = [record.frames - 1, 0]
-    assert np.array_equal(decode.rgb_of(read_planes(path, record, wanted)), read_frames(path, record, wanted))
 
 
 def write_other(path: Path, rgb: np.ndarray, codec: str, pix_fmt: str, matrix: int = 2, color_range: int = 0) -> None:
@@ -528,7 +528,7 @@ def test_planes_of_odd_sizes(tmp_path: Path) -> None:
     planes = read_planes(path, verify_video(path), [1])
     assert planes.y.shape == (1, 17, 23)
     assert planes.u.shape == planes.v.shape == (1, 9, 12)
-    assert np.array_equal(decode.rgb_of(planes), read_frames(path, verify_video(path), [1]))
+    assert np.array_equal(decode.rgb_of(planes), decode_rgb(path)[[1]])
 
 
 def test_planes_are_written_into_larger_ones(genuine: Path) -> None:

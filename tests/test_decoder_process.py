@@ -16,7 +16,7 @@ from dclr.errors import UserError
 
 def result(child: DecoderProcess, request: object) -> object:
     """As its users ask it."""
-    child.ask(request)
+    child.request(request)
     while not child.connection.poll(TICK):
         child.end_if_stalled()
     return child.answer()
@@ -109,7 +109,7 @@ def test_a_child_that_dies_or_stalls_says_on_what_and_another_takes_its_place(ch
     assert time.monotonic() - began < 1 + 3 * TICK
     assert str(caught.value) == reason
     assert not caught.value.out_of_memory
-    assert child.item == 7
+    assert child.video == 7
     assert children() == []
     assert result(child, Call(os.getpid)) != process
 
@@ -121,7 +121,7 @@ def test_a_child_that_dies_while_it_waits_is_noticed_at_the_next_request(child):
     with pytest.raises(DecoderDied) as caught:
         result(child, Call(os.getpid))
     assert caught.value.out_of_memory
-    assert child.item is None
+    assert child.video is None
 
 
 def test_signals_to_the_group_do_not_end_it(child):
@@ -166,7 +166,7 @@ def test_time_in_which_nobody_looked_does_not_count(monkeypatch):
 def test_a_stopped_child_is_ended_at_once_whatever_it_does():
     for fault in (block, loop):
         child = DecoderProcess(lambda call: call(), limit=60)
-        child.ask(fault)
+        child.request(fault)
         time.sleep(0.1)
         began = time.monotonic()
         child.stop()
@@ -179,7 +179,7 @@ def test_a_child_ends_with_its_parent_however_that_ends(tmp_path):
     parent = os.fork()
     if parent == 0:
         child = DecoderProcess(lambda call: call(), limit=60)
-        child.ask(block)
+        child.request(block)
         (tmp_path / "part").write_text(str(children()[0]))
         (tmp_path / "part").rename(tmp_path / "child")
         time.sleep(100)

@@ -8,7 +8,7 @@ import pytest
 
 from dclr.data import demo
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import read_frames, verify_video
+from dclr.data.decode import read_planes, rgb_of, verify_video
 from dclr.data.demo import BACKGROUNDS, CLASSES, FRAMES, SIZE, render_demo, render_video
 from dclr.errors import UserError
 
@@ -47,7 +47,7 @@ def test_the_files_are_real_videos_of_what_was_drawn(folder: Path, name: str) ->
     assert (record.frames, record.height, record.width, record.seekable) == (FRAMES, SIZE, SIZE, True)
     scene = next(v.group for v in open_catalog(folder).videos("train") if v.path.endswith(path.name))
     drawn = render_video(name, demo._scenes(0)[int(scene[5:])], np.random.default_rng([0, 2, CLASSES.index(name), 0]))
-    error = np.abs(read_frames(path, record, range(FRAMES)).astype(int) - drawn)
+    error = np.abs(rgb_of(read_planes(path, record, range(FRAMES))).astype(int) - drawn)
     assert error.mean() < 10  # h264, half the colour resolution
     moved = np.abs(np.diff(drawn.astype(int), axis=0)).max(axis=-1) > 30  # (T - 1, H, W)
     assert moved.any(axis=(1, 2)).mean() > 0.9  # something moves nearly always

@@ -17,7 +17,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from dclr.data.decode import write_video
+from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.models import build_backbone, save_backbone
 

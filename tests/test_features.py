@@ -11,7 +11,7 @@ import torch
 
 from dclr.config import DataConfig
 from dclr.data.catalog import open_catalog
-from dclr.data.loader import TEST_CLIPS
+from dclr.data.samples import TEST_CLIPS
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
 from dclr.evaluation.features import ClipOutputs, accuracy, chance_of_hit, normalized, retrieval, run_on_clips

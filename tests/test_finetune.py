@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dclr.config import make_config
-from dclr.data.decode import write_video
+from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.models import build_backbone, load_classifier, save_backbone
 from dclr.training import finetune as loop

@@ -15,8 +15,9 @@ from helpers import REPOSITORY, children
 from dclr.config import DataConfig
 from dclr.data import clips, decode
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import UnreadableVideo, read_frames, verify_video
-from dclr.data.loader import BatchSampler, ClipSamples, PairSamples, TrainBatches
+from dclr.data.decode import UnreadableVideo, read_planes, verify_video
+from dclr.data.loader import BatchSampler, TrainBatches
+from dclr.data.samples import ClipSamples, PairSamples
 from dclr.data.videos import open_videos
 
 VARIANTS = 312
@@ -165,7 +166,7 @@ def test_a_demuxer_that_goes_round_in_circles_is_left(genuine, monkeypatch):
     monkeypatch.setattr(decode, "_packets", lambda container, stream: packets(Circling(container), stream))
     with pytest.raises(UnreadableVideo, match=r"^gives more than 4 times the data that it holds$"):
         verify_video(file)
-    assert len(read_frames(file, record, [3, 60])) == 2  # what is wanted comes before
+    assert len(read_planes(file, record, [3, 60]).y) == 2  # what is wanted comes before
 
 
 @pytest.mark.parametrize("side", [8192, 8200])

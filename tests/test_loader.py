@@ -20,20 +20,21 @@ from helpers import block, children, crash, loop
 from dclr.config import DataConfig
 from dclr.data import clips, loader
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import empty_planes, write_video
+from dclr.data.decode import empty_planes
 from dclr.data.decoder_process import shared_array
-from dclr.data.loader import (
-    PREFETCH,
+from dclr.data.encode import write_video
+from dclr.data.failures import Failures, check_bad
+from dclr.data.loader import PREFETCH, BatchSampler, ChunkSampler, TrainBatches
+from dclr.data.samples import (
     Batch,
-    BatchSampler,
-    ChunkSampler,
     ClipSamples,
-    Failures,
     PairBatch,
     PairSamples,
     Sample,
     SampleInfo,
-    TrainBatches,
+    TestClips,
+    TrainSamples,
+    merge_failures,
 )
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
 from dclr.errors import UserError
@@ -72,7 +73,7 @@ def kept(batch: Batch) -> Batch:
     return replace(batch, frames=replace(batch.frames, y=y, u=u, v=v))
 
 
-def train_batches(samples: loader.TrainSamples, sampler: BatchSampler, workers: int = 0) -> Iterator[Batch]:
+def train_batches(samples: TrainSamples, sampler: BatchSampler, workers: int = 0) -> Iterator[Batch]:
     return map(kept, TrainBatches(samples, sampler, workers))
 
 
@@ -90,7 +91,7 @@ def plain(batch: object) -> list[object]:
     return found
 
 
-def batches(samples: loader.TrainSamples, sampler: BatchSampler, workers: int = 0) -> list[object]:
+def batches(samples: TrainSamples, sampler: BatchSampler, workers: int = 0) -> list[object]:
     return [plain(batch) for batch in train_batches(samples, sampler, workers)]
 
 
@@ -109,7 +110,7 @@ def same_planes(found: object, expected: tuple[np.ndarray, ...], numbers: object
     )
 
 
-def batch_of(samples: loader.TrainSamples, indices: list[int], epoch: int = 0) -> Batch:
+def batch_of(samples: TrainSamples, indices: list[int], epoch: int = 0) -> Batch:
     """A batch of the samples of these videos, without a ring."""
     parts = [samples.read(epoch, index) for index in indices]
     height, width = (max(getattr(samples.videos, size)[indices]) for size in ("heights", "widths"))
@@ -276,7 +277,7 @@ def test_labels_go_with_their_videos(mixed):
 
 
 def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
-    found = list(loader.test_loader(loader.TestClips(mixed, CONFIG), 2, 0, pin=False))
+    found = list(loader.test_loader(TestClips(mixed, CONFIG), 2, 0, pin=False))
     assert [batch.indices.tolist() for batch in found] == [[a] * 10 + [b] * 10 for a, b in ((0, 1), (2, 3), (4, 5))]
     for index in range(6):
         planes = sequential(mixed.root / mixed.path(index))
@@ -305,32 +306,32 @@ def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
         pytest.param(4, 0, 1, id="no workers"),
     ],
 )
-def test_no_piece_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers, hold):
+def test_no_chunk_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers, hold):
     """By a consumer as DataLoader is: `workers * PREFETCH` chunks at once, then one for each that comes back."""
     sampler = BatchSampler(size, size, 12)
     chunks = ChunkSampler(sampler, workers, hold)
     sent, batches_at_once = [], []
 
     def send():
-        chunk = next(pieces_sent, None)
+        chunk = next(chunks_sent, None)
         if chunk is not None:
             sent.append(chunk)
-            newest = (len(sent) - 1) // len(chunks.firsts)
-            in_use = range(max(chunks.asked_for - hold + 1, 0), newest + 1)
+            newest = (len(sent) - 1) // len(chunks.first_rows)
+            in_use = range(max(chunks.newest - hold + 1, 0), newest + 1)
             assert len({number % chunks.slots for number in in_use}) == len(in_use)
             assert chunk.slot == newest % chunks.slots
             batches_at_once.append(len(in_use))
 
-    pieces_sent = iter(chunks)
+    chunks_sent = iter(chunks)
     for _ in range(workers * PREFETCH):
         send()
     for number in range(12):
-        chunks.asked_for = number
-        for _ in chunks.firsts:
+        chunks.newest = number
+        for _ in chunks.first_rows:
             send()
     assert max(batches_at_once) == chunks.slots  # every slot is needed
 
-    by_batch = [sent[first : first + len(chunks.firsts)] for first in range(0, len(sent), len(chunks.firsts))]
+    by_batch = [sent[first : first + len(chunks.first_rows)] for first in range(0, len(sent), len(chunks.first_rows))]
     assert [[position for chunk in batch for position in chunk.positions] for batch in by_batch] == list(sampler)
     for batch in by_batch:
         rows = [chunk.first_row + row for chunk in batch for row in range(len(chunk.positions))]
@@ -338,7 +339,7 @@ def test_no_piece_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers
         assert max(len(chunk.positions) for chunk in batch) <= loader.CHUNK
 
 
-def test_a_piece_for_a_slot_in_use_is_refused():
+def test_a_chunk_for_a_slot_in_use_is_refused():
     chunks = iter(ChunkSampler(BatchSampler(4, 4, 9), workers=1, hold=1))
     with pytest.raises(RuntimeError, match="batch 2 would be written over batch -1"):
         list(chunks)  # nothing has been asked for
@@ -435,11 +436,11 @@ def test_when_no_video_can_be_read_any_more_the_run_ends_with_one_line(mixed, wo
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_test_split_leaves_videos_that_fail_out(mixed, workers):
     path, other = spoil(mixed, 1, "truncate"), spoil(mixed, 4, "delete")
-    found = list(loader.test_loader(loader.TestClips(mixed, CONFIG), 2, workers, pin=False))
+    found = list(loader.test_loader(TestClips(mixed, CONFIG), 2, workers, pin=False))
     assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0], [2, 3], [5]]
     assert [list(batch.failures) for batch in found] == [[path], [], [other]]
     spoil(mixed, 5, "delete")
-    *_, empty = loader.test_loader(loader.TestClips(mixed, CONFIG), 2, 0, pin=False)
+    *_, empty = loader.test_loader(TestClips(mixed, CONFIG), 2, 0, pin=False)
     assert (len(empty.frames.y), len(empty.frames.bt709), len(empty.labels)) == (0, 0, 0)
 
 
@@ -512,7 +513,7 @@ def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not
 def test_a_test_split_leaves_videos_that_the_decoder_dies_on_out(mixed, monkeypatch, fault, reason):
     mixed = replace(mixed, timeout=1)
     hurt(monkeypatch, 3, fault)
-    found = list(loader.test_loader(loader.TestClips(mixed, CONFIG), 2, 2, pin=False))
+    found = list(loader.test_loader(TestClips(mixed, CONFIG), 2, 2, pin=False))
     assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0, 1], [2], [4, 5]]
     assert [batch.failures for batch in found] == [{}, {mixed.path(3): reason}, {}]
     assert children() == []
@@ -537,7 +538,7 @@ def test_a_decoder_killed_once_reads_the_video_after_all(mixed, monkeypatch):
 
 
 def merged(found: list[Batch]) -> dict[str, str]:
-    return loader.merge(batch.failures for batch in found)
+    return merge_failures(batch.failures for batch in found)
 
 
 def test_a_bug_in_a_worker_comes_out_with_its_traceback(mixed, monkeypatch):
@@ -628,11 +629,11 @@ def test_no_process_outlives_the_training_process(mixed, monkeypatch, tmp_path, 
 
 def test_more_bad_videos_than_are_allowed_end_the_run_with_one_line(mixed):
     some = replace(mixed, unreadable={"a/x.mp4": "empty file", "b/y.mp4": "no video stream"})  # 2 of 8
-    loader.check_bad(some, {}, 25)
-    loader.check_bad(some, {"a/x.mp4": "again"}, 25)  # each counts once
-    loader.check_bad(mixed, {}, 0)
+    check_bad(some, {}, 25)
+    check_bad(some, {"a/x.mp4": "again"}, 25)  # each counts once
+    check_bad(mixed, {}, 0)
     with pytest.raises(UserError) as caught:
-        loader.check_bad(some, {mixed.path(0): "no such file"}, 37.4)
+        check_bad(some, {mixed.path(0): "no such file"}, 37.4)
     assert str(caught.value) == (
         f"{mixed.root}: 3 of the split's 8 videos cannot be read (37.5 %), and --max-bad allows 37.4 %; the first is a/x.mp4 "
         "(empty file): see train.py check, or raise --max-bad"
@@ -640,7 +641,7 @@ def test_more_bad_videos_than_are_allowed_end_the_run_with_one_line(mixed):
     with pytest.raises(
         UserError, match=r"1 of the split's 6 videos cannot be read \(16\.7 %\).*the first is .* \(gone\)"
     ):
-        loader.check_bad(mixed, {mixed.path(1): "gone"}, 1)
+        check_bad(mixed, {mixed.path(1): "gone"}, 1)
 
 
 @pytest.mark.parametrize("layout", ["flat", "class folders"])

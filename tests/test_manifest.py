@@ -12,7 +12,8 @@ import pytest
 from helpers import block, children, crash, loop
 
 from dclr.data import decoder_process, manifest
-from dclr.data.decode import NO_PTS, VideoRecord, verify_video, write_video
+from dclr.data.decode import NO_PTS, VideoRecord, verify_video
+from dclr.data.encode import write_video
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.errors import UserError
 

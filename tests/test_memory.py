@@ -22,7 +22,9 @@ from helpers import children
 from dclr.config import DataConfig
 from dclr.data.catalog import Video, open_catalog
 from dclr.data.decode import VideoRecord, empty_planes
-from dclr.data.loader import BatchSampler, PairSamples, TrainBatches, leave_inherited_objects_alone
+from dclr.data.decoder_process import freeze_inherited_objects
+from dclr.data.loader import BatchSampler, TrainBatches
+from dclr.data.samples import PairSamples
 from dclr.data.string_array import StringArray
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
 
@@ -136,7 +138,7 @@ def in_worker(work: Callable[[], None]) -> int:
     """Bytes that a forked process has more of its own after `work`."""
 
     def run(result):
-        leave_inherited_objects_alone(0)
+        freeze_inherited_objects()
         before = memory(None, "Private_Dirty")
         work()
         result.put(memory(None, "Private_Dirty") - before)

@@ -25,13 +25,11 @@ from dclr.data.catalog import open_catalog
 from dclr.data.decode import (
     UnreadableVideo,
     YuvFrames,
-    compact_record,
-    compact_video,
     read_planes,
     resized_planes,
     verify_video,
-    write_video,
 )
+from dclr.data.encode import compact_record, compact_video, write_video
 from dclr.data.manifest import load_manifest
 from dclr.data.store import open_store, shard_name
 from dclr.data.string_array import unpack_strings

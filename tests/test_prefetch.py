@@ -8,8 +8,9 @@ import torch
 
 from dclr.config import DataConfig
 from dclr.data.catalog import open_catalog
-from dclr.data.loader import BatchSampler, ClipSamples, PairSamples, TrainBatches
+from dclr.data.loader import BatchSampler, TrainBatches
 from dclr.data.prefetch import DeviceBatches, batches_on
+from dclr.data.samples import ClipSamples, PairSamples
 from dclr.data.videos import VideoSet, open_videos
 from kernels import Yuv420, generate_views
 

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import kernels
 from dclr.config import DataConfig, make_config
-from dclr.data.loader import PairSamples
 from dclr.data.pack import pack
+from dclr.data.samples import PairSamples
 from dclr.errors import UserError
 from dclr.method import DCLR, PAIRS
 from dclr.models import build_backbone, load_backbone

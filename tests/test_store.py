@@ -19,7 +19,8 @@ import train
 from dclr.config import DataConfig
 from dclr.data import pack, store, string_array
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import UnreadableVideo, empty_planes, write_video
+from dclr.data.decode import UnreadableVideo, empty_planes
+from dclr.data.encode import write_video
 from dclr.data.store import Store, load_arrays, open_store, save_arrays
 from dclr.errors import UserError
 

@@ -21,7 +21,7 @@ import eval as evaluation
 from dclr.config import DataConfig
 from dclr.data import augmentation, pack, store
 from dclr.data.catalog import open_catalog
-from dclr.data.decode import write_video
+from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.evaluation import demo_table
 from dclr.models import build_backbone, load_backbone, load_classifier, save_backbone

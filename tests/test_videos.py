@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from dclr.config import DataConfig
 from dclr.data.catalog import Video, open_catalog
 from dclr.data.clips import draw_pair, sample_rng
-from dclr.data.decode import UnreadableVideo, VideoRecord, empty_planes, read_planes, write_video
+from dclr.data.decode import UnreadableVideo, VideoRecord, empty_planes, read_planes
+from dclr.data.encode import write_video
 from dclr.data.manifest import load_manifest
 from dclr.data.pack import pack
 from dclr.data.string_array import StringArray

@@ -49,8 +49,8 @@ def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path,
         samples, (pair.query, pair.key), (pair.query_still, pair.key_still), (rows[:2], rows[2:]), strict=True
     ):
         assert str(numbers[0]) in name
-        assert np.array_equal(source, decode.read_frames(video, record, numbers))
-        assert np.array_equal(still, decode.read_frames(video, record, [still_number])[0])
+        assert np.array_equal(source, decode.rgb_of(decode.read_planes(video, record, numbers)))
+        assert np.array_equal(still, decode.rgb_of(decode.read_planes(video, record, [still_number]))[0])
         assert (row == expected[0]).all()
         assert (still_row == expected[1]).all()
         params = ViewParams(augmentation.to_augmentation([row]), augmentation.to_augmentation([still_row]), (112, 112))

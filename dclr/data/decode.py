@@ -1,23 +1,25 @@
-"""Video files to frames and back: the only module that imports av (PyAV, FFmpeg).
+"""Video files to frames. Only this module and encode.py import av (PyAV, FFmpeg).
 
-Frames are numbered in the order the decoder gives them, never by time. Timestamps of genuine data sets are scrambled
-(packed-B AVI files of HMDB51 and UCF101 give 1, 4, 3, 6, 5, ...), headers declare frames that do not exist (49 for 48),
-and empty packets are flagged as keyframes. So `verify_video` decodes a file once from beginning to end and records what
-is really there, and `read_frames` reads by that record: byte for byte what a decode from frame 0 gives.
+Frames are numbered in the order in which the decoder gives them, never by time. Files of real data sets make any other
+number unreliable: timestamps are scrambled (packed-B AVI files of HMDB51 and UCF101 give 1, 4, 3, 6, 5, ...), headers
+declare frames that do not exist (49 for 48), and empty packets are flagged as keyframes. So `verify_video` decodes a
+file once from beginning to end and records what it really contains. `read_planes` reads by this record, and its frames
+are byte for byte those of a decode from frame 0.
 
-Reading decodes as little as it can: it seeks, where a trial has shown that seeking gives the same frames, and it skips
-frames that nothing refers to, where a trial has shown the same of that. Everywhere else it decodes and counts.
+`read_planes` decodes as little as possible. It seeks, and it skips frames that no wanted frame refers to, but only in
+files for which a trial has shown that the wanted frames stay the same. In all other files it decodes from the start and
+counts.
 
-Rotation metadata is not applied: frames come as they are coded.
+Rotation metadata is not applied: frames are returned as they are coded.
 """
 
-import io
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,39 +33,45 @@ from av.video.stream import VideoStream
 from dclr.data.decoder_process import report_progress
 
 NO_PTS = np.iinfo(np.int64).min
-"""Stands in `VideoRecord.pts` for a frame without a timestamp (FFmpeg's own AV_NOPTS_VALUE)."""
-
-_BT601 = (2, 5, 6)
-"""FFmpeg's AVColorSpace: unspecified, BT.470BG and SMPTE 170M, which have the same matrix. PyAV names only the second."""
-
-_PLANES_420 = ("yuv420p", "yuvj420p")
-"""FFmpeg's names of YUV 4:2:0 with 8 bits, a plane each; the second is in full range."""
-
-_TRIAL_FRAMES = 12
-"""Frames compared after each trial seek. A keyframe alone proves little: the frames after a recovery point may still
-refer to frames before it, and the nearest ones are the likeliest to. 12 is a whole group of pictures in UCF101."""
-
-_SKIPPING_CODECS = ("h264", "mpeg4")
-"""Decoders whose non-reference frames may be skipped: their standards let nothing refer to such a frame, and nothing else outlives it.
-HEVC promises that within a temporal layer only, VP8 and VP9 carry probabilities and segment maps on from frame to frame, and AV1's
-decoder takes the setting at its start alone, and then lost wanted frames."""
-
+"""Replaces the timestamp of a frame that has none (FFmpeg's own AV_NOPTS_VALUE)."""
 
 MOST_PIXELS = 8192 * 8192
-"""Of a frame: twice what the largest video format in use has (8K, 8192 x 4320), 96 MiB as planes. A few changed bytes of a header can
-announce a frame of gigabytes, and a decoder takes the memory before it finds that the file does not fill it."""
+"""Largest frame that is read: twice the largest video format in use (8K, 8192 x 4320), 96 MiB as planes. A few changed
+bytes of a header can declare a frame of gigabytes, and a decoder allocates the memory before it finds that the file has
+less."""
+
+_BT601 = (2, 5, 6)
+"""FFmpeg's AVColorSpace: unspecified, BT.470BG and SMPTE 170M, which have the same matrix. PyAV names only the
+second."""
+
+_PLANES_420 = ("yuv420p", "yuvj420p")
+"""FFmpeg's names of YUV 4:2:0 with 8 bits and one plane each. The second one is in full range."""
+
+_BICUBIC = int(Interpolation.BICUBIC) | 0x40000 | 0x80000
+"""Bicubic with FFmpeg's SWS_ACCURATE_RND and SWS_BITEXACT, which PyAV names from version 18 on. Without these, black
+(0) becomes 1 in some places and the result depends on the processor. They cost 6 % of the scaling time."""
+
+_TRIAL_FRAMES = 12
+"""Frames compared after each trial seek. The keyframe alone proves little: the frames after a recovery point may still
+refer to frames before it, and the nearest ones are the most likely to do so. UCF101 has groups of 12 pictures."""
+
+_SKIPPING_CODECS = ("h264", "mpeg4")
+"""Decoders whose non-reference frames may be skipped. Their standards let nothing refer to such a frame, and no other
+state outlives it. The others are not safe. HEVC promises this within a temporal layer only. VP8 and VP9 carry
+probabilities and segment maps from frame to frame. AV1's decoder reads the setting only when it opens, and then lost
+wanted frames."""
 
 _MOST_DATA = 4
-"""Times the size of its file that a video's packets may take. They are parts of the file, so once is what they take (1.00 at most in all
-genuine videos); a demuxer that a damaged index leads in circles gives the same ones for ever. Four leaves room for tables that name a
-part twice, and for containers that leave out what begins every packet."""
+"""Most bytes of a video's packets, as a multiple of the file's size. In all genuine videos it is at most 1.00, because
+packets are sections of the file. A demuxer that a damaged index sends in circles returns the same packets for ever.
+Four leaves room for tables that list a section twice, and for containers that omit what each packet begins with."""
 
 _PLAYLISTS = ("concat", "hls", "dash")
-"""FFmpeg's names of what is no video but opens others: whatever it is called, what it shows is another file's."""
+"""FFmpeg's names of formats that are no video but open other files, whatever the playlist's own name is."""
 
 
 class UnreadableVideo(Exception):
-    """A video file that does not give the frames it should; the message is the reason, without the file's name."""
+    """A video file does not give the frames it should. The message is the reason, without the name of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +79,22 @@ class VideoRecord:
     """What one complete decode of a video file found."""
 
     frames: int
-    """Frames that decode: the only count to rely on."""
+    """Number of frames that decode, which is the only reliable count."""
     declared: int
-    """Frames the header promises; 0 where it says nothing. More than `frames` may mean a file cut short."""
+    """Number of frames in the header; 0 if it has none. A number above `frames` may mean that the file was cut
+    short."""
     height: int
     """Pixels, the same for all frames."""
     width: int
     """Pixels, the same for all frames."""
     pts: np.ndarray
-    """(frames,) int64, timestamps in the stream's own unit, in decode order; NO_PTS where a frame has none."""
+    """(frames,) int64, timestamps in the stream's own unit, in decode order; NO_PTS for a frame without a timestamp."""
     keyframes: np.ndarray
-    """(number of keyframes,) int64, increasing frame numbers of the decoded frames that are keyframes."""
+    """(number of keyframes,) int64, increasing numbers of the frames that are keyframes."""
     seekable: bool
-    """True: there are keyframes after frame 0, and a trial seek to each of them gave exactly its frames."""
+    """True if there are keyframes after frame 0, and a trial seek to each of them gave exactly its frames."""
     skippable: bool
-    """True: there are B-frames, and a trial that skipped those which nothing refers to gave exactly the others."""
+    """True if there are B-frames, and a trial that skipped unneeded frames gave exactly the others."""
 
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -94,24 +103,46 @@ Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class YuvFrames:
-    """N frames of one video as planes, chroma for every 2 x 2 pixels; the last row and column of an odd size share theirs with none."""
+    """N frames of one video as planes in YUV 4:2:0: one chroma value for every 2 x 2 pixels. Odd sizes round up."""
 
-    y: np.ndarray  # (N, H, W) uint8
-    u: np.ndarray  # (N, ceil(H / 2), ceil(W / 2)) uint8
-    v: np.ndarray  # as u
-    bt709: bool  # the matrix is BT.709's, not BT.601's
-    full_range: bool  # 0..255 in all planes, not 16..235 in y and 16..240 in u and v
+    y: np.ndarray
+    """(N, H, W) uint8."""
+    u: np.ndarray
+    """(N, ceil(H / 2), ceil(W / 2)) uint8."""
+    v: np.ndarray
+    """The same shape as u."""
+    bt709: bool
+    """The matrix is BT.709's; otherwise BT.601's."""
+    full_range: bool
+    """All planes use 0..255; otherwise y uses 16..235, and u and v use 16..240."""
+
+    def select(self, index: Any) -> "YuvFrames":
+        """Return the frames at `index`, which is applied to the first dimension of each plane. Slices give views."""
+        return replace(self, y=self.y[index], u=self.u[index], v=self.v[index])
+
+
+def empty_planes(count: int, height: int, width: int) -> Planes:
+    """Return uninitialised planes for `count` frames."""
+    y = np.empty((count, height, width), dtype=np.uint8)
+    u, v = np.empty((2, count, (height + 1) // 2, (width + 1) // 2), dtype=np.uint8)
+    return y, u, v
+
+
+# ---------------------------------------------------------------- verifying
 
 
 def verify_video(path: Path) -> VideoRecord:
-    """Decodes the whole file once, in one thread, then tries a seek to every keyframe, and tries to skip frames where there are B-frames.
+    """Decode a whole file once in one thread, and try whether seeking and skipping give the same frames.
 
-    After each trial seek the first 12 frames of that group of pictures are compared, as crc32. The trial of skipping reads
-    a quarter of all frames, spread over the whole file, as training would read them, and compares each likewise.
+    The trial of seeking seeks to every keyframe and compares the next 12 frames of its group of pictures, as crc32. The
+    trial of skipping takes place in files with B-frames only. It reads a quarter of all frames, spread over the file,
+    as training would read them, and compares each of them in the same way.
 
-    Raises UnreadableVideo: no such file, empty file, cannot be opened, no video stream, no frame decodes, decoding ends
-    in an error, a frame is corrupt, the frame size changes. A file that fails late fails as a whole: what a broken
-    stream gives before the error is noticed cannot be trusted.
+    Raises:
+        UnreadableVideo: there is no such file, it is empty, it cannot be opened, it has no video stream, no frame
+            decodes, decoding ends in an error, a frame is corrupt, or the frame size changes. A file that fails late
+            fails as a whole, because the frames that a broken stream gives before the error is noticed cannot be
+            trusted.
     """
     pts: list[int] = []
     keyframes: list[int] = []
@@ -152,283 +183,8 @@ def verify_video(path: Path) -> VideoRecord:
     return replace(record, skippable=may_skip and b_frames and _skips_exactly(path, record, checksums))
 
 
-def read_frames(path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> np.ndarray:
-    """The wanted frames of a video as (len(wanted), height, width, 3) uint8 RGB, in the order they are wanted.
-
-    `wanted` holds frame numbers in decode order, each in [0, record.frames), in any order and with repeats. All that is
-    wanted of one file belongs into one call, which decodes only what is needed for that.
-
-    Raises ValueError for a number out of range, and UnreadableVideo when the file is no longer what the record says.
-    """
-    numbers = _checked_numbers(record, wanted)
-    rgb = np.empty((len(numbers), record.height, record.width, 3), dtype=np.uint8)
-    reformatter = VideoReformatter()
-    for goal, frame in _frames_of(path, record, numbers):
-        rgb[numbers == goal] = _rgb(frame, reformatter)
-    return rgb
-
-
-def read_planes(
-    path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int], into: Planes | None = None
-) -> YuvFrames:
-    """The wanted frames as YUV 4:2:0, as most decoders give them: half the bytes of RGB, and no conversion. Otherwise as `read_frames`.
-
-    They are written to the top left of the planes in `into`, one for each frame wanted and at least as large, and what is returned
-    are views of them; what lies beside and below is left as it was. Without `into`, to new memory.
-
-    Frames in another format (4:2:2, 4:4:4, 10 bits, RGB) are converted to 4:2:0, and those of a matrix that is neither BT.601's nor
-    BT.709's to BT.709. A stream that names no matrix is taken for BT.601, as FFmpeg's own conversion to RGB does.
-    """
-    numbers = _checked_numbers(record, wanted)
-    height, width = record.height, record.width
-    y, u, v = into or empty_planes(len(numbers), height, width)
-    y = y[:, :height, :width]
-    u, v = (plane[:, : (height + 1) // 2, : (width + 1) // 2] for plane in (u, v))
-    bt709 = full_range = False
-    reformatter = VideoReformatter()
-    for goal, frame in _frames_of(path, record, numbers):
-        frame, bt709, full_range = _yuv420(frame, reformatter)
-        places = np.flatnonzero(numbers == goal).tolist()
-        for target, plane in zip((y, u, v), frame.planes, strict=True):
-            lines = _lines(plane)
-            for place in places:
-                target[place] = lines
-    return YuvFrames(y, u, v, bt709, full_range)
-
-
-def rgb_of(frames: YuvFrames) -> np.ndarray:
-    """Frames as (N, H, W, 3) uint8 RGB, for pictures: by FFmpeg's conversion, as `read_frames` where the video is in 4:2:0."""
-    count, height, width = frames.y.shape
-    rgb = np.empty((count, height, width, 3), dtype=np.uint8)
-    image, reformatter = VideoFrame(width, height, "yuv420p"), VideoReformatter()
-    image.colorspace = Colorspace.ITU709 if frames.bt709 else Colorspace.ITU601
-    image.color_range = ColorRange.JPEG if frames.full_range else ColorRange.MPEG
-    for number in range(count):
-        for plane, source in zip(image.planes, (frames.y, frames.u, frames.v), strict=True):
-            _lines(plane)[...] = source[number]
-        rgb[number] = _rgb(image, reformatter)
-    return rgb
-
-
-def converted(frames: YuvFrames, height: int, width: int, bt709: bool, full_range: bool) -> YuvFrames:
-    """The same pictures in another size (bicubic), matrix and range, by swscale; in their own they are returned as they are."""
-    if (*frames.y.shape[1:], frames.bt709, frames.full_range) == (height, width, bt709, full_range):
-        return frames
-    spaces = {True: Colorspace.ITU709, False: Colorspace.ITU601}
-    ranges = {True: ColorRange.JPEG, False: ColorRange.MPEG}
-    planes, reformatter = empty_planes(len(frames.y), height, width), VideoReformatter()
-    for number, source in enumerate(zip(frames.y, frames.u, frames.v, strict=True)):
-        image = reformatter.reformat(
-            _plain_frame(*source), width=width, height=height, format="yuv420p", interpolation=_BICUBIC, threads=1,
-            src_colorspace=spaces[frames.bt709], dst_colorspace=spaces[bt709],
-            src_color_range=ranges[frames.full_range], dst_color_range=ranges[full_range],
-        )  # fmt: skip
-        for target, plane in zip(planes, _plane_views(image), strict=True):
-            target[number] = plane
-    return YuvFrames(*planes, bt709, full_range)
-
-
-def empty_planes(count: int, height: int, width: int) -> Planes:
-    """Memory for the planes of `count` frames, not set to anything."""
-    y = np.empty((count, height, width), dtype=np.uint8)
-    u, v = np.empty((2, count, (height + 1) // 2, (width + 1) // 2), dtype=np.uint8)
-    return y, u, v
-
-
-def _checked_numbers(record: VideoRecord, wanted: np.ndarray | Sequence[int]) -> np.ndarray:
-    numbers = np.asarray(wanted, dtype=np.int64)
-    if numbers.ndim != 1:
-        raise ValueError(f"wanted must be a list of frame numbers, got shape {numbers.shape}")
-    if numbers.size and (numbers.min() < 0 or numbers.max() >= record.frames):
-        raise ValueError(f"wanted must be in [0, {record.frames}), got {numbers.min()} to {numbers.max()}")
-    return numbers
-
-
-def _frames_of(path: Path, record: VideoRecord, numbers: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
-    """(number, frame) of each frame in `numbers`, once."""
-    goals = np.unique(numbers).tolist()
-    missing = set(goals)
-    if record.skippable:
-        # What skipping does not bring is counted up to instead: the trial cannot show that every choice of frames comes, and counting
-        # has the better words for a file that changed.
-        with suppress(UnreadableVideo):
-            for number, frame in _recognised(path, record, goals):
-                yield number, frame
-                missing.remove(number)
-    if missing:
-        yield from _counted(path, record, sorted(missing))
-
-
-def _counted(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-    """`_frames_of` by decoding every frame up to the goals, or from a keyframe up to them, and counting."""
-    with _opened(path) as (container, stream):
-        for start, run in _runs(record, goals):
-            if start > 0:
-                _seek(container, stream, start, record)
-            frames = _decoded(container, stream, first=start)
-            position = start  # the frame that the decoder gives next
-            for goal in run:
-                frame = next(islice(frames, goal - position, None), None)
-                position = goal + 1
-                if frame is None:
-                    raise UnreadableVideo(f"ends before frame {goal} of the {record.frames} verified: the file changed")
-                _check_size(frame, goal, record.height, record.width)
-                if _pts(frame) != record.pts[goal]:
-                    raise UnreadableVideo(f"frame {goal} is not the one that was verified: the file changed")
-                yield goal, frame
-
-
-def _recognised(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
-    """`_frames_of` by timestamps, without decoding what no goal needs. For files in which every packet holds one frame and has its pts."""
-    every = set(record.pts.tolist())
-    with _opened(path) as (container, stream):
-        for start, run in _runs(record, goals):
-            if start > 0:
-                _seek(container, stream, start, record)
-            number_of = dict(zip(record.pts[run].tolist(), run, strict=True))
-            frames = _needed(container, stream, waiting=set(number_of), unwanted=every - number_of.keys())
-            for place, frame in enumerate(frames):
-                if place == 0 and frame.pts != record.pts[start]:
-                    raise UnreadableVideo(f"frame {start} is not where it was: the file changed")
-                if (number := number_of.pop(frame.pts, None)) is not None:
-                    _check_size(frame, number, record.height, record.width)
-                    yield number, frame
-
-
-def _runs(record: VideoRecord, goals: list[int]) -> list[tuple[int, list[int]]]:
-    """The goals (increasing) in runs that are decoded without a break, each with the frame to start from: 0, or a keyframe to be sought.
-
-    A run ends where a keyframe lies between two goals.
-    """
-    starting_points = np.append(0, record.keyframes) if record.seekable else np.zeros(1, dtype=np.int64)
-    last_up_to_goal = np.searchsorted(starting_points, goals, side="right") - 1
-    runs: list[tuple[int, list[int]]] = []
-    for start, goal in zip(starting_points[last_up_to_goal].tolist(), goals, strict=True):
-        if not runs or start > runs[-1][1][-1] + 1:
-            runs.append((start, []))
-        runs[-1][1].append(goal)
-    return runs
-
-
-def write_video(path: Path, frames: np.ndarray, fps: int = 25, keyframe_every: int = 12) -> None:
-    """Writes (T, H, W, 3) uint8 RGB frames as h264 in 4:2:0, a keyframe exactly every `keyframe_every` frames.
-
-    The container is what the path's suffix says (.mp4). H and W must be even, else ValueError.
-    """
-    _, height, width, channels = frames.shape
-    if frames.dtype != np.uint8 or channels != 3 or height % 2 or width % 2:
-        raise ValueError(f"frames must be uint8 (T, even H, even W, 3), got {frames.dtype} {frames.shape}")
-    # sc_threshold=0: no further keyframes where x264 sees a scene change.
-    # One thread and no assembly: with it, the same frames were encoded to other bytes from one call to the next (docs/LOG.md).
-    options = {"preset": "veryfast", "crf": "18", "sc_threshold": "0", "threads": "1", "x264-params": "asm=0"}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.codec_context.gop_size = keyframe_every
-        stream.codec_context.thread_count = 1
-        for rgb in frames:
-            container.mux(stream.encode(VideoFrame.from_ndarray(rgb, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The open file and its first video stream, set to decode in the calling thread alone.
-
-    One thread a file and processes across files: FFmpeg's own threads cost 15 to 35 % more CPU time.
-    """
-    if not path.is_file():
-        raise UnreadableVideo("no such file")
-    if path.stat().st_size == 0:
-        raise UnreadableVideo("empty file")
-    try:
-        # "file:" keeps FFmpeg from reading a colon in a relative path as a protocol. metadata_errors: HMDB51 has titles
-        # that are not UTF-8, and by default they make PyAV raise.
-        container = av.open(f"file:{path}", metadata_errors="ignore")
-    except (av.error.FFmpegError, UnicodeEncodeError) as error:
-        raise UnreadableVideo(f"cannot be opened: {_plain(error)}") from error
-    with container:
-        if container.format.name in _PLAYLISTS:
-            raise UnreadableVideo(f"a playlist ({container.format.name}), which names other files")
-        if not container.streams.video:
-            raise UnreadableVideo("no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise UnreadableVideo("no decoder for its video codec")
-        _check_pixels(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # a size may also come with a later frame
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
-        yield container, stream
-
-
-def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iterator[VideoFrame]:
-    """The frames from where the container stands to its end; `first` is the number of the next one, for messages."""
-    frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
-    for number in count(first):
-        try:
-            frame = next(frames, None)
-        except av.error.FFmpegError as error:
-            raise UnreadableVideo(f"decoding stops at frame {number}: {_plain(error)}") from error
-        if frame is None:
-            return
-        report_progress()
-        if frame.is_corrupt:
-            raise UnreadableVideo(f"frame {number} is corrupt")
-        yield frame
-
-
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """From where the container stands to its end, then an empty one. Goes between PyAV's own iterator and whoever may leave before the
-    end: left, this one closes it. Merely dropped, it never frees a packet of 150 bytes (PyAV 18.0), a file that is read in part.
-
-    Raises UnreadableVideo: there is no end to them."""
-    left = _MOST_DATA * container.size
-    with closing(container.demux(stream)) as packets:  # type: ignore[type-var]  # a generator, whatever PyAV calls it
-        for packet in packets:
-            # The end's own is empty, and so are those of dropped frames; each of these takes place in the file.
-            left -= max(packet.size, 1)
-            if left < 0:
-                raise UnreadableVideo(f"gives more than {_MOST_DATA} times the data that it holds")
-            yield packet
-
-
-def _needed(
-    container: InputContainer, stream: VideoStream, waiting: set[int], unwanted: set[int]
-) -> Iterator[VideoFrame]:
-    """From where the container stands, the frames whose timestamps are not in `unwanted`, and of those the ones that others refer to.
-
-    Once nothing is `waiting` any more, which is used up, the decoder is drained: what it still holds back needs no further packet.
-    """
-    decoder = stream.codec_context
-    try:
-        for packet in _packets(container, stream):
-            decoder.skip_frame = "NONREF" if packet.pts in unwanted else "DEFAULT"
-            waiting.discard(packet.pts)
-            frames = decoder.decode(packet)
-            if not waiting:
-                frames += decoder.decode(None)
-            for frame in frames:
-                report_progress()
-                if frame.is_corrupt:
-                    raise UnreadableVideo("a frame is corrupt")
-                yield frame
-            if not waiting:
-                return
-    except av.error.FFmpegError as error:
-        raise UnreadableVideo(f"decoding stops: {_plain(error)}") from error
-
-
-def _seek(container: InputContainer, stream: VideoStream, keyframe: int, record: VideoRecord) -> None:
-    """To a keyframe, given its number; the caller checks where this landed."""
-    try:
-        container.seek(int(record.pts[keyframe]), stream=stream)
-    except av.error.FFmpegError as error:
-        raise UnreadableVideo(f"cannot seek to frame {keyframe}: {_plain(error)}") from error
-
-
 def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -> bool:
-    """Whether a seek to each keyframe after frame 0 gives the frames that the sequential decode gave."""
+    """Return whether a seek to each keyframe after frame 0 gives the frames of the sequential decode."""
     keyframes = record.keyframes[record.keyframes > 0].tolist()
     if not keyframes:
         return False
@@ -450,7 +206,8 @@ def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -
 
 
 def _skips_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -> bool:
-    """Whether every packet is one frame's, and reading that skips what it can gives the frames that the sequential decode gave."""
+    """Return whether each packet holds one frame, and reading with skipping gives the frames of the sequential
+    decode."""
     reformatter = VideoReformatter()
     trial = [number for number in range(record.frames) if _in_skipping_trial(number)]
     try:
@@ -462,7 +219,7 @@ def _skips_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -
                     packets.append(_pts(packet))
         if sorted(packets) != record.pts.tolist():
             return False
-        for number, frame in _recognised(path, record, trial):
+        for number, frame in _frames_by_time(path, record, trial):
             if _checksum(frame, reformatter) != checksums[number]:
                 return False
             trial.remove(number)
@@ -472,17 +229,216 @@ def _skips_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -
 
 
 def _in_skipping_trial(number: int) -> bool:
-    """Pairs with gaps of two among 32 frames, then a gap of 32: whatever the order of B-frames, some are wanted and some are skipped."""
+    """Return whether the trial of skipping reads this frame.
+
+    It reads pairs with gaps of two among 32 frames, then leaves a gap of 32. So some frames are wanted and some are
+    skipped, whatever the order of B-frames is.
+    """
     return number % 64 < 32 and number % 4 < 2
 
 
-def _rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """(height, width, 3) uint8. PyAV's default of one thread a core triples the cost for frames of this size."""
-    return np.ascontiguousarray(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+def _checksum(frame: VideoFrame, reformatter: VideoReformatter) -> int:
+    """Return the crc32 of the decoded planes; for a frame that is not 4:2:0 with 8 bits, the crc32 of its RGB."""
+    if frame.format.name not in _PLANES_420:
+        return zlib.crc32(_rgb(frame, reformatter).data)
+    checksum = 0
+    for plane in frame.planes:
+        checksum = zlib.crc32(np.ascontiguousarray(_lines(plane)).data, checksum)
+    return checksum
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_planes(
+    path: Path, record: VideoRecord, wanted: np.ndarray | Sequence[int], into: Planes | None = None
+) -> YuvFrames:
+    """Return the wanted frames of a video in YUV 4:2:0, in the order in which they are wanted.
+
+    Most decoders give this format. It has half the bytes of RGB and needs no conversion. Frames in another format
+    (4:2:2, 4:4:4, 10 bits, RGB) are converted to 4:2:0. Frames of a matrix that is neither BT.601's nor BT.709's are
+    converted to BT.709. A stream that names no matrix is taken for BT.601, as FFmpeg's own conversion to RGB does.
+
+    Args:
+        wanted: (N,) frame numbers in decode order, each in [0, record.frames), in any order and with repeats. One call
+            should ask for all frames that are wanted from a file, because a call decodes only what they need.
+        into: planes of N frames, at least as large as the video's. The frames are written to their top left corner, the
+            rest is left unchanged, and the result has views of them. Without `into`, the frames are in new memory.
+
+    Raises:
+        ValueError: a frame number is out of range.
+        UnreadableVideo: the file has changed since it was verified.
+    """
+    numbers = check_frame_numbers(wanted, record.frames)
+    height, width = record.height, record.width
+    y, u, v = into or empty_planes(len(numbers), height, width)
+    y = y[:, :height, :width]
+    u, v = (plane[:, : (height + 1) // 2, : (width + 1) // 2] for plane in (u, v))
+    bt709 = full_range = False
+    reformatter = VideoReformatter()
+    for goal, frame in _frames_of(path, record, numbers):
+        frame, bt709, full_range = _yuv420(frame, reformatter)
+        positions = np.flatnonzero(numbers == goal).tolist()
+        for target, plane in zip((y, u, v), _plane_views(frame), strict=True):
+            for position in positions:
+                target[position] = plane
+    return YuvFrames(y, u, v, bt709, full_range)
+
+
+def check_frame_numbers(wanted: np.ndarray | Sequence[int], frames: int) -> np.ndarray:
+    """Return the wanted frame numbers as (N,) int64. Raises ValueError: a number is not in [0, frames)."""
+    numbers = np.asarray(wanted, dtype=np.int64)
+    if numbers.ndim != 1:
+        raise ValueError(f"wanted must be a list of frame numbers, got shape {numbers.shape}")
+    if numbers.size and (numbers.min() < 0 or numbers.max() >= frames):
+        raise ValueError(f"wanted must be in [0, {frames}), got {numbers.min()} to {numbers.max()}")
+    return numbers
+
+
+def resized_planes(path: Path, record: VideoRecord, height: int, width: int) -> Iterator[YuvFrames]:
+    """Yield every frame of a video in order, one at a time (N = 1), scaled to `height` x `width` by swscale (bicubic).
+
+    Matrix and range stay the same. In the video's own size, the planes are byte for byte those of `read_planes`.
+    Raises UnreadableVideo: the file has changed since it was verified.
+    """
+    converter, scaler = VideoReformatter(), VideoReformatter()
+    decoded = 0
+    with _opened(path) as (container, stream):
+        for number, frame in enumerate(_decoded(container, stream, first=0)):
+            _check_size(frame, number, record.height, record.width)
+            if number >= record.frames or _pts(frame) != record.pts[number]:
+                raise UnreadableVideo(f"frame {number} is not the one that was verified: the file changed")
+            decoded += 1
+            frame, bt709, full_range = _yuv420(frame, converter)
+            if (height, width) != (record.height, record.width):
+                # The plain frame names neither matrix nor range, so swscale converts neither.
+                frame = scaler.reformat(
+                    plain_frame(*_plane_views(frame)), width=width, height=height, format="yuv420p",
+                    interpolation=_BICUBIC, threads=1,
+                )  # fmt: skip
+            y, u, v = _plane_views(frame)
+            yield YuvFrames(y[None], u[None], v[None], bt709, full_range)
+    if decoded < record.frames:
+        raise UnreadableVideo(f"ends before frame {decoded} of the {record.frames} verified: the file changed")
+
+
+def _frames_of(path: Path, record: VideoRecord, numbers: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield (number, frame) for each frame in `numbers` once."""
+    goals = np.unique(numbers).tolist()
+    missing = set(goals)
+    if record.skippable:
+        # Frames that skipping does not give are read by counting instead. The trial cannot show that every choice of
+        # frames works, and counting explains better how a file has changed.
+        with suppress(UnreadableVideo):
+            for number, frame in _frames_by_time(path, record, goals):
+                yield number, frame
+                missing.remove(number)
+    if missing:
+        yield from _frames_by_count(path, record, sorted(missing))
+
+
+def _frames_by_count(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield (number, frame) for each goal. Decodes every frame from the start, or from a keyframe, up to the goal and
+    counts."""
+    with _opened(path) as (container, stream):
+        for start, run in _runs(record, goals):
+            if start > 0:
+                _seek(container, stream, start, record)
+            frames = _decoded(container, stream, first=start)
+            coming = start  # the frame that the decoder gives next
+            for goal in run:
+                frame = next(islice(frames, goal - coming, None), None)
+                coming = goal + 1
+                if frame is None:
+                    raise UnreadableVideo(f"ends before frame {goal} of the {record.frames} verified: the file changed")
+                _check_size(frame, goal, record.height, record.width)
+                if _pts(frame) != record.pts[goal]:
+                    raise UnreadableVideo(f"frame {goal} is not the one that was verified: the file changed")
+                yield goal, frame
+
+
+def _frames_by_time(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield (number, frame) for each goal, found by its timestamp. Skips frames that no goal needs.
+
+    Only for files in which every packet holds one frame and its timestamp.
+    """
+    every = set(record.pts.tolist())
+    with _opened(path) as (container, stream):
+        for start, run in _runs(record, goals):
+            if start > 0:
+                _seek(container, stream, start, record)
+            number_of = dict(zip(record.pts[run].tolist(), run, strict=True))
+            frames = _needed(container, stream, waiting=set(number_of), unwanted=every - number_of.keys())
+            for decoded, frame in enumerate(frames):
+                if decoded == 0 and frame.pts != record.pts[start]:
+                    raise UnreadableVideo(f"frame {start} is not where it was: the file changed")
+                if (number := number_of.pop(frame.pts, None)) is not None:
+                    _check_size(frame, number, record.height, record.width)
+                    yield number, frame
+
+
+def _runs(record: VideoRecord, goals: list[int]) -> list[tuple[int, list[int]]]:
+    """Divide the goals (increasing) into runs that are decoded without a break, each with the frame to start from.
+
+    A run starts from frame 0 or from a keyframe. It ends where a keyframe lies between two goals.
+    """
+    starting_points = np.append(0, record.keyframes) if record.seekable else np.zeros(1, dtype=np.int64)
+    last_up_to_goal = np.searchsorted(starting_points, goals, side="right") - 1
+    runs: list[tuple[int, list[int]]] = []
+    for start, goal in zip(starting_points[last_up_to_goal].tolist(), goals, strict=True):
+        if not runs or start > runs[-1][1][-1] + 1:
+            runs.append((start, []))
+        runs[-1][1].append(goal)
+    return runs
+
+
+# ---------------------------------------------------------------- colours and sizes
+
+
+def rgb_of(frames: YuvFrames) -> np.ndarray:
+    """Return frames as (N, H, W, 3) uint8 RGB by FFmpeg's conversion, for figures. It is the RGB of the video if that
+    is in 4:2:0."""
+    count, height, width = frames.y.shape
+    rgb = np.empty((count, height, width, 3), dtype=np.uint8)
+    image, reformatter = VideoFrame(width, height, "yuv420p"), VideoReformatter()
+    image.colorspace = Colorspace.ITU709 if frames.bt709 else Colorspace.ITU601
+    image.color_range = ColorRange.JPEG if frames.full_range else ColorRange.MPEG
+    for number in range(count):
+        for plane, source in zip(_plane_views(image), (frames.y, frames.u, frames.v), strict=True):
+            plane[...] = source[number]
+        rgb[number] = _rgb(image, reformatter)
+    return rgb
+
+
+def converted(frames: YuvFrames, height: int, width: int, bt709: bool, full_range: bool) -> YuvFrames:
+    """Return frames in another size (bicubic), matrix and range, by swscale; unchanged if they have these already."""
+    if (*frames.y.shape[1:], frames.bt709, frames.full_range) == (height, width, bt709, full_range):
+        return frames
+    spaces = {True: Colorspace.ITU709, False: Colorspace.ITU601}
+    ranges = {True: ColorRange.JPEG, False: ColorRange.MPEG}
+    planes, reformatter = empty_planes(len(frames.y), height, width), VideoReformatter()
+    for number, source in enumerate(zip(frames.y, frames.u, frames.v, strict=True)):
+        image = reformatter.reformat(
+            plain_frame(*source), width=width, height=height, format="yuv420p", interpolation=_BICUBIC, threads=1,
+            src_colorspace=spaces[frames.bt709], dst_colorspace=spaces[bt709],
+            src_color_range=ranges[frames.full_range], dst_color_range=ranges[full_range],
+        )  # fmt: skip
+        for target, plane in zip(planes, _plane_views(image), strict=True):
+            target[number] = plane
+    return YuvFrames(*planes, bt709, full_range)
+
+
+def plain_frame(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> VideoFrame:
+    """Return a frame of FFmpeg in 4:2:0 with a copy of these planes (H, W), which names neither matrix nor range."""
+    height, width = y.shape
+    frame = VideoFrame(width, height, "yuv420p")
+    for target, plane in zip(_plane_views(frame), (y, u, v), strict=True):
+        target[...] = plane
+    return frame
 
 
 def _yuv420(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[VideoFrame, bool, bool]:
-    """The frame in 4:2:0 with 8 bits, whether its matrix is BT.709's, and whether it is in full range."""
+    """Return the frame in 4:2:0 with 8 bits, whether its matrix is BT.709's, and whether it is in full range."""
     full_range = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     bt709 = frame.colorspace == Colorspace.ITU709
     known = bt709 or frame.colorspace in _BT601
@@ -497,7 +453,7 @@ def _yuv420(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[VideoFram
             dst_color_range=range_, threads=1,
         )  # fmt: skip
         return frame, bt709, full_range
-    # By way of RGB, which has no matrix.
+    # Convert by way of RGB, which has no matrix.
     rgb = VideoFrame.from_ndarray(_rgb(frame, reformatter), format="rgb24")
     frame = reformatter.reformat(
         rgb, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
@@ -505,19 +461,127 @@ def _yuv420(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[VideoFram
     return frame, True, False
 
 
-def _checksum(frame: VideoFrame, reformatter: VideoReformatter) -> int:
-    """Of the planes as they are decoded; of RGB where they are not 4:2:0 with 8 bits."""
-    if frame.format.name not in _PLANES_420:
-        return zlib.crc32(_rgb(frame, reformatter).data)
-    checksum = 0
-    for plane in frame.planes:
-        checksum = zlib.crc32(np.ascontiguousarray(_lines(plane)).data, checksum)
-    return checksum
+def _rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """Return the frame as (height, width, 3) uint8. PyAV's default of one thread per core triples the cost for frames
+    of this size."""
+    return np.ascontiguousarray(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+
+
+def _plane_views(frame: VideoFrame) -> Planes:
+    """Return views (H, W) of the planes of a 4:2:0 frame, without the padding at the end of their lines."""
+    y, u, v = map(_lines, frame.planes)
+    return y, u, v
 
 
 def _lines(plane: VideoPlane) -> np.ndarray:
-    """(height, width) uint8, a view of a plane with one byte a value."""
+    """Return a view (height, width) uint8 of a plane with one byte per value."""
     return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+
+
+# ---------------------------------------------------------------- the file
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a file and its first video stream, set to decode in the calling thread only.
+
+    One thread per file and several processes are fastest: FFmpeg's own threads cost 15 to 35 % more CPU time.
+    """
+    if not path.is_file():
+        raise UnreadableVideo("no such file")
+    if path.stat().st_size == 0:
+        raise UnreadableVideo("empty file")
+    try:
+        # With "file:", FFmpeg does not read a colon in a relative path as a protocol. metadata_errors: HMDB51 has
+        # titles that are not UTF-8, and PyAV raises on them by default.
+        container = av.open(f"file:{path}", metadata_errors="ignore")
+    except (av.error.FFmpegError, UnicodeEncodeError) as error:
+        raise UnreadableVideo(f"cannot be opened: {_reason(error)}") from error
+    with container:
+        if container.format.name in _PLAYLISTS:
+            raise UnreadableVideo(f"a playlist ({container.format.name}), which names other files")
+        if not container.streams.video:
+            raise UnreadableVideo("no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise UnreadableVideo("no decoder for its video codec")
+        _check_pixels(stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # a later frame may declare another size
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iterator[VideoFrame]:
+    """Yield the frames from the container's current position to its end. `first`: number of the next frame, for error
+    messages."""
+    frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
+    for number in count(first):
+        try:
+            frame = next(frames, None)
+        except av.error.FFmpegError as error:
+            raise UnreadableVideo(f"decoding stops at frame {number}: {_reason(error)}") from error
+        if frame is None:
+            return
+        report_progress()
+        if frame.is_corrupt:
+            raise UnreadableVideo(f"frame {number} is corrupt")
+        yield frame
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """Yield the packets from the container's current position to its end, then an empty packet.
+
+    Closes PyAV's own iterator when the caller stops before the end. If that iterator is only dropped, it never frees a
+    packet of 150 bytes for each file that is read in part (PyAV 18.0).
+
+    Raises UnreadableVideo: the packets have no end.
+    """
+    left = _MOST_DATA * container.size
+    with closing(container.demux(stream)) as packets:  # type: ignore[type-var]  # it is a generator
+        for packet in packets:
+            # The packet at the end and those of dropped frames are empty, but each takes space in the file.
+            left -= max(packet.size, 1)
+            if left < 0:
+                raise UnreadableVideo(f"gives more than {_MOST_DATA} times the data that it holds")
+            yield packet
+
+
+def _needed(
+    container: InputContainer, stream: VideoStream, waiting: set[int], unwanted: set[int]
+) -> Iterator[VideoFrame]:
+    """Yield frames from the container's current position, without the unwanted ones that no other frame refers to.
+
+    Args:
+        waiting: timestamps of the wanted frames. They are removed when their packets are read. When none is left, the
+            decoder is drained: the frames that it still holds need no further packet.
+        unwanted: timestamps of the frames that are not wanted.
+    """
+    decoder = stream.codec_context
+    try:
+        for packet in _packets(container, stream):
+            decoder.skip_frame = "NONREF" if packet.pts in unwanted else "DEFAULT"
+            waiting.discard(packet.pts)
+            frames = decoder.decode(packet)
+            if not waiting:
+                frames += decoder.decode(None)
+            for frame in frames:
+                report_progress()
+                if frame.is_corrupt:
+                    raise UnreadableVideo("a frame is corrupt")
+                yield frame
+            if not waiting:
+                return
+    except av.error.FFmpegError as error:
+        raise UnreadableVideo(f"decoding stops: {_reason(error)}") from error
+
+
+def _seek(container: InputContainer, stream: VideoStream, keyframe: int, record: VideoRecord) -> None:
+    """Seek to a keyframe, given its number. The caller checks which frame comes next."""
+    try:
+        container.seek(int(record.pts[keyframe]), stream=stream)
+    except av.error.FFmpegError as error:
+        raise UnreadableVideo(f"cannot seek to frame {keyframe}: {_reason(error)}") from error
 
 
 def _pts(timed: VideoFrame | Packet) -> int:
@@ -536,96 +600,6 @@ def _check_size(frame: VideoFrame, number: int, height: int, width: int) -> None
         )
 
 
-def _plain(error: Exception) -> str:
-    """FFmpeg's own words, without the error number and the C function."""
+def _reason(error: Exception) -> str:
+    """Return FFmpeg's own words without the error number and the C function."""
     return str(getattr(error, "strerror", None) or error)
-
-
-# ---------------------------------------------------------------- for the packed store: resizing, and files that are quick to read
-
-_BICUBIC = int(Interpolation.BICUBIC) | 0x40000 | 0x80000
-"""With FFmpeg's SWS_ACCURATE_RND and SWS_BITEXACT, which PyAV names from version 18 on: without, black (0) becomes 1 in places, and the
-result depends on the processor. They cost 6 % of the scaling."""
-
-_COMPACT_QUANTIZER = 3
-_COMPACT_KEYFRAME_EVERY = 12
-
-
-def resized_planes(path: Path, record: VideoRecord, height: int, width: int) -> Iterator[YuvFrames]:
-    """Every frame of a video in order, one at a time (N = 1), its planes scaled to `height` x `width` by swscale (bicubic).
-
-    Matrix and range stay as they are. In the video's own size the planes are byte for byte those of `read_planes`.
-    Raises UnreadableVideo: the file is no longer what the record says.
-    """
-    converter, scaler = VideoReformatter(), VideoReformatter()
-    decoded = 0
-    with _opened(path) as (container, stream):
-        for number, frame in enumerate(_decoded(container, stream, first=0)):
-            _check_size(frame, number, record.height, record.width)
-            if number >= record.frames or _pts(frame) != record.pts[number]:
-                raise UnreadableVideo(f"frame {number} is not the one that was verified: the file changed")
-            decoded += 1
-            frame, bt709, full_range = _yuv420(frame, converter)
-            if (height, width) != (record.height, record.width):
-                # A frame that names neither matrix nor range, so that swscale converts neither.
-                frame = scaler.reformat(
-                    _plain_frame(*_plane_views(frame)), width=width, height=height, format="yuv420p",
-                    interpolation=_BICUBIC, threads=1,
-                )  # fmt: skip
-            y, u, v = _plane_views(frame)
-            yield YuvFrames(y[None], u[None], v[None], bt709, full_range)
-    if decoded < record.frames:
-        raise UnreadableVideo(f"ends before frame {decoded} of the {record.frames} verified: the file changed")
-
-
-def compact_video(frames: Iterable[YuvFrames], height: int, width: int) -> bytes:
-    """An AVI file of these frames as mpeg4: a keyframe exactly every 12 frames, no B-frames, quantizer 3, in one thread.
-
-    Sample values are coded as they are; the file names neither matrix nor range. Read by `compact_record`.
-
-    mpeg4 and not h264: at 170 x 128 it reads 1.5 times as fast as the quickest h264 of the same quality (without deblocking and CABAC), in
-    1.3 to 1.4 times the bytes. AVI reads as fast as Matroska and a little faster than mp4; in NUT seeking fails.
-    """
-    # sc_threshold: no further keyframes where the encoder sees a scene change.
-    options = {"qmin": str(_COMPACT_QUANTIZER), "qmax": str(_COMPACT_QUANTIZER), "sc_threshold": "1000000000"}
-    file = io.BytesIO()
-    with av.open(file, "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=25, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.codec_context.gop_size = _COMPACT_KEYFRAME_EVERY
-        stream.codec_context.max_b_frames = 0
-        stream.codec_context.thread_count = 1
-        for planes in frames:
-            for y, u, v in zip(planes.y, planes.u, planes.v, strict=True):
-                container.mux(stream.encode(_plain_frame(y, u, v)))
-        container.mux(stream.encode(None))
-    return file.getvalue()
-
-
-def compact_record(frames: int, height: int, width: int) -> VideoRecord:
-    """What `verify_video` finds in a file that `compact_video` made of so many frames."""
-    return VideoRecord(
-        frames=frames,
-        declared=frames,
-        height=height,
-        width=width,
-        pts=np.arange(frames),
-        keyframes=np.arange(0, frames, _COMPACT_KEYFRAME_EVERY),
-        seekable=frames > _COMPACT_KEYFRAME_EVERY,
-        skippable=False,
-    )
-
-
-def _plane_views(frame: VideoFrame) -> Planes:
-    """The planes of a 4:2:0 frame without the bytes that fill up its lines; they are the frame's own memory."""
-    y, u, v = map(_lines, frame.planes)
-    return y, u, v
-
-
-def _plain_frame(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> VideoFrame:
-    """A 4:2:0 frame with a copy of these planes, that says nothing of its colours."""
-    height, width = y.shape
-    frame = VideoFrame(width, height, "yuv420p")
-    for target, plane in zip(_plane_views(frame), (y, u, v), strict=True):
-        target[...] = plane
-    return frame

@@ -1,7 +1,10 @@
-"""A process that decodes, watched by the one that needs the frames: a crash of FFmpeg, or a call that never returns, costs one video.
+"""A decoder process: a child process that decodes videos, watched by the process that needs the frames.
 
-Progress lies in a few bytes that both see: which video is being read, and a number that rises with every frame. So a decode may take as
-long as it likes; only one that gives nothing for `limit` seconds is ended.
+So a crash of FFmpeg, or a call that never returns, costs one video and not the run.
+
+The two processes share a few bytes: the number of the video that is being read, and a counter that rises with every
+frame. A decode may take as long as it needs. The decoder process is killed only if it gives no frame for `limit`
+seconds.
 """
 
 import ctypes
@@ -20,42 +23,47 @@ from typing import Any, NoReturn
 import numpy as np
 
 TIMEOUT = 60.0
-"""Seconds without a frame after which a decoder is ended, where nobody says otherwise. A frame takes milliseconds, a seek on a busy network
-disk seconds."""
+"""Default limit in seconds without a frame, after which a decoder process is killed. A frame takes milliseconds, a seek
+on a busy network disk takes seconds."""
 
 TICK = 0.5
-"""Seconds between two looks at a child that is busy."""
+"""Seconds between two checks of a busy decoder process."""
 
 STALLED = 1000
-"""Stands for an exit status: the child gave nothing for too long, and was ended."""
+"""Replaces the exit status of a decoder process that was killed because it gave no frame for too long."""
 
 _PR_SET_PDEATHSIG = 1
-_NOTHING = -1  # in place of a video's number
+_NO_VIDEO = -1
 
 
 def shared_array(count: int, dtype: type) -> np.ndarray:
-    """(count,) zeros that this process and those forked later see and write together."""
+    """Return (count,) zeros in memory that this process shares with the processes it forks later."""
     return np.frombuffer(mmap.mmap(-1, max(count, 1) * np.dtype(dtype).itemsize), dtype)[:count]
 
 
 class Progress:
-    """Of one process that works, for one that was its parent: what it works at, and whether it gets on."""
+    """The progress of a child process, in memory that it shares with its parent."""
 
     def __init__(self) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 16)).cast("q")  # beats, number of the video
-        self._cells[1] = _NOTHING
+        self._cells = memoryview(mmap.mmap(-1, 16)).cast("q")  # counter, number of the video
+        self._cells[1] = _NO_VIDEO
         self.restart()
 
     def restart(self) -> None:
+        """Set the idle time to zero."""
         self._seen, self._looked, self._idle = self._cells[0], time.monotonic(), 0.0
 
     @property
-    def item(self) -> int | None:
-        """What the process said last that it begins; None: nothing."""
-        return None if self._cells[1] == _NOTHING else self._cells[1]
+    def video(self) -> int | None:
+        """The video that the child reads; None if it reads none."""
+        return None if self._cells[1] == _NO_VIDEO else self._cells[1]
 
     def idle(self) -> float:
-        """Seconds without a beat, as far as somebody looked: a run that was stopped (Ctrl-Z) and goes on has not waited for its child."""
+        """Return the seconds without progress. Call this every TICK.
+
+        Time in which nobody called this counts as two TICKs at most. So a run that was stopped (Ctrl-Z) and continues
+        does not blame its child.
+        """
         now = time.monotonic()
         if self._cells[0] != self._seen:
             self._seen, self._idle = self._cells[0], 0.0
@@ -65,27 +73,32 @@ class Progress:
         return self._idle
 
     def attach(self) -> None:
-        """From now on `report_video` and `report_progress` in this process write here."""
+        """Make `report_video` and `report_progress` of this process write here."""
         global _cells
         _cells = self._cells
 
 
-_cells = memoryview(bytearray(16)).cast("q")  # of this process; nobody looks at it unless it is watched
+_cells = memoryview(bytearray(16)).cast("q")  # of this process; nobody reads it until `Progress.attach`
 
 
-def report_video(item: int | None) -> None:
-    """This process begins to read video number `item`; None: it is done with it."""
+def report_video(video: int | None) -> None:
+    """Report that this process starts to read a video, by number; None: it has finished."""
     _cells[0] += 1
-    _cells[1] = _NOTHING if item is None else item
+    _cells[1] = _NO_VIDEO if video is None else video
 
 
 def report_progress() -> None:
-    """This process gets on."""
+    """Report that this process has made progress, such as one more frame."""
     _cells[0] += 1
 
 
 def describe(status: int, limit: float) -> str:
-    """Why a video cannot be read whose decoder ended with this status: negative for a signal, or STALLED."""
+    """Return why a video cannot be read, given how its decoder process ended.
+
+    Args:
+        status: the exit status, negative for a signal, or STALLED.
+        limit: seconds without a frame after which the process was killed.
+    """
     if status == STALLED:
         return f"the decoder gives no frame for {limit:g} s"
     if status < 0:
@@ -97,7 +110,7 @@ def describe(status: int, limit: float) -> str:
 
 
 class DecoderDied(Exception):
-    """A child ended before its answer; the message is `describe`'s."""
+    """A decoder process ended before it answered. The message is the one of `describe`."""
 
     def __init__(self, status: int, limit: float) -> None:
         super().__init__(describe(status, limit))
@@ -105,41 +118,48 @@ class DecoderDied(Exception):
 
     @property
     def out_of_memory(self) -> bool:
-        """Perhaps: the kernel ends a process by SIGKILL when memory is short, whatever it was reading."""
+        """Whether the machine may have run out of memory. The kernel then kills processes with SIGKILL, whatever they
+        are reading."""
         return self.status == -signal.SIGKILL
 
 
 class RemoteTraceback(Exception):
-    """The cause of what is raised here for an exception in a child: where it came from there."""
+    """The traceback of an exception in a decoder process, set as the cause of the exception that is raised here."""
 
 
 class DecoderProcess:
-    """`serve(request)` in a forked process, one request at a time; a new process after each that died.
+    """A child process that answers requests with `serve(request)`, one at a time. After it died, the next request
+    starts a new one.
 
-    Requests and answers are pickled, `serve` is not. To be used by the thread that stays: the child ends with the thread that forked it.
+    Requests and answers are pickled. `serve` is not, because the child is forked. The child ends with the thread that
+    forked it, so use this from a thread that lives as long as it is needed.
+
+    Attributes:
+        connection: exists after the first request. It becomes ready when there is an answer, or when the process has
+            ended.
     """
 
     def __init__(self, serve: Callable[[Any], Any], limit: float) -> None:
-        """`limit`: seconds without a beat after which `end_if_stalled` ends it."""
+        """`limit`: seconds without progress after which `end_if_stalled` kills the process."""
         self._serve, self.limit = serve, limit
         self._progress, self._pid, self._stalled = Progress(), 0, False
-        # There once something was asked; ready when there is an answer, or when the process has ended.
         self.connection: Connection[Any, Any]
 
     @property
-    def item(self) -> int | None:
-        """Which video it reads, or read when it died; None: none."""
-        return self._progress.item
+    def video(self) -> int | None:
+        """The video that the process reads, or was reading when it died; None if none."""
+        return self._progress.video
 
-    def ask(self, request: Any) -> None:
+    def request(self, request: Any) -> None:
+        """Send a request. Fetch its answer with `answer` before the next request."""
         if not self._pid:
             self._start()
         self._progress.restart()
-        with suppress(BrokenPipeError):  # it died while it waited, and `answer` says so
+        with suppress(BrokenPipeError):  # the process died while it waited, which `answer` reports
             self.connection.send_bytes(pickle.dumps(request))
 
     def answer(self) -> Any:
-        """What `serve` returned; waits for it. Raises DecoderDied, and what `serve` raised."""
+        """Wait for the answer and return it. Raises DecoderDied, or the exception that `serve` raised."""
         try:
             content = self.connection.recv_bytes()
         except (EOFError, OSError):  # OSError: in the middle of its answer
@@ -150,13 +170,13 @@ class DecoderProcess:
         return value
 
     def end_if_stalled(self) -> None:
-        """To be called every TICK while it is busy."""
+        """Kill the process if it has made no progress for `limit` seconds. Call this every TICK while it is busy."""
         if self._progress.idle() > self.limit:
             self._stalled = True
             os.kill(self._pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Whatever it is doing."""
+        """Kill the process if there is one."""
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             self._reap()
@@ -172,30 +192,29 @@ class DecoderProcess:
         theirs.close()
 
     def _reap(self) -> int:
-        """Its exit status, as `describe` takes it."""
+        """Wait for the process to end and return its exit status, as `describe` takes it."""
         self.connection.close()
         _, status = os.waitpid(self._pid, 0)
         self._pid = 0
-        return STALLED if self._stalled else os.waitstatus_to_exitcode(status) or 1  # 0 stands for no fault
+        return STALLED if self._stalled else os.waitstatus_to_exitcode(status) or 1  # 0 would mean no fault
 
 
 def _run(serve: Callable[[Any], Any], connection: "Connection[Any, Any]", progress: Progress, parent: int) -> NoReturn:
-    """The child, which never returns into its parent's code."""
+    """Serve requests in the child process. Never returns into the code of the parent."""
     try:
         end_with_parent(parent)
-        leave_signals_to_parent()
-        # DataLoader's handlers print that a worker died, which is the parent's to say.
+        ignore_stop_signals()
+        # DataLoader's handlers would print that a worker died. The parent reports the death itself.
         for fatal in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
             signal.signal(fatal, signal.SIG_DFL)
-        # Garbage collection writes to every object it looks at: the first one in a forked process copied 82 MB of its parent's memory.
-        gc.freeze()
+        freeze_inherited_objects()
         progress.attach()
         while True:
             content = connection.recv_bytes()
             try:
                 answer = pickle.dumps((None, "", serve(pickle.loads(content))), protocol=5)
-            except BaseException as error:  # also an interrupt: it belongs to whoever asked
-                answer = _raised(error)
+            except BaseException as error:  # an interrupt too: the parent raises it
+                answer = _pickled_error(error)
             report_video(None)
             connection.send_bytes(answer)
     except (EOFError, OSError):
@@ -204,25 +223,36 @@ def _run(serve: Callable[[Any], Any], connection: "Connection[Any, Any]", progre
         os._exit(0)
 
 
-def _raised(error: BaseException) -> bytes:
+def _pickled_error(error: BaseException) -> bytes:
     text = "".join(traceback.format_exception(error))
     try:
         content = pickle.dumps((error, text, None))
         pickle.loads(content)
-    except Exception:  # not every exception can be made again from what pickle keeps of it
+    except Exception:  # some exceptions cannot be pickled, or not unpickled
         content = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text, None))
     return content
 
 
 def end_with_parent(parent: int) -> None:
-    """The kernel ends this process when its parent, process `parent`, is gone, however that ended: nobody would read its answers."""
+    """Make the kernel kill this process when its parent `parent` ends, for whatever reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # the parent had ended before the call
         os._exit(1)
 
 
-def leave_signals_to_parent() -> None:
-    """A terminal's Ctrl-C and a scheduler's signals reach all processes of a run: what becomes of it is for the training process to say,
-    which may need batches until it has saved."""
+def freeze_inherited_objects() -> None:
+    """Exclude the objects of the parent process from garbage collection.
+
+    A collection writes to every object it visits. In a forked process, the first one copied 82 MB of the parent's
+    memory.
+    """
+    gc.freeze()
+
+
+def ignore_stop_signals() -> None:
+    """Ignore SIGINT, SIGTERM and SIGUSR1, which a terminal or a scheduler sends to all processes of a run.
+
+    The training process decides what to do. It may need more batches until it has saved a checkpoint.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

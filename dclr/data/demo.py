@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dclr.data.decode import write_video
+from dclr.data.encode import write_video
 from dclr.errors import UserError
 
 SIZE = 64

@@ -128,7 +128,7 @@ def _verify(
                 for child in children:
                     if child not in asked and waiting:
                         asked[child] = waiting.popleft()
-                        child.ask(asked[child])
+                        child.request(asked[child])
                 ready = wait([child.connection for child in asked], TICK)
                 for child, path in list(asked.items()):
                     if child.connection not in ready:

@@ -32,11 +32,10 @@ from dclr.data.decode import (
     UnreadableVideo,
     VideoRecord,
     YuvFrames,
-    compact_record,
-    compact_video,
     resized_planes,
     verify_video,
 )
+from dclr.data.encode import compact_record, compact_video
 from dclr.data.manifest import load_manifest
 from dclr.data.store import Arrays, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
@@ -544,7 +543,7 @@ def _check(job: Job, processes: Sequence[BaseProcess], messages: Any) -> None:
 def _check_progress(job: Job, progresses: Sequence[decoder_process.Progress], timeout: float) -> None:
     """Raises UserError where a worker that is reading a video does not get on."""
     for progress in progresses:
-        idle, row = progress.idle(), progress.item
+        idle, row = progress.idle(), progress.video
         if row is not None and idle > timeout:
             reason = decoder_process.describe(decoder_process.STALLED, timeout)
             raise UserError(

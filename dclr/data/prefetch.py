@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dclr.data.loader import BatchSampler, ClipBatch, TrainBatches, TrainSamples
+from dclr.data.loader import BatchSampler, TrainBatches
+from dclr.data.samples import ClipBatch, TrainSamples
 from kernels import Yuv420
 
 

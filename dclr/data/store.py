@@ -28,7 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dclr.data import decode
-from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, compact_record, empty_planes
+from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, check_frame_numbers, empty_planes
+from dclr.data.encode import compact_record
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 from dclr.files import atomic_write
@@ -92,11 +93,7 @@ class Store:
                 raise UnreadableVideo(f"{file.relative_to(self.folder)}: {reason}") from reason
             return replace(planes, bt709=bool(self.bt709[row]), full_range=bool(self.full_range[row]))
 
-        numbers = np.asarray(wanted, dtype=np.int64)
-        if numbers.ndim != 1:
-            raise ValueError(f"wanted must be a list of frame numbers, got shape {numbers.shape}")
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= frames):
-            raise ValueError(f"wanted must be in [0, {frames}), got {numbers.min()} to {numbers.max()}")
+        numbers = check_frame_numbers(wanted, frames)
         stored = self._planes(row)
         runs = list(_runs(numbers.tolist()))
         views = []

@@ -17,7 +17,8 @@ from dclr.config import DataConfig, ModelConfig
 from dclr.data import augmentation, clips
 from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo, YuvFrames, rgb_of
-from dclr.data.loader import TEST_CLIPS, Failures
+from dclr.data.failures import Failures
+from dclr.data.samples import TEST_CLIPS
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.evaluation import figures

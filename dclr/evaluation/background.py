@@ -19,7 +19,7 @@ from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
 from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
-from dclr.data.loader import TestClips
+from dclr.data.samples import TestClips
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures

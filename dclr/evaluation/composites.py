@@ -23,7 +23,7 @@ from dclr.config import DataConfig
 from dclr.data import clips
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, converted
 from dclr.data.decoder_process import shared_array
-from dclr.data.loader import TEST_CLIPS, TestClips
+from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import VideoSet
 
 SMOOTHING = 1 / 30

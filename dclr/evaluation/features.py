@@ -14,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dclr.config import DataConfig
-from dclr.data.loader import TEST_CLIPS, Failures, TestClips, test_loader
+from dclr.data.failures import Failures
+from dclr.data.loader import test_loader
+from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.models import count_correct

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from dclr import distributed
 from dclr.config import FinetuneConfig
-from dclr.data.loader import ClipSamples, Failures
+from dclr.data.failures import Failures
+from dclr.data.samples import ClipSamples
 from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
 from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
 from dclr.training.batchnorm import average

@@ -10,7 +10,8 @@ import torch
 from dclr import distributed
 from dclr.config import PretrainConfig
 from dclr.data.augmentation import pretrain_recipe, view_grid
-from dclr.data.loader import Failures, PairBatch, PairSamples
+from dclr.data.failures import Failures
+from dclr.data.samples import PairBatch, PairSamples
 from dclr.method import DCLR, Output
 from dclr.models import save_backbone
 from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib

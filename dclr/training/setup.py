@@ -15,8 +15,10 @@ from dclr import distributed, report
 from dclr.config import Config, DataConfig, OptimConfig, PretrainConfig
 from dclr.data.catalog import Catalog
 from dclr.data.datasets import make_demo, open_data
-from dclr.data.loader import BatchSampler, Failures, TrainSamples, check_bad
+from dclr.data.failures import Failures, check_bad
+from dclr.data.loader import BatchSampler
 from dclr.data.prefetch import batches_on
+from dclr.data.samples import TrainSamples
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone
