@@ -148,6 +148,11 @@ def test_the_index_links_to_every_page():
         assert page.name == "index.md" or f"({page.name})" in index, page
 
 
+def test_the_figures_of_the_field_are_on_one_page_only():
+    pages = [page.name for page in PAGES if "figures-of-the-field" in anchors(page)]
+    assert pages == ["method.md"]
+
+
 def test_the_readmes_picture_can_be_made_again_and_is_small(tmp_path):
     runpy.run_path(str(ROOT / "docs" / "pictures" / "views.py"))["plot_views"](tmp_path / "views.jpg")
     for picture in (tmp_path / "views.jpg", ROOT / "docs" / "pictures" / "views.jpg"):
