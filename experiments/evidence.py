@@ -112,10 +112,10 @@ def published(name: str, recipe: dict[str, Any], seeds: range) -> Result:
         ) from None
     wanted = {"seeds": list(seeds), "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
     found = {"seeds": result["seeds"], "device": result["environment"]["device"], **result["recipe"]}
-    for name, value in wanted.items():
-        if found.get(name) != value:
+    for setting, value in wanted.items():
+        if found.get(setting) != value:
             raise UserError(
-                f"--with-published: {file} has {name} {found.get(name)}, but this run has {value}; "
+                f"--with-published: {file} has {setting} {found.get(setting)}, but this run has {value}; "
                 "leave the flag out to run every row"
             )
     return result
