@@ -104,9 +104,10 @@ def main(arguments: list[str]) -> None:
 
     from dclr import report
     from dclr.data.datasets import make_demo
-    from dclr.evaluation.accuracy import measure_accuracy, measure_retrieval
-    from dclr.evaluation.activation_maps import measure_maps
-    from dclr.evaluation.background import measure_bias
+    from dclr.evaluation.accuracy import evaluate_accuracy
+    from dclr.evaluation.activation_maps import evaluate_activation_maps
+    from dclr.evaluation.background import evaluate_background
+    from dclr.evaluation.retrieval import evaluate_retrieval
 
     pictures = folder / "pictures"
     report.make_writable(pictures)
@@ -115,13 +116,13 @@ def main(arguments: list[str]) -> None:
     if not data.data:
         make_demo()
     if command == "accuracy":
-        result = measure_accuracy(checkpoint, data, device, pictures)
+        result = evaluate_accuracy(checkpoint, data, device, pictures)
     elif command == "retrieval":
-        result = measure_retrieval(checkpoint, data, model, seed, device, pictures)
+        result = evaluate_retrieval(checkpoint, data, model, seed, device, pictures)
     elif command == "bias":
-        result = measure_bias(checkpoint, data, model, seed, device, pictures, foreground)
+        result = evaluate_background(checkpoint, data, model, seed, device, pictures, foreground)
     else:
-        result = measure_maps(checkpoint, data, model, seed, boundary, device, pictures)
+        result = evaluate_activation_maps(checkpoint, data, model, seed, boundary, device, pictures)
     content = {
         "command": command,
         "checkpoint": str(checkpoint),

@@ -20,8 +20,8 @@ from dclr.data.catalog import open_catalog
 from dclr.data.encode import write_video
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
-from dclr.evaluation.background import measure_features, measure_foreground, mutual_information, why_no_scenes
-from dclr.evaluation.composites import ForegroundClips
+from dclr.evaluation.background import evaluate_features, evaluate_foreground, mutual_information, why_no_scenes
+from dclr.evaluation.composites import CompositeClips
 from dclr.evaluation.features import ClipOutputs, run_on_clips
 from dclr.models import Classifier, build_backbone, save_backbone, save_classifier
 
@@ -77,11 +77,11 @@ def test_probe_and_nearest_are_right_where_the_features_say_the_label_and_at_cha
         return ClipOutputs(clips, torch.tensor(labels), torch.arange(len(labels)), {})
 
     corners = 5 * np.eye(4)
-    told = measure_features(outputs(corners[labels], labels), outputs(corners[labels[::3]], labels[::3]), 4)
+    told = evaluate_features(outputs(corners[labels], labels), outputs(corners[labels[::3]], labels[::3]), 4)
     assert (told.probe, told.nearest) == (1, 1)
     assert told.chance == pytest.approx(1 / 4)
     assert told.fitted.converged
-    noise = measure_features(
+    noise = evaluate_features(
         outputs(rng.normal(size=(120, 4)), labels), outputs(rng.normal(size=(400, 4)), labels[np.arange(400) % 120]), 4
     )
     # Within three standard deviations of 400 guesses of chance 1/4.
@@ -111,9 +111,11 @@ def test_scenes_are_measured_where_test_groups_are_known_and_tell_no_class():
     assert why_no_scenes("aabb", [0, 1, 0, 1], "ab") == ""
     assert why_no_scenes(["a", ""], [0, 1], ["a"]).startswith("the data set does not say")
     assert why_no_scenes("aabb", [0, 1, 0, 1], ["a", ""]).startswith("the data set does not say")
-    assert why_no_scenes("aabb", [0, 1, 0, 1], "acd") == "2 of the 3 test groups, c for one, are not in the train split"
+    assert (
+        why_no_scenes("aabb", [0, 1, 0, 1], "acd") == "2 of the 3 test groups are not in the train split, for example c"
+    )
     assert why_no_scenes("aabb", [0, 1, 1, 1], "ab").startswith(
-        "1 of the 2 test groups, b for one, are of one class alone"
+        "1 of the 2 test groups have train videos of one class only, for example b"
     )
     assert why_no_scenes("aabb", [0, 1, 1, 1], "a") == ""  # b is not asked for
 
@@ -132,7 +134,7 @@ def test_moving_static_and_contrasted_of_predictors_that_look_at_one_thing(cross
         return lambda video: torch.eye(9)[torch.where(video[:, 0] > 0.5, label, otherwise)]
 
     ordinary = run_on_clips(moves, videos, CONFIG, CPU, "test")
-    samples = ForegroundClips(videos, CONFIG)
+    samples = CompositeClips(videos, CONFIG)
     eighth = 1 / 8
     for predict, expected in (
         (always(2), (eighth, eighth, eighth, 0)),  # static predictions alone
@@ -142,7 +144,7 @@ def test_moving_static_and_contrasted_of_predictors_that_look_at_one_thing(cross
         ),  # right on class 2 for its motion, and on class 5 for its stillness
         (if_moving(2, 2), (eighth, eighth, eighth, 0)),
     ):
-        found = measure_foreground(predict, moves, samples, ordinary, CPU)
+        found = evaluate_foreground(predict, moves, samples, ordinary, CPU)
         assert (found.ordinary, found.moving, found.static, found.contrasted) == expected
         assert found.indices == list(range(8))
         assert (found.without_motion, found.failures) == ([], {})
@@ -151,7 +153,7 @@ def test_moving_static_and_contrasted_of_predictors_that_look_at_one_thing(cross
 
     # Each figure takes its own features: the ordinary videos' here say that they move, or do not; 8 is no class of the data.
     for values, expected in ((ordinary.values, eighth), (ordinary.values * 0, 0)):
-        found = measure_foreground(if_moving(2, 8), moves, samples, replace(ordinary, values=values), CPU)
+        found = evaluate_foreground(if_moving(2, 8), moves, samples, replace(ordinary, values=values), CPU)
         assert (found.ordinary, found.moving, found.static, found.contrasted) == (expected, eighth, 0, eighth)
 
 
@@ -215,7 +217,7 @@ def test_scene_scores_that_would_mean_nothing_are_left_out_with_the_reason(demo_
     assert list(report["figures"]) == PROBES
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no scene")]
     assert line == f"no scene scores: {report['no_scene_scores']}"
-    assert "1 of the 1 test groups, scene" in line
+    assert line.endswith("1 of the 1 test groups are not in the train split, for example scene19")
     assert report["independence"] == 0
 
 
@@ -263,7 +265,7 @@ def test_a_video_in_which_nothing_moves_is_left_out_of_the_foreground_figures_an
     assert report["foreground"]["clips_without_motion"] == 0  # of the seven
     for name in FOREGROUND:
         assert report["figures"][name] * 7 == pytest.approx(round(report["figures"][name] * 7))
-    assert "left out, as nothing moves in them: 1 videos" in capsys.readouterr().out
+    assert "skipped, because nothing moves in them: 1 videos" in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(crossed, tmp_path, monkeypatch):

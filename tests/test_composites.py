@@ -1,39 +1,30 @@
 """What moves, put on other backgrounds: against loops in numpy, pictures whose parts are known, and colours converted by hand."""
 
-import json
 import math
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import eval as evaluation
-from dclr.config import DataConfig, make_config, write_config
+from dclr.config import DataConfig
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import YuvFrames, empty_planes
 from dclr.data.encode import write_video
 from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import open_videos
-from dclr.errors import UserError
-from dclr.evaluation.activation_maps import spread
 from dclr.evaluation.composites import (
     LEAST_DIFFERENCE,
-    ForegroundClips,
+    CompositeClips,
     background_of,
+    composite,
     draw_backgrounds,
-    energy_share,
     foreground_mask,
     frozen,
-    put_on,
 )
 from dclr.evaluation.features import run_on_samples
-from dclr.models import build_backbone, save_backbone
 
 CONFIG = DataConfig(clip_length=6, crop_size=16, workers=0)
 CPU = torch.device("cpu")
@@ -182,7 +173,7 @@ def test_a_background_of_another_size_and_colour_space_keeps_its_colours_and_the
     mask[:, 4:10, 6:20] = True
     colour = 120, 105, 150
     other = YuvFrames(*(np.full_like(p, c) for p, c in zip(empty_planes(1, *size), colour, strict=True)), *space)
-    put_on(frames, mask, other)
+    composite(frames, mask, other)
     for plane, old in zip((frames.y, frames.u, frames.v), before, strict=True):
         inside = mask if plane.shape == mask.shape else mask[:, ::2, ::2]
         assert np.array_equal(plane[inside], old[inside])
@@ -215,7 +206,7 @@ def two_sizes(tmp_path_factory) -> Path:
 
 def test_clips_are_the_ordinary_ones_where_something_moves_and_the_other_background_elsewhere(two_sizes):
     videos = open_videos(open_catalog(two_sizes), "test", workers=1, progress=False)
-    samples = ForegroundClips(videos, CONFIG)
+    samples = CompositeClips(videos, CONFIG)
     assert samples.backgrounds.tolist() == [1, 0]
     for index in range(2):
         ordinary, put = TestClips(videos, CONFIG).read(index), samples.read(index)
@@ -235,7 +226,7 @@ def test_a_worker_process_gives_the_same_clips_and_shares_as_this_one(two_sizes)
     videos = open_videos(open_catalog(two_sizes), "test", workers=1, progress=False)
     found = []
     for workers in (0, 1):
-        samples = ForegroundClips(videos, DataConfig(clip_length=6, crop_size=16, workers=workers))
+        samples = CompositeClips(videos, DataConfig(clip_length=6, crop_size=16, workers=workers))
         outputs = run_on_samples(mean_and_frozen, samples, CPU, "test")
         found.append((outputs.values, samples.shares.copy()))
     assert found[0][0].shape == (2, TEST_CLIPS, 2, 3)
@@ -249,7 +240,7 @@ def test_a_video_whose_background_cannot_be_read_is_left_out_with_the_name_of_bo
     shutil.copytree(tmp_path / "data" / "test" / "left", tmp_path / "data" / "test" / "third")
     shutil.copytree(tmp_path / "data" / "test" / "left", tmp_path / "data" / "train" / "third")
     videos = open_videos(open_catalog(tmp_path / "data"), "test", workers=1, progress=False)
-    samples = ForegroundClips(videos, CONFIG)
+    samples = CompositeClips(videos, CONFIG)
     samples.backgrounds[:] = 1, 2, 1
     (tmp_path / "data" / videos.path(2)).unlink()
     outputs = run_on_samples(mean_and_frozen, samples, CPU, "test")
@@ -265,88 +256,3 @@ def test_frozen_repeats_the_middle_frame():
     assert frozen(clip).shape == clip.shape
     assert (frozen(clip) == 2).all()
     assert (frozen(clip[:, :, :4]) == 2).all()
-
-
-# ---------------------------------------------------------------- activation maps
-
-
-@pytest.mark.parametrize("size", [(2, 7, 7), (1, 2, 3), (3, 5, 4)])
-def test_the_energy_share_is_a_sum_over_pixels_and_a_flat_maps_is_the_masks_own(size):
-    rng = np.random.default_rng(5)
-    mask = rng.random((8, 23, 30)) < 0.3
-    assert energy_share(np.full(size, 0.7, np.float32), mask) == pytest.approx(mask.mean(), rel=1e-12)
-
-    activation = rng.random(size)
-    inside = whole = 0.0
-    for t, y, x in np.ndindex(*mask.shape):
-        # The cell that holds the middle of the pixel.
-        cell = [
-            math.floor((p + 0.5) / fine * coarse) for p, fine, coarse in zip((t, y, x), mask.shape, size, strict=True)
-        ]
-        whole += activation[*cell]
-        inside += activation[*cell] * mask[t, y, x]
-    assert energy_share(activation, mask) == pytest.approx(inside / whole, rel=1e-12)
-
-
-def test_a_map_that_lies_on_what_moves_has_all_its_energy_there():
-    activation, mask = np.zeros((1, 2, 2)), np.zeros((4, 10, 10), bool)
-    activation[0, 1, 0] = 3
-    mask[:, 5:, :5] = True
-    assert energy_share(activation, mask) == 1
-    assert energy_share(activation, ~mask) == 0
-    with pytest.raises(ValueError, match="zero everywhere"):
-        energy_share(np.zeros((1, 2, 2)), mask)
-    with pytest.raises(ValueError, match="negative"):
-        energy_share(activation - 1, mask)
-
-
-def measured(command: list[str], out: Path) -> dict[str, Any]:
-    evaluation.main([*command, "--out", str(out)])
-    return json.loads((out / "report.json").read_text())
-
-
-def test_maps_tell_their_share_on_what_moves_beside_an_untrained_network_and_a_flat_map(two_sizes, tmp_path, capsys):
-    settings = {"width": 4, "clip_length": 8, "crop_size": 32, "workers": 0, "seed": 3}
-    (tmp_path / "run").mkdir()
-    write_config(tmp_path / "run" / "config.json", "pretrain", "demo", make_config("pretrain", settings))
-    torch.manual_seed(0)
-    save_backbone(build_backbone("r2plus1d_10", 4), tmp_path / "run" / "backbone.safetensors")
-    command = ["maps", "--data", str(two_sizes), "--checkpoint"]
-    result = measured([*command, str(tmp_path / "run")], tmp_path / "out")
-    names = [f"{name}{which}" for which in ("_untrained", "") for name in ("A_v", "A_s", "A_d")]
-    assert list(result["figures"]) == list(result["deviations"]) == ["flat", *names]
-    assert (result["videos"], result["map_size"], result["without_motion"]) == (2, [1, 2, 2], [])
-    assert all(0 < share < 0.5 for share in result["figures"].values())
-    assert len(set(result["figures"].values())) == 7  # no map is another one, nor that of the untrained network
-    assert re.search(r"A_d untrained +\d+\.\d%\n", capsys.readouterr().out)
-    with Image.open(tmp_path / "out" / "pictures" / "maps.png") as image:
-        assert image.width > 1200
-
-    # Random weights are those that the run began with: its seed, network and clips, here by flags.
-    flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0", "--seed", "3"]
-    untrained = measured([*command, "random", *flags], tmp_path / "random")["figures"]
-    assert untrained == {"flat": result["figures"]["flat"]} | {
-        name.removesuffix("_untrained"): result["figures"][name] for name in names[:3]
-    }
-
-
-def test_maps_of_videos_in_which_nothing_moves_and_of_those_that_cannot_be_read(two_sizes, tmp_path):
-    shutil.copytree(two_sizes, tmp_path / "data")
-    flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0"]
-    command = ["maps", "--data", str(tmp_path / "data"), "--checkpoint", "random", *flags]
-    right, left = (tmp_path / "data" / "test" / name / f"{name}.mp4" for name in ("right", "left"))
-    write_video(right, np.full((24, 60, 80, 3), 90, np.uint8))
-    left.write_bytes(b"")
-    (tmp_path / "data" / "test" / "left" / "moves.mp4").write_bytes((two_sizes / "test/left/left.mp4").read_bytes())
-    result = measured(command, tmp_path / "out")
-    assert (result["videos"], result["without_motion"]) == (1, ["test/right/right.mp4"])
-    assert result["left_out"] == {"test/left/left.mp4": "empty file"}
-    (tmp_path / "data" / "test" / "left" / "moves.mp4").unlink()
-    with pytest.raises(UserError, match="nothing moves in any of 1 test clips"):
-        evaluation.main([*command, "--out", str(tmp_path / "out")])
-
-
-def test_at_most_so_many_videos_are_taken_from_the_first_to_the_last():
-    assert spread(3, 200) == [0, 1, 2]
-    assert spread(1000, 5) == [0, 250, 500, 749, 999]
-    assert spread(1, 8) == [0]

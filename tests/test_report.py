@@ -117,7 +117,7 @@ def test_a_new_run_starts_from_empty_files_and_nan_is_written_as_null(tmp_path):
 
 def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
     counts = np.array([[4, 0, 0], [3, 1, 0], [0, 0, 0]])
-    figures.confusion_matrix(counts, ("one", "two", "three"), "title", tmp_path / "confusion.png")
+    figures.plot_confusion_matrix(counts, ("one", "two", "three"), "title", tmp_path / "confusion.png")
     pixels = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
     height, width = pixels.shape[:2]
     assert 200 < height < 1000
@@ -148,7 +148,7 @@ def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
 
 def test_a_confusion_matrix_of_many_classes_still_fits(tmp_path):
     classes = [f"class {i}" for i in range(101)]
-    figures.confusion_matrix(np.eye(101, dtype=int), classes, "title", tmp_path / "confusion.png")
+    figures.plot_confusion_matrix(np.eye(101, dtype=int), classes, "title", tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as image:
         assert 1500 < image.height < 4000
 
@@ -161,7 +161,7 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
         ((frame((0, 0, 200)), "query: a"), [(frame((90, 90, 90)), "a 0.9", True), (frame((120, 120, 120)), "b 0.5", False)]),
         ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", False)]),  # a gallery of one: a gap in the row
     ]  # fmt: skip
-    figures.retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
+    figures.plot_retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
     pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
     height, width = pixels.shape[:2]
     assert (width, height) == (

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 
 from dclr.data import augmentation, clips, decode
 from dclr.evaluation import view_sheet
-from dclr.evaluation.view_sheet import draw_view_sheet
+from dclr.evaluation.view_sheet import write_view_sheet
 from kernels import ViewParams, generate_views
 
 
@@ -35,9 +35,9 @@ def test_a_picture_of_a_video(demo_videos, tmp_path, capfd, monkeypatch):
 def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path, monkeypatch):
     """The sheet gets the views that training would make of the same draws from RGB, but for the conversion of colours."""
     seen = []
-    monkeypatch.setattr("dclr.evaluation.view_sheet.view_sheet", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("dclr.evaluation.view_sheet.plot_view_sheet", lambda *arguments: seen.append(arguments))
     video = next(iter(sorted(demo_videos.rglob("*.mp4"))))
-    draw_view_sheet(video, tmp_path / "views.png", seed=5)
+    write_view_sheet(video, tmp_path / "views.png", seed=5)
     ((samples, shown, title, _),) = seen
     assert video.name in title
     assert shown == [0, 2, 4, 6, 9, 11, 13, 15]

@@ -1,1 +1,1 @@
-"""Evaluation: what eval.py computes from a checkpoint."""
+"""Evaluation of a checkpoint: what the subcommands of eval.py compute. Nothing here imports dclr.training."""

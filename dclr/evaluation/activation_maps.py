@@ -1,8 +1,11 @@
-"""Where a network responds to a clip, to its still and to its difference, and how much of that lies on what moves: eval.py maps.
+"""Where a network responds to a clip, and how much of that lies in the moving region: `eval.py maps`.
 
-Of a test video the clip in its middle, by the test protocol's centre crop: A_v, A_s and A_d, the sums over channels of the backbone's last
-feature maps of the rgb, the static and the dynamic view. The static view is the clip's middle frame. A run keeps its query backbone alone,
-so all three maps come from that one; in training A_s and A_d are the key network's.
+Each test video gives its middle test clip. The activation maps A_v, A_s and A_d are the sums over channels of the
+backbone's last feature maps for the rgb, the static and the dynamic view. The static view repeats the clip's middle
+frame. All three maps come from the query encoder, because a run's backbone file holds nothing else. In training, A_s
+and A_d come from the key encoder.
+
+Letters: T frames; H, W pixels of the crop; T', H', W' cells of a map.
 """
 
 import statistics
@@ -19,34 +22,37 @@ from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo, YuvFrames, rgb_of
 from dclr.data.failures import Failures
 from dclr.data.samples import TEST_CLIPS
-from dclr.data.videos import VideoSet, open_videos
+from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures
-from dclr.evaluation.accuracy import load_features
-from dclr.evaluation.composites import energy_share, foreground_mask
+from dclr.evaluation.composites import foreground_mask
+from dclr.evaluation.features import SKIPPED, evenly_spaced, load_features, open_split
 from dclr.evaluation.view_sheet import to_yuv420
 from dclr.models import Backbone, activation_map
 from kernels import ViewParams, generate_views
 
 MAPS = ("A_v", "A_s", "A_d")
-VIDEOS = 200
-"""At most, spread over the test split: shares of single clips vary by 4 to 8 points, so a mean of 200 is good to half a point."""
+MAX_VIDEOS = 200
+"""The most videos that are evaluated, evenly spaced over the test split.
+
+The share of a single clip varies by 4 to 8 percentage points, so the mean of 200 clips is precise to about half a
+point."""
 
 SHEET_CLIPS = 8
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip, with the crop that the network sees."""
+    """One test clip and the crop of it that the network sees."""
 
-    path: str  # as the catalog has it
-    name: str  # of its class, or of its file where it has none
+    path: str  # as in the catalog
+    name: str  # the class, or the file's name if the video has no label
     frames: YuvFrames  # T frames
-    rgb: np.ndarray  # (T, side, side, 3) uint8, the crop
-    mask: np.ndarray  # (T, side, side) bool: what moves in it
+    rgb: np.ndarray  # (T, H, W, 3) uint8, the crop
+    mask: np.ndarray  # (T, H, W) bool, the foreground of the crop
 
 
-def measure_maps(
+def evaluate_activation_maps(
     checkpoint: Path,
     data: DataConfig,
     model: ModelConfig,
@@ -55,23 +61,25 @@ def measure_maps(
     device: torch.device,
     folder: Path,
 ) -> dict[str, Any]:
-    """The share of each map's sum that lies inside of what moves, of the checkpoint's network and of an untrained one of the same seed.
+    """Compute the share of each map's sum inside the foreground, for the checkpoint and for untrained weights.
+
+    Prints the means, writes maps.png to `folder` and returns the entries of report.json.
 
     Args:
-        seed: of random weights, the run's own: then they are the network that it began with.
-        boundary: of the dynamic view, as in kernels.generate_views.
+        seed: the seed of the untrained weights. The seed of the run gives the weights that the run started from.
+        boundary: how the dynamic view treats the first frame, see kernels.generate_views.
 
     Raises:
-        UserError: see load_backbone and open_catalog; no test clip in which anything moves.
+        UserError: see load_backbone, open_data and open_videos; no test clip has a foreground.
     """
     network, loaded = load_features(checkpoint, model, seed)
     networks = {"": network}
     if str(checkpoint) != "random":
         networks = {"untrained": load_features(Path("random"), model, seed)[0], **networks}
     catalog = open_data(data)
-    videos = open_videos(catalog, "test", max(1, data.workers), timeout=data.video_timeout)
-    read, failures = [], Failures("it is left out of the figures")
-    for index in spread(len(videos), VIDEOS):
+    videos = open_split(catalog, "test", data)
+    read, failures = [], Failures(SKIPPED)
+    for index in evenly_spaced(len(videos), MAX_VIDEOS):
         try:
             read.append(read_clip(videos, index, data))
         except UnreadableVideo as error:
@@ -86,22 +94,24 @@ def measure_maps(
         {
             f"{name} {which}".strip(): values
             for which, each in networks.items()
-            for name, values in zip(MAPS, maps_of(each, clip, data.crop_size, boundary, device), strict=True)
+            for name, values in zip(MAPS, compute_maps(each, clip, data.crop_size, boundary, device), strict=True)
         }
         for clip in moving
     ]
     shares = {"flat": [float(clip.mask.mean()) for clip in moving]}
     for name in maps[0]:
-        shares[name] = [energy_share(of[name], clip.mask) for of, clip in zip(maps, moving, strict=True)]
+        shares[name] = [energy_share(of_clip[name], clip.mask) for of_clip, clip in zip(maps, moving, strict=True)]
 
     size = maps[0][MAPS[0]].shape
     grid = " x ".join(map(str, size))
-    print(f"\n{loaded}\non {catalog.root}: {len(moving)} test clips, maps of {grid}; the share of a map on what moves")
+    counts = f"{len(moving)} test clips, maps of {grid}; the share of each map in the moving region"
+    print(f"\n{loaded}\non {catalog.root}: {counts}")
     for name, values in shares.items():
         print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
-    rows = [sheet_row(moving[place], maps[place]) for place in spread(len(moving), SHEET_CLIPS)]
-    title = f"{checkpoint.resolve().name}, {network.name} (width {network.width})"  # where it lies is nobody's business
-    figures.map_sheet(rows, title, folder / "maps.png")
+    rows = [sheet_row(moving[position], maps[position]) for position in evenly_spaced(len(moving), SHEET_CLIPS)]
+    # The name of the run without the folders above it, because pictures are published.
+    title = f"{checkpoint.resolve().name}, {network.name} (width {network.width})"
+    figures.plot_activation_maps(rows, title, folder / "maps.png")
     return {
         "weights": loaded,
         "backbone": network.name,
@@ -116,40 +126,55 @@ def measure_maps(
 
 
 def read_clip(videos: VideoSet, index: int, data: DataConfig) -> Clip:
-    """The middle one of a video's test clips. Raises UnreadableVideo."""
+    """Read the middle one of a video's test clips. Raises UnreadableVideo."""
     frames = int(videos.frames[index])
     windows = clips.uniform_clips(frames, TEST_CLIPS, data.clip_length, data.clip_stride)
     clip = videos.read(index, windows[TEST_CLIPS // 2])
     top, left, height, width = augmentation.centre_crop(*clip.y.shape[1:])["box"]
     crop = np.s_[:, top : top + height, left : left + width]
     path, label = videos.path(index), int(videos.labels[index])
-    return Clip(
-        path,
-        videos.classes[label] if label >= 0 else Path(path).stem,
-        clip,
-        rgb_of(clip)[crop],
-        foreground_mask(clip)[crop],
-    )
+    name = videos.classes[label] if label >= 0 else Path(path).stem
+    return Clip(path, name, clip, rgb_of(clip)[crop], foreground_mask(clip)[crop])
 
 
 @torch.no_grad()
-def maps_of(backbone: Backbone, clip: Clip, size: int, boundary: Any, device: torch.device) -> np.ndarray:
-    """A_v, A_s and A_d of a clip: (3, T', H', W') float32."""
+def compute_maps(backbone: Backbone, clip: Clip, size: int, boundary: Any, device: torch.device) -> np.ndarray:
+    """Return A_v, A_s and A_d of a clip that is resized to `size` x `size` pixels: (3, T', H', W') float32."""
     frames = to_yuv420([clip.frames]).to(device)
     middle = frames.y.shape[1] // 2
     still = frames.select(np.s_[:, middle])
     row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:])])
-    made = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
-    return activation_map(backbone(torch.cat(made)))[:, 0].cpu().numpy()
+    views = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
+    return activation_map(backbone(torch.cat(views)))[:, 0].cpu().numpy()
+
+
+def energy_share(activation: np.ndarray, mask: np.ndarray) -> float:
+    """Return the share of an activation map's sum that lies inside a mask, from 0 to 1.
+
+    A map that is the same everywhere gives the mask's own share of the pixels.
+
+    Each pixel of the mask takes the value of the map's cell that contains the pixel. Averaging the mask over the map's
+    cells instead would weight pixels unequally where the sizes do not divide.
+
+    Args:
+        activation: (T', H', W') without negative values, coarser than the mask.
+        mask: (T, H, W) bool of the same clip and crop.
+
+    Raises:
+        ValueError: a map with a negative value, or of zeros only.
+    """
+    if activation.min() < 0 or activation.sum() <= 0:
+        raise ValueError("the map must not be negative, nor zero everywhere")
+    cells = (
+        ((np.arange(fine) + 0.5) * coarse / fine).astype(int)
+        for fine, coarse in zip(mask.shape, activation.shape, strict=True)
+    )
+    resized = activation.astype(np.float64)[np.ix_(*cells)]  # (T, H, W)
+    return float(resized[mask].sum() / resized.sum())
 
 
 def sheet_row(clip: Clip, maps: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """The middle frame, what moves in it, and the maps at its time."""
+    """Return one row of `figures.plot_activation_maps`: the clip's middle frame, and mask and maps at that time."""
     middle = len(clip.rgb) // 2
-    at_middle = {name: of[middle * of.shape[0] // len(clip.rgb)] for name, of in maps.items()}
+    at_middle = {name: values[middle * len(values) // len(clip.rgb)] for name, values in maps.items()}
     return clip.name, clip.rgb[middle], clip.mask[middle], at_middle
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Up to `most` of `count` places, evenly from the first to the last."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()

@@ -1,4 +1,7 @@
-"""One table of a demo: `python -m dclr.evaluation.demo_table runs/demo` reads the report.json of each of its runs."""
+"""The results of the demo as one table, read from the report.json of each of its runs.
+
+python -m dclr.evaluation.demo_table runs/demo
+"""
 
 import json
 import sys
@@ -7,12 +10,13 @@ from typing import Any
 
 from dclr.errors import UserError
 
-# What is compared, and which figure of which evaluation it is.
+# The title of each compared network, and the folder of its evaluation.
 ACCURACY = (("finetuned from DCLR", "finetune/accuracy"), ("trained from scratch", "scratch/accuracy"))
 RETRIEVAL = (("DCLR features", "pretrain/retrieval"), ("random features", "random/retrieval"))
 
 
 def read(folder: Path, run: str) -> dict[str, Any]:
+    """Read the report.json of a run. Raises UserError: the file is missing or is not JSON."""
     file = folder / run / "report.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -23,7 +27,7 @@ def read(folder: Path, run: str) -> dict[str, Any]:
 
 
 def table(folder: Path) -> list[str]:
-    """The lines of the table. Raises UserError: a run's report is missing, or not one."""
+    """Return the lines of the table. Raises UserError: the report of a run is missing or is not a report."""
     runs = [run for _, run in (*ACCURACY, *RETRIEVAL)] + ["pretrain"]
     try:
         return _table(folder, {run: read(folder, run) for run in runs})
@@ -33,22 +37,25 @@ def table(folder: Path) -> list[str]:
 
 def _table(folder: Path, reports: dict[str, dict[str, Any]]) -> list[str]:
     lines = [f"{'':24}{'figure':>22}{'':3}{'here':>7}{'chance':>9}"]
+
+    def add(title: str, name: str, value: float, chance: float) -> None:
+        lines.append(f"{title:24}{name:>22}{'':3}{value:7.1%}{chance:9.1%}")
+
     for title, run in ACCURACY:
         figures = reports[run]["figures"]
-        for name, k in (("top-1 by video", 1), ("top-5 by video", 5)):
-            lines.append(f"{title:24}{name:>22}{'':3}{figures[f'top{k}_video']:7.1%}{figures[f'chance_top{k}']:9.1%}")
-        lines.append(f"{title:24}{'top-1 by clip':>22}{'':3}{figures['top1_clip']:7.1%}{figures['chance_top1']:9.1%}")
+        add(title, "top-1 by video", figures["top1_video"], figures["chance_top1"])
+        add(title, "top-5 by video", figures["top5_video"], figures["chance_top5"])
+        add(title, "top-1 by clip", figures["top1_clip"], figures["chance_top1"])
     for title, run in RETRIEVAL:
         figures = reports[run]["figures"]
         for k in (1, 5):
-            lines.append(
-                f"{title:24}{f'retrieval R@{k}':>22}{'':3}{figures[f'recall_at_{k}']:7.1%}{figures[f'chance_at_{k}']:9.1%}"
-            )
+            add(title, f"retrieval R@{k}", figures[f"recall_at_{k}"], figures[f"chance_at_{k}"])
     pretraining, videos = reports["pretrain"], reports[ACCURACY[0][1]]["videos"]
+    device, precision = pretraining["environment"]["device"], pretraining["precision"]
     lines.append("")
     lines.append(
         f"{videos} test videos, one seed; pretraining took {pretraining['seconds']:.0f} s "
-        f"({pretraining['samples_per_second']} samples/s) on {pretraining['environment']['device']}, {pretraining['precision']}"
+        f"({pretraining['samples_per_second']} samples/s) on {device}, {precision}"
     )
     lines.append(f"pictures: {', '.join(str(p) for p in sorted(folder.glob('*/*/pictures/*.png')))}")
     lines.append(f"reports:  {', '.join(str(p) for p in sorted(folder.glob('**/report.json')))}")

@@ -1,4 +1,4 @@
-"""Pictures: the confusion matrix and the retrieval sheet of an evaluation, the views of a sample."""
+"""Pictures of an evaluation, written as files by matplotlib. Each `plot_*` function writes one picture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +10,12 @@ matplotlib.use("Agg")  # writes files; needs no screen
 from matplotlib import pyplot as plt
 
 
-def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
-    """counts: (classes, classes) int, true by predicted. Each row is shown as a share of its videos; the number of videos stands in
-    the cells where there is room (20 classes or fewer)."""
+def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
+    """Plot numbers of videos, true class by predicted class. The colour shows the share of the true class's videos.
+
+    Args:
+        counts: (classes, classes) int. The numbers are printed in the cells if there are 20 classes or fewer.
+    """
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(3 + 0.35 * len(classes), 24)
     figure, axes = plt.subplots(figsize=(side + 1.2, side))
@@ -20,9 +23,9 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, pat
     size = 8 if len(classes) <= 40 else 4
     axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
     axes.set_yticks(range(len(classes)), classes, fontsize=size)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=10, wrap=True)
     if len(classes) <= 20:
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.5 else "black"
@@ -32,11 +35,16 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, pat
     plt.close(figure)
 
 
-def retrieval_sheet(
+def plot_retrieval_sheet(
     rows: Sequence[tuple[tuple[np.ndarray, str], Sequence[tuple[np.ndarray, str, bool]]]], title: str, path: Path
 ) -> None:
-    """A row a query: its middle frame (H, W, 3) uint8 and name, then its nearest videos, nearest first, each with a frame, a caption
-    and whether it is of the query's class (green frame) or not (red)."""
+    """Plot one query per row, followed by its nearest train videos.
+
+    Args:
+        rows: for each query its frame and caption, then for each neighbour, nearest first, its frame, its caption and
+            whether it has the query's class. A neighbour of the query's class gets a green border, any other a red one.
+            Frames are (H, W, 3) uint8.
+    """
     columns = 1 + max(len(nearest) for _, nearest in rows)
     figure, grid = plt.subplots(len(rows), columns, figsize=(1.7 * columns, 1.85 * len(rows) + 0.5), squeeze=False)
     for line, ((frame, name), nearest) in zip(grid, rows, strict=True):
@@ -59,18 +67,21 @@ def retrieval_sheet(
     plt.close(figure)
 
 
-def view_sheet(
+def plot_view_sheet(
     samples: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Sequence[np.ndarray]]],
     shown: Sequence[int],
     title: str,
     path: Path,
 ) -> None:
-    """What the network sees of some clips: of each the source frames, and the rgb, static and dynamic view below them.
+    """Plot what the network sees of some clips: the source frames, and the rgb, static and dynamic view below them.
+
+    The last column shows the still that the static view is made of, and what the augmentations changed. Crops are
+    outlined in the source.
 
     Args:
-        samples: name; source frames (T, H, W, 3) uint8; the still (H, W, 3) uint8; the augmentations drawn for the frames and for the still
-            (dtype kernels.types.AUGMENTATION); the three views, each (T, h, w, 3) uint8.
-        shown: frames to show, a column each; the still stands in one more, and crops are outlined in the source.
+        samples: name; source frames (T, H, W, 3) uint8; the still (H, W, 3) uint8; the augmentations of the frames and
+            of the still (dtype kernels.types.AUGMENTATION); the three views, each (T, h, w, 3) uint8.
+        shown: positions of the frames to show, one column each.
     """
     lines = 4 * len(samples)
     figure, grid = plt.subplots(
@@ -79,23 +90,22 @@ def view_sheet(
     for axes in grid.flat:
         axes.axis("off")
     for number, (name, source, still, clip_row, still_row, views) in enumerate(samples):
-        for line, label in enumerate((f"{name}\nsource", "rgb", "static", "dynamic")):
-            for axes, t in zip(grid[4 * number + line], shown, strict=False):
-                axes.imshow(source[t] if line == 0 else views[line - 1][t])
-                if line == 0:
-                    _outline(axes, clip_row["box"])
-                    axes.set_title(f"t = {t}", fontsize=7, pad=2)
-            first = grid[4 * number + line][0]
-            first.text(-0.12, 0.5, label, transform=first.transAxes, ha="right", va="center", fontsize=8)
-        last = grid[4 * number][-1]
-        last.imshow(still)
-        _outline(last, still_row["box"])
-        last.set_title("still", fontsize=7, pad=2)
-        for line, row in ((1, clip_row), (2, still_row)):
-            axes = grid[4 * number + line][-1]
-            axes.text(0, 0.5, _draws(row), transform=axes.transAxes, va="center", fontsize=6.5)
-        axes = grid[4 * number + 3][-1]
-        axes.text(0, 0.5, "rgb[t] - rgb[t-1]\nat half contrast", transform=axes.transAxes, va="center", fontsize=6.5)
+        block = grid[4 * number : 4 * number + 4]
+        for line, label, pictures in zip(
+            block, (f"{name}\nsource", "rgb view", "static view", "dynamic view"), (source, *views), strict=True
+        ):
+            for axes, t in zip(line, shown, strict=False):
+                axes.imshow(pictures[t])
+            line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
+        for axes, t in zip(block[0], shown, strict=False):
+            _outline(axes, clip_row["box"])
+            axes.set_title(f"t = {t}", fontsize=7, pad=2)
+        block[0][-1].imshow(still)
+        _outline(block[0][-1], still_row["box"])
+        block[0][-1].set_title("still", fontsize=7, pad=2)
+        difference = "rgb[t] - rgb[t-1]\nat half contrast"
+        for line, words in zip(block[1:], (_changes(clip_row), _changes(still_row), difference), strict=True):
+            line[-1].text(0, 0.5, words, transform=line[-1].transAxes, va="center", fontsize=6.5)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout(rect=(0.06, 0, 1, 0.985), h_pad=0.3, w_pad=0.2)
     figure.savefig(path, dpi=110)
@@ -107,8 +117,8 @@ def _outline(axes: plt.Axes, box: np.ndarray) -> None:
     axes.add_patch(plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color="tab:orange", linewidth=1.5))
 
 
-def _draws(row: np.ndarray) -> str:
-    """What was drawn, in words, in the order in which it is applied."""
+def _changes(row: np.ndarray) -> str:
+    """Return the changes that an augmentation makes, one per line, in the order in which they are applied."""
     words = ["grayscale"] if row["grayscale"] else []
     if row["jitter"]:
         names = ("brightness", "contrast", "saturation", "hue")
@@ -118,14 +128,14 @@ def _draws(row: np.ndarray) -> str:
     return "\n".join(words) or "no change of colour"
 
 
-def foreground_sheet(
+def plot_composites(
     rows: Sequence[tuple[tuple[str, str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]], title: str, path: Path
 ) -> None:
-    """A row a clip: its middle frame and what moves in it, the other video's background, the clip on it at three times, its frozen partner.
+    """Plot one clip per row: its middle frame and foreground, the new background, the moving and the static composite.
 
     Args:
-        rows: names of the clip's class and of the background's; frames (T, H, W, 3) uint8; mask (T, H, W) bool; background of any size
-            (H', W', 3) uint8; the composed frames (T, H, W, 3) uint8.
+        rows: names of the clip's class and of the background's class; frames (T, H, W, 3) uint8; mask (T, H, W) bool;
+            background of any size (H', W', 3) uint8; the composite (T, H, W, 3) uint8.
     """
     figure, grid = plt.subplots(len(rows), 7, figsize=(1.75 * 7, 1.6 * len(rows) + 0.6), squeeze=False)
     for line, ((name, other), frames, mask, background, composed) in zip(grid, rows, strict=True):
@@ -133,10 +143,10 @@ def foreground_sheet(
         middle = len(frames) // 2
         cells = (
             (frames[middle], f"{name}, t = {middle}"),
-            (mask[middle], f"what moves: {mask.mean():.0%} of the clip"),
-            (background, f"background of {other}"),
+            (mask[middle], f"foreground, {mask.mean():.0%} of the clip"),
+            (background, f"background: {other}"),
             *((composed[t], f"moving, t = {t}") for t in (0, middle, last)),
-            (composed[middle], f"static: t = {middle}, always"),
+            (composed[middle], f"static, t = {middle}"),
         )
         for axes, (picture, caption) in zip(line, cells, strict=True):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
@@ -145,20 +155,20 @@ def foreground_sheet(
     _finish(figure, title, path)
 
 
-def map_sheet(
+def plot_activation_maps(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray, Mapping[str, np.ndarray]]], title: str, path: Path
 ) -> None:
-    """A row a clip: a frame, what moves in it, then activation maps laid over it.
+    """Plot one clip per row: a frame, its foreground, then activation maps laid over the frame.
 
     Args:
-        rows: name; frame (H, W, 3) uint8; mask (H, W) bool; maps by name, each (H', W') of any size, the same names in every row. Each
-            map is drawn from its own least value (blue) to its greatest (red): where, not how strongly.
+        rows: name; frame (H, W, 3) uint8; mask (H, W) bool; maps by name, each (H', W') of any size, the same names in
+            every row. The colours of each map go from its own smallest value (blue) to its own largest value (red).
     """
     columns = 2 + len(rows[0][3])
     figure, grid = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.7 * len(rows) + 0.6), squeeze=False)
     for line, (name, frame, mask, maps) in zip(grid, rows, strict=True):
         height, width = mask.shape
-        for axes, picture, caption in zip(line, (frame, mask), (name, "what moves"), strict=False):
+        for axes, picture, caption in zip(line, (frame, mask), (name, "foreground"), strict=False):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
             axes.set_title(caption, fontsize=7, pad=3)
         for axes, (caption, values) in zip(line[2:], maps.items(), strict=True):

@@ -1,8 +1,9 @@
 """The linear probe: how well a linear classifier tells classes apart by features that stay as they are.
 
-Multinomial logistic regression on standardised features. The loss is the sum of the cross entropies plus half the sum of the squared
-weights (a standard normal prior of each weight): strictly convex in the weights, so there is one solution, whoever finds it, and nothing
-to tune. A probe that is trained by SGD instead (train.py linear) depends on its learning rate and its epochs.
+Multinomial logistic regression on standardised features. The loss is the sum of the cross entropies plus half the sum
+of the squared weights (a standard normal prior of each weight): strictly convex in the weights, so there is one
+solution, whoever finds it, and nothing to tune. A probe that is trained by SGD instead (train.py linear) depends on its
+learning rate and its epochs.
 
 Letters: N videos, D features, C classes.
 """
@@ -39,7 +40,9 @@ def fit_probe(
     labels: Tensor,  # (N,) int64 in 0 to classes - 1
     classes: int,
 ) -> Probe:
-    """Deterministic: from zero weights, by L-BFGS with a line search, in float64. Classes without a video are allowed."""
+    """Deterministic: from zero weights, by L-BFGS with a line search, in float64. Classes without a video are
+    allowed.
+    """
     features = features.double()
     mean, scale = features.mean(0), features.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -47,13 +50,14 @@ def fit_probe(
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=MAX_STEPS, max_eval=2 * MAX_STEPS, tolerance_grad=SMALLEST_GRADIENT, tolerance_change=0,
-        history_size=20, line_search_fn="strong_wolfe",
+        [weight, bias], max_iter=MAX_STEPS, max_eval=2 * MAX_STEPS, history_size=20,
+        tolerance_grad=SMALLEST_GRADIENT, tolerance_change=0, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def loss_by_video() -> Tensor:
         optimizer.zero_grad()
-        # Divided by N as a whole, which moves no minimum, so that the gradient's size does not depend on how many videos there are.
+        # Divided by N as a whole, which moves no minimum, so that the gradient's size does not depend on how many
+        # videos there are.
         loss = F.cross_entropy(F.linear(x, weight, bias), labels) + weight.square().sum() / (2 * len(x))
         loss.backward()
         return loss

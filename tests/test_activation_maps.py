@@ -1,0 +1,120 @@
+"""Activation maps: the share inside a mask against loops over pixels, and `eval.py maps` on two small videos."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+from dclr.config import make_config, write_config
+from dclr.data.encode import write_video
+from dclr.errors import UserError
+from dclr.evaluation.activation_maps import energy_share
+from dclr.models import build_backbone, save_backbone
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second thread (see conftest.one_process)."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def walkers(tmp_path_factory) -> Path:
+    """Two classes of one video each, of different sizes: a textured square that moves right, and one that moves left."""
+    folder = tmp_path_factory.mktemp("walkers")
+    rng = np.random.default_rng(0)
+    frames = np.repeat(rng.integers(40, 90, (1, 60, 120)), 24, axis=0)
+    square = rng.integers(130, 230, (14, 14))
+    for t in range(24):
+        frames[t, 20:34, 10 + 4 * t : 24 + 4 * t] = square
+    for name, pixels in (("right", frames), ("left", frames[:, :40, ::-1])):
+        for split in ("train", "test"):
+            (folder / split / name).mkdir(parents=True)
+            write_video(
+                folder / split / name / f"{name}.mp4", np.repeat(pixels[..., None], 3, axis=-1).astype(np.uint8)
+            )
+    return folder
+
+
+@pytest.mark.parametrize("size", [(2, 7, 7), (1, 2, 3), (3, 5, 4)])
+def test_the_energy_share_is_a_sum_over_pixels_and_a_flat_maps_is_the_masks_own(size):
+    rng = np.random.default_rng(5)
+    mask = rng.random((8, 23, 30)) < 0.3
+    assert energy_share(np.full(size, 0.7, np.float32), mask) == pytest.approx(mask.mean(), rel=1e-12)
+
+    activation = rng.random(size)
+    inside = whole = 0.0
+    for t, y, x in np.ndindex(*mask.shape):
+        # The cell that holds the middle of the pixel.
+        cell = [
+            math.floor((p + 0.5) / fine * coarse) for p, fine, coarse in zip((t, y, x), mask.shape, size, strict=True)
+        ]
+        whole += activation[*cell]
+        inside += activation[*cell] * mask[t, y, x]
+    assert energy_share(activation, mask) == pytest.approx(inside / whole, rel=1e-12)
+
+
+def test_a_map_that_lies_on_what_moves_has_all_its_energy_there():
+    activation, mask = np.zeros((1, 2, 2)), np.zeros((4, 10, 10), bool)
+    activation[0, 1, 0] = 3
+    mask[:, 5:, :5] = True
+    assert energy_share(activation, mask) == 1
+    assert energy_share(activation, ~mask) == 0
+    with pytest.raises(ValueError, match="zero everywhere"):
+        energy_share(np.zeros((1, 2, 2)), mask)
+    with pytest.raises(ValueError, match="negative"):
+        energy_share(activation - 1, mask)
+
+
+def measured(command: list[str], out: Path) -> dict[str, Any]:
+    evaluation.main([*command, "--out", str(out)])
+    return json.loads((out / "report.json").read_text())
+
+
+def test_maps_tell_their_share_on_what_moves_beside_an_untrained_network_and_a_flat_map(walkers, tmp_path, capsys):
+    settings = {"width": 4, "clip_length": 8, "crop_size": 32, "workers": 0, "seed": 3}
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run" / "config.json", "pretrain", "demo", make_config("pretrain", settings))
+    torch.manual_seed(0)
+    save_backbone(build_backbone("r2plus1d_10", 4), tmp_path / "run" / "backbone.safetensors")
+    command = ["maps", "--data", str(walkers), "--checkpoint"]
+    result = measured([*command, str(tmp_path / "run")], tmp_path / "out")
+    names = [f"{name}{which}" for which in ("_untrained", "") for name in ("A_v", "A_s", "A_d")]
+    assert list(result["figures"]) == list(result["deviations"]) == ["flat", *names]
+    assert (result["videos"], result["map_size"], result["without_motion"]) == (2, [1, 2, 2], [])
+    assert all(0 < share < 0.5 for share in result["figures"].values())
+    assert len(set(result["figures"].values())) == 7  # no map is another one, nor that of the untrained network
+    assert re.search(r"A_d untrained +\d+\.\d%\n", capsys.readouterr().out)
+    with Image.open(tmp_path / "out" / "pictures" / "maps.png") as image:
+        assert image.width > 1200
+
+    # Random weights are those that the run began with: its seed, network and clips, here by flags.
+    flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0", "--seed", "3"]
+    untrained = measured([*command, "random", *flags], tmp_path / "random")["figures"]
+    assert untrained == {"flat": result["figures"]["flat"]} | {
+        name.removesuffix("_untrained"): result["figures"][name] for name in names[:3]
+    }
+
+
+def test_maps_of_videos_in_which_nothing_moves_and_of_those_that_cannot_be_read(walkers, tmp_path):
+    shutil.copytree(walkers, tmp_path / "data")
+    flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0"]
+    command = ["maps", "--data", str(tmp_path / "data"), "--checkpoint", "random", *flags]
+    right, left = (tmp_path / "data" / "test" / name / f"{name}.mp4" for name in ("right", "left"))
+    write_video(right, np.full((24, 60, 80, 3), 90, np.uint8))
+    left.write_bytes(b"")
+    (tmp_path / "data" / "test" / "left" / "moves.mp4").write_bytes((walkers / "test/left/left.mp4").read_bytes())
+    result = measured(command, tmp_path / "out")
+    assert (result["videos"], result["without_motion"]) == (1, ["test/right/right.mp4"])
+    assert result["left_out"] == {"test/left/left.mp4": "empty file"}
+    (tmp_path / "data" / "test" / "left" / "moves.mp4").unlink()
+    with pytest.raises(UserError, match="nothing moves in any of 1 test clips"):
+        evaluation.main([*command, "--out", str(tmp_path / "out")])
