@@ -156,15 +156,8 @@ class CompositeClips(TestClips):
 
 def split_clips(frames: YuvFrames, length: int) -> list[YuvFrames]:
     """Split frames of consecutive clips of `length` frames into one YuvFrames per clip, as views."""
-    starts = range(0, len(frames.y), length)
-    return [
-        YuvFrames(
-            *(plane[first : first + length] for plane in (frames.y, frames.u, frames.v)),
-            frames.bt709,
-            frames.full_range,
-        )
-        for first in starts
-    ]
+    parts = [slice(first, first + length) for first in range(0, len(frames.y), length)]
+    return [YuvFrames(frames.y[p], frames.u[p], frames.v[p], frames.bt709, frames.full_range) for p in parts]
 
 
 def frozen(clip: Tensor) -> Tensor:
