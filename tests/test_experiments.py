@@ -253,11 +253,8 @@ def test_train_and_eval_understand_every_command(root, monkeypatch, experiment, 
         entry, *arguments = job.command
         if entry == "train.py":
             flags = train.parse(arguments)
-            command, preset = flags.pop("command"), flags.pop("preset", "demo")
-            for name in ("local_rank", "resume", "short_side", *(["out"] if command == "pack" else [])):
-                flags.pop(name, None)
-            if command != "pack":
-                train.configuration.resolve(command, preset, flags)
+            if (command := flags.pop("command")) != "pack":
+                train.resolve(command, flags)
         else:
             evaluation.make_parser().parse_args(arguments)
 
