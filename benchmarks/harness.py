@@ -1,40 +1,64 @@
-"""What every benchmark of a kernel shares: honest times, peak memory, the device's measured ceilings, files of results.
+"""The harness of all benchmarks: command line, grid, times taken in turns, goals, results files, captions and tables.
 
-Nothing here is run by itself. `interleaved` measures all providers of one question in one loop, so that a clock that changes meets
-all of them alike and their ratios can be trusted.
+This module is not run by itself. A benchmark supplies its question, its providers and its grid. A provider is one
+implementation of what is measured. A cell is one point of the grid, a row is what was measured in one cell.
+
+Every results file holds the question, the command, the device, the versions, the commit and the date. Files lie in
+results/DEVICE, for example results/nvidia-h200 or results/cpu.
 """
 
+import argparse
 import os
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import matplotlib
 import numpy as np
 import torch
 
-from dclr.report import write_json
+from dclr.errors import UserError
+from dclr.report import environment, write_json
+from kernels import describe
+from kernels.backend import runs_triton
 
 matplotlib.use("Agg")  # writes files; needs no screen
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+RELEASED = "as released"
+"""The provider that repeats the steps of the released code. Results files carry this name, so it does not change."""
 
 Precision = Literal["ieee", "tf32", "bf16"]
-"""Arithmetic of a matrix product: float32 as it is, float32 rounded to tf32 first, bfloat16."""
+"""Arithmetic of a matrix product: float32, float32 rounded to tf32 first, or bfloat16."""
+
+Call = Callable[[], Any]
+Row = dict[str, Any]
+Cell = TypeVar("Cell")
+T = TypeVar("T")
+
+
+class NotAvailable(Exception):
+    """A provider cannot run here. The message says why."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ times
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Milliseconds of one call: the median, and the quantiles between which the middle three fifths of the repetitions lie."""
+    """Milliseconds of one call over all repetitions."""
 
     median_ms: float
     low_ms: float
@@ -43,12 +67,13 @@ class Timing:
     """80 % quantile"""
     repetitions: int
     captured: bool | None
-    """Replayed from a CUDA graph. False: launched kernel by kernel, so that the host's time may be in it. None: not on CUDA."""
+    """True: replayed from a CUDA graph. False: launched kernel by kernel, so it may include time of the host.
+    None: not measured on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What the device was measured to do at best."""
+    """The highest rates that the device reached in this run."""
 
     bytes_per_second: float
     """of a large copy, bytes read plus bytes written"""
@@ -56,40 +81,60 @@ class Ceilings:
     """of a large matrix product"""
 
 
-def interleaved(
-    providers: dict[str, Callable[[], Any]], device: torch.device, repetitions: int = 50, warmup: int = 3
-) -> dict[str, Timing]:
-    """Times of all `providers`, measured in one loop whose rounds run each of them once, in an order that rotates.
+def quantiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """Return the 20 % quantile, the median and the 80 % quantile."""
+    low, median, high = (float(value) for value in np.quantile(list(values), (0.2, 0.5, 0.8)))
+    return low, median, high
 
-    On CUDA a provider is captured in a graph, if it can be (a warning says if not), and its replays are timed by events. Before each, a
-    buffer of several times the L2 cache is written: inputs come from memory, as they do in training, and the device is busy while the
-    host launches what follows, so that the host's time does not count. Nothing waits for the device before the end.
+
+def turn(names: Sequence[T], number: int) -> list[T]:
+    """Return the order of a round: every name once, and each round begins with another name."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
+    """Yield whose turn it is in all rounds."""
+    for number in range(rounds):
+        yield from turn(names, number)
+
+
+def time_in_turns(
+    providers: dict[str, Call], device: torch.device, repetitions: int = 50, warmup: int = 3
+) -> dict[str, Timing]:
+    """Measure all `providers` in one loop of rounds, so that a changing clock rate affects all of them alike.
+
+    On CUDA each provider is captured in a CUDA graph if possible (a warning says if not), and events time its replays.
+    A buffer of several times the L2 cache is written before each replay. So inputs come from memory, as in training,
+    and the device is busy while the host launches what follows. The loop never waits for the device before its end.
 
     Args:
-        providers: by name, functions without arguments. One that computes a gradient does so itself, by torch.autograd.grad.
+        providers: functions without arguments. One that computes a gradient calls torch.autograd.grad itself.
         repetitions: measured rounds.
-        warmup: calls of each before the first round.
+        warmup: calls of each provider before the first round.
     """
     captured: dict[str, bool | None] = dict.fromkeys(providers)
     if device.type == "cuda":
-        replays = {name: _captured(name, provider, warmup) for name, provider in providers.items()}
+        replays = {name: _capture(name, provider, warmup) for name, provider in providers.items()}
         captured.update({name: replays[name] is not provider for name, provider in providers.items()})
         samples = _time_by_events(replays, device, repetitions)
     else:
         samples = _time_by_clock(providers, repetitions, warmup)
-
     timings = {}
     for name, milliseconds in samples.items():
-        low, median, high = (float(value) for value in np.quantile(milliseconds, (0.2, 0.5, 0.8)))
+        low, median, high = quantiles(milliseconds)
         timings[name] = Timing(
             median_ms=median, low_ms=low, high_ms=high, repetitions=repetitions, captured=captured[name]
         )
     return timings
 
 
-def consecutive(call: Callable[[], Any], device: torch.device, count: int) -> list[float]:
-    """Milliseconds of each of `count` calls, one right after the other. On CUDA from event to event on the stream: nothing waits before
-    the end, and the host's time counts where the device waits for it."""
+def time_consecutive(call: Call, device: torch.device, count: int) -> list[float]:
+    """Return the milliseconds of each of `count` calls, made one right after the other.
+
+    On CUDA these are the distances of events on the stream. Nothing waits before the end, and time of the host counts
+    where the device waits for the host.
+    """
     if device.type == "cuda":
         borders = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         borders[0].record()
@@ -106,21 +151,21 @@ def consecutive(call: Callable[[], Any], device: torch.device, count: int) -> li
     return milliseconds
 
 
-def peak_extra_memory(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes that one call holds beyond what was allocated before it, its result included; None where torch does not count them."""
+def peak_extra_memory(call: Call, device: torch.device) -> int | None:
+    """Return the most bytes that one call holds beyond what was allocated before, with its result. None on a CPU."""
     if device.type != "cuda":
         return None
-    function()  # what stays allocated after a first call (cuBLAS's workspace) is no cost of a call
+    call()  # what stays allocated after a first call (cuBLAS's workspace) is no cost of a call
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    function()
+    call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def ceilings(device: torch.device) -> Ceilings | None:
-    """Measured on a copy of 1 GiB and products of 8192 x 8192 matrices of random numbers (zeros would be faster); None on a CPU."""
+def measure_ceilings(device: torch.device) -> Ceilings | None:
+    """Measure a copy of 1 GiB and products of 8192 x 8192 matrices of random numbers (zeros are faster). None on a CPU."""
     if device.type != "cuda":
         return None
     side, size = 8192, 2**30
@@ -135,9 +180,9 @@ def ceilings(device: torch.device) -> Ceilings | None:
             left @ right
 
     precisions: tuple[Precision, ...] = ("ieee", "tf32", "bf16")
-    providers: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
+    providers: dict[str, Call] = {"copy": lambda: target.copy_(source)}
     providers |= {precision: partial(product, precision) for precision in precisions}
-    times = interleaved(providers, device, repetitions=15)
+    times = time_in_turns(providers, device, repetitions=15)
     return Ceilings(
         bytes_per_second=2 * size / (times["copy"].median_ms / 1e3),
         flops_per_second={precision: 2 * side**3 / (times[precision].median_ms / 1e3) for precision in precisions},
@@ -146,9 +191,9 @@ def ceilings(device: torch.device) -> Ceilings | None:
 
 @contextmanager
 def float32_products(precision: Precision) -> Iterator[None]:
-    """Inside, float32 matrix products are rounded as `precision` says.
+    """Round float32 matrix products inside as `precision` says.
 
-    "bf16" allows tf32 as well: bfloat16 fits into tf32 whole, so code that widens its arguments loses nothing and keeps the fast units.
+    "bf16" allows tf32 as well. A bfloat16 number fits into tf32, so code that widens its arguments loses nothing.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
@@ -158,74 +203,27 @@ def float32_products(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def results_folder(device: torch.device, results: Path = RESULTS) -> Path:
-    """Where results of this device are kept: results/nvidia-h200, results/cpu."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return results / "-".join(name.lower().split())
-
-
-def write(folder: Path, name: str, content: dict[str, Any], figure: Figure) -> None:
-    """NAME.json and NAME.png into `folder`, and once more into the folder that the environment variable OUT names, if it is set: from
-    a borrowed machine that one is brought home."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}.json", content)
-    figure.savefig(folder / f"{name}.png", dpi=130)
-    plt.close(figure)
-    if out := os.environ.get("OUT"):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        for suffix in ("json", "png"):
-            shutil.copy(folder / f"{name}.{suffix}", out)
-
-
-def command(script: str, arguments: Sequence[str]) -> str:
-    """What was typed, with a folder's name for its path: where things lie is nobody's business."""
-    named = [Path(argument).resolve().name if "/" in argument else argument for argument in arguments]
-    return " ".join([f"python -m benchmarks.{script}", *named])
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, for a table."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-def table_line(columns: Sequence[str]) -> str:
-    return "| " + " | ".join(columns) + " |"
-
-
-def table_header(columns: Sequence[str]) -> str:
-    return table_line(columns) + "\n|" + "---|" * len(columns)
-
-
-def rounds(names: list[str], repetitions: int) -> Iterator[str]:
-    """Whose turn it is: every name once a round, and each round begins with another."""
-    for turn in range(repetitions):
-        first = turn % len(names)
-        yield from names[first:] + names[:first]
-
-
-def _time_by_clock(
-    providers: dict[str, Callable[[], Any]], repetitions: int, warmup: int
-) -> dict[str, list[float]]:  # milliseconds by provider
+def _time_by_clock(providers: dict[str, Call], repetitions: int, warmup: int) -> dict[str, list[float]]:
+    """Return milliseconds by provider."""
     for provider in providers.values():
         for _ in range(warmup):
             provider()
     samples: dict[str, list[float]] = {name: [] for name in providers}
-    for name in rounds(list(providers), repetitions):
+    for name in turns(list(providers), repetitions):
         begin = time.perf_counter()
         providers[name]()
         samples[name].append((time.perf_counter() - begin) * 1e3)
     return samples
 
 
-def _time_by_events(
-    replays: dict[str, Callable[[], Any]], device: torch.device, repetitions: int
-) -> dict[str, list[float]]:  # milliseconds by provider
-    # At least 256 MB, which keeps the device busy for 50 microseconds or more: longer than the host needs for one turn of the loop.
+def _time_by_events(replays: dict[str, Call], device: torch.device, repetitions: int) -> dict[str, list[float]]:
+    """Return milliseconds by provider."""
+    # At least 256 MB keep the device busy for 50 microseconds, longer than the host needs for one turn of the loop.
     size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 256 * 2**20)
     cold = torch.empty(size, dtype=torch.uint8, device=device)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
     discarded = 1  # in the first round the device still waits for the host
-    for name in rounds(list(replays), discarded + repetitions):
+    for name in turns(list(replays), discarded + repetitions):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         cold.zero_()
         begin.record()
@@ -236,15 +234,15 @@ def _time_by_events(
     return {name: [begin.elapsed_time(end) for begin, end in pairs[discarded:]] for name, pairs in events.items()}
 
 
-def _captured(name: str, provider: Callable[[], Any], warmup: int) -> Callable[[], Any]:
-    """The replay of a CUDA graph of `provider`; `provider` itself, and a warning, where it cannot be captured."""
+def _capture(name: str, provider: Call, warmup: int) -> Call:
+    """Return the replay of a CUDA graph of `provider`; where capturing fails, warn and return `provider` itself."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warmup):
             provider()
     try:
-        # The outer context brings the current stream back when the capture fails: the inner one does not.
+        # The outer context restores the current stream when the capture fails. The inner one does not.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
             provider()
     except RuntimeError as error:
@@ -253,3 +251,318 @@ def _captured(name: str, provider: Callable[[], Any], warmup: int) -> Callable[[
         return provider
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+# -------------------------------------------------------------------------------------------------------------- providers
+
+
+def check_and_time(
+    names: Sequence[str],
+    prepare: Callable[[str], tuple[Call, dict[str, Any]]],
+    device: torch.device,
+    repetitions: int,
+    warmup: int = 3,
+) -> dict[str, dict[str, Any]]:
+    """Return what was measured by provider: its Timing, its peak extra memory, and the result of its check.
+
+    A provider that fails has {"skipped": reason} instead. `prepare` returns the call to time and the result of its check.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Call] = {}
+    for name in names:
+        try:
+            call, check = prepare(name)
+            found[name] = check | {"peak_extra_bytes": peak_extra_memory(call, device)}
+            calls[name] = call
+        except Exception as error:  # whatever it is: the other providers are still worth measuring
+            found[name] = {"skipped": reason(error)}
+    try:
+        times = time_in_turns(calls, device, repetitions, warmup) if calls else {}
+    except torch.OutOfMemoryError as error:  # each fits alone, but the graphs of all do not fit together
+        return found | {name: {"skipped": reason(error)} for name in calls}
+    return {name: (asdict(times[name]) if name in times else {}) | found[name] for name in names}
+
+
+def reason(error: Exception) -> str:
+    """Return one line for a table: why a provider was skipped."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, NotAvailable | UserError):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def spread(found: dict[str, Any]) -> str:
+    """Return a provider's milliseconds for a table: median (20 % to 80 %)."""
+    if "skipped" in found:
+        return f"skipped: {found['skipped']}"
+    mark = " (no graph)" if found.get("captured") is False else ""
+    return f"{found['median_ms']:.4g} ({found['low_ms']:.4g} to {found['high_ms']:.4g}){mark}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ goals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A value that every row of the given size should reach."""
+
+    text: str
+    least: float
+    value: Callable[[Row], float | None]
+    """computes the value of a row; None where it was not measured"""
+    size: dict[str, int] = field(default_factory=dict)
+    """the goal holds for rows with these entries; empty: for all rows"""
+
+
+def speedup(over: str, of: str = "ours", quantity: str = "median_ms") -> Callable[[Row], float | None]:
+    """Return the value of a goal: the quantity of provider `over` divided by that of provider `of`."""
+
+    def value(row: Row) -> float | None:
+        theirs, own = (row["providers"].get(name, {}).get(quantity) for name in (over, of))
+        return None if theirs is None or own is None else theirs / max(own, 1e-9)
+
+    return value
+
+
+def judge(rows: Iterable[Row], goal: Goal, where: Callable[[Row], str]) -> dict[str, Any]:
+    """Judge a goal by its worst row. `where` names the cell of a row."""
+    values = [
+        (value, where(row))
+        for row in rows
+        if goal.size.items() <= row.items() and (value := goal.value(row)) is not None
+    ]
+    if not values:
+        return {"worst": None, "worst_at": None, "verdict": "not measured in this run"}
+    worst, worst_at = min(values)
+    return {"worst": worst, "worst_at": worst_at, "verdict": "met" if worst >= goal.least else "not met"}
+
+
+def judge_kernels(
+    rows: Sequence[Row],
+    goals: Sequence[Goal],
+    where: Callable[[Row], str],
+    genuine: bool,
+    typical: tuple[str, Callable[[Row], bool]],
+) -> list[dict[str, Any]]:
+    """Judge each goal in each precision, by its worst row. The worst of the typical rows stands next to it.
+
+    Args:
+        where: names the cell of a row.
+        genuine: ours ran its Triton kernels on a GPU. Otherwise no goal is judged.
+        typical: the entry's name in the results, and which rows are typical.
+    """
+    name, is_typical = typical
+    verdicts = []
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        for goal in goals:
+            these = [row for row in rows if row["precision"] == precision and goal.size.items() <= row.items()]
+            failed = [where(row) for row in these if "skipped" in row["providers"].get("ours", {})]
+            verdict: dict[str, Any] = {"goal": goal.text, "precision": precision, name: None, "worst": None}
+            if not genuine:
+                verdict |= {"worst_at": None, "verdict": "not measured on this device"}
+            elif failed:
+                verdict |= {"worst_at": failed[0], "verdict": "not met: ours failed"}
+            else:
+                verdict |= judge(these, goal, where)
+                verdict[name] = judge(filter(is_typical, these), goal, where)["worst"]
+            verdicts.append(verdict)
+    return verdicts
+
+
+def goal_table(verdicts: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Return a table of verdicts. `columns` gives the head of each entry of a verdict."""
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return table(list(columns.values()), [[cell(verdict[name]) for name in columns] for verdict in verdicts])
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def make_parser(description: str | None, providers: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser with the options that benchmarks share; --quick and --providers where there are `providers`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if providers:
+        parser.add_argument("--providers", nargs="+", choices=list(providers), help="measure only these")
+        parser.add_argument("--quick", action="store_true", help="measure the first cell only, with fewer repetitions")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no new cell, or no new round, after this time"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that holds one folder for each device")
+    return parser
+
+
+def add_kernel_options(parser: argparse.ArgumentParser, precisions: Iterable[str]) -> None:
+    """Add the options of benchmarks that time single calls."""
+    parser.add_argument("--precision", nargs="+", choices=list(precisions), help="measure each on the whole grid")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="B")
+    parser.add_argument("--repetitions", type=int, help="measured rounds of a cell")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Run:
+    """One run of a benchmark, from its command line to its results files.
+
+    Attributes:
+        environment: device, versions, commit and date.
+        rows: one for each measured cell.
+        stopped: why the grid was not finished; None if it was.
+        failed: an error stopped the run.
+        not_reached: names of the cells that were not measured.
+    """
+
+    def __init__(
+        self, name: str, argv: Sequence[str] | None, arguments: argparse.Namespace, device: torch.device
+    ) -> None:
+        self.name, self.device, self.minutes = name, device, arguments.minutes
+        self.command = command(name, sys.argv[1:] if argv is None else argv)
+        self.folder = results_folder(device, arguments.results)
+        self.environment = environment(device)
+        self.rows: list[Row] = []
+        self.stopped: str | None = None
+        self.failed = False
+        self.not_reached: list[str] = []
+        self._begin = time.monotonic()
+
+    def start_kernels(self, also: str = "") -> tuple[str, Ceilings | None]:
+        """Print the device, which implementation is "ours", and the device's ceilings. Return the last two."""
+        implementation = f"ours is: {describe(self.device)}{also}"
+        print(f"{self.environment['device']}, torch {self.environment['versions']['torch']}; {implementation}")
+        ceilings = measure_ceilings(self.device)
+        if ceilings is None:
+            print("The ceilings of this device are not measured: no shares of a ceiling, no peak memory.")
+        else:
+            rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
+            print(f"Measured ceilings: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, {rates}")
+        return implementation, ceilings
+
+    @property
+    def genuine(self) -> bool:
+        """Ours runs its Triton kernels on a GPU."""
+        return self.device.type == "cuda" and runs_triton(self.device)
+
+    def out_of_time(self) -> bool:
+        """Return whether --minutes are over, and record it."""
+        if time.monotonic() - self._begin > 60 * self.minutes:
+            self.stopped = f"{self.minutes:g} minutes were over"
+        return self.stopped is not None
+
+    def measure(self, cells: Sequence[Cell], measure: Callable[[Cell], Row], show: Callable[[Row], str]) -> None:
+        """Measure the cells in their order and print each row. The first cell is measured whatever the time.
+
+        Raises SystemExit if nothing was measured.
+        """
+        for cell in cells:
+            if self.rows and self.out_of_time():
+                break
+            try:
+                self.rows.append(measure(cell))
+            except RuntimeError as error:  # after some errors a GPU does nothing more in this process
+                self.stopped, self.failed = f"{cell}: {reason(error)}", True
+                break
+            print(show(self.rows[-1]), flush=True)
+        if not self.rows:
+            raise SystemExit(f"nothing was measured: {self.stopped or 'the grid has no such cell'}")
+        self.not_reached = [str(cell) for cell in cells[len(self.rows) :]]
+        if self.stopped:
+            print(f"\nstopped, {self.stopped}; not measured: {'; '.join(self.not_reached)}")
+
+    def caption(self, detail: str) -> str:
+        """Return the lines below a picture: where and when it was measured, and `detail`."""
+        versions, date = self.environment["versions"], self.environment["date"][:10]
+        commit = self.environment["commit"]
+        return f"{self.environment['device']}, {date}, torch {versions['torch']}, commit {commit}\n{detail}"
+
+    def publish(self, figure: Figure, content: dict[str, Any], *suffixes: str) -> None:
+        """Write the results: `content` and what every results file holds. `suffixes` are added to the files' name."""
+        shared = {
+            "command": self.command,
+            "environment": self.environment,
+            "seconds": round(time.monotonic() - self._begin, 1),
+            "stopped": self.stopped,
+            "not_reached": self.not_reached,
+            "rows": self.rows,
+        }
+        name = "_".join([self.name, *suffixes])
+        write(self.folder, name, shared | content, figure)
+        print(f"Wrote {self.folder / name}.json and .png")
+
+    def refuse_failures(self, names: Iterable[str], allowed: str | None = None) -> None:
+        """Raise SystemExit if a provider of `names` was skipped for another reason than `allowed`, or an error ended the run."""
+        for row in self.rows:
+            for name in names:
+                why = row["providers"].get(name, {}).get("skipped", allowed)
+                if why != allowed:
+                    raise SystemExit(f"{name} failed: {why}")
+        if self.failed:
+            raise SystemExit(f"an error stopped the run: {self.stopped}")
+
+
+def from_row(kind: type[Cell], row: Row) -> Cell:
+    """Return the cell (a dataclass) that a row was measured in."""
+    return kind(**{each.name: row[each.name] for each in fields(kind)})  # type: ignore[arg-type]
+
+
+def command(script: str, arguments: Sequence[str]) -> str:
+    """Return the command line. Of a path only the last folder's name is kept: results are published."""
+    named = [Path(argument).resolve().name if "/" in argument else argument for argument in arguments]
+    return " ".join([f"python -m benchmarks.{script}", *named])
+
+
+# ---------------------------------------------------------------------------------------------------------- files, tables
+
+
+def results_folder(device: torch.device, results: Path = RESULTS) -> Path:
+    """Return the folder of this device's results: results/nvidia-h200, results/cpu."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return results / "-".join(name.lower().split())
+
+
+def write(folder: Path, name: str, content: dict[str, Any], figure: Figure) -> None:
+    """Write NAME.json and NAME.png into `folder`.
+
+    If the environment variable OUT names a folder, write copies there. On a borrowed machine only that folder is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", content)
+    figure.savefig(folder / f"{name}.png", dpi=130)
+    plt.close(figure)
+    if out := os.environ.get("OUT"):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for suffix in ("json", "png"):
+            shutil.copy(folder / f"{name}.{suffix}", out)
+
+
+def add_titles(figure: Figure, title: str, caption: str, **legend: Any) -> None:
+    """Set title, legend and caption, and lay the panels out between them."""
+    figure.suptitle(title, y=0.985)
+    top = 0.97
+    if legend:
+        figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.955), frameon=False, fontsize=9, **legend)
+        top = 0.94
+    figure.text(0.5, 0.012, caption, ha="center", fontsize=8, color="dimgray")
+    figure.tight_layout(rect=(0, 0.035 + 0.015 * caption.count("\n"), 1, top))
+
+
+def most_measured(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the precision that most rows have, for a picture."""
+    precisions = [row["precision"] for row in rows]
+    return [row for row in rows if row["precision"] == max(dict.fromkeys(precisions), key=precisions.count)]
+
+
+def table_line(columns: Sequence[str]) -> str:
+    """Return one line of a markdown table."""
+    return "| " + " | ".join(columns) + " |"
+
+
+def table_header(columns: Sequence[str]) -> str:
+    """Return the first two lines of a markdown table."""
+    return table_line(columns) + "\n|" + "---|" * len(columns)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a markdown table."""
+    return "\n".join([table_header(columns), *(table_line(row) for row in rows)])

@@ -1,10 +1,11 @@
-"""What each Triton kernel takes of a GPU: registers, shared memory, spills. Compiled ahead of time, so that it needs no GPU.
+"""How many registers, how much shared memory and how many spills does each Triton kernel have? It needs no GPU.
 
-    python -m benchmarks.resources            prints a table, writes results/resources.json: about a minute on one core
-    python -m benchmarks.resources --check    only prints, and exits with status 1 if a kernel spills or takes too much shared memory
+    python -m benchmarks.resources            print a table and write results/resources.json: about a minute on one core
+    python -m benchmarks.resources --check    print only
 
-Kernels are compiled for sm_80 (A100) and sm_90 (H100, H200) in every configuration that their launchers choose, and the numbers are read
-from the binary by cuobjdump, which comes with Triton.
+Kernels are compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200) in every configuration that their launchers
+choose. cuobjdump, which comes with Triton, reads the numbers from the binary. The exit status is 1 if a kernel spills or
+takes too much shared memory. Result to expect: no kernel spills.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 
 RESULT = Path(__file__).parent / "results" / "resources.json"
 
-# Compute capability -> the most shared memory of a program, in bytes (CUDA C++ Programming Guide, technical specifications).
+# Compute capability -> most shared memory of a program in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -39,6 +40,7 @@ class Usage:
     matrix_units: str  # the instruction its products use: wgmma, mma or none
 
     def faults(self) -> list[str]:
+        """Return a line for each limit that the kernel exceeds."""
         found = [f"{self.local} bytes in local memory: registers spill"] if self.local else []
         if self.shared > SHARED_LIMIT[self.capability]:
             found.append(
@@ -48,7 +50,8 @@ class Usage:
 
 
 def measure() -> list[Usage]:
-    """Compile everything. Raises RuntimeError under TRITON_INTERPRET, where nothing is compiled."""
+    """Compile every kernel in every configuration. Raises RuntimeError under TRITON_INTERPRET, where nothing is compiled."""
+    # Imported here, because `main` unsets TRITON_INTERPRET first.
     from kernels import info_nce_triton, view_generation_triton
     from kernels.backend import INTERPRETED
 
@@ -63,21 +66,21 @@ def measure() -> list[Usage]:
             units = "wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "none"
             found.append(
                 Usage(
-                    launch.kernel.__name__,
-                    label,
-                    capability,
-                    launch.num_warps,
-                    registers,
-                    local,
-                    compiled.metadata.shared,
-                    units,
+                    kernel=launch.kernel.__name__,
+                    configuration=label,
+                    capability=capability,
+                    num_warps=launch.num_warps,
+                    registers=registers,
+                    local=local,
+                    shared=compiled.metadata.shared,
+                    matrix_units=units,
                 )
             )
     return found
 
 
 def read_binary(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory of a thread, from a binary with one kernel."""
+    """Return registers and bytes of local memory of a thread, from a binary with one kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -93,34 +96,32 @@ def read_binary(cubin: bytes) -> tuple[int, int]:
 
 
 def table(found: list[Usage]) -> str:
-    """One row for each kernel and configuration, sm_80 and sm_90 side by side."""
-    lines = [
-        "| kernel | configuration | warps | registers | local bytes | shared KiB | products |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return a row for each kernel and configuration, with the values of sm_80 / sm_90."""
+    from benchmarks import harness
+
     both: dict[tuple[str, str], dict[int, Usage]] = {}
     for usage in found:
         both.setdefault((usage.kernel, usage.configuration), {})[usage.capability] = usage
+    lines = []
     for (kernel, configuration), by_capability in both.items():
         pair = [by_capability[capability] for capability in SHARED_LIMIT]
-        columns = (
-            [u.registers for u in pair],
-            [u.local for u in pair],
-            [f"{u.shared / 1024:.0f}" for u in pair],
-            [u.matrix_units for u in pair],
+        values = (
+            [usage.registers for usage in pair],
+            [usage.local for usage in pair],
+            [f"{usage.shared / 1024:.0f}" for usage in pair],
+            [usage.matrix_units for usage in pair],
         )
-        cells = " | ".join(" / ".join(map(str, column)) for column in columns)
-        lines.append(f"| {kernel} | {configuration} | {pair[0].num_warps} | {cells} |")
-    return "\n".join(lines)
+        lines.append([kernel, configuration, str(pair[0].num_warps), *(" / ".join(map(str, each)) for each in values)])
+    columns = ["kernel", "configuration", "warps", "registers", "local bytes", "shared KiB", "products"]
+    return harness.table(columns, lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with status 1 if something is over its limit"
-    )
+    parser.add_argument("--check", action="store_true", help="print only, write nothing")
     parser.add_argument("--json", type=Path, default=RESULT, help="the file to write")
     arguments = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
 
     found = measure()
     print("sm_80 / sm_90\n\n" + table(found))
@@ -141,5 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)
     main()

@@ -1,17 +1,16 @@
 """Does a long run stay as small as it began: memory, open files and threads of every process?
 
     python -m benchmarks.soak --data WEIZMANN              an hour on two cores: two ranks with two workers each
-    python -m benchmarks.soak --data WEIZMANN --minutes 3  whether it works
+    python -m benchmarks.soak --data WEIZMANN --minutes 3  a short trial
 
-Pretrains the demo's network through the deepspeed launcher, with a checkpoint every ten epochs, and looks at all its processes every ten
-seconds. What counts is what they hold in the last quarter of the time against the quarter after the first tenth. In the end it is stopped
-as a scheduler would stop it, by SIGTERM, and must leave a checkpoint.
+Pretrains the demo's network through the deepspeed launcher, with a checkpoint every ten epochs, and inspects all its
+processes every ten seconds. What they hold in the last quarter of the time is compared with the quarter after the first
+tenth. At the end the run gets SIGTERM, as from a scheduler, and must leave a checkpoint.
 
-Prints a table, writes soak.json and soak.png into results/DEVICE. Exit status 1: something grew by more than is allowed, or it did not stop
-as it should.
+Prints a table and writes soak.json and soak.png into results/DEVICE. Exit status 1: something grew by more than is allowed,
+or the run did not stop as it should. Result to expect: a rank holds 217 MiB of its own early and late.
 """
 
-import argparse
 import json
 import os
 import re
@@ -24,29 +23,28 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from dclr.report import environment
+from benchmarks.harness import ROOT, Row
 from dclr.training import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-EVERY = 10.0  # seconds between two looks
+EVERY = 10.0  # seconds between two inspections
 RANKS, WORKERS = 2, 2
-KINDS = ("rank", "worker", "decoder")  # a rank's children supervise one decoder each
+STOPPED = "asked to stop"  # in the message of a run that wrote a checkpoint after SIGTERM
+KINDS = ("rank", "worker", "decoder")  # each worker is a child of a rank and has one decoder process
 
-# What a process may hold more of at the end. Memory: what allocators may spread over pages. A leak of 1 KB a sample would be 40 MB.
+# Allowed growth of a process. Allocators may spread 16 MiB over pages. A leak of 1 KB a sample would be 40 MB.
 ALLOWED = {"mib": 16.0, "files": 0, "threads": 0}
 
-Look = dict[str, dict[str, float]]
-"""Kind -> what its processes hold at one moment: `mib`, `files` and `threads`, each the most of any of them, and their number `count`."""
+Usage = dict[str, dict[str, float]]
+"""Kind of process -> its `mib`, `files` and `threads` at one moment, each the most of any process, and the `count` of processes."""
 
 
-def command(data: Path, out: Path) -> list[str]:
+def training_command(data: Path, out: Path) -> list[str]:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(RANKS)]
     what = ["--data", str(data), "--out", str(out), "--preset", "demo", "--batch-size", "16", "--fill-steps", "32"]
     how = ["--workers", str(WORKERS), "--epochs", "1000000", "--checkpoint-every", "10", "--log-every", "20"]
@@ -54,7 +52,7 @@ def command(data: Path, out: Path) -> list[str]:
 
 
 def children(process: int) -> list[int]:
-    """Of all its threads."""
+    """Return the children of all threads of a process."""
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         found += [int(child) for child in (task / "children").read_text().split()]
@@ -62,7 +60,7 @@ def children(process: int) -> list[int]:
 
 
 def ranks(launcher: int) -> list[int]:
-    """The training processes among its descendants: those that run train.py and whose parent does not."""
+    """Return the training processes among the launcher's descendants: they run train.py and their parents do not."""
     found, waiting = [], [launcher]
     while waiting:
         process = waiting.pop()
@@ -74,8 +72,8 @@ def ranks(launcher: int) -> list[int]:
     return found
 
 
-def held(process: int) -> dict[str, float]:
-    """Memory of its own (a page that n processes share counts as 1/n), open files, threads."""
+def inspect(process: int) -> dict[str, float]:
+    """Return a process's own memory (a page that n processes share counts as 1/n), open files and threads."""
     rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     kilobytes = re.search(r"^Pss_Anon:\s+(\d+) kB$", rollup, re.MULTILINE)
     threads = re.search(r"^Threads:\s+(\d+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
@@ -88,45 +86,49 @@ def held(process: int) -> dict[str, float]:
     }
 
 
-def look(launcher: int) -> Look:
-    of_kind: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    of_kind["rank"] = ranks(launcher)
-    for rank in of_kind["rank"]:
-        of_kind["worker"] += children(rank)
-    for worker in of_kind["worker"]:
-        of_kind["decoder"] += children(worker)
-    found: Look = {}
-    for kind, processes in of_kind.items():
-        each = [held(process) for process in processes]
+def inspect_all(launcher: int) -> Usage:
+    """Return what all kinds of processes hold."""
+    by_kind: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    by_kind["rank"] = ranks(launcher)
+    for rank in by_kind["rank"]:
+        by_kind["worker"] += children(rank)
+    for worker in by_kind["worker"]:
+        by_kind["decoder"] += children(worker)
+    found: Usage = {}
+    for kind, processes in by_kind.items():
+        each = [inspect(process) for process in processes]
         if each:
             found[kind] = {name: max(e[name] for e in each) for name in each[0]} | {"count": len(each)}
     return found
 
 
-def summarise(looks: Sequence[tuple[float, Look]], seconds: float) -> list[dict[str, Any]]:
-    """Rows by kind: medians early (from a tenth to 35 % of the time) and late (the last quarter), and the growth."""
-    parts: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for at, found in looks:
+def summarise(usages: Sequence[tuple[float, Usage]], seconds: float) -> list[Row]:
+    """Return a row for each kind: medians early (10 to 35 % of the time) and late (the last quarter).
+
+    usages: with the second at which each was taken.
+    """
+    values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for at, usage in usages:
         share = at / seconds
-        part = "early" if 0.1 <= share < 0.35 else "late" if share >= 0.75 else ""
-        for kind, figures in found.items():
+        period = "early" if 0.1 <= share < 0.35 else "late" if share >= 0.75 else ""
+        for kind, figures in usage.items():
             for name, value in figures.items():
-                if part:
-                    parts[kind, part][name].append(value)
+                if period:
+                    values[kind, period][name].append(value)
     rows = []
     for kind in KINDS:
-        early, late = parts[kind, "early"], parts[kind, "late"]
+        early, late = values[kind, "early"], values[kind, "late"]
         if not early or not late:
             continue
-        row: dict[str, Any] = {"kind": kind, "count": max(late["count"])}
+        row: Row = {"kind": kind, "count": max(late["count"])}
         for name in ALLOWED:
             row |= {f"{name}_early": statistics.median(early[name]), f"{name}_late": statistics.median(late[name])}
         rows.append(row)
     return rows
 
 
-def grown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What grew by more than is allowed, in words."""
+def growth(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each figure that grew by more than is allowed."""
     return [
         f"{row['kind']}: {name} {row[f'{name}_early']:.1f} -> {row[f'{name}_late']:.1f}"
         for row in rows
@@ -135,83 +137,86 @@ def grown(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [harness.table_header(["process", "how many", "MiB of its own, early, late", "open files", "threads"])]
-    for row in rows:
-        pairs = [f"{row[f'{name}_early']:.0f}, {row[f'{name}_late']:.0f}" for name in ("files", "threads")]
-        memory = f"{row['mib_early']:.1f}, {row['mib_late']:.1f}"
-        lines.append(harness.table_line([row["kind"], f"{row['count']:.0f}", memory, *pairs]))
-    return "\n".join(lines)
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["kind"],
+            f"{row['count']:.0f}",
+            f"{row['mib_early']:.1f}, {row['mib_late']:.1f}",
+            *(f"{row[f'{name}_early']:.0f}, {row[f'{name}_late']:.0f}" for name in ("files", "threads")),
+        ]
+        for row in rows
+    ]
+    columns = ["process", "how many", "MiB of its own, early, late", "open files", "threads"]
+    return harness.table(columns, lines)
 
 
-def plot(looks: Sequence[tuple[float, Look]]) -> Figure:
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+def plot(usages: Sequence[tuple[float, Usage]], caption: str) -> Figure:
+    """Plot memory, open files and threads of each kind against time."""
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4))
     titles = {"mib": "memory of its own, MiB", "files": "open files", "threads": "threads"}
     for panel, (name, title) in zip(panels, titles.items(), strict=True):
         for kind in KINDS:
-            points = [(at / 60, found[kind][name]) for at, found in looks if kind in found]
-            panel.plot(*zip(*points, strict=True), label=kind)
+            points = [(at / 60, usage[kind][name]) for at, usage in usages if kind in usage]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=kind)
         panel.set(title=title, xlabel="minutes")
         panel.set_ylim(bottom=0)
     panels[0].legend()
+    harness.add_titles(figure, "A long run: the largest process of each kind", caption)
     return figure
 
 
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="a data set's folder")
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--results", type=Path, default=harness.RESULTS)
-    options = parser.parse_args(arguments)
-    seconds = options.minutes * 60
+    parser.set_defaults(minutes=60.0)
+    arguments = parser.parse_args(argv)
+    seconds = arguments.minutes * 60
+    run = harness.Run("soak", argv, arguments, torch.device("cpu"))
     out = Path(tempfile.mkdtemp(prefix="dclr-soak-")) / "run"
     log = out.with_suffix(".log")
     with log.open("w") as file:
         process = subprocess.Popen(
-            command(options.data.resolve(), out), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            training_command(arguments.data.resolve(), out), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         while process.poll() is None and not (out / "metrics.jsonl").exists():
             time.sleep(1)
-        began, looks = time.monotonic(), []
+        began, usages = time.monotonic(), []
         while process.poll() is None and (at := time.monotonic() - began) < seconds:
-            looks.append((at, look(process.pid)))
+            usages.append((at, inspect_all(process.pid)))
             time.sleep(EVERY)
         if process.poll() is not None:
             raise SystemExit(f"the run ended by itself with {process.returncode}: {log.read_text()[-1500:]}")
         stopping = time.monotonic()
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
-        while "asked to stop" not in log.read_text() and time.monotonic() - stopping < 30:
+        while STOPPED not in log.read_text() and time.monotonic() - stopping < 30:
             time.sleep(0.1)
         stopped = time.monotonic() - stopping
 
-    rows = summarise(looks, seconds)
+    run.rows = summarise(usages, seconds)
     steps = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    last = checkpoint.newest(out / "checkpoints")
-    faults = grown(rows)
-    if last is None or "asked to stop" not in log.read_text():
+    faults = growth(run.rows)
+    if checkpoint.newest(out / "checkpoints") is None or STOPPED not in log.read_text():
         faults.append(f"SIGTERM left no checkpoint: see {log}")
-    device = torch.device("cpu")
+    print(table(run.rows))
+    print(f"{steps} steps in {arguments.minutes:g} minutes; stopped {stopped:.1f} s after SIGTERM")
     content = {
         "question": "does a long run stay as small as it began?",
-        "command": harness.command("soak", arguments),
-        "minutes": options.minutes,
+        "minutes": arguments.minutes,
         "ranks": RANKS,
         "workers_a_rank": WORKERS,
         "steps": steps,
         "samples": steps * 16,
         "seconds_to_stop": round(stopped, 1),
-        "rows": rows,
         "grown": faults,
-        "environment": environment(device),
     }
-    print(table(rows))
-    print(f"{steps} steps in {options.minutes:g} minutes; stopped {stopped:.1f} s after SIGTERM")
-    harness.write(harness.results_folder(device, options.results), "soak", content, plot(looks))
+    run.publish(plot(usages, run.caption(f"{RANKS} ranks with {WORKERS} workers each, {steps} steps")), content)
     if faults:
         raise SystemExit("; ".join(faults))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,7 +1,8 @@
-"""The ways to make a training step that benchmarks/step.py measures, and what they are held against; nothing here is run by itself.
+"""The ways to make a training step, and the float32 step that their first step is compared with.
 
-All of them begin with the same weights, the same queue and the same frames, which are on the device: `Provider.step` makes views,
-passes them through both networks, computes the loss and its gradient, steps, moves the key network and enqueues the keys.
+benchmarks/step.py measures them; this module is not run by itself. All begin with the same weights, the same queue and
+the same frames on the device. `Provider.step` makes views, passes them through both encoders, computes the loss and its
+gradient, takes an optimizer step, updates the key encoder and enqueues the keys.
 """
 
 from collections import OrderedDict
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchvision.models.video.resnet import Conv2Plus1D
 from torchvision.transforms import v2
 
-from benchmarks import harness, info_nce, views
-from benchmarks.harness import Precision
+from benchmarks import harness, info_nce, view_providers
+from benchmarks.harness import RELEASED, Precision
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.data.augmentation import PRETRAIN
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
@@ -30,15 +30,15 @@ from dclr.training.engine import Engine, read_ds_config, settle_precision
 from kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 
 METHOD, OPTIM = MethodConfig(), OptimConfig()
-DS_CONFIG = Path(__file__).resolve().parents[1] / RunConfig().ds_config
-"""The one that a run takes by default."""
+DS_CONFIG = harness.ROOT / RunConfig().ds_config
+"""the default of a run"""
 
-Part = Callable[[str], AbstractContextManager[None]]
-"""Times what is done inside as the part of that name."""
+Section = Callable[[str], AbstractContextManager[None]]
+"""Times what is done inside under a name, as `Stopwatch` does."""
 
 
-def unwatched(name: str) -> AbstractContextManager[None]:
-    """The `Part` that does nothing."""
+def untimed(name: str) -> AbstractContextManager[None]:
+    """Do nothing: the `Section` of a step whose sections are not timed."""
     return nullcontext()
 
 
@@ -62,14 +62,14 @@ class Cell:
 
 
 class Clips(NamedTuple):
-    """One clip of each of B videos, on the device."""
+    """One clip of each of B videos. All tensors are on the device but `host_params`."""
 
-    planes: Yuv420  # (B, T, H, W), as a decoder gives them
+    planes: Yuv420  # (B, T, H, W), the output of a decoder
     stills: Yuv420
     params: ViewParams
-    host_params: ViewParams  # the same on the CPU
-    cropped: Tensor  # (B, 3, T, h, w) float32 in 0 to 1: what the released loader hands over
-    cropped_stills: Tensor  # likewise, the still repeated
+    host_params: ViewParams  # a copy on the CPU
+    cropped: Tensor  # (B, 3, T, h, w) float32 in 0 to 1: the output of the released loader
+    cropped_stills: Tensor  # the same for the still, repeated T times
 
 
 class Inputs(NamedTuple):
@@ -78,13 +78,13 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(cell: Cell, device: torch.device) -> Inputs:
-    """Smooth noise that drifts; a key clip is of another video than its query clip, which makes no step faster or slower."""
-    shape = views.Cell(precision="bf16", B=2 * cell.B, T=cell.T, H=cell.H, W=cell.W, side=cell.side)
-    whole = views.make_inputs(shape, device)
+    """Return moving smooth noise. A key clip shows another video than its query clip, which does not change the time."""
+    shape = view_providers.Cell(precision="bf16", B=2 * cell.B, T=cell.T, H=cell.H, W=cell.W, side=cell.side)
+    whole = view_providers.make_inputs(shape, device)
     crop = v2.RandomResizedCrop((cell.side, cell.side), PRETRAIN.scale, PRETRAIN.ratio, antialias=False)
 
     def clips(rows: slice) -> Clips:
-        def half(group: Any) -> Any:  # a dataclass of tensors
+        def half(group: Any) -> Any:  # one of the dataclasses of tensors
             return type(group)(**{name: tensor[rows].contiguous() for name, tensor in vars(group).items()})
 
         def cropped(frames: Tensor) -> Tensor:  # (T, H, W, 3) uint8 -> (3, T, h, w)
@@ -105,8 +105,8 @@ def make_inputs(cell: Cell, device: torch.device) -> Inputs:
     return Inputs(clips(slice(cell.B)), clips(slice(cell.B, None)))
 
 
-def make_method(cell: Cell) -> DCLR:
-    """The same weights and the same queue for every provider."""
+def make_network(cell: Cell) -> DCLR:
+    """Return a network with the same weights and the same queue for every provider."""
     torch.manual_seed(0)
     return DCLR(ModelConfig(backbone=cell.backbone, width=cell.width), METHOD)
 
@@ -114,80 +114,80 @@ def make_method(cell: Cell) -> DCLR:
 # -------------------------------------------------------------------------------------------------------------- providers
 
 
-def configure(method: DCLR, device: torch.device) -> None:
-    """What pretraining does to the networks before DeepSpeed has them, by the defaults of its flags."""
+def configure(network: DCLR, device: torch.device) -> None:
+    """Pad and compile the backbones as pretraining does by default, before DeepSpeed gets the network."""
     defaults = RunConfig()
-    for encoder in (method.query, method.key):
+    for encoder in (network.query, network.key):
         encoder.backbone.pad_channels(defaults.pad_channels)
         if settle_compile(defaults.compile, device)[0]:
             compile_backbone(encoder.backbone)
 
 
-def as_torchvision(method: DCLR) -> DCLR:
-    """The same weights in torchvision's own modules: 3-D convolutions, in whatever memory the views come."""
+def as_torchvision(network: DCLR) -> DCLR:
+    """Replace the backbones' modules by torchvision's: 3-D convolutions, in the memory format of their input."""
     theirs: dict[type, type] = {Factored: Conv2Plus1D, FactoredStem: nn.Sequential}
-    for encoder in (method.query, method.key):
+    for encoder in (network.query, network.key):
         for module in encoder.backbone.modules():
             module.__class__ = theirs.get(type(module), type(module))
         stages = nn.Sequential(OrderedDict(encoder.backbone.named_children()))
-        setattr(encoder, "backbone", stages)  # noqa: B010  (no Backbone any more)
-    return method
+        setattr(encoder, "backbone", stages)  # noqa: B010  (its declared type is Backbone)
+    return network
 
 
 class Provider:
     """One way to make a step.
 
     Attributes:
-        method: holds the networks, the queue and its pointer.
-        precision: of the products, for the share of the peak.
-        passes: forward equivalents of a view that a sample costs.
-        own_draw: it draws the views by itself, as the released code does.
+        network: holds the encoders, the queue and its pointer.
+        precision: arithmetic of the matrix products, for the share of the peak.
+        passes: cost of a sample, in forward passes of one view.
+        own_draw: the provider draws the views by itself, like the released code.
     """
 
-    method: DCLR
+    network: DCLR
     precision: Precision
     passes = 14
     own_draw = False
 
-    def step(self, part: Part, given: tuple[Views, Views] | None = None) -> Tensor:
-        """A training step; returns its loss. `given`: these views instead of its own."""
+    def step(self, section: Section, given: tuple[Views, Views] | None = None) -> Tensor:
+        """Make a training step and return its loss. given: views to take instead of making them."""
         raise NotImplementedError
 
     @contextmanager
-    def watched(self, part: Part) -> Iterator[None]:
-        """Inside, `step` times the query network and the key network as parts of their own within "forward"."""
+    def encoders_timed(self, section: Section) -> Iterator[None]:
+        """Time the encoders of a step inside as sections "query forward" and "keys", which lie within "forward"."""
 
         def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any) -> Any:
-                with part(name):
+                with section(name):
                     return function(*arguments)
 
             return call
 
-        method, backbone = self.method, self.method.query.backbone
+        network, backbone = self.network, self.network.query.backbone
         wrapped: tuple[tuple[nn.Module, str, str], ...] = (
-            (method.query, "embed", "query forward"),
-            (method, "_look_at_query", "keys"),
-            (method, "_encode_key", "keys"),
+            (network.query, "embed", "query forward"),
+            (network, "_look_at_query", "keys"),
+            (network, "_encode_key", "keys"),
         )
-        for owner, name, of_part in wrapped:
-            setattr(owner, name, timed(of_part, getattr(owner, name)))
-        setattr(method.query, "backbone", _Watched(backbone, part))  # noqa: B010  (a compiled one stays as it is)
+        for owner, name, title in wrapped:
+            setattr(owner, name, timed(title, getattr(owner, name)))
+        setattr(network.query, "backbone", _Timed(backbone, section))  # noqa: B010  (a compiled backbone stays as it is)
         try:
             yield
         finally:
-            method.query.backbone = backbone
+            network.query.backbone = backbone
             for owner, name, _ in wrapped:
                 delattr(owner, name)
 
 
-class _Watched(nn.Module):
-    def __init__(self, inner: nn.Module, part: Part) -> None:
+class _Timed(nn.Module):
+    def __init__(self, inner: nn.Module, section: Section) -> None:
         super().__init__()
-        self.inner, self.part = inner, part
+        self.inner, self.section = inner, section
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.part("query forward"):
+        with self.section("query forward"):
             return self.inner(x)
 
 
@@ -199,30 +199,30 @@ class Ours(Provider):
         device: torch.device,
         bfloat16: bool = True,
     ) -> None:
-        self.inputs, self.method = inputs, make_method(cell)
-        configure(self.method, device)
+        self.inputs, self.network = inputs, make_network(cell)
+        configure(self.network, device)
         config = read_ds_config(DS_CONFIG)
         if not bfloat16:
             config["torch_autocast"] = {**config.get("torch_autocast", {}), "enabled": False}
         settle_precision(config, device)
-        self.engine = Engine(self.method, config, OptimConfig(batch_size=cell.B), device)
+        self.engine = Engine(self.network, config, OptimConfig(batch_size=cell.B), device)
         self.engine.train()
         self.precision = "bf16" if self.engine.view_dtype == torch.bfloat16 else "ieee"
 
-    def step(self, part: Part, given: tuple[Views, Views] | None = None) -> Tensor:
-        with part("views"):
+    def step(self, section: Section, given: tuple[Views, Views] | None = None) -> Tensor:
+        with section("views"):
             dtype = self.engine.view_dtype
             query, key = given or (
                 generate_views(clips.planes, clips.stills, clips.params, dtype=dtype) for clips in self.inputs
             )
-        with part("forward"):
+        with section("forward"):
             loss = self.engine(query, key, 0).loss
-        with part("backward"):
+        with section("backward"):
             self.engine.backward(loss)
-        with part("optimizer"):
+        with section("optimizer"):
             self.engine.step()
-        with part("keys"):
-            self.method.update_key()
+        with section("keys"):
+            self.network.update_key()
         return loss.detach()
 
 
@@ -231,53 +231,54 @@ class Eager(Provider):
 
     def __init__(self, cell: Cell, inputs: Inputs, device: torch.device) -> None:
         self.inputs, self.device = inputs, device
-        self.method = as_torchvision(make_method(cell)).to(device)
-        self.optimizer = sgd(self.method.query)
+        self.network = as_torchvision(make_network(cell)).to(device)
+        self.optimizer = sgd(self.network.query)
 
-    def step(self, part: Part, given: tuple[Views, Views] | None = None) -> Tensor:
+    def step(self, section: Section, given: tuple[Views, Views] | None = None) -> Tensor:
         with reference_kernels(), cudnn("benchmark", True):
-            with part("views"):
+            with section("views"):
                 query, key = given or (
                     generate_views(clips.planes, clips.stills, clips.host_params, dtype=torch.bfloat16)
                     for clips in self.inputs
                 )
-            with part("forward"), torch.autocast(self.device.type, dtype=torch.bfloat16):
-                loss = self.method(query, key, 0).loss
-            with part("backward"):
+            with section("forward"), torch.autocast(self.device.type, dtype=torch.bfloat16):
+                loss = self.network(query, key, 0).loss
+            with section("backward"):
                 loss.backward()
-            with part("optimizer"):
+            with section("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            with part("keys"):
-                self.method.update_key()
+            with section("keys"):
+                self.network.update_key()
         return loss.detach()
 
 
 class Released(Provider):
-    """Networks and queue are the method's; what is done with them is written out here."""
+    """The steps of the released code, written out here. Encoders and queue are those of `DCLR`."""
 
     passes = 18
     own_draw = True
 
     def __init__(self, cell: Cell, inputs: Inputs, device: torch.device) -> None:
         self.inputs = inputs
-        self.method = as_torchvision(make_method(cell)).to(device)
+        self.network = as_torchvision(make_network(cell)).to(device)
         self.precision = "tf32" if device.type == "cuda" else "ieee"
-        self.optimizer = sgd(self.method.query)
+        self.optimizer = sgd(self.network.query)
+        # The released code draws one sigma of the blur for the whole run.
         self.augment = K.VideoSequential(
-            *views._kornia_steps((1.0, 1.0)), data_format="BCTHW", same_on_frame=True
-        )  # its sigma is one for the whole run
+            *view_providers.kornia_steps((1.0, 1.0)), data_format="BCTHW", same_on_frame=True
+        )
 
-    def step(self, part: Part, given: tuple[Views, Views] | None = None) -> Tensor:
+    def step(self, section: Section, given: tuple[Views, Views] | None = None) -> Tensor:
         with harness.float32_products(self.precision), cudnn("benchmark", True):
-            with part("views"):
+            with section("views"):
                 query, key = given or (self.make_views(clips) for clips in self.inputs)
-            with part("forward"):
-                loss = self.forward(query, key, part)
-            with part("backward"):
+            with section("forward"):
+                loss = self.forward(query, key, section)
+            with section("backward"):
                 self.optimizer.zero_grad()
                 loss.backward()
-            with part("optimizer"):
+            with section("optimizer"):
                 self.optimizer.step()
         return loss.detach()
 
@@ -285,41 +286,41 @@ class Released(Provider):
         rgb, static = self.augment(clips.cropped), self.augment(clips.cropped_stills)
         return Views(rgb, static, rgb - torch.roll(rgb, 1, 2))
 
-    def forward(self, query: Views, key: Views, part: Part) -> Tensor:
-        method = self.method
-        with part("keys"), torch.no_grad():
-            of_query, query_maps = self.look(query)
-            for old, new in zip(method.key.parameters(), method.query.parameters(), strict=True):
+    def forward(self, query: Views, key: Views, section: Section) -> Tensor:
+        network = self.network
+        with section("keys"), torch.no_grad():
+            query_embedded, query_maps = self.key_pass(query)
+            for old, new in zip(network.key.parameters(), network.query.parameters(), strict=True):
                 old.data = METHOD.key_momentum * old.data + (1 - METHOD.key_momentum) * new.data
-            _, key_maps = self.look(key)
+            _, key_maps = self.key_pass(key)
             order = torch.randperm(len(key.rgb), device=key.rgb.device)
-            shuffled, _ = self.look(Views(*(view[order] for view in key)))
+            shuffled, _ = self.key_pass(Views(*(view[order] for view in key)))
             back = order.argsort()
             keys = torch.stack([shuffled[KEY_OF_PAIR[name]][back] for name in PAIRS])  # (P, B, D)
-            mining = torch.stack([of_query["sv"], of_query["dv"]])
-        with part("query forward"):
-            rgb, static, dynamic = method.query.backbone(torch.cat(query)).chunk(3)
-            embedded = method.query.embed({"v": rgb, "s": static, "d": dynamic}, query_maps)
+            mining = torch.stack([query_embedded["sv"], query_embedded["dv"]])
+        with section("query forward"):
+            rgb, static, dynamic = network.query.backbone(torch.cat(query)).chunk(3)
+            embedded = network.query.embed({"v": rgb, "s": static, "d": dynamic}, query_maps)
             queries = torch.stack([embedded[name] for name in PAIRS])
-        losses, _ = info_nce.as_released(queries, keys, method.queue, mining)
+        losses, _ = info_nce.as_released(queries, keys, network.queue, mining)
         with torch.no_grad():
             alignment = (activation_map(rgb) - (key_maps["s"] + key_maps["d"])).square().mean()
-        method._enqueue(keys)
+        network._enqueue(keys)
         return losses.sum() + METHOD.alignment_weight * alignment
 
-    def look(self, clips: Views) -> tuple[dict[str, Tensor], ByLetter]:
-        """A pass of the key network over three views: five embeddings, static and dynamic activation map."""
-        rgb, static, dynamic = self.method.key.backbone(torch.cat(clips)).chunk(3)
+    def key_pass(self, clips: Views) -> tuple[dict[str, Tensor], ByLetter]:
+        """Pass three views through the key encoder. Return five embeddings and the static and dynamic activation maps."""
+        rgb, static, dynamic = self.network.key.backbone(torch.cat(clips)).chunk(3)
         maps = {"s": activation_map(static), "d": activation_map(dynamic)}
-        return self.method.key.embed({"v": rgb, "s": static, "d": dynamic}, maps), maps
+        return self.network.key.embed({"v": rgb, "s": static, "d": dynamic}, maps), maps
 
     @contextmanager
-    def watched(self, part: Part) -> Iterator[None]:
-        yield  # its parts are in its own code
+    def encoders_timed(self, section: Section) -> Iterator[None]:
+        yield  # `forward` has these sections itself
 
 
 PROVIDERS: dict[str, Callable[[Cell, Inputs, torch.device], Provider]] = {
-    "as released": Released,
+    RELEASED: Released,
     "eager bf16": Eager,
     "ours": Ours,
     "ours, float32": partial(Ours, bfloat16=False),
@@ -341,7 +342,7 @@ def reference_kernels() -> Iterator[None]:
 
 @contextmanager
 def cudnn(setting: str, value: bool) -> Iterator[None]:
-    """Inside, a setting of torch.backends.cudnn: "benchmark" tries its algorithms on each new size, as the released code lets it."""
+    """Set an attribute of torch.backends.cudnn inside. "benchmark" tries all algorithms on each new size."""
     before = getattr(torch.backends.cudnn, setting)
     setattr(torch.backends.cudnn, setting, value)
     try:
@@ -362,12 +363,12 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def find_truth(cell: Cell, inputs: Inputs, device: torch.device) -> Truth:
-    """The first step's loss and keys in float32, no tf32, default memory, reference kernels."""
-    method = as_torchvision(make_method(cell)).to(device)
+    """Return views, loss and keys of a first step in float32 without tf32, with default memory and reference kernels."""
+    network = as_torchvision(make_network(cell)).to(device)
     with reference_kernels(), harness.float32_products("ieee"), cudnn("allow_tf32", False):
         query, key = (
             Views(*(view.contiguous() for view in generate_views(clips.planes, clips.stills, clips.host_params)))
             for clips in inputs
         )
-        loss = float(method(query, key, 0).loss)
-    return Truth(query, key, loss, method.queue[:, : cell.B].clone())
+        loss = float(network(query, key, 0).loss)
+    return Truth(query, key, loss, network.queue[:, : cell.B].clone())

@@ -1,50 +1,49 @@
-"""The tables of docs/performance.md, made from the results committed under results/.
+"""Write the tables of docs/performance.md from the results committed under results/.
 
-    python -m benchmarks.tables      writes them into docs/performance.md; run it after committing new results
+    python -m benchmarks.tables      run it after committing new results
 
-A folder of results/ is a device. Without a GPU only ratios are told: they were measured in one run each, taking turns, and hold on other
-machines far better than times do.
+Each folder of results/ is one device. Tables of a device without a GPU hold ratios only. A ratio is measured in one run,
+in turns, and so it holds on other machines far better than times do.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.harness import RELEASED
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = harness.ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/tables.py -->\n", "<!-- end -->\n"  # the tables stand between them
 
 Result = dict[str, Any]
 
 
-def step_table(result: Result, gpu: bool) -> Iterator[str]:
-    columns = ["network, batch, clip", "times as released", "times eager bf16", "times as released, both float32"]
-    yield harness.table_header([*columns, *(["samples/s", "of the peak", "peak memory"] if gpu else [])])
+def step_table(result: Result, gpu: bool) -> str:
+    columns = ["network, batch, clip", "vs. released code", "vs. eager bf16", "vs. released code, both float32"]
+    lines = []
     for row in result["rows"]:
         found = row["providers"]
-        cell = f"{row['backbone']}, {row['B']}, {row['T']} x {row['side']} x {row['side']}"
-        ratios = [
-            _speedup(found, "ours", "as released"),
+        line = [
+            f"{row['backbone']}, {row['B']}, {row['T']} x {row['side']} x {row['side']}",
+            _speedup(found, "ours", RELEASED),
             _speedup(found, "ours", "eager bf16"),
-            _speedup(found, "ours, float32", "as released"),
+            _speedup(found, "ours, float32", RELEASED),
         ]
         ours = found.get("ours", {})
-        absolute = [ours.get("skipped", "")[:40], "", ""]
-        if "median_ms" in ours:
-            absolute = [
-                f"{ours['samples_per_second']:.0f}",
-                f"{ours['share_of_peak']:.0%}" if gpu else "",
-                f"{ours['peak_bytes'] / 2**30:.1f} GiB" if gpu else "",
-            ]
-        yield harness.table_line([cell, *ratios, *(absolute if gpu else [])])
+        if gpu and "median_ms" in ours:
+            line += [f"{ours['samples_per_second']:.0f}", f"{ours['share_of_peak']:.0%}"]
+            line.append(f"{ours['peak_bytes'] / 2**30:.1f} GiB")
+        elif gpu:
+            line += [ours.get("skipped", "")[:40], "", ""]
+        lines.append(line)
+    return harness.table([*columns, *(["samples/s", "of the peak", "peak memory"] if gpu else [])], lines)
 
 
 def _speedup(found: Result, ours: str, other: str) -> str:
-    """How many times as fast: the median of the rounds' ratios. Why not, where one of the two could not run."""
+    """Return the median of the rounds' ratios, or why one of the two was skipped."""
     rows = [found.get(name, {}) for name in (other, ours)]
     if not all("ms_by_round" in row for row in rows):
         return next((row["skipped"][:40] for row in rows if "skipped" in row), "")
@@ -52,80 +51,88 @@ def _speedup(found: Result, ours: str, other: str) -> str:
     return f"{ratios[len(ratios) // 2]:.2g}"
 
 
-def loader_table(result: Result, gpu: bool) -> Iterator[str]:
-    names = [name for name in result["rows"][0]["providers"] if name != "as released"]
-    yield harness.table_header(["data, workers", *names, "wrong frames as released"])
+def loader_table(result: Result, gpu: bool) -> str:
+    names = [name for name in result["rows"][0]["providers"] if name != RELEASED]
+    lines = []
     for row in result["rows"]:
         found = row["providers"]
-        cells = [f"{row['data']}, {row['workers']}"]
+        line = [f"{row['data']}, {row['workers']}"]
         for name in names:
-            times = found[name].get("times_released")
-            cells.append(found[name].get("skipped", "")[:40] if times is None else f"{times:.3g}")
-        released = found["as released"]
-        cells.append(f"in {released['wrong_videos']} of {released['checked_videos']} videos")
-        yield harness.table_line(cells)
+            speedup = found[name].get("times_released")
+            line.append(found[name].get("skipped", "")[:40] if speedup is None else f"{speedup:.3g}")
+        released = found[RELEASED]
+        lines.append([*line, f"in {released['wrong_videos']} of {released['checked_videos']} videos"])
+    return harness.table(["data, workers", *names, "wrong frames of released code"], lines)
 
 
-def train_table(result: Result, gpu: bool) -> Iterator[str]:
-    columns = ["read from, processes", "waits for data", "times from videos", "times one process"]
-    yield harness.table_header([*columns, *(["samples/s"] if gpu else [])])
-    for row in result["rows"]:
-        cells = [
+def train_table(result: Result, gpu: bool) -> str:
+    columns = ["read from, processes", "waits for data", "speedup over videos", "speedup over one process"]
+    lines = [
+        [
             f"{row['source']}, {row['processes']}",
             f"{row['data_wait_share']:.1%}",
             f"{row['times_videos']:.2f}",
             f"{row['growth_from_one_process']:.2f}",
+            *([f"{row['samples_per_second']:.0f}"] if gpu else []),
         ]
-        yield harness.table_line([*cells, *([f"{row['samples_per_second']:.0f}"] if gpu else [])])
+        for row in result["rows"]
+    ]
+    return harness.table([*columns, *(["samples/s"] if gpu else [])], lines)
 
 
-def sharding_table(result: Result, gpu: bool) -> Iterator[str]:
-    yield harness.table_header(["", "time of a step by DDP's", "by round", "peak memory of a process"])
-    for name, row in result["rows"].items():
-        rounds = ", ".join(f"{ratio:.2f}" for ratio in row["ratio_by_round"])
-        yield harness.table_line([name, f"{row['ratio_to_ddp']:.2f}", rounds, f"{row['peak_gib']:.2f} GiB"])
+def sharding_table(result: Result, gpu: bool) -> str:
+    lines = [
+        [
+            name,
+            f"{row['ratio_to_ddp']:.2f}",
+            ", ".join(f"{ratio:.2f}" for ratio in row["ratio_by_round"]),
+            f"{row['peak_gib']:.2f} GiB",
+        ]
+        for name, row in result["rows"].items()
+    ]
+    return harness.table(["provider", "time of a step relative to DDP", "by round", "peak memory of a process"], lines)
 
 
-def goals_table(result: Result, gpu: bool) -> Iterator[str]:
-    """Of the kernels: on a CPU they are the reference, and there is nothing to tell."""
-    if gpu:
-        yield harness.table_header(["goal", "precision", "worst", "where", ""])
-        for goal in result["goals"]:
-            worst = "" if goal["worst"] is None else f"{goal['worst']:.3g}"
-            yield harness.table_line([goal["goal"], goal["precision"], worst, goal["worst_at"] or "", goal["verdict"]])
+def goals_table(result: Result, gpu: bool) -> str:
+    """Return the kernels' goals. On a CPU "ours" is the reference, so there are none."""
+    if not gpu:
+        return ""
+    # Results of before name the released code "as released" in the goals too.
+    goals = [goal | {"goal": goal["goal"].replace(RELEASED, "the released code")} for goal in result["goals"]]
+    columns = {"goal": "goal", "precision": "precision", "worst": "worst", "worst_at": "where", "verdict": "verdict"}
+    return harness.goal_table(goals, columns)
 
 
-# file -> what its table is about, and how it is made
-TABLES: dict[str, tuple[str, Callable[[Result, bool], Iterator[str]]]] = {
-    "step": ("A training step: how many times as fast as the others ours is", step_table),
-    "loader": ("Reading: samples a second of a core, times what is read as released", loader_table),
+# file -> title of its table, function that makes it
+TABLES: dict[str, tuple[str, Callable[[Result, bool], str]]] = {
+    "step": ("A training step: speedup of ours over the others", step_table),
+    "loader": ("Reading: speedup over released code in samples/s of one core", loader_table),
     "train": ("A whole run", train_table),
-    "sharding": ("DeepSpeed's stages beside plain DistributedDataParallel", sharding_table),
+    "sharding": ("DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
     "info_nce": ("The loss", goals_table),
     "views": ("The views", goals_table),
 }
 
 
 def tables(results: Path = harness.RESULTS) -> str:
-    """Of every device, in markdown."""
-    parts = []
+    """Return the tables of all devices in markdown."""
+    made = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        gpu = folder.name != "cpu"
         for name, (title, make) in TABLES.items():
             file = folder / f"{name}.json"
             if not file.is_file():
                 continue
             result = json.loads(file.read_text())
-            if lines := list(make(result, gpu)):
+            if table := make(result, folder.name != "cpu"):
                 environment = result["environment"]
                 where = f"{environment['device']}, {environment['date'][:10]}, commit {environment['commit']}"
                 picture = f"[picture](../benchmarks/results/{folder.name}/{name}.png)"
-                parts.append(f"**{title}** ({where}; {picture})\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts)
+                made.append(f"**{title}** ({where}; {picture})\n\n{table}\n")
+    return "\n".join(made)
 
 
 def with_tables(page: str, made: str) -> str:
-    """The page with these tables in their place."""
+    """Return the page with the tables replaced."""
     return re.sub(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda _: f"\n{made}\n", page, flags=re.DOTALL)
 
 
