@@ -1,9 +1,9 @@
-"""The linear probe: how well a linear classifier tells classes apart by features that stay as they are.
+"""The linear probe: how well a linear classifier separates classes by frozen features.
 
-Multinomial logistic regression on standardised features. The loss is the sum of the cross entropies plus half the sum
-of the squared weights (a standard normal prior of each weight): strictly convex in the weights, so there is one
-solution, whoever finds it, and nothing to tune. A probe that is trained by SGD instead (train.py linear) depends on its
-learning rate and its epochs.
+The classifier is multinomial logistic regression on standardised features. The loss is the sum of the cross entropies
+plus half the sum of the squared weights, which is a standard normal prior on each weight. This loss is strictly convex
+in the weights. So the solution is unique, does not depend on the optimizer, and needs no tuning. A linear layer trained
+by SGD (`train.py linear`) depends on its learning rate and its number of epochs.
 
 Letters: N videos, D features, C classes.
 """

@@ -1,4 +1,4 @@
-"""Networks: video backbones under torchvision's parameter names, projection heads, and their weights on disk."""
+"""Networks: video backbones, projection heads and classifiers, and files of their weights."""
 
 from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone
 from dclr.models.classifier import Classifier, count_correct, load_classifier, save_classifier

@@ -1,12 +1,14 @@
 """Video ResNets (Tran et al., CVPR 2018, arXiv 1711.11248) without a classifier, built from torchvision's blocks.
 
-    r2plus1d_10  (2+1)D convolutions, one block a stage: 12.5 M parameters. DCLR's authors call it r2plus1d_18.
-    r2plus1d_18  (2+1)D convolutions, two blocks a stage: torchvision's r2plus1d_18.
-    r3d_10       3-D convolutions, one block a stage
-    r3d_18       3-D convolutions, two blocks a stage: torchvision's r3d_18
-    mc3_18       3-D convolutions in the first stage, 2-D ones after it: torchvision's mc3_18
+    r2plus1d_10  (2+1)D convolutions, one block per stage, 12.5 M parameters; the DCLR authors call it r2plus1d_18
+    r2plus1d_18  (2+1)D convolutions, two blocks per stage; torchvision's r2plus1d_18
+    r3d_10       3-D convolutions, one block per stage
+    r3d_18       3-D convolutions, two blocks per stage; torchvision's r3d_18
+    mc3_18       3-D convolutions in the first stage, 2-D convolutions in the others; torchvision's mc3_18
 
-Parameter names are torchvision's, so that its weights fit strictly but for `fc`.
+Parameter names are torchvision's, so torchvision's weights load strictly, except `fc`.
+
+Letters: B clips, C channels, T frames, H, W pixels.
 """
 
 from typing import cast
@@ -20,7 +22,7 @@ from dclr.errors import UserError
 
 
 class Factored(Conv2Plus1D):
-    """torchvision's (2+1)D convolution, whose channels between space and time can be padded: see `Backbone.pad_channels`."""
+    """torchvision's (2+1)D convolution, with optional padding of its inner channels: see `Backbone.pad_channels`."""
 
     channel_multiple = 1
 
@@ -59,12 +61,12 @@ class BatchNorm(nn.BatchNorm3d):
 
 
 class FactoredStem(nn.Sequential):
-    """The plain stem as a convolution in space, then one in time; padded likewise."""
+    """The plain stem factored into a convolution in space and one in time, with the same optional padding."""
 
     channel_multiple = 1
 
     def __init__(self, width: int) -> None:
-        between = max(1, 45 * width // 64)  # torchvision's 45 channels at width 64
+        between = max(1, 45 * width // 64)  # torchvision has 45 channels at width 64
         super().__init__(
             nn.Conv3d(3, between, kernel_size=(1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
             nn.BatchNorm3d(between),
@@ -81,7 +83,7 @@ class FactoredStem(nn.Sequential):
 
 _Conv = type[Factored] | type[Conv3DSimple] | type[Conv3DNoTemporal]
 
-# name -> the convolution of each of four stages, and the number of blocks in a stage
+# name -> the convolutions of the four stages, and the number of blocks per stage
 _STAGES: dict[str, tuple[list[_Conv], int]] = {
     "r2plus1d_10": ([Factored] * 4, 1),
     "r2plus1d_18": ([Factored] * 4, 2),
@@ -91,10 +93,10 @@ _STAGES: dict[str, tuple[list[_Conv], int]] = {
 }
 
 BACKBONES = tuple(_STAGES)
-"""The names that `build_backbone` knows."""
+"""The names that `build_backbone` accepts."""
 
 MAX_WIDTH = 1024
-"""Sixteen times the standard networks': what a file says of its width must not fill the memory."""
+"""The largest width, 16 times that of the standard networks. A wrong width in a file must not fill the memory."""
 
 
 class Backbone(nn.Module):
@@ -102,8 +104,8 @@ class Backbone(nn.Module):
 
     Attributes:
         name: one of BACKBONES.
-        width: channels of the first stage, 64 in the standard networks; each later stage has twice as many.
-        feature_dim: channels of the feature map, 8 * width.
+        width: channels of the first stage, 64 in the standard networks. Each later stage doubles the channels.
+        feature_dim: channels of the last feature map, 8 * width.
     """
 
     def __init__(self, name: str, width: int) -> None:
@@ -128,24 +130,26 @@ class Backbone(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def pad_channels(self, multiple: int) -> None:
-        """From now on, add zero channels between the convolutions in space and in time, up to the next multiple (1: none).
+        """Pad the channels between the convolutions in space and in time with zeros, to a multiple of `multiple`.
 
-        Tensor cores take 8 or 16 channels at a time, and 45, 144, 230, 460 and 921 are torchvision's. Zeros are joined to the weights at
-        every forward pass; parameters, their gradients, momentum and checkpoints keep torchvision's shapes, so that nothing is there that
-        could cease to be zero. Only factored networks have such channels.
+        Tensor cores work on 8 or 16 channels at a time, but torchvision's networks have 45, 144, 230, 460 or 921. Every
+        forward pass appends zeros to the weights. Parameters, gradients, momentum and checkpoints keep torchvision's
+        shapes, so no stored value can become non-zero. Networks without (2+1)D convolutions do not change.
+
+        Args:
+            multiple: 1 switches the padding off.
         """
         for module in self.modules():
             if isinstance(module, Factored | FactoredStem):
                 module.channel_multiple = multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> the last feature map, (B, 8 * width, T/8, H/16, W/16), each size rounded up.
+        """Compute the last feature map: (B, 3, T, H, W) -> (B, 8 * width, T/8, H/16, W/16), each size rounded up.
 
         mc3_18 has no stride in time: its map is (B, 8 * width, T, H/16, W/16).
         """
-        x = x.contiguous(
-            memory_format=torch.channels_last_3d
-        )  # a CPU takes half the time in bfloat16, and so do tensor cores
+        # CPUs in bfloat16 and tensor cores take half the time of the default memory format.
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         x = self.stem(x)  # (B, width, T, H/2, W/2)
         x = self.layer1(x)  # (B, width, T, H/2, W/2)
         x = self.layer2(x)  # (B, 2 * width, T/2, H/4, W/4)
@@ -154,10 +158,10 @@ class Backbone(nn.Module):
 
 
 def build_backbone(name: str, width: int = 64) -> Backbone:
-    """A freshly initialised backbone: convolutions Kaiming normal by fan-out, batch normalisation 1 and 0.
+    """Build a backbone with random weights: convolutions Kaiming normal by fan-out, batch normalisation 1 and 0.
 
     Raises:
-        UserError: a name not in BACKBONES, or a width that is not 1 to MAX_WIDTH.
+        UserError: `name` is not in BACKBONES, or `width` is not 1 to MAX_WIDTH.
     """
     if name not in BACKBONES:
         raise UserError(f"no backbone is called {name!r}: choose one of {', '.join(BACKBONES)}")
@@ -167,7 +171,7 @@ def build_backbone(name: str, width: int = 64) -> Backbone:
 
 
 def _replace_norms(module: nn.Module) -> None:
-    """Put a BatchNorm in the place of every nn.BatchNorm3d that torchvision's blocks make."""
+    """Replace every nn.BatchNorm3d of torchvision's blocks by a BatchNorm."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm3d:
             setattr(module, name, BatchNorm(child.num_features))
@@ -184,7 +188,7 @@ def _plain_stem(width: int) -> nn.Sequential:
 
 
 def _factored(x: Tensor, spatial: nn.Module, norm: nn.Module, temporal: nn.Module, multiple: int) -> Tensor:
-    """Convolution in space, normalisation, ReLU, convolution in time; between them zero channels, up to a multiple."""
+    """Convolve in space, normalise, apply ReLU, convolve in time. The inner channels are padded to a multiple."""
     space, between, time = cast(nn.Conv3d, spatial), cast(BatchNorm, norm), cast(nn.Conv3d, temporal)
     to_more, from_more, extra = _padded(space, time, multiple)
     x = _in_space(x, to_more, space)
@@ -193,7 +197,7 @@ def _factored(x: Tensor, spatial: nn.Module, norm: nn.Module, temporal: nn.Modul
 
 
 def _padded(space: nn.Conv3d, time: nn.Conv3d, multiple: int) -> tuple[Tensor, Tensor, int]:
-    """Weights into and out of the channels between the two, with zeros for `extra` more of them."""
+    """Return the weights of both convolutions with zeros for `extra` inner channels, and `extra`."""
     extra = -space.out_channels % multiple
     if not extra:
         return space.weight, time.weight, 0
@@ -201,10 +205,10 @@ def _padded(space: nn.Conv3d, time: nn.Conv3d, multiple: int) -> tuple[Tensor, T
 
 
 def _in_space(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
-    """A (1, k, k) convolution as a 2-D one of every frame. In channels_last_3d memory (B, T, H, W, C) that is a view, as below.
+    """Apply a (1, k, k) convolution as a 2-D convolution of every frame, (B, C, T, H, W) -> (B, C', T, H', W').
 
-    The same sums; but the fastest paths of cuDNN and of torch.compile are for 2-D, and on a CPU forward and backward in float32 take
-    0.6 of the time (docs/LOG.md).
+    The result is the same, but cuDNN and torch.compile are fastest in 2-D. On a CPU, forward and backward in float32
+    take 0.6 of the time of the 3-D convolution (docs/LOG.md). In channels_last_3d memory the reshapes copy nothing.
     """
     frames = x.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
     frames = F.conv2d(frames, weight.squeeze(2), None, conv.stride[1:], conv.padding[1:])
@@ -212,14 +216,14 @@ def _in_space(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
 
 
 def _in_time(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
-    """A (3, 1, 1) convolution as a 2-D one of pictures that have time for their height and all pixels in one row."""
+    """Apply a (3, 1, 1) convolution as a 2-D convolution of pictures with time as height and all pixels as width."""
     rows = x.flatten(3)  # (B, C, T, H * W)
     rows = F.conv2d(rows, weight.squeeze(4), None, (conv.stride[0], 1), (int(conv.padding[0]), 0))
     return rows.unflatten(3, x.shape[3:])
 
 
 def _stage(conv: _Conv, channels_in: int, channels_out: int, blocks: int, stride: int) -> nn.Sequential:
-    """Residual blocks, of which the first changes the number of channels and the resolution."""
+    """Build the residual blocks of a stage. The first block changes the number of channels and the resolution."""
     shortcut = None
     if stride != 1:
         shortcut = nn.Sequential(

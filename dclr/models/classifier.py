@@ -1,4 +1,4 @@
-"""A backbone with a linear classifier on its pooled features, under torchvision's names: backbone and `fc`."""
+"""A linear classifier on the pooled features of a backbone, with torchvision's parameter names."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,14 @@ from dclr.models.heads import pool
 from dclr.models.weights import check_fits, read_safetensors, write_safetensors
 
 FILE_NAME = "classifier.safetensors"
-"""What a run's folder calls its classifier."""
+"""The name of the classifier's file in a run's folder."""
 
 
 class Classifier(nn.Module):
-    """pool, dropout, Linear. With `frozen`, the backbone gets no gradient and stays in evaluation mode (linear protocol)."""
+    """Backbone, `pool`, dropout and a linear layer `fc`.
+
+    With `frozen` (the linear protocol) the backbone gets no gradient and stays in evaluation mode.
+    """
 
     def __init__(self, backbone: Backbone, classes: int, dropout: float = 0.0, frozen: bool = False) -> None:
         super().__init__()
@@ -35,12 +38,12 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> logits (B, classes) float32."""
+        """Classify clips: (B, 3, T, H, W) -> logits (B, classes) float32."""
         return self.fc(self.dropout(pool(self.backbone(x)))).float()
 
 
 def save_classifier(classifier: Classifier, classes: tuple[str, ...], path: Path) -> None:
-    """safetensors under torchvision's names, with the classes and the backbone's name and width beside them."""
+    """Write a classifier as safetensors, with the class names and the backbone's name and width as metadata."""
     tensors = {**classifier.backbone.state_dict(), **{f"fc.{k}": v for k, v in classifier.fc.state_dict().items()}}
     backbone = classifier.backbone
     metadata = {
@@ -53,9 +56,13 @@ def save_classifier(classifier: Classifier, classes: tuple[str, ...], path: Path
 
 
 def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
-    """The classifier and its class names. Raises UserError: no such file, or not one of ours.
+    """Read a classifier and its class names from a file of `save_classifier`, or from the folder of a run.
 
-    Memory is only taken for a network whose shapes are those of the file's tensors, which are there: a name may say anything.
+    The metadata is not trusted. The network is built without memory first, and with memory only if the file's tensors
+    have its shapes.
+
+    Raises:
+        UserError: the file does not exist, or `save_classifier` did not write it.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
@@ -66,24 +73,24 @@ def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
     try:
         classes = json.loads(metadata["classes"])
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("its classes are no list of names")
+            raise ValueError("its classes are not a list of names")
         with torch.device("meta"):  # shapes without memory
             backbone = build_backbone(metadata["backbone"], int(metadata["width"]))
         check_fits(file, body, backbone)
         shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
         if shapes != {"weight": (len(classes), backbone.feature_dim), "bias": (len(classes),)}:
-            raise ValueError(f"fc is not one of {len(classes)} classes by {backbone.feature_dim} features")
+            raise ValueError(f"fc does not have {len(classes)} classes by {backbone.feature_dim} features")
     except (KeyError, ValueError, RecursionError, UserError) as error:
         raise UserError(
             f"--checkpoint {file}: not a classifier written by train.py finetune or linear ({error})"
         ) from None
     classifier = Classifier(build_backbone(backbone.name, backbone.width), len(classes))
     classifier.fc.load_state_dict(head)
-    classifier.backbone.load_state_dict(body, strict=False)  # as load_backbone
+    classifier.backbone.load_state_dict(body, strict=False)  # not strict: see load_backbone
     return classifier, tuple(classes)
 
 
 def count_correct(logits: Tensor, labels: Tensor, k: int) -> int:
-    """How many of the rows (N, classes) have their label (N,) among the k highest logits."""
+    """Count the rows of `logits` (N, classes) whose label (N,) is among their k highest logits."""
     best = torch.topk(logits, min(k, logits.shape[1]), dim=1).indices
     return int((best == labels[:, None]).any(1).sum())

@@ -1,16 +1,19 @@
-"""From a feature map to an embedding: activation map, pooling, projection."""
+"""The steps from a feature map to an embedding: activation map, pooling, projection head.
+
+Letters: B clips, C channels, T, H, W cells of the feature map.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_LEAST_MEAN = 1e-12  # keeps an all-zero activation map from dividing 0 by 0
+_LEAST_MEAN = 1e-12  # prevents 0 / 0 for an all-zero activation map
 
 
 class ProjectionHead(nn.Sequential):
-    """Linear, ReLU, Linear, L2 normalisation: (B, in_dim) -> (B, out_dim) float32 of length 1.
+    """Linear, ReLU, Linear, L2 normalisation: (B, in_dim) -> (B, out_dim) float32, rows of length 1.
 
-    Weights start from a normal distribution of standard deviation 0.01, biases from 0.
+    Initial weights are drawn from a normal distribution with standard deviation 0.01. Initial biases are 0.
     """
 
     def __init__(self, in_dim: int, out_dim: int = 128) -> None:
@@ -21,12 +24,15 @@ class ProjectionHead(nn.Sequential):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Widened first: the layers give bfloat16 under autocast, and a length of 1 should hold to float32's precision.
+        # float() comes first, because the layers return bfloat16 under autocast and the length must be precise.
         return F.normalize(super().forward(x).float(), dim=1)
 
 
 def activation_map(features: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B, 1, T, H, W) float32: where the network responds, the sum over channels."""
+    """Sum a feature map over its channels: (B, C, T, H, W) -> (B, 1, T, H, W) float32.
+
+    The sum shows where the network responds.
+    """
     return features.sum(dim=1, keepdim=True, dtype=torch.float32)
 
 
@@ -34,12 +40,16 @@ def pool(
     features: Tensor,  # (B, C, T, H, W)
     weight: Tensor | None = None,  # (B, 1, T, H, W)
 ) -> Tensor:  # (B, C)
-    """The mean of a feature map f over time and space, float32; with an activation map A, of f * A / mean(A).
+    """Average a feature map f over time and space, in float32. With an activation map A, average f * A / mean(A).
 
-    The division leaves A only its shape: where it attends, not how strongly. An all-zero A gives zeros.
+    The division by mean(A) keeps only A's relative values: where the network responds, not how strongly. An all-zero A
+    gives zeros.
+
+    Args:
+        weight: the activation map A.
 
     Raises:
-        ValueError: a weight that is not (B, 1, T, H, W) of the features' sizes.
+        ValueError: `weight` is not (B, 1, T, H, W) with the sizes of `features`.
     """
     if weight is None:
         return features.mean(dim=(2, 3, 4), dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""A backbone's weights on disk: written as safetensors, read from four kinds of file.
+"""Files of a backbone's weights: written as safetensors, read from four kinds of file.
 
-    a run's folder, or its backbone.safetensors      what `save_backbone` writes
-    torchvision's weights, .pth                      a state dict; its `fc` is left out
-    a checkpoint that holds such a state dict        under "state_dict", names with or without "module."
-    the DCLR authors' checkpoint_*.pth.tar           "module.encoder_q.": the query encoder; its heads are left out
+    a run's folder, or its backbone.safetensors    as `save_backbone` writes it
+    torchvision's weights, .pth                    a state dict; `fc` is ignored
+    a checkpoint that contains a state dict        under "state_dict", names with or without "module."
+    the DCLR authors' checkpoint_*.pth.tar         the query encoder "module.encoder_q."; its heads are ignored
 
-Foreign files are read with torch.load(weights_only=True): they cannot run code.
+All but safetensors are read with torch.load(weights_only=True), so no file can run code.
 """
 
 import pickle
@@ -23,39 +23,39 @@ from dclr.files import atomic_write
 from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone
 
 FILE_NAME = "backbone.safetensors"
-"""What a run's folder calls its query backbone."""
+"""The name of the query backbone's file in a run's folder."""
 
-# Names of what sits on a backbone in other people's files: a classifier, and the five heads of the authors' network.
+# Prefixes of parameters in foreign files that are not the backbone's: a classifier, and the authors' five heads.
 _CLASSIFIER = ("fc.",)
 _AUTHORS_HEADS = ("fc.", "fvv.", "fvs.", "fvd.", "fsv.", "fdv.")
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write the backbone under torchvision's names, with its own name and width beside them."""
+    """Write a backbone as safetensors under torchvision's parameter names, with its name and width as metadata."""
     metadata = {"format": "dclr", "backbone": backbone.name, "width": str(backbone.width)}
     write_safetensors(backbone.state_dict(), metadata, path)
 
 
 def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Written whole under another name, synced and then renamed, so that `path` never holds half a file."""
+    """Write tensors and metadata as safetensors. The write is atomic: `path` never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     atomic_write(path, save(content, metadata))
 
 
 def load_backbone(path: Path, backbone: Backbone) -> str:
-    """Fill the backbone from a file of one of the kinds above, or leave it as it was and raise.
+    """Load weights from one of the four kinds of file into `backbone`. An error leaves the backbone as it was.
 
     Returns:
-        one line that says what was loaded from where.
+        one line that says which weights were loaded, and from which file.
 
     Raises:
-        UserError: no such file, an unreadable one, one that needs unsafe unpickling, or weights of another network.
+        UserError: the file does not exist, cannot be read, needs unsafe unpickling, or holds another network.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         if path.is_dir():
-            raise UserError(f"{path} holds no {FILE_NAME}: give the folder of a run that has written one, or a file")
+            raise UserError(f"{path} holds no {FILE_NAME}: give the folder of a run that has one, or a file")
         raise UserError(f"no such file: {path}")
 
     if file.suffix == ".safetensors":
@@ -66,20 +66,23 @@ def load_backbone(path: Path, backbone: Backbone) -> str:
     else:
         tensors, kind = _read_torch(file)
     check_fits(file, tensors, backbone)
-    # Not strict because of the step counters alone, which `check_fits` does not require.
+    # Not strict, because `check_fits` accepts files without BatchNorm's step counters.
     backbone.load_state_dict(tensors, strict=False)
     return f"{file}: {backbone.name} (width {backbone.width}), {kind}"
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, which are as large as the file at most, and the texts beside them. Raises UserError: not a whole safetensors file."""
+    """Return the tensors and the metadata of a safetensors file. The tensors are at most as large as the file.
+
+    Raises:
+        UserError: the file is damaged or is not safetensors.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118  (it is no dict)
-    except Exception as error:  # whatever a damaged file makes of the reader
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{file} cannot be read as safetensors: {reason}") from error
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118  (not a dict)
+    except Exception as error:  # a damaged file can cause any error in the reader
+        raise UserError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
 
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
@@ -91,12 +94,11 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file} is not a file of plain tensors, and reading more than those could run code: "
-            f"give one that holds only a state dict"
+            f"{file} is not a file of plain tensors, and reading other objects could run code: "
+            "give a file that holds only a state dict"
         ) from error
-    except Exception as error:  # whatever a damaged file makes of the reader
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{file} cannot be read by torch.load: {reason}") from error
+    except Exception as error:  # a damaged file can cause any error in the reader
+        raise UserError(f"{file} cannot be read by torch.load: {_first_line(error)}") from error
 
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
@@ -104,7 +106,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
         isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items()
     ):
         raise UserError(
-            f"{file} holds no state dict: give a dictionary of tensors, or one with such a state_dict in it"
+            f"{file} holds no state dict: give a dictionary of tensors, or a dictionary with one under state_dict"
         )
 
     tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
@@ -115,7 +117,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a tensor of numbers in memory: files may also hold sparse, quantized and meta tensors."""
+    """Return whether `value` is a dense tensor in memory. Files may also hold sparse, quantized and meta tensors."""
     if not isinstance(value, Tensor):
         return False
     return (
@@ -123,12 +125,16 @@ def _is_plain(value: object) -> bool:
     )
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 def _without(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
 def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
-    """Raise UserError, naming the likely network, unless every tensor is one of the backbone's and of its shape."""
+    """Raise UserError unless names and shapes of the tensors are the backbone's. The error names the likely network."""
     expected = _shapes(backbone.state_dict())
     found = _shapes(tensors)
     if found == expected:
@@ -155,8 +161,8 @@ def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> No
 
 
 def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
-    """The name and width of the backbone that has exactly these shapes."""
-    first_norm = found.get("layer1.0.conv1.1.weight")  # as many numbers as the width, in every backbone
+    """Return the name and the width of the backbone that has exactly these shapes, or None."""
+    first_norm = found.get("layer1.0.conv1.1.weight")  # its length is the width, in every backbone
     if first_norm is None or len(first_norm) != 1 or not 1 <= first_norm[0] <= MAX_WIDTH:
         return None
     width = first_norm[0]
@@ -169,6 +175,6 @@ def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes by name, but for BatchNorm's step counters, single numbers, which files from before torch 0.4.1 lack and nobody reads."""
+    """Return shapes by name, without BatchNorm's step counters: no code uses them, and torch before 0.4.1 had none."""
     counters = {name for name, tensor in tensors.items() if name.endswith("num_batches_tracked") and tensor.ndim == 0}
     return {name: tensor.shape for name, tensor in tensors.items() if name not in counters}
