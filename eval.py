@@ -9,7 +9,8 @@
     python eval.py maps --data UCF101 --checkpoint runs/ucf
         The share of each activation map on moving regions, and pictures of the maps.
     python eval.py retrieval --checkpoint random --preset demo
-        The smallest command: an untrained network on the built-in demo videos. @@TIME@@
+        The smallest command: an untrained network on the built-in demo videos. It takes about a minute on two cores.
+        Its recall at 1 is 12.5 %, which is chance.
 
 Everything runs in one process. Without --data, the built-in demo videos are used. `eval.py SUBCOMMAND --help` explains every flag.
 """

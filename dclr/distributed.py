@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other. With one process, or none started, every function is the identity."""
+"""Communication between the processes (ranks) of a run. In a run of one process, every function returns its input."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,34 +16,38 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
+    """Return the number of processes of the run, on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def launched_rank() -> int:
+    """Return the rank that the launcher gave this process. It is known before and after the processes are connected."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def processes_of_machine() -> int:
-    """How many processes of the run a launcher started on this machine."""
-    names = (
-        "LOCAL_WORLD_SIZE",
-        "LOCAL_SIZE",
-        "WORLD_SIZE",
-    )  # torchrun's name, deepspeed's, and another launcher's: all there are
+    """Return the number of processes that the launcher started on this machine."""
+    # The names are from torchrun, from deepspeed, and from launchers that only name the processes of all machines.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
 
 
 def gather_batch(rows: Tensor) -> Tensor:
-    """(B, ...) on each rank -> (ranks * B, ...) in rank order on all. No gradient."""
+    """Return the rows of all ranks in rank order, on every rank: (B, ...) -> (ranks * B, ...). There is no gradient."""
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise mean over ranks, as a new tensor."""
+    """Return the elementwise mean over the ranks, as a new tensor."""
     if world_size() == 1:
         return values
     total = values.clone()
@@ -52,38 +56,42 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise maximum over ranks, in place."""
+    """Replace `values` by the elementwise maximum over the ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
-_patient: dist.ProcessGroup | None = None
-"""The processes once more, for what may take days; None: as always, for half an hour."""
+_group_without_timeout: dist.ProcessGroup | None = None
+"""The group that exchanges objects inside `without_timeout`. None: the default group, with a timeout of half an hour."""
 
 
 @contextmanager
-def patience() -> Iterator[None]:
-    """Inside, `gather_objects`, `together` and `on_rank_zero` wait as long as it takes: verifying a large data set takes hours."""
-    global _patient
-    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
+def without_timeout() -> Iterator[None]:
+    """Let `gather_objects`, `on_all_ranks` and `on_rank_zero` wait up to 30 days. Verifying a large data set takes hours."""
+    global _group_without_timeout
+    if world_size() > 1:
+        _group_without_timeout = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
         yield
     finally:
-        _patient = None
+        _group_without_timeout = None
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """One object from each rank, in rank order, on all."""
+    """Return the objects of all ranks in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_patient)
+    dist.all_gather_object(values, value, group=_group_without_timeout)
     return values
 
 
-def together(work: Callable[[], T]) -> T:
-    """Run `work` on every rank; where it raises UserError on any, it is raised on all, so that none waits for one that has left."""
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Call `work` on every rank and return its result. If it raises UserError on any rank, every rank raises that error.
+
+    Otherwise the other ranks would wait for a rank that has left.
+    """
     result, problem = None, None
     try:
         result = work()
@@ -96,18 +104,19 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """`work`'s result on rank 0, told to all; where it raises UserError, all raise it."""
-    told = [together(lambda: work() if rank() == 0 else None)]
+    """Call `work` on rank 0 and return its result on every rank. If it raises UserError, every rank raises that error."""
+    result = [on_all_ranks(lambda: work() if rank() == 0 else None)]
     if world_size() > 1:
-        dist.broadcast_object_list(told, src=0)
-    return told[0]  # type: ignore[return-value]
+        dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
 
 
-class Exchange:
-    """Whole numbers that each rank adds to once a step, summed over ranks. Nobody waits: a sum is asked for one step after it was begun.
+class DelayedSum:
+    """Sums of whole numbers over the ranks, one call late: each call returns the sums that the call before began.
 
-    All ranks get the same sum at the same step, so that what they do about it they do together. On the CPU (gloo), also where the
-    network is on GPUs: looking at it makes no host wait for its device.
+    A rank calls this once a step. It rarely waits, because the sum had a whole step to complete. All ranks get the same sums
+    at the same step, so they can act on them together. The sum uses the CPU (gloo), also if the network is on a GPU: reading
+    it does not make the host wait for the device.
     """
 
     def __init__(self) -> None:
@@ -115,16 +124,19 @@ class Exchange:
         self._begun: tuple[Any, Tensor] | None = None
 
     def add(self, *numbers: int) -> list[int]:
-        """Begin the sum of these over ranks; returns the sum of those of the call before (zeros in the first)."""
+        """Begin the sums of these numbers, and return the sums that the call before began: zeros at the first call.
+
+        A run of one process returns the numbers themselves.
+        """
         own = torch.tensor(numbers, dtype=torch.int64)
         if self._group is None:
-            return own.tolist()  # alone, there is nothing to wait for
+            return own.tolist()
         total = self.finish() or [0] * len(numbers)
         self._begun = (dist.all_reduce(own, group=self._group, async_op=True), own)
         return total
 
     def finish(self) -> list[int] | None:
-        """The last sum begun, once it is there. To be called before the processes part."""
+        """Wait for the last sums and return them, or None if there are none. Call this before the processes disconnect."""
         if self._begun is None:
             return None
         work, total = self._begun
@@ -133,6 +145,5 @@ class Exchange:
         return total.tolist()
 
 
-def launched_rank() -> int:
-    """The rank a launcher gave this process, also before and after it joined the others."""
-    return int(os.environ.get("RANK", "0"))
+# Until every caller has the new names.
+patience, together, Exchange = without_timeout, on_all_ranks, DelayedSum

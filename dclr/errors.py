@@ -1,12 +1,13 @@
-"""The one exception a user is meant to see."""
+"""The exception for wrong input."""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong, and the message says in one line what it is and what would be right.
+    """Wrong input from the user. The message says in one line what is wrong and what would be right.
 
-    The entry points print it without a traceback and exit with status 2; everything else is a bug and keeps its traceback.
+    train.py and eval.py print the message without a traceback and exit with status 2. Any other exception is a bug and keeps
+    its traceback.
     """
 
     def __str__(self) -> str:
-        """In one line whatever is quoted in it: names of files and texts from them may hold line breaks and commands to the terminal."""
+        """Return the message with line breaks and control characters escaped. Quoted file names and texts may contain them."""
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, progress bar, TensorBoard, metrics.jsonl and report.json."""
+"""The output of a run: its folder, messages, progress bar, TensorBoard, metrics.jsonl and report.json."""
 
 import json
 import math
@@ -25,13 +25,16 @@ from dclr.files import atomic_write
 
 
 def say(message: str) -> None:
-    """One line to the user, above the progress bar where there is one."""
+    """Print a line, above the progress bar if there is one."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
 
 def open_run(out: str, command: str) -> Path:
-    """The folder of a new run: `out`, or the next free runs/COMMAND-N. Raises UserError: holds a run already, cannot be written."""
+    """Create and return the folder of a new run: `out`, or the next free runs/COMMAND-N if `out` is empty.
+
+    Raises UserError if the folder already holds a run or cannot be written.
+    """
     if out:
         folder = Path(out)
         if (folder / "config.json").exists():
@@ -47,7 +50,7 @@ def open_run(out: str, command: str) -> Path:
 
 
 def make_writable(folder: Path) -> None:
-    """Create `folder` and see that files can be written there. Raises UserError otherwise."""
+    """Create `folder`. Raises UserError if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -60,17 +63,17 @@ def make_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A reader never sees half a file. NaN and infinities are refused (not JSON)."""
+    """Write a JSON file atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def json_numbers(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN and no infinity: null instead."""
+    """Return the metrics with None, which is null in JSON, in place of NaN and infinity."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit and date: what a figure needs beside it to be worth anything."""
+    """Return device, cores, versions, commit and date, which a result needs to be reproducible."""
     from importlib.metadata import version
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -86,6 +89,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """Return the model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -94,7 +98,10 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str:
-    """Commit of the source tree, with + where files differ from it, but those that measurements write; 'unknown' outside a checkout."""
+    """Return the commit of the source tree, with "+" added if files differ from it, or "unknown" outside a checkout.
+
+    Files that measurements write may differ.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
@@ -109,7 +116,7 @@ def git_commit() -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: allocated on the GPU, or resident on a CPU."""
+    """Return the most memory in GiB that this process has used: allocated on the GPU, or resident if `device` is a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -126,7 +133,7 @@ class Stopwatch:
 
     @contextmanager
     def section(self, name: str, host: bool = False) -> Iterator[None]:
-        """Add the time inside this context to `name`. With `host`, time the Python thread on a GPU too."""
+        """Add the time inside this context to `name`. With `host`, measure the Python thread, also if the device is a GPU."""
         if self._cuda and not host:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -160,10 +167,11 @@ class Stopwatch:
 
 
 class RunLog:
-    """The three places a run's numbers go: the bar, TensorBoard and metrics.jsonl. Made on rank 0 only.
+    """Writer of a run's metrics to the progress bar, to TensorBoard and to metrics.jsonl. Only rank 0 has one.
 
-    Points after `start_step`, written by a part of the run that came to no checkpoint, are dropped from both files. Raises UserError:
-    the folder cannot be written any more.
+    A resumed run repeats the steps after its checkpoint, `start_step`. Their old values are dropped from both files.
+
+    Every method raises UserError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, title: str, total_steps: int, start_step: int = 0) -> None:
@@ -187,10 +195,11 @@ class RunLog:
         )
 
     def advance(self) -> None:
+        """Advance the progress bar by one step."""
         self._bar.update()
 
     def write(self, step: int, metrics: dict[str, float], shown: dict[str, str]) -> None:
-        """All `metrics` to the files, `shown` on the bar."""
+        """Write all `metrics` to the files, and show the texts `shown` on the progress bar."""
         with self._writing():
             with self._lines.open("a") as file:
                 file.write(json.dumps({"step": step, **json_numbers(metrics)}) + "\n")
@@ -199,16 +208,20 @@ class RunLog:
         self._bar.set_postfix(shown, refresh=False)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: (H, W, 3) uint8."""
+        """Write an image, (H, W, 3) uint8, to TensorBoard."""
         with self._writing():
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Before a checkpoint: a resumed run does not do these steps again. TensorBoard's points wait in a queue for a thread."""
+        """Write the values that TensorBoard still holds in a queue. Call this before a checkpoint.
+
+        A resumed run does not repeat the steps before its checkpoint, so their values must be in the file by then.
+        """
         with self._writing():
             self._board.flush()
 
     def close(self) -> None:
+        """Close the progress bar and the files."""
         self._bar.close()
         with self._writing():
             self._board.close()
@@ -219,12 +232,13 @@ class RunLog:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write to {self._folder} ({error.strerror}): make room or mend it, then go on with --resume"
+                f"cannot write to {self._folder} ({error.strerror}): free disk space or fix the folder's permissions, "
+                "then continue with --resume"
             ) from None
 
 
 def _step(line: str) -> float:
-    """Of a line of metrics.jsonl; past every other for one that a kill cut short, or that is no such line."""
+    """Return the step number of a line of metrics.jsonl, or infinity for a line that is incomplete or is something else."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
