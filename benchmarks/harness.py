@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,9 @@ from kernels.backend import runs_triton
 
 matplotlib.use("Agg")  # writes files; needs no screen
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +47,6 @@ Precision = Literal["ieee", "tf32", "bf16"]
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
-Cell = TypeVar("Cell")
 T = TypeVar("T")
 
 
@@ -54,21 +55,6 @@ class NotAvailable(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------------ times
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Milliseconds of one call over all repetitions."""
-
-    median_ms: float
-    low_ms: float
-    """20 % quantile"""
-    high_ms: float
-    """80 % quantile"""
-    repetitions: int
-    captured: bool | None
-    """True: replayed from a CUDA graph. False: launched kernel by kernel, so it may include time of the host.
-    None: not measured on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +67,15 @@ class Ceilings:
     """of a large matrix product"""
 
 
-def quantiles(values: Iterable[float]) -> tuple[float, float, float]:
-    """Return the 20 % quantile, the median and the 80 % quantile."""
+def quantiles(values: Iterable[float]) -> dict[str, float]:
+    """Return the median, the 20 % quantile (low) and the 80 % quantile (high)."""
     low, median, high = (float(value) for value in np.quantile(list(values), (0.2, 0.5, 0.8)))
-    return low, median, high
+    return {"median": median, "low": low, "high": high}
+
+
+def milliseconds(values: Iterable[float]) -> dict[str, float]:
+    """Return the quantiles of times, as results files name them."""
+    return {f"{name}_ms": value for name, value in quantiles(values).items()}
 
 
 def turn(names: Sequence[T], number: int) -> list[T]:
@@ -101,7 +92,7 @@ def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
 
 def time_in_turns(
     providers: dict[str, Call], device: torch.device, repetitions: int = 50, warmup: int = 3
-) -> dict[str, Timing]:
+) -> dict[str, dict[str, Any]]:
     """Measure all `providers` in one loop of rounds, so that a changing clock rate affects all of them alike.
 
     On CUDA each provider is captured in a CUDA graph if possible (a warning says if not), and events time its replays.
@@ -112,6 +103,10 @@ def time_in_turns(
         providers: functions without arguments. One that computes a gradient calls torch.autograd.grad itself.
         repetitions: measured rounds.
         warmup: calls of each provider before the first round.
+
+    Returns:
+        By provider: median_ms, low_ms, high_ms, repetitions and captured. captured is True if a CUDA graph was
+        replayed, and None if the device is not CUDA. If it is False, the times may include time of the host.
     """
     captured: dict[str, bool | None] = dict.fromkeys(providers)
     if device.type == "cuda":
@@ -119,14 +114,11 @@ def time_in_turns(
         captured.update({name: replays[name] is not provider for name, provider in providers.items()})
         samples = _time_by_events(replays, device, repetitions)
     else:
-        samples = _time_by_clock(providers, repetitions, warmup)
-    timings = {}
-    for name, milliseconds in samples.items():
-        low, median, high = quantiles(milliseconds)
-        timings[name] = Timing(
-            median_ms=median, low_ms=low, high_ms=high, repetitions=repetitions, captured=captured[name]
-        )
-    return timings
+        samples = _time_by_clock(providers, device, repetitions, warmup)
+    return {
+        name: milliseconds(samples[name]) | {"repetitions": repetitions, "captured": captured[name]}
+        for name in providers
+    }
 
 
 def time_consecutive(call: Call, device: torch.device, count: int) -> list[float]:
@@ -143,12 +135,11 @@ def time_consecutive(call: Call, device: torch.device, count: int) -> list[float
             border.record()
         torch.cuda.synchronize(device)
         return [begin.elapsed_time(end) for begin, end in pairwise(borders)]
-    milliseconds = []
+    borders_s = [time.perf_counter()]
     for _ in range(count):
-        begin_s = time.perf_counter()
         call()
-        milliseconds.append((time.perf_counter() - begin_s) * 1e3)
-    return milliseconds
+        borders_s.append(time.perf_counter())
+    return [(end_s - begin_s) * 1e3 for begin_s, end_s in pairwise(borders_s)]
 
 
 def peak_extra_memory(call: Call, device: torch.device) -> int | None:
@@ -184,8 +175,8 @@ def measure_ceilings(device: torch.device) -> Ceilings | None:
     providers |= {precision: partial(product, precision) for precision in precisions}
     times = time_in_turns(providers, device, repetitions=15)
     return Ceilings(
-        bytes_per_second=2 * size / (times["copy"].median_ms / 1e3),
-        flops_per_second={precision: 2 * side**3 / (times[precision].median_ms / 1e3) for precision in precisions},
+        bytes_per_second=2 * size / (times["copy"]["median_ms"] / 1e3),
+        flops_per_second={precision: 2 * side**3 / (times[precision]["median_ms"] / 1e3) for precision in precisions},
     )
 
 
@@ -203,16 +194,15 @@ def float32_products(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _time_by_clock(providers: dict[str, Call], repetitions: int, warmup: int) -> dict[str, list[float]]:
+def _time_by_clock(
+    providers: dict[str, Call], device: torch.device, repetitions: int, warmup: int
+) -> dict[str, list[float]]:
     """Return milliseconds by provider."""
     for provider in providers.values():
-        for _ in range(warmup):
-            provider()
+        time_consecutive(provider, device, warmup)
     samples: dict[str, list[float]] = {name: [] for name in providers}
     for name in turns(list(providers), repetitions):
-        begin = time.perf_counter()
-        providers[name]()
-        samples[name].append((time.perf_counter() - begin) * 1e3)
+        samples[name] += time_consecutive(providers[name], device, 1)
     return samples
 
 
@@ -263,7 +253,7 @@ def check_and_time(
     repetitions: int,
     warmup: int = 3,
 ) -> dict[str, dict[str, Any]]:
-    """Return what was measured by provider: its Timing, its peak extra memory, and the result of its check.
+    """Return what was measured by provider: its times, its peak extra memory, and the result of its check.
 
     A provider that fails has {"skipped": reason} instead. `prepare` returns the call to time and the result of its check.
     """
@@ -280,7 +270,7 @@ def check_and_time(
         times = time_in_turns(calls, device, repetitions, warmup) if calls else {}
     except torch.OutOfMemoryError as error:  # each fits alone, but the graphs of all do not fit together
         return found | {name: {"skipped": reason(error)} for name in calls}
-    return {name: (asdict(times[name]) if name in times else {}) | found[name] for name in names}
+    return {name: times.get(name, {}) | found[name] for name in names}
 
 
 def reason(error: Exception) -> str:
@@ -427,7 +417,7 @@ class Run:
         self.not_reached: list[str] = []
         self._begin = time.monotonic()
 
-    def start_kernels(self, also: str = "") -> tuple[str, Ceilings | None]:
+    def show_device(self, also: str = "") -> tuple[str, Ceilings | None]:
         """Print the device, which implementation is "ours", and the device's ceilings. Return the last two."""
         implementation = f"ours is: {describe(self.device)}{also}"
         print(f"{self.environment['device']}, torch {self.environment['versions']['torch']}; {implementation}")
@@ -450,7 +440,7 @@ class Run:
             self.stopped = f"{self.minutes:g} minutes were over"
         return self.stopped is not None
 
-    def measure(self, cells: Sequence[Cell], measure: Callable[[Cell], Row], show: Callable[[Row], str]) -> None:
+    def measure(self, cells: Sequence[T], measure: Callable[[T], Row], show: Callable[[Row], str]) -> None:
         """Measure the cells in their order and print each row. The first cell is measured whatever the time.
 
         Raises SystemExit if nothing was measured.
@@ -501,7 +491,7 @@ class Run:
             raise SystemExit(f"an error stopped the run: {self.stopped}")
 
 
-def from_row(kind: type[Cell], row: Row) -> Cell:
+def from_row(kind: type[T], row: Row) -> T:
     """Return the cell (a dataclass) that a row was measured in."""
     return kind(**{each.name: row[each.name] for each in fields(kind)})  # type: ignore[arg-type]
 
@@ -545,6 +535,13 @@ def add_titles(figure: Figure, title: str, caption: str, **legend: Any) -> None:
         top = 0.94
     figure.text(0.5, 0.012, caption, ha="center", fontsize=8, color="dimgray")
     figure.tight_layout(rect=(0, 0.035 + 0.015 * caption.count("\n"), 1, top))
+
+
+def label_log_axis(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2, 5, 10, 20, ..."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def most_measured(rows: Sequence[Row]) -> list[Row]:

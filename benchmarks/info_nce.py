@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from benchmarks import harness
@@ -374,9 +374,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
             panel.set_yscale("log")
             panel.set_xticks(batches, [str(B) for B in batches])
             panel.xaxis.set_minor_locator(NullLocator())
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            panel.yaxis.set_minor_locator(NullLocator())
+            harness.label_log_axis(panel.yaxis)
             panel.grid(True, alpha=0.3)
             panel.set_title(f"{'forward and backward' if backward else 'forward'}, K = {K}", fontsize=10)
             if column == 0:
@@ -423,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, names = torch.device(arguments.device), arguments.providers or list(PROVIDERS)
     repetitions = arguments.repetitions or (QUICK_REPETITIONS if arguments.quick else REPETITIONS[device.type])
     run = harness.Run("info_nce", argv, arguments, device)
-    implementation, ceilings = run.start_kernels()
+    implementation, ceilings = run.show_device()
     run.measure(
         plan(arguments, device.type), lambda cell: measure(cell, names, device, repetitions, ceilings), cell_table
     )

@@ -51,7 +51,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from benchmarks import harness
@@ -243,9 +242,9 @@ def figures(rounds: list[Round], released: list[Round] | None) -> dict[str, Any]
     per_core = np.array([each.samples / each.processor_seconds for each in rounds])
     by_clock = np.array([each.samples / each.seconds for each in rounds])
     found: dict[str, Any] = {
-        "core_samples_per_second": spread(per_core),
-        "clock_samples_per_second": spread(by_clock),
-        "processor_ms_per_sample": spread(1e3 / per_core),
+        "core_samples_per_second": harness.quantiles(per_core),
+        "clock_samples_per_second": harness.quantiles(by_clock),
+        "processor_ms_per_sample": harness.quantiles(1e3 / per_core),
         "samples": sum(each.samples for each in rounds),
         "rounds": len(rounds),
         "times_released": None,
@@ -257,11 +256,6 @@ def figures(rounds: list[Round], released: list[Round] | None) -> dict[str, Any]
         found["times_released"] = float(np.median(per_core / core))
         found["times_released_by_clock"] = float(np.median(by_clock / clock))
     return found
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    low, median, high = harness.quantiles(values)
-    return {"median": median, "low": low, "high": high}
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
@@ -332,7 +326,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
         if ends:
             panel.set_xscale("log")
             panel.set_xlim(min(ends) / 2, max(ends) * (max(ends) / min(ends)) ** 0.5 * 2)  # room for labels
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            harness.label_log_axis(panel.xaxis)
         panel.set_title(name_of_set, fontsize=10)
         panel.set_xlabel("samples a second of processor time")
         panel.grid(True, axis="x", alpha=0.3)

@@ -264,15 +264,14 @@ def figures(
 ) -> dict[str, Any]:
     """Return medians and rates of milliseconds by round. flops: those of a view."""
     every = [value for turn in times for value in turn]
-    low, median, high = harness.quantiles(every)
-    rate = found["passes"] * flops * cell.B / (median / 1e3)
+    times_ms = harness.milliseconds(every)
+    median_s = times_ms["median_ms"] / 1e3
+    rate = found["passes"] * flops * cell.B / median_s
     return {
-        "median_ms": median,
-        "low_ms": low,
-        "high_ms": high,
+        **times_ms,
         "repetitions": len(every),
         "ms_by_round": [statistics.median(turn) for turn in times],
-        "samples_per_second": cell.B / (median / 1e3),
+        "samples_per_second": cell.B / median_s,
         "flops_per_second": rate,
         "share_of_peak": None if ceilings is None else rate / ceilings.flops_per_second[found["precision"]],
     }
@@ -439,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = arguments.rounds or rounds
     run = harness.Run("step", argv, arguments, device)
     precision = settle_precision(read_ds_config(DS_CONFIG), device)
-    implementation, ceilings = run.start_kernels(f", {precision}")
+    implementation, ceilings = run.show_device(f", {precision}")
     run.measure(
         plan(arguments, device.type), lambda cell: measure(cell, names, device, rounds, steps, ceilings), cell_table
     )

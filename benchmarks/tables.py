@@ -97,7 +97,7 @@ def goals_table(result: Result, gpu: bool) -> str:
     """Return the kernels' goals. On a CPU "ours" is the reference, so there are none."""
     if not gpu:
         return ""
-    # Results of before name the released code "as released" in the goals too.
+    # Older results say "as released" in their goals.
     goals = [goal | {"goal": goal["goal"].replace(RELEASED, "the released code")} for goal in result["goals"]]
     columns = {"goal": "goal", "precision": "precision", "worst": "worst", "worst_at": "where", "verdict": "verdict"}
     return harness.goal_table(goals, columns)

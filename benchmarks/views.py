@@ -54,7 +54,6 @@ from typing import Any, get_args
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import harness
 from benchmarks.harness import Ceilings, Goal, Row, speedup
@@ -244,9 +243,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
         panel.set_xlabel("milliseconds")
         panel.set_xscale("log")
         panel.margins(x=0.12)
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.xaxis.set_minor_locator(NullLocator())
+        harness.label_log_axis(panel.xaxis)
         panel.tick_params(axis="x", labelrotation=60, labelsize=8)
         panel.grid(True, axis="x", alpha=0.3)
         panel.set_yticks(range(len(names)), names)
@@ -296,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, names = torch.device(arguments.device), arguments.providers or list(PROVIDERS)
     repetitions = arguments.repetitions or (QUICK_REPETITIONS if arguments.quick else REPETITIONS[device.type])
     run = harness.Run("views", argv, arguments, device)
-    implementation, ceilings = run.start_kernels()
+    implementation, ceilings = run.show_device()
     run.measure(
         plan(arguments, device.type), lambda cell: measure(cell, names, device, repetitions, ceilings), cell_table
     )
