@@ -3,8 +3,8 @@
 # make setup   the environment only
 # make evidence  is the controlled set honest, then DCLR beside MoCo on it, one seed: about half an hour on two cores; goes on where it was stopped
 # make chaos   kills a run of two ranks a hundred times and looks whether it ends as if nothing had happened: about 12 minutes on two cores
-# make soak    an hour's run, whose memory, files and threads must not grow; DATA=DIR
-# make gpu     the tests that need a CUDA device, then the benchmarks, with $(PYTHON) as it is: nothing is installed; DATA=DIR
+# make soak    an hour's run: memory, open files and threads must not grow; DATA=DIR
+# make gpu     the tests that need a CUDA device, then the benchmarks, by $(PYTHON), which needs the packages; DATA=DIR
 
 PYTHON ?= python3
 VENV = .venv
@@ -59,11 +59,11 @@ chaos: setup
 soak: setup
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.soak --data $(DATA)
 
-# Everything runs even if something fails, so that one visit to a GPU brings all of it home; the exit status is that of all. The parts are meant to
-# take less than ten minutes each. DATA names a data set's folder, for what reads videos.
+# If a target fails, the next ones still run, because time on a GPU is short. The exit status is 1 if any failed. Each
+# target should take less than ten minutes. DATA is a data set's folder, for the benchmarks that read videos.
 gpu:
 	status=0; \
-	for part in gpu-test gpu-step gpu-kernels gpu-runs; do $(MAKE) $$part || status=1; done; \
+	for target in gpu-test gpu-step gpu-kernels gpu-runs; do $(MAKE) $$target || status=1; done; \
 	exit $$status
 
 gpu-test:
@@ -85,5 +85,5 @@ gpu-runs:
 	if [ -n "$(DATA)" ]; then \
 		$(PYTHON) -m benchmarks.loader --data $(DATA) --minutes 3 || status=1; \
 		$(PYTHON) -m benchmarks.train --data $(DATA) || status=1; \
-	else echo "loaders and whole runs are not measured: give a data set, make gpu DATA=DIR"; fi; \
+	else echo "loaders and whole runs are not measured: name a data set, make gpu DATA=DIR"; fi; \
 	exit $$status

@@ -54,7 +54,7 @@ class NotAvailable(Exception):
     """A provider cannot run here. The message says why."""
 
 
-# ------------------------------------------------------------------------------------------------------------------ times
+# ---------------------------------------------------------------------------------------------------------------- times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def peak_extra_memory(call: Call, device: torch.device) -> int | None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings | None:
-    """Measure a copy of 1 GiB and products of 8192 x 8192 matrices of random numbers (zeros are faster). None on a CPU."""
+    """Measure a copy of 1 GiB and products of 8192 x 8192 random matrices (zeros are faster). None on a CPU."""
     if device.type != "cuda":
         return None
     side, size = 8192, 2**30
@@ -243,7 +243,7 @@ def _capture(name: str, provider: Call, warmup: int) -> Call:
     return graph.replay
 
 
-# -------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------ providers
 
 
 def check_and_time(
@@ -253,9 +253,9 @@ def check_and_time(
     repetitions: int,
     warmup: int = 3,
 ) -> dict[str, dict[str, Any]]:
-    """Return what was measured by provider: its times, its peak extra memory, and the result of its check.
+    """Return by provider its times, its peak extra memory and the result of its check, or {"skipped": reason}.
 
-    A provider that fails has {"skipped": reason} instead. `prepare` returns the call to time and the result of its check.
+    prepare: returns the call to time and the result of its check. It may raise; then the provider is skipped.
     """
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
@@ -290,7 +290,7 @@ def spread(found: dict[str, Any]) -> str:
     return f"{found['median_ms']:.4g} ({found['low_ms']:.4g} to {found['high_ms']:.4g}){mark}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ goals
+# ---------------------------------------------------------------------------------------------------------------- goals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +369,7 @@ def goal_table(verdicts: Sequence[dict[str, Any]], columns: dict[str, str]) -> s
     return table(list(columns.values()), [[cell(verdict[name]) for name in columns] for verdict in verdicts])
 
 
-# ------------------------------------------------------------------------------------------------------------ one run
+# -------------------------------------------------------------------------------------------------------------- one run
 
 
 def make_parser(description: str | None, providers: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -481,7 +481,7 @@ class Run:
         print(f"Wrote {self.folder / name}.json and .png")
 
     def refuse_failures(self, names: Iterable[str], allowed: str | None = None) -> None:
-        """Raise SystemExit if a provider of `names` was skipped for another reason than `allowed`, or an error ended the run."""
+        """Raise SystemExit if an error ended the run, or a provider of `names` was skipped, but for `allowed`."""
         for row in self.rows:
             for name in names:
                 why = row["providers"].get(name, {}).get("skipped", allowed)
@@ -502,7 +502,7 @@ def command(script: str, arguments: Sequence[str]) -> str:
     return " ".join([f"python -m benchmarks.{script}", *named])
 
 
-# ---------------------------------------------------------------------------------------------------------- files, tables
+# -------------------------------------------------------------------------------------------------------- files, tables
 
 
 def results_folder(device: torch.device, results: Path = RESULTS) -> Path:

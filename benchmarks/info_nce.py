@@ -1,14 +1,14 @@
-"""How fast is the contrastive loss over a queue, with the search for its positives? Four implementations of one formula.
+"""How fast is the contrastive loss over a queue, with the search for its positives? Four implementations in one run.
 
     python -m benchmarks.info_nce                     bfloat16 on the whole grid, tf32 at the sizes of the goals
     python -m benchmarks.info_nce --quick             both at the sizes of the goals only, fewer repetitions
     python -m benchmarks.info_nce --precision tf32    one precision on the whole grid; also bf16, ieee, or several
-    python -m benchmarks.info_nce --minutes 8         begin no new cell after 8 minutes; the sizes of the goals come first
+    python -m benchmarks.info_nce --minutes 8         begin no new cell after 8 minutes; the goals' sizes come first
 
 Time to expect: on an H200, 39 of the 72 cells took 73 seconds, most of it torch.compile, which compiles anew for every
-cell (a precision, with mining or not, forward only or with backward, B, K).
-Without a GPU the grid is small and in float32: 30 seconds on two cores. There "ours" is the reference, and the output says so.
-Result to expect on an H200 in bfloat16, with mining, forward and backward: 12.3 times the released code at B 40, K 2048.
+cell (a precision, with mining or not, forward only or with backward, B, K). Without a GPU the grid is small and in
+float32: 30 seconds on two cores. There "ours" is the reference, and the output says so. Result to expect on an H200 in
+bfloat16, with mining, forward and backward: 12.3 times the released code at B 40, K 2048.
 
 Providers:
     as released     the steps of the released loss: pair by pair, concatenate, softmax, multiply by labels, log
@@ -16,12 +16,13 @@ Providers:
     torch.compile   the eager provider, compiled for fixed sizes
     ours            info_nce and mine_positives_by_each of `kernels`
 
-With mining, positives are found as in training (dclr/method.py): three searches serve five pairs. "Forward and backward"
-includes the gradient of the queries, which is the only one. Errors are those of the measured call, compared with
-float64. The float64 loss takes the positives that this call mined, so two equally similar queue entries are no error.
-"Same rows" is the share of searches that mined the same queue entries as float64.
+With mining, positives are found as in training (dclr/method.py): three searches serve five pairs. "Forward and
+backward" includes the gradient of the queries, which is the only one. Errors are those of the measured call, compared
+with float64. The float64 loss takes the positives that this call mined, so two equally similar queue entries are no
+error. "Same rows" is the share of searches that mined the same queue entries as float64.
 
-Prints tables and writes info_nce.json and info_nce.png into results/DEVICE. --precision and --quick add to the file names.
+Prints tables and writes info_nce.json and info_nce.png into results/DEVICE. --precision and --quick add to the file
+names.
 """
 
 import argparse
@@ -67,7 +68,7 @@ GOALS = (
 )
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""What a provider computes: queries, keys, queue and features of `Inputs` -> losses (P,) and mined entries (P, B, M) int64."""
+"""What a provider computes: the tensors of `Inputs` -> losses (P,) and mined entries (P, B, M) int64, or None."""
 
 
 class Inputs(NamedTuple):
@@ -96,7 +97,7 @@ class Cell:
         return f"{mining}, {'forward and backward' if self.backward else 'forward'}"
 
 
-# -------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------ providers
 
 
 def as_released(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +161,7 @@ def _label(entries: Tensor, K: int) -> Tensor:
     return torch.cat([mined.new_ones(entries.shape[0], 1), mined], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ truth
+# ---------------------------------------------------------------------------------------------------------------- truth
 
 
 def float64_loss(inputs: Inputs, mined: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,7 +205,7 @@ def _block_size(K: int) -> int:
     return max(2**25 // K, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ floor
+# ---------------------------------------------------------------------------------------------------------------- floor
 
 
 def floor_bytes(cell: Cell) -> int:
@@ -237,11 +238,11 @@ def floor_ms(cell: Cell, ceilings: Ceilings) -> float:
     return max(moving, computing) * 1e3
 
 
-# ---------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 
 
 def make_inputs(cell: Cell, device: torch.device) -> Inputs:
-    """Return queries near their keys, as after training, and mining features near queries, so that mined entries matter."""
+    """Return queries near their keys, as after training, and features near queries, so that mined entries matter."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
 
@@ -310,7 +311,7 @@ def measure(cell: Cell, names: Sequence[str], device: torch.device, repetitions:
     return asdict(cell) | limits | {"providers": found}
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def name_cell(row: Row) -> str:
@@ -388,7 +389,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def plan(arguments: argparse.Namespace, kind: str) -> list[Cell]:

@@ -1,35 +1,36 @@
 """How many training samples a second does one core read? Ours, the released code and torchcodec, in one run.
 
     python -m benchmarks.loader --data UCF-101 KINETICS     every data set with 1 and 2 workers
-    python -m benchmarks.loader --data UCF-101 --quick      with 1 worker, one short round
-    python -m benchmarks.loader --data UCF-101 --minutes 5  begin no new cell (data set, number of workers) after 5 minutes
+    python -m benchmarks.loader --data UCF-101 --quick      a trial with 1 worker and one short round
+    python -m benchmarks.loader --data UCF-101 --minutes 5  begin no new cell (data set and workers) after 5 minutes
 
 Time to expect: 2 minutes a cell. It needs no GPU. --data takes the folders that train.py takes; the videos of the train
-split are read. Result to expect on UCF101's clips: from videos 8 times the released code, from a store of planes 140 times.
+split are read. Result to expect on UCF101's clips: from videos 8 times the released code, from a store of planes 140
+times.
 
-A sample is what pretraining takes from a video: two windows of 16 frames at stride 2, and a still of each. All providers
-read the same windows of the same videos in the same order, in batches of 8 (fewer where there are fewer videos), by forked
-workers of torch's DataLoader.
+A sample is what pretraining takes from a video: two windows of 16 frames at stride 2, and a still of each. All
+providers read the same windows of the same videos in the same order, in batches of 8 (fewer where there are fewer
+videos), by forked workers of torch's DataLoader.
 
 Providers (benchmarks/loader_providers.py):
-    as released     the steps of the released loader. For each window: open, seek by time, decode to its end with default
-                    settings, convert all 32 frames to RGB. Then take every second frame and repeat the still 16 times,
-                    convert to float, crop to 112 x 112 by torchvision, default_collate. The released reader also decodes
-                    audio, which is not done here
+    as released     the steps of the released loader. For each window: open, seek by time, decode to its end with
+                    default settings, convert all 32 frames to RGB. Then take every second frame and repeat the still 16
+                    times, convert to float, crop to 112 x 112 by torchvision, default_collate. The released reader also
+                    decodes audio, which is not done here
     torchcodec      its exact mode, all 34 frames of a sample in one call, RGB in uint8, default_collate. Skipped if not
                     installed (the wheel must match torch: 0.11 for 2.11) or if it does not find FFmpeg's libraries
     ours, videos    the loader of training: planes in uint8, and drawn augmentations
-    ours, ... store the same from a store made by `train.py pack`: small videos (compact) or planes; the disk cache is warm
+    ours, ... store the same from a store made by `train.py pack`: small videos (compact) or planes; its files are cached
 
-Each provider hands over what its training loop takes. The released loader has already cropped; ours leaves that to the GPU.
+Each provider hands over what its training loop takes. The released loader crops; ours leaves cropping to the GPU.
 
-A core's samples/s are samples for each second of processor time of workers and main process, with starting and ending the
-workers. They stay the same when other programs keep the machine busy. Samples/s by the clock are what a loop sees that does
-nothing else. Providers take turns in rounds of about 4 seconds. A speedup is the median of the rounds' ratios.
+A core's samples/s divides the samples by the processor time of workers and main process, including the start and the
+end of the workers. Other programs on the machine hardly change it. Samples/s by the clock is the rate of a loop that
+only reads. Providers take turns in rounds of about 4 seconds. A speedup is the median of the rounds' ratios.
 
-Before that, each provider must read the right frames. In up to 20 videos, two samples are compared with a decode of the
-whole video, as small pictures. No other frame may be nearer than the wanted one. A row says in how many videos a provider
-read a wrong frame.
+Before the rounds, each provider must read the right frames. In up to 20 videos, two samples are compared with a decode
+of the whole video, as small pictures. No other frame may be nearer than the wanted one. A row says in how many videos a
+provider read a wrong frame.
 
 Prints tables and writes loader.json and loader.png into results/DEVICE. --quick adds to the file names.
 """
@@ -74,8 +75,11 @@ SECONDS, QUICK_SECONDS = 4.0, 0.5  # of a round
 CHECKED_VIDEOS, CHECKED_SAMPLES = 20, 2
 THUMBNAIL = (24, 32)  # height, width
 TIE = 0.2
-"""Grey levels by which another frame may be nearer, in a still scene or after re-encoding. On 11 genuine videos right frames
-stayed within 0.01 and re-encoded ones within 0.09. Of frames shifted by one, at least one was off by 0.8 in every video."""
+"""Grey levels by which another frame may be nearer, in a still scene or after re-encoding.
+
+On 11 genuine videos right frames stayed within 0.01 and re-encoded ones within 0.09. Of frames shifted by one, at least
+one was off by 0.8 in every video.
+"""
 
 
 def over_released(provider: str) -> Callable[[Row], float | None]:
@@ -104,7 +108,7 @@ def count_workers(count: int) -> str:
     return f"{count} worker{'s' * (count != 1)}"
 
 
-# ----------------------------------------------------------------------------------------------------------- right frames?
+# -------------------------------------------------------------------------------------------------------- right frames?
 
 
 def count_wrong_videos(source: Source, readers: dict[str, Reader]) -> dict[str, int]:
@@ -145,7 +149,7 @@ def match(found: Tensor, wanted: np.ndarray, truth: Tensor) -> bool:
 def true_thumbnails(path: Path) -> tuple[Tensor, Tensor]:
     """Decode a video from its first to its last frame. Return (frames, h, w) pictures from RGB and from the luma plane.
 
-    The two differ in brightness by more than neighbouring frames of a still scene do, so each is compared with its own kind.
+    Their brightness differs by more than that of neighbouring frames in a still scene, so like is compared with like.
     """
     rgb, luma = [], []
     with av.open(str(path), metadata_errors="ignore") as container:
@@ -169,7 +173,7 @@ def shrink(grey: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(grey[:, None].float(), THUMBNAIL)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ def figures(rounds: list[Round], released: list[Round] | None) -> dict[str, Any]
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def name_cell(row: Row) -> str:
@@ -336,7 +340,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -80,7 +80,7 @@ class Reader:
     """A provider for a source."""
 
     frames: Callable[[int, ClipPair], np.ndarray | YuvFrames]
-    """Reads a sample of video `index`: query clip, key clip and their stills, as RGB (2 T + 2, H, W, 3) or as planes."""
+    """Reads a sample of video `index`: query clip, key clip and their stills, RGB (2 T + 2, H, W, 3) or planes."""
     batches: Callable[[BatchSampler, int], Iterable[Any]]
     """Yields the sampler's batches, read by that many workers: what is measured."""
     folder: TemporaryDirectory[str] | None = None
@@ -100,7 +100,7 @@ def as_released(source: Source) -> Reader:
     def window(index: int, start: int) -> np.ndarray:  # (WINDOW, H, W, 3) uint8
         own = timestamps[index]
         found = read_by_time(source.paths[index], own[start], own[start + WINDOW - 1])
-        # The released loader raises an error where it finds too few frames by time. Here the last frame is repeated instead.
+        # The released loader fails where it finds too few frames by time. Here the last frame is repeated instead.
         return found[np.minimum(np.arange(WINDOW), len(found) - 1)]
 
     def windows(index: int, pair: ClipPair) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # kept frames, still

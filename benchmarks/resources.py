@@ -4,8 +4,8 @@
     python -m benchmarks.resources --check    print only
 
 Kernels are compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200) in every configuration that their launchers
-choose. cuobjdump, which comes with Triton, reads the numbers from the binary. The exit status is 1 if a kernel spills or
-takes too much shared memory. Result to expect: no kernel spills.
+choose. cuobjdump, which comes with Triton, reads the numbers from the binary. The exit status is 1 if a kernel spills
+or takes too much shared memory. Result to expect: no kernel spills.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Usage:
 
 
 def measure() -> list[Usage]:
-    """Compile every kernel in every configuration. Raises RuntimeError under TRITON_INTERPRET, where nothing is compiled."""
+    """Compile every kernel in every configuration. Raises RuntimeError if TRITON_INTERPRET is set."""
     # Imported here, because `main` unsets TRITON_INTERPRET first.
     from kernels import info_nce_triton, view_generation_triton
     from kernels.backend import INTERPRETED

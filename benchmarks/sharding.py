@@ -1,6 +1,6 @@
 """What does DeepSpeed cost or save? Its stages 0, 1 and 2 next to torch's DistributedDataParallel, on the same steps.
 
-    python -m benchmarks.sharding                   one process for each GPU; without a GPU two processes, a small network
+    python -m benchmarks.sharding                   one process for each GPU; on a CPU two, with a small network
     python -m benchmarks.sharding --processes 4     another number; at most one for each GPU
     python -m benchmarks.sharding --rounds 5        more launches of each provider
 
@@ -15,13 +15,14 @@ Providers:
     ZeRO-1     with ds_configs/zero1.json: optimizer state sharded
     ZeRO-2     with ds_configs/zero2.json: gradients sharded too
 
-A step is forward, backward, SGD and the update of the key encoder, on views that are on the device before it, the same for
-all providers. Backbones are not compiled. Every turn of a provider is a launch of its own (torchrun), so that nothing that
-DeepSpeed changes in a process stays. A round is one turn of each, and the order rotates. A ratio compares turns of one
-round. Peak memory is the most that any process held: allocated on a GPU; on a CPU resident, libraries included.
+A step is forward, backward, SGD and the update of the key encoder, on views that are on the device before it, the same
+for all providers. Backbones are not compiled. Every turn of a provider is a launch of its own (torchrun), so that
+nothing that DeepSpeed changes in a process stays. A round is one turn of each, and the order rotates. A ratio compares
+turns of one round. Peak memory is the most that any process held: allocated on a GPU; on a CPU resident, libraries
+included.
 
-All providers must learn the same. Their losses, means over processes, are compared step by step in float32. If steps are
-timed in bfloat16, each provider is launched once more for that.
+All providers must learn the same. Their losses, means over processes, are compared step by step in float32. If steps
+are timed in bfloat16, each provider is launched once more for that.
 
 Prints a table and the fastest provider, and writes sharding.json and sharding.png into results/DEVICE.
 """
@@ -81,11 +82,11 @@ class Task:
 TASKS = {"cuda": Task(), "cpu": Task(width=16, T=8, side=32, batch=16, queue_length=512, steps=20)}
 
 
-# --------------------------------------------------------------------------------------------------- in a launched process
+# ------------------------------------------------------------------------------------------------ in a launched process
 
 
 def train(provider: str, task: Task, device: torch.device) -> dict[str, Any]:
-    """Make a turn on this process's share. Return milliseconds by step, losses (means over processes) and peak memory."""
+    """Make a turn on this process's share. Return milliseconds, losses (means over processes) and peak memory."""
     torch.manual_seed(0)
     network = DCLR(ModelConfig(backbone=task.backbone, width=task.width), MethodConfig(queue_length=task.queue_length))
     config = read_ds_config(ROOT / "ds_configs" / DS_CONFIGS[provider])
@@ -174,7 +175,7 @@ def work(provider: str, task: Task, out: Path) -> None:
         engine.stop_processes()
 
 
-# ----------------------------------------------------------------------------------------------------------------- launch
+# --------------------------------------------------------------------------------------------------------------- launch
 
 
 def launch(provider: str, task: Task, processes: int) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def find_error(stderr: str) -> str:
     return (errors or lines or ["no message"])[-1][:300]
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def summarise(turns: dict[str, list[dict[str, Any]]], task: Task, processes: int) -> dict[str, Row]:
@@ -235,7 +236,7 @@ def compare_losses(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def judge(rows: dict[str, Row]) -> str:
-    """Return which provider is fastest, which are as fast within the rounds' differences, and where the default stands."""
+    """Return in words which provider is fastest, by how clear a difference, and how fast the default is."""
     default = next(name for name, file in reversed(DS_CONFIGS.items()) if file == Path(RunConfig().ds_config).name)
     stages = {name: row for name, row in rows.items() if name != "DDP"}  # a run can choose among these
     order = sorted(stages, key=lambda name: stages[name]["median_ms"])
@@ -288,7 +289,7 @@ def plot(rows: dict[str, Row], title: str, caption: str) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,8 +7,8 @@ Pretrains the demo's network through the deepspeed launcher, with a checkpoint e
 processes every ten seconds. What they hold in the last quarter of the time is compared with the quarter after the first
 tenth. At the end the run gets SIGTERM, as from a scheduler, and must leave a checkpoint.
 
-Prints a table and writes soak.json and soak.png into results/DEVICE. Exit status 1: something grew by more than is allowed,
-or the run did not stop as it should. Result to expect: a rank holds 217 MiB of its own early and late.
+Prints a table and writes soak.json and soak.png into results/DEVICE. Exit status 1: something grew by more than is
+allowed, or the run did not stop as it should. Result to expect: a rank holds 217 MiB of its own early and late.
 """
 
 import json
@@ -41,7 +41,7 @@ KINDS = ("rank", "worker", "decoder")  # each worker is a child of a rank and ha
 ALLOWED = {"mib": 16.0, "files": 0, "threads": 0}
 
 Usage = dict[str, dict[str, float]]
-"""Kind of process -> its `mib`, `files` and `threads` at one moment, each the most of any process, and the `count` of processes."""
+"""Kind of process -> `mib`, `files` and `threads` at one moment, the most of any process, and `count` of processes."""
 
 
 def training_command(data: Path, out: Path) -> list[str]:

@@ -1,40 +1,41 @@
-"""How fast is a whole training step of pretraining, and which section of it takes the time? The same step in three ways.
+"""How fast is a training step of pretraining, and which section of it takes the time? The same step in three ways.
 
     python -m benchmarks.step                 on a GPU: r2plus1d_10, then r2plus1d_18, at 128, 40, 256 and 8 clips of
                                               16 x 112 x 112
     python -m benchmarks.step --minutes 10    begin no new cell after 10 minutes; r2plus1d_10 at 128 clips comes first
     python -m benchmarks.step --quick         the first cell only, fewer rounds
 
-Time to expect: on an H200, 143 seconds for r2plus1d_10 at 128 clips, most of it torch.compile. Without a GPU the clips are
-2 of that size and some smaller ones: 5 minutes on two cores. Result to expect on an H200 at 128 clips: 301 samples/s,
-4.0 times the released code, 2.6 times eager bf16.
+Time to expect: on an H200, 143 seconds for r2plus1d_10 at 128 clips, most of it torch.compile. Without a GPU it runs at
+2 clips of that size and at smaller clips, 5 minutes on two cores. Result to expect on an H200 at 128 clips: 301
+samples/s, 4.0 times the released code, 2.6 times eager bf16.
 
 A sample is a video: two clips, and all views of both. A step makes the views, passes them through the query encoder and
 the key encoder, computes the loss and its gradient, takes a step of SGD, updates the key encoder and enqueues the keys.
 Frames are on the device before the step.
 
 Providers (benchmarks/step_providers.py):
-    as released      our own plain version of the released code: float32 (tf32 on a GPU), three passes of the key encoder
-                     over three views, kornia's VideoSequential over the batch, concatenated logits, convolutions in
-                     their default memory format. Its loader crops and converts on the CPU, which is done before the step
-                     here and costs it nothing. Faults that cost no time are fixed. Its two unused queues and its meters
-                     are not computed
-    eager bf16       our method, with two passes of the key encoder, in plain torch: autocast, the reference loss, and the
-                     reference views, clip by clip
-    ours             what `train.py pretrain` runs: DeepSpeed with the default configuration; on a GPU Triton kernels and
-                     compiled backbones; bfloat16 where the device is fast at it
+    as released      our own plain version of the released code: float32 (tf32 on a GPU), three passes of the key
+                     encoder over three views, kornia's VideoSequential over the batch, concatenated logits,
+                     convolutions in their default memory format. Its loader crops and converts on the CPU, which is
+                     done before the step here and costs it nothing. Faults that cost no time are fixed. Its two unused
+                     queues and its meters are not computed
+    eager bf16       our method, with two passes of the key encoder, in plain torch: autocast, the reference loss, and
+                     the reference views, clip by clip
+    ours             what `train.py pretrain` runs: DeepSpeed with the default configuration; on a GPU Triton kernels
+                     and compiled backbones; bfloat16 where the device is fast at it
     ours, float32    the same without bfloat16, to compare like with like; on a CPU only
 
-FLOP are those of the method's convolutions, counted by torch on one view, without padding. A forward pass counts 1 and a
-backward pass 2. Ours costs 14 passes of a view: 9 for the three views of the query clip and 2 + 3 for the keys. The
-released code costs 18: 9 + 3 x 3. The share of the peak compares the rate with a large matrix product of this run in the
-same precision; it is measured on a GPU only. Peak memory is the most that a step holds, with weights, without inputs.
+FLOP are those of the method's convolutions, counted by torch on one view, without padding. A forward pass counts 1 and
+a backward pass 2. Ours costs 14 passes of a view: 9 for the three views of the query clip and 2 + 3 for the keys. The
+released code costs 18: 9 + 3 x 3. The share of the peak compares the rate with a large matrix product of this run in
+the same precision; it is measured on a GPU only. Peak memory is the most that a step holds, with weights, without
+inputs.
 
 The first step of each provider is checked while the queue counts as empty, because which of two equal queue entries is
-mined is arbitrary. Its keys are compared with a float32 step without tf32, and its loss where the method is the same. Then
-all providers stay in memory and take turns of a few steps. On a GPU each turn begins with a step that is not measured,
-because cached memory of the turn before is released first. Times are the distances of events on the stream, so waiting
-for the host counts. Milliseconds by section come from further steps, with events between the sections.
+mined is arbitrary. Its keys are compared with a float32 step without tf32, and its loss where the method is the same.
+Then all providers stay in memory and take turns of a few steps. On a GPU each turn begins with a step that is not
+measured, because cached memory of the turn before is released first. Times are the distances of events on the stream,
+so waiting for the host counts. Milliseconds by section come from further steps, with events between the sections.
 
 Prints tables and writes step.json and step.png into results/DEVICE. --quick adds to the file names.
 """
@@ -91,12 +92,12 @@ QUICK_ROUNDS = (2, 1)
 PROFILED_STEPS = {"cuda": 5, "cpu": 1}
 
 ALLOWED = {"ieee": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
-"""Greatest difference from float32 of the first step's loss (relative) and of a component of its keys (unit vectors)."""
+"""Greatest difference from float32 of the first step's loss (relative) and of its keys' components (unit vectors)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepGoal:
-    """A least speedup over another provider, or a least rate in samples/s, on clips of the recipe through r2plus1d_10."""
+    """A least speedup over another provider, or a least rate in samples/s, on the recipe's clips and r2plus1d_10."""
 
     text: str
     kind: str  # cuda or cpu
@@ -110,16 +111,22 @@ GOALS = (
     StepGoal(text="530 samples/s", kind="cuda", least=530, B=GOAL_BATCH),
     StepGoal(text="6 times the released code", kind="cuda", least=6, over=RELEASED, B=GOAL_BATCH),
     StepGoal(text="1.5 times eager bf16", kind="cuda", least=1.5, over="eager bf16", B=GOAL_BATCH),
-    StepGoal(text="1.25 times the released code, both in float32", kind="cpu", least=1.25, provider="ours, float32", over=RELEASED),
+    StepGoal(
+        text="1.25 times the released code, both in float32",
+        kind="cpu",
+        least=1.25,
+        provider="ours, float32",
+        over=RELEASED,
+    ),
     StepGoal(text="1.25 times the released code, ours at its defaults", kind="cpu", least=1.25, over=RELEASED),
-)  # fmt: skip
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 
 
 def view_flops(cell: Cell) -> int:
-    """Return the FLOP of one view's forward pass through torchvision's backbone. A multiplication with its addition is 2."""
+    """Return the FLOP of one view's forward pass without padding. A multiplication with its addition counts 2."""
     with torch.device("meta"):
         backbone = build_backbone(cell.backbone, cell.width)
         view = torch.empty(1, 3, cell.T, cell.side, cell.side)
@@ -213,7 +220,7 @@ def measure(
     steps: int,  # a turn
     ceilings: Ceilings | None,
 ) -> Row:
-    """Return one row of the results. A provider that fails, for memory or another reason, has the reason instead of figures."""
+    """Return one row of the results. A provider that fails has the reason instead of figures."""
     torch._dynamo.reset()  # each cell compiles for its own sizes; without a reset torch reaches its recompilation limit
     inputs = make_inputs(cell, device)
     truth, unchecked = None, None
@@ -277,7 +284,7 @@ def figures(
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def cell_of(row: Row) -> Cell:
@@ -409,7 +416,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def plan(arguments: argparse.Namespace, kind: str) -> list[Cell]:
@@ -460,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def goal_milliseconds(rows: Sequence[Row], device: torch.device) -> float | None:
-    """Return the milliseconds of ours in the goals' cell, with Triton kernels. benchmarks.views compares the views with it."""
+    """Return the milliseconds of ours in the goals' cell if it ran Triton kernels, for benchmarks.views."""
     for row in rows:
         if cell_of(row) == Cell(B=GOAL_BATCH) and runs_triton(device):
             return row["providers"].get("ours", {}).get("median_ms")
@@ -468,7 +475,7 @@ def goal_milliseconds(rows: Sequence[Row], device: torch.device) -> float | None
 
 
 def convolutions(device: torch.device) -> dict[str, Any]:
-    """Return the settings that decide how a convolution is computed. "as released" and "eager bf16" let cuDNN search anyway."""
+    """Return the settings of convolutions. "as released" and "eager bf16" let cuDNN search whatever stands here."""
     return {
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,

@@ -58,7 +58,7 @@ class Cell:
         return f"{self.backbone}, B {self.B}, {self.T} x {self.side} x {self.side}"
 
 
-# ----------------------------------------------------------------------------------------------------------------- inputs
+# --------------------------------------------------------------------------------------------------------------- inputs
 
 
 class Clips(NamedTuple):
@@ -73,12 +73,14 @@ class Clips(NamedTuple):
 
 
 class Inputs(NamedTuple):
+    """The clips of a step."""
+
     query: Clips
     key: Clips
 
 
 def make_inputs(cell: Cell, device: torch.device) -> Inputs:
-    """Return moving smooth noise. A key clip shows another video than its query clip, which does not change the time."""
+    """Return moving smooth noise. A key clip shows another video than its query clip, which costs the same time."""
     shape = view_providers.Cell(precision="bf16", B=2 * cell.B, T=cell.T, H=cell.H, W=cell.W, side=cell.side)
     whole = view_providers.make_inputs(shape, device)
     crop = v2.RandomResizedCrop((cell.side, cell.side), PRETRAIN.scale, PRETRAIN.ratio, antialias=False)
@@ -111,7 +113,7 @@ def make_network(cell: Cell) -> DCLR:
     return DCLR(ModelConfig(backbone=cell.backbone, width=cell.width), METHOD)
 
 
-# -------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------ providers
 
 
 def configure(network: DCLR, device: torch.device) -> None:
@@ -172,7 +174,7 @@ class Provider:
         )
         for owner, name, title in wrapped:
             setattr(owner, name, timed(title, getattr(owner, name)))
-        setattr(network.query, "backbone", _Timed(backbone, section))  # noqa: B010  (a compiled backbone stays as it is)
+        setattr(network.query, "backbone", _Timed(backbone, section))  # noqa: B010  (a compiled backbone stays so)
         try:
             yield
         finally:
@@ -182,6 +184,8 @@ class Provider:
 
 
 class _Timed(nn.Module):
+    """A backbone whose forward pass is timed as the section "query forward"."""
+
     def __init__(self, inner: nn.Module, section: Section) -> None:
         super().__init__()
         self.inner, self.section = inner, section
@@ -192,6 +196,8 @@ class _Timed(nn.Module):
 
 
 class Ours(Provider):
+    """The step of `train.py pretrain` at its defaults."""
+
     def __init__(
         self,
         cell: Cell,
@@ -227,6 +233,8 @@ class Ours(Provider):
 
 
 class Eager(Provider):
+    """The same method in plain torch with autocast, reference kernels and torchvision's modules."""
+
     precision = "bf16"
 
     def __init__(self, cell: Cell, inputs: Inputs, device: torch.device) -> None:
@@ -309,7 +317,7 @@ class Released(Provider):
         return losses.sum() + METHOD.alignment_weight * alignment
 
     def key_pass(self, clips: Views) -> tuple[dict[str, Tensor], ByLetter]:
-        """Pass three views through the key encoder. Return five embeddings and the static and dynamic activation maps."""
+        """Pass three views through the key encoder. Return five embeddings and two activation maps."""
         rgb, static, dynamic = self.network.key.backbone(torch.cat(clips)).chunk(3)
         maps = {"s": activation_map(static), "d": activation_map(dynamic)}
         return self.network.key.embed({"v": rgb, "s": static, "d": dynamic}, maps), maps
@@ -351,10 +359,12 @@ def cudnn(setting: str, value: bool) -> Iterator[None]:
         setattr(torch.backends.cudnn, setting, before)
 
 
-# ------------------------------------------------------------------------------------------------------------------ truth
+# ---------------------------------------------------------------------------------------------------------------- truth
 
 
 class Truth(NamedTuple):
+    """A first step in float32."""
+
     query: Views
     key: Views
     loss: float
@@ -363,7 +373,7 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def find_truth(cell: Cell, inputs: Inputs, device: torch.device) -> Truth:
-    """Return views, loss and keys of a first step in float32 without tf32, with default memory and reference kernels."""
+    """Make a first step in float32 without tf32, in torch's default memory format, with reference kernels."""
     network = as_torchvision(make_network(cell)).to(device)
     with reference_kernels(), harness.float32_products("ieee"), cudnn("allow_tf32", False):
         query, key = (

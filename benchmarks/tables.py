@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables      run it after committing new results
 
-Each folder of results/ is one device. Tables of a device without a GPU hold ratios only. A ratio is measured in one run,
-in turns, and so it holds on other machines far better than times do.
+Each folder of results/ is one device. Tables of a device without a GPU hold ratios only. A ratio is measured in one
+run, in turns, and so it holds on other machines far better than times do.
 """
 
 import json

@@ -3,14 +3,14 @@
     python -m benchmarks.train --data UCF101              on a GPU: r2plus1d_10, 128 clips a step
     python -m benchmarks.train --data UCF101 --rounds 3   each run three times; the median counts
 
-Time to expect: 2 minutes for 32 steps on an H200. Without a GPU it trains the demo's small network on the same videos: 80
-seconds a round on two cores. Result to expect on an H200 with 16 cores: 207 samples/s from videos, 212 from a store.
+Time to expect: 2 minutes for 32 steps on an H200. Without a GPU it trains the demo's small network on the same videos:
+80 seconds a round on two cores. Result to expect on an H200 with 16 cores: 207 samples/s from videos, 212 from a store.
 
-Videos of DATA are linked again and again until there are enough of them for some epochs, so that a few genuine files make
-a data set. Every sample opens, seeks and decodes as it would in a whole data set, but from a warm disk cache. The store is
-packed from the same links. Every run is `train.py pretrain` through the deepspeed launcher, as a user starts it. Rounds
-rotate the order. Figures are those of metrics.jsonl in the second half of the steps, after compiling, filling the queue and
-starting the workers.
+Videos of DATA are linked again and again until there are enough of them for some epochs, so that a few genuine files
+make a data set. Every sample opens, seeks and decodes as it would in a whole data set, but from a warm disk cache. The
+store is packed from the same links. Every run is `train.py pretrain` through the deepspeed launcher, as a user starts
+it. Rounds rotate the order. Figures are those of metrics.jsonl in the second half of the steps, after compiling,
+filling the queue and starting the workers.
 
 Prints a table and writes train.json and train.png into results/DEVICE.
 """
@@ -54,8 +54,8 @@ SETTINGS = {
 }
 BATCH = {"cuda": 128, "cpu": 16}
 STEPS = {"cuda": 64, "cpu": 32}
-# Each epoch ends with a picture of its views, 0.4 s of a core. With 4 steps of 0.43 s to an epoch that was a quarter of a
-# run on an H200; with the 74 steps of UCF101 it is 1 to 2 % (docs/LOG.md).
+# Each epoch ends with a picture of its views, 0.4 s of a core. With epochs of 4 steps of 0.43 s, pictures took a
+# quarter of a run on an H200. With the 74 steps of UCF101 they take 1 to 2 % (docs/LOG.md).
 STEPS_AN_EPOCH = {"cuda": 16, "cpu": 4}
 
 

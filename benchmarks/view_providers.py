@@ -1,6 +1,6 @@
-"""Nine ways to make the three views from decoded frames, their inputs, and the views in float64 that they are compared with.
+"""Nine ways to make the three views from decoded frames, their inputs, and the float64 views to compare them with.
 
-benchmarks/views.py measures them; this module is not run by itself.
+benchmarks/views.py describes and measures them; this module is not run by itself.
 """
 
 import os
@@ -53,7 +53,7 @@ class Cell:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------- inputs
+# --------------------------------------------------------------------------------------------------------------- inputs
 
 
 class Inputs(NamedTuple):
@@ -100,7 +100,7 @@ def to_yuv(frames: Tensor) -> Yuv420:  # (B, ..., H, W, 3) uint8
     return Yuv420(y, u, v, bt709=~flags, full_range=flags)
 
 
-# -------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------ providers
 
 
 def as_released(inputs: Inputs, dtype: torch.dtype) -> Call:
@@ -216,7 +216,7 @@ def triton_augment(inputs: Inputs, dtype: torch.dtype) -> Call:
 
 
 def batched_views(frames: Tensor, stills: Tensor, params: ViewParams, dtype: torch.dtype) -> Views:
-    """Compute `generate_views_reference` for all clips at once, without branches. Views have more than 5 pixels a side."""
+    """Compute `generate_views_reference` for all clips at once, without branches, for views of more than 5 pixels."""
     rgb = batched_augment(frames, params.clip, params.size)
     static = batched_augment(stills[:, None], params.still, params.size)
     return _finished(rgb, static, dtype)
@@ -228,7 +228,7 @@ def batched_augment(
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (B, 3, T, h, w) in channels_last_3d memory
-    """Compute every step for every clip, with factors that change nothing where a step does not apply. dtype: arithmetic."""
+    """Compute every step for every clip in `dtype`. Where a step does not apply, its factors change nothing."""
     top, left, height, width = rows.box.unbind(1)  # (B,) each
     above, below, down = _taps(top, height, size[0], dtype)  # (B, h)
     before, after, right = (
@@ -250,7 +250,8 @@ def batched_augment(
 
     gray, luma = per_clip(rows.grayscale), _luma(r, g, b)
     r, g, b = (torch.where(gray, luma, channel) for channel in (r, g, b))
-    # Brightness, contrast and saturation are one formula: away from black, from the frame's mean luma, from the pixel's luma.
+    # Brightness, contrast and saturation are one formula. Its reference colour is black, the frame's mean luma, or the
+    # pixel's luma.
     neutral = (torch.arange(4, device=frames.device) < 3).to(dtype)  # three factors of 1, and a hue of 0
     factors = torch.where(rows.jitter[:, None], rows.factors.to(dtype), neutral)
     for step in range(4):
@@ -296,7 +297,7 @@ OWN_DRAW = (RELEASED, "kornia, all on device", "triton-augment")
 
 
 def _refuse_capture(device: torch.device) -> None:
-    """Raise RuntimeError while a CUDA graph is captured: it would repeat one draw, from host memory that no longer exists."""
+    """Raise RuntimeError while a CUDA graph is captured. It would repeat one draw, from host memory that is freed."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the host draws, or reads, the augmentation")
 
@@ -365,12 +366,12 @@ def _blurred(channel: Tensor, weights: Tensor, dimension: int) -> Tensor:
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------------ truth
+# ---------------------------------------------------------------------------------------------------------------- truth
 
 
 @torch.no_grad()
 def float64_views(inputs: Inputs, yuv: bool) -> Views:
-    """Return the views in float64, by `batched_augment` clip by clip. The static view has one frame, which broadcasts."""
+    """Return the views in float64, clip by clip. The static view has one frame, which broadcasts."""
     params, stills = inputs.params, inputs.stills[:, None]
 
     def augmented(frames: Tensor, rows: Augmentation, b: int) -> Tensor:

@@ -7,40 +7,43 @@
     python -m benchmarks.views --minutes 4            begin no new cell after 4 minutes; 128 clips come first
 
 Time to expect: on an H200, 62 seconds for the first of 8 cells, most of it torch.compile and the providers that go clip
-by clip. Without a GPU the grid is one small cell: 20 seconds on two cores. There "ours" is the reference, and the output
-says so. Result to expect on an H200, 128 clips from 240 x 320 in bfloat16: 0.93 ms, 24.6 times kornia on the device.
+by clip. Without a GPU the grid is one small cell: 20 seconds on two cores. There "ours" is the reference, and the
+output says so. Result to expect on an H200, 128 clips from 240 x 320 in bfloat16: 0.93 ms, 24.6 times kornia on the
+device.
 
 Providers (benchmarks/view_providers.py). Views are 16 x 112 x 112, drawn by the pretraining recipe, with a dynamic view
 whose first frame is the difference from the last ("wrap"):
-    as released             the steps of the released loader and training loop. On the CPU, clip by clip: repeat a still T
-                            times, convert to float, crop by torchvision. On the device: kornia's VideoSequential, roll,
-                            subtract, stack. The CPU's time counts; a loader would spread it over its workers
+    as released             the steps of the released loader and training loop. On the CPU, clip by clip: repeat a still
+                            T times, convert to float, crop by torchvision. On the device: kornia's VideoSequential,
+                            roll, subtract, stack. The CPU's time counts; a loader would spread it over its workers
     kornia, all on device   the same VideoSequential after a RandomResizedCrop that resamples the whole batch at once. A
                             still is augmented once and then repeated
     reference               the reference in kernels/view_generation.py: kornia's functions, each clip with its own draw
-    torchvision v2          torchvision's functionals, clip by clip, each with its own draw. Its luma weighs red by 0.2989
-                            where the others have 0.299, which the error shows
-    triton-augment          its TritonFusedAugment, if installed (pip install triton-augment). It does less than the others:
-                            no resize, hue, blur or random order, and contrast about 0.5
-    eager, batched          the formula of the reference for all clips at once and without branches, as torch.compile needs
+    torchvision v2          torchvision's functionals, clip by clip, each with its own draw. Its luma weighs red by
+                            0.2989 where the others have 0.299, which the error shows
+    triton-augment          its TritonFusedAugment, if installed (pip install triton-augment). It does less than the
+                            others: no resize, hue, blur or random order, and contrast about 0.5
+    eager, batched          the formula of the reference for all clips at once and without branches, as torch.compile
+                            needs
     torch.compile           the batched provider, compiled for fixed sizes
     ours                    `kernels.generate_views`
     ours, from YUV          the same from planes of YUV 4:2:0, which have half the bytes
 
-Frames are uint8 on the device; "as released" has them on the CPU. A provider that draws, or reads the draw, on the host
-is not replayed from a CUDA graph ("no graph" in the tables). Providers that go clip by clip are timed in a loop of their
-own, with a fifth of the repetitions. Arithmetic is in float32, and views are rounded to the cell's precision at the end.
+Frames are uint8 on the device, those of "as released" on the CPU. A provider that draws, or reads the draw, on the host
+is not replayed from a CUDA graph ("no graph" in the tables). Providers that go clip by clip are timed in a loop of
+their own, with a fifth of the repetitions. Arithmetic is in float32, and views are rounded to the cell's precision at
+the end.
 
 The error is the greatest difference of any value of the three views from the same formula in float64. "Rounding" is the
 error of the float64 views rounded to the cell's precision. Providers that draw by themselves do as much work on other
 numbers, so they have no error.
 
 Bytes that must move: each pixel of the crop boxes is read once (3 bytes, 1.5 as YUV), and three views are written. If a
-box is more than twice as high as the view, bilinear resizing skips rows, which are counted all the same. The share of the
-bandwidth compares those bytes a second with a large copy; it is measured on a GPU only.
+box is more than twice as high as the view, bilinear resizing skips rows, which are counted all the same. The share of
+the bandwidth is the rate of those bytes divided by the rate of a large copy; it is measured on a GPU only.
 
-Prints tables and writes views.json and views.png into results/DEVICE. --precision and --quick add to the file names. The
-share of a training step (two calls of 128 clips) is judged if that folder holds step.json.
+Prints tables and writes views.json and views.png into results/DEVICE. --precision and --quick add to the file names.
+The share of a training step (two calls of 128 clips) is judged if that folder holds step.json.
 """
 
 import argparse
@@ -93,7 +96,7 @@ GOALS = (
 STEP_GOAL = 0.03  # share of a training step of 128
 
 
-# ---------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 
 
 def bytes_to_move(params: ViewParams, T: int, dtype: torch.dtype, yuv: bool = False) -> float:
@@ -133,7 +136,7 @@ def measure(cell: Cell, names: Sequence[str], device: torch.device, repetitions:
     return asdict(cell) | limits | {"providers": {name: found[name] for name in names}}
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def name_cell(row: Row) -> str:
@@ -263,7 +266,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def plan(arguments: argparse.Namespace, kind: str) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/loader.py, benchmarks/train.py and benchmarks/soak.py: right frames, right figures, one small run."""
+"""Tests of benchmarks/loader.py, benchmarks/train.py and benchmarks/soak.py: frames, figures, one small run each."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def decode_all(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-# ----------------------------------------------------------------------------------------------------------- right frames
+# --------------------------------------------------------------------------------------------------------- right frames
 
 
 def test_a_source_is_what_training_reads(source: Source, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_providers_cannot_read(source: Source, monkeypatch: pytest.MonkeyPa
     assert "cannot be imported" in skipped["torchcodec"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_processor_time_of_workers_counts(source: Source) -> None:
@@ -197,7 +197,7 @@ def test_a_run_of_loaders(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-# ------------------------------------------------------------------------------------------------------------------ train
+# ---------------------------------------------------------------------------------------------------------------- train
 
 
 def write_metrics(folder: Path, lines: list[tuple[int, float, float]]) -> None:
@@ -287,7 +287,7 @@ def test_a_command_that_fails_ends_with_its_output(tmp_path: Path) -> None:
         train.execute(["sh", "-c", "echo no such thing; exit 3"], tmp_path / "log")
 
 
-# ------------------------------------------------------------------------------------------------------------------- soak
+# ----------------------------------------------------------------------------------------------------------------- soak
 
 
 def test_growth_is_seen_between_the_early_and_the_late_quarter() -> None:

@@ -27,7 +27,7 @@ def truth(inputs: step_providers.Inputs) -> step_providers.Truth:
     return find_truth(CELL, inputs, CPU)
 
 
-# -------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------ providers
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
@@ -107,7 +107,7 @@ def test_as_released_contrasts_the_same_embeddings(inputs, truth, monkeypatch):
     torch.testing.assert_close(first.dynamic[:, :, 0], first.rgb[:, :, 0] - first.rgb[:, :, -1])
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_flops_are_those_of_the_convolutions():
@@ -163,7 +163,7 @@ def test_figures_by_hand():
     assert figures["share_of_peak"] == pytest.approx(0.007)
 
 
-# ------------------------------------------------------------------------------------------------------------------ goals
+# ---------------------------------------------------------------------------------------------------------------- goals
 
 
 def row(times: dict[str, list[float]], cell: Cell | None = None, views_ms: float = 10.0) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def test_a_run_of_steps(one_process, tmp_path, monkeypatch):
     assert (tmp_path / "cpu" / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --------------------------------------------------------------------------------------------------------------- sharding
+# ------------------------------------------------------------------------------------------------------------- sharding
 
 TASK = sharding.Task(width=4, T=8, side=16, batch=2, queue_length=16, steps=5, float32=True)
 
@@ -291,7 +291,8 @@ def test_a_launch_returns_what_two_processes_measured(clean_environment, monkeyp
 
 
 def test_a_launch_that_fails_says_why(monkeypatch):
-    said = "Traceback (most recent call last):\n  raise UserError\ndclr.errors.UserError: --width is 0, but must be at least 1\n"
+    said = "Traceback (most recent call last):\n  raise UserError\n"
+    said += "dclr.errors.UserError: --width is 0, but must be at least 1\n"
     said += "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\nRoot Cause\n"
 
     def run(command: list[str], **settings: Any) -> Any:

@@ -16,7 +16,7 @@ from kernels.view_generation import generate_views_reference
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------- harness
+# -------------------------------------------------------------------------------------------------------------- harness
 
 
 def make_run(folder: Path, *flags: str) -> harness.Run:
@@ -122,7 +122,7 @@ def test_paths_are_not_published() -> None:
     assert harness.command("loader", ["--data", "/home/me/UCF-101"]) == "python -m benchmarks.loader --data UCF-101"
 
 
-# --------------------------------------------------------------------------------------------------------------- info_nce
+# ------------------------------------------------------------------------------------------------------------- info_nce
 
 
 def loss_cell(
@@ -132,7 +132,7 @@ def loss_cell(
 
 
 def oracle(inputs: info_nce.Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return losses (P,), mined entries (P, B, M), best first, and the gradient (P, B, D), one query at a time in numpy."""
+    """Return losses (P,), mined entries (P, B, M) and the gradient (P, B, D), one query at a time in numpy."""
     q, k, z = (tensor.detach().double().numpy() for tensor in inputs[:3])
     pairs, size = q.shape[:2]
     losses, gradient = np.zeros(pairs), np.zeros(q.shape)
@@ -214,7 +214,7 @@ def test_floors_by_hand() -> None:
 def test_the_grid_begins_with_the_goals_sizes_in_every_precision() -> None:
     cells = info_nce.plan(info_nce.make_parser().parse_args([]), "cuda")
     sizes = {(goal.size["B"], goal.size["K"]) for goal in info_nce.GOALS if goal.size}
-    # 3 sizes, 2 precisions, with and without mining, with and without backward: measured even by a run that is cut short.
+    # 3 sizes, 2 precisions, with and without mining, with and without backward come first.
     assert {(c.B, c.K) for c in cells[:24]} == sizes
     for precision in ("bf16", "tf32"):
         assert sizes <= {(c.B, c.K) for c in cells if c.precision == precision}
@@ -243,7 +243,7 @@ def test_a_run_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "out" / "info_nce.json").read_text() == (folder / "info_nce.json").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------------------ views
+# ---------------------------------------------------------------------------------------------------------------- views
 
 
 def view_cell(B: int = 2) -> view_providers.Cell:
