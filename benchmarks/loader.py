@@ -20,7 +20,7 @@ Providers (benchmarks/loader_providers.py):
     torchcodec      its exact mode, all 34 frames of a sample in one call, RGB in uint8, default_collate. Skipped if not
                     installed (the wheel must match torch: 0.11 for 2.11) or if it does not find FFmpeg's libraries
     ours, videos    the loader of training: planes in uint8, and drawn augmentations
-    ours, ... store the same from a store made by `train.py pack`: small videos (compact) or planes; its files are cached
+    ours, ... store the same from a store made by `train.py pack`: small videos (compact) or planes; files are cached
 
 Each provider hands over what its training loop takes. The released loader crops; ours leaves cropping to the GPU.
 
