@@ -1,8 +1,9 @@
 """The numerical core of DCLR: contrastive loss, positive mining and view generation.
 
-Each function has a plain reference (torch and kornia) that a reader can check against the formula, and Triton kernels that compute the
-same faster. It runs where its tensors are: the kernels on a CUDA device, the reference elsewhere; `set_backend` forces one of them.
-Nothing here knows of the rest of the project.
+Each function has two implementations. The reference uses plain torch and kornia, so that a reader can check it against
+the formula. The Triton kernels compute the same values faster. By default CUDA tensors use the kernels and all other
+tensors use the reference. `set_backend` forces one implementation. This package imports nothing from the rest of the
+project.
 """
 
 from kernels.backend import BACKENDS, describe, set_backend

@@ -1,6 +1,6 @@
-"""Which implementation of a function runs: its Triton kernels, or the plain reference beside them.
+"""The choice between the Triton kernels of a function and its plain reference.
 
-By default a function runs where its tensors are: the kernels on a CUDA device, the reference anywhere else.
+By default CUDA tensors use the kernels, and all other tensors use the reference.
 """
 
 import functools
@@ -18,10 +18,13 @@ HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     import triton
 
-    INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 as it was when the kernels were imported
+    INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when this module was imported
 else:
     INTERPRETED = False
-"""Kernels run step by step in numpy, on tensors of any device: slow, for tests and for reading them with a debugger."""
+"""True if Triton interprets the kernels step by step in NumPy, on tensors of any device.
+
+This is slow, for tests and debugging.
+"""
 
 _backend = "auto"
 
@@ -30,11 +33,12 @@ def set_backend(backend: str) -> None:
     """Choose the implementation for this process.
 
     Args:
-        backend: "auto", the kernels for CUDA tensors and the reference for others; "reference", always; "triton", always:
-            on CPU tensors that needs Triton's interpreter, the environment variable TRITON_INTERPRET=1 before `kernels` is imported.
+        backend: "auto" uses the kernels for CUDA tensors and the reference for others. "reference" always uses the
+            reference. "triton" always uses the kernels. On CPU tensors the kernels need Triton's interpreter: set the
+            environment variable TRITON_INTERPRET=1 before `kernels` is imported.
 
     Raises:
-        ValueError: another name, or "triton" where there is no Triton.
+        ValueError: The name is unknown, or it is "triton" and Triton is not installed.
     """
     global _backend
     if backend not in BACKENDS:
@@ -45,17 +49,18 @@ def set_backend(backend: str) -> None:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether tensors on `device` go through the kernels.
+    """Return True if tensors on `device` use the kernels.
 
     Raises:
-        RuntimeError: "triton" was chosen, and it cannot run there.
+        RuntimeError: The backend is "triton", and it cannot run on this device.
     """
     if _backend == "reference":
         return False
     if _backend == "triton":
         if device.type != "cuda" and not INTERPRETED:
             raise RuntimeError(
-                f'backend "triton" cannot run on {device.type}: use a CUDA device, set TRITON_INTERPRET=1 before the start, '
+                f'backend "triton" cannot run on {device.type}: '
+                "use a CUDA device, set TRITON_INTERPRET=1 before the start, "
                 'or choose "auto"'
             )
         return True
@@ -63,7 +68,7 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """One line: which implementation tensors on `device` run, and why."""
+    """Return a line that names the implementation for tensors on `device`, and the reason."""
     if runs_triton(device):
         return "Triton in its interpreter: slow, for tests only" if INTERPRETED else "Triton"
     if _backend == "reference":
@@ -75,28 +80,36 @@ def describe(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a device runs side by side; 16 under the interpreter, so that small inputs are split too."""
+    """Return the number of multiprocessors of a device.
+
+    Under the interpreter it is 16, so that small inputs are split too.
+    """
     return (
         16 if INTERPRETED or device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
     )
 
 
 def float32_precision() -> Literal["ieee", "tf32"]:
-    """What a float32 product on the matrix units may be rounded to, following torch.set_float32_matmul_precision
-    ("highest": ieee) or, if that was used instead, torch.backends.cuda.matmul.fp32_precision."""
+    """Return the precision that torch allows for float32 products on the matrix units.
+
+    The setting is torch.set_float32_matmul_precision ("highest" means ieee) or
+    torch.backends.cuda.matmul.fp32_precision.
+    """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raises ValueError: the two are on different devices."""
+    """Raise ValueError if the two tensors are on different devices."""
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, not on {tensor.device}")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it: what is copied to a GPU from memory that is not pinned, waits."""
-    if (
-        tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling()
-    ):  # which cannot trace pinning
+    """Return the tensor on `device`, without a wait for the device.
+
+    A copy from memory that is not pinned would make the host wait, so the tensor is pinned first.
+    """
+    # torch.compile cannot trace pin_memory.
+    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

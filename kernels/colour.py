@@ -7,7 +7,9 @@ from kernels.types import Yuv420
 
 
 def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:
-    """Return the coefficients that convert YUV to RGB, (B, 6) float32: `offset, scale, red_v, green_u, green_v, blue_u`.
+    """Return the coefficients that convert YUV to RGB, (B, 6) float32.
+
+    They are offset, scale, red_v, green_u, green_v and blue_u of
 
         luma = (y - offset) * scale
         R = luma + red_v * (v - 128)
@@ -15,8 +17,8 @@ def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:
         B = luma + blue_u * (u - 128)
 
     Source: Rec. ITU-R BT.601 and BT.709. In units of 255, luma = Kr R + Kg G + Kb B, Cb = (B - luma) / (2 (1 - Kb)) and
-    Cr = (R - luma) / (2 (1 - Kr)). In full range, y is luma, and u and v are Cb and Cr plus 128. In limited range, y spans 219 steps
-    from 16, and u and v span 224 steps.
+    Cr = (R - luma) / (2 (1 - Kr)). In full range, y is luma, and u and v are Cb and Cr plus 128. In limited range, y
+    spans 219 steps from 16, and u and v span 224 steps.
 
     Args:
         bt709: (B,) bool, the matrix of each clip: BT.709 where True, BT.601 where False.
@@ -43,7 +45,10 @@ def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:
 def yuv_box_to_rgb(
     frames: Yuv420, coefficients: list[float], b: int, top: int, left: int, height: int, width: int
 ) -> Tensor:  # (T, 3, height, width)
-    """Return a box of clip b as RGB, float32 between 0 and 255, not rounded. `coefficients` is row b of `yuv_coefficients`."""
+    """Return a box of clip b as RGB, float32 between 0 and 255, not rounded.
+
+    `coefficients` is row b of `yuv_coefficients`.
+    """
     offset, scale, red_v, green_u, green_v, blue_u = coefficients
     rows = torch.arange(top, top + height, device=frames.y.device)
     columns = torch.arange(left, left + width, device=frames.y.device)

@@ -1,10 +1,10 @@
 """The contrastive loss of DCLR (MIL-NCE over a queue) and the search for its extra positives.
 
-The `_reference` functions are plain torch, to be checked against the formula; kernels/info_nce_triton.py computes the same in one pass over
-the queue, and runs where kernels.backend says so.
+The functions that end in `_reference` are plain torch, so that a reader can check them against the formula.
+info_nce_triton.py computes the same values in one pass over the queue. `kernels.backend` chooses between the two.
 
-Letters: B clips in a batch, D embedding size, K queue length, P contrastive pairs, M mined positives of a query,
-S similarities that are ranked together.
+Letters: B clips in a batch, D embedding size, K queue entries, P contrastive pairs, M mined positives of a query,
+S similarities that rank queue entries together.
 """
 
 import torch
@@ -25,30 +25,36 @@ def info_nce(
     *,
     check_rows: bool | None = None,
 ) -> Tensor:  # (P,)
-    """Multiple-positive InfoNCE (MIL-NCE, Miech et al., CVPR 2020, arXiv 1912.06430) of P pairs, the mean over B.
+    """Return the multiple-positive InfoNCE loss of each of P pairs, averaged over its B queries.
 
-    With logits l_ij = q_i . x_j / temperature, where x_0 is the query's own key and x_1 .. x_K are the queue's rows,
+    Source: MIL-NCE, Miech et al., CVPR 2020, arXiv 1912.06430. With logits l_ij = q_i . x_j / temperature, where x_0 is
+    the query's own key and x_1 .. x_K are the queue entries,
         loss_i = -log( sum over positives of exp(l_ij) / sum over all of exp(l_ij) ).
-    The key is always a positive; `positives` adds rows of the queue. Arithmetic and result are float32, also for bfloat16
-    arguments and under autocast; on a GPU the products of float32 arguments follow torch.set_float32_matmul_precision.
+    The key is always a positive. `positives` adds queue entries.
+
+    Arithmetic and result are float32, also for bfloat16 arguments and under autocast. On a GPU, products of float32
+    arguments follow torch.set_float32_matmul_precision.
 
     Args:
         queries: float32 or bfloat16, L2-normalised. The only argument that receives a gradient.
-        keys: as queries; row i is the key of query i.
-        queue: as queries; any K >= 1. It may be overwritten in place between this call and the backward pass.
-        positives: int64 row numbers of the queue. A repeated row counts once, a negative number is no positive.
-        temperature: greater than 0.
-        check_rows: whether a row number past the queue's end raises an error; by default it does on a CPU, outside torch.compile. On a GPU
-            looking makes the host wait for the device. Unchecked, such a number is no positive.
+        keys: Same dtypes as queries. Key i belongs to query i.
+        queue: Same dtypes as queries; any K >= 1. The queue may be overwritten in place between this call and the
+            backward pass.
+        positives: int64 row numbers of queue entries. A repeated number counts once. A negative number is not a
+            positive.
+        temperature: Greater than 0.
+        check_rows: True raises an error for a row number of K or more. By default only CPU tensors outside
+            torch.compile are checked, because a check on a GPU makes the host wait for the device. Without a check,
+            such a number is not a positive.
 
     Returns:
         (P,) float32.
 
     Raises:
-        TypeError: an argument of another dtype.
-        ValueError: shapes or devices that do not fit together, a row number past the queue's end, a temperature not above 0, an embedding
-            size the Triton kernels are not made for (they are for 32, 64, 128 and 256).
-        RuntimeError: set_backend("triton"), and it cannot run there.
+        TypeError: An argument has another dtype.
+        ValueError: Shapes or devices do not match, a checked row number is K or more, the temperature is not above 0,
+            or the Triton kernels do not support the embedding size (they support 32, 64, 128 and 256).
+        RuntimeError: The backend is "triton", and it cannot run on this device.
     """
     _check_info_nce(queries, keys, queue, positives, temperature, check_rows)
     if not _runs_triton(queries):
@@ -65,7 +71,10 @@ def contrast(
     *,
     check_rows: bool | None = None,
 ) -> Contrast:
-    """`info_nce`, with the two similarities by which training is watched: the kernels know them anyway. Arguments and errors as there."""
+    """Return the losses of `info_nce` with two mean similarities that show how training develops.
+
+    The kernels compute the similarities anyway. Arguments and errors are those of `info_nce`.
+    """
     _check_info_nce(queries, keys, queue, positives, temperature, check_rows)
     if _runs_triton(queries):
         losses, similarities = _fused(queries, keys, queue, positives, temperature)
@@ -85,11 +94,11 @@ def info_nce_reference(
     positives: Tensor | None,  # (P, B, M)
     temperature: float,
 ) -> Tensor:  # (P,)
-    """`info_nce` in plain torch, without its checks."""
+    """Compute `info_nce` in plain torch, without its checks."""
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float()
         keys = keys.detach().float()
-        # A copy: backward reads the queue, and by then the caller may have enqueued into it.
+        # A copy, because the backward pass reads the queue, and the caller may have overwritten entries by then.
         queue = queue.detach().to(torch.float32, copy=True)
 
         key_logits = (queries * keys).sum(dim=2, keepdim=True) / temperature  # (P, B, 1)
@@ -97,7 +106,7 @@ def info_nce_reference(
         all_logits = torch.cat([key_logits, queue_logits], dim=2)  # (P, B, 1 + K)
         positive_logits = key_logits
         if positives is not None:
-            mined_logits = queue_logits.masked_fill(~_row_mask(positives, queue.shape[1]), -torch.inf)
+            mined_logits = queue_logits.masked_fill(~_entry_mask(positives, queue.shape[1]), -torch.inf)
             positive_logits = torch.cat([key_logits, mined_logits], dim=2)  # (P, B, 1 + K)
 
         losses = torch.logsumexp(all_logits, dim=2) - torch.logsumexp(positive_logits, dim=2)  # (P, B)
@@ -110,24 +119,26 @@ def mine_positives(
     queue: Tensor,  # (K, D) or (S, K, D)
     m: int,
 ) -> Tensor:  # (B, m)
-    """Row numbers of the m queue rows most similar to each feature, best first ("cross-video search" of DCLR).
+    """Return the row numbers of the m queue entries most similar to each feature, best first.
 
-    Similarity is the dot product of L2-normalised vectors. With a leading S, several similarities rank the rows
-    together: each is turned into a softmax over the queue (temperature 1, as in the authors' code), and the sum over
-    S is what is ranked. The vv pair ranks so by static and dynamic similarity, S = 2.
+    The paper of DCLR calls this the cross-video search.
+    Similarity is the dot product of L2-normalised vectors. With a leading dimension S, several similarities rank the
+    queue entries together. A softmax over the queue is computed from each similarity (temperature 1, like the released
+    code), and the sum of the S softmaxes is ranked. The vv pair uses this with static and dynamic similarity, S = 2.
 
     Args:
-        features: float32 or bfloat16, L2-normalised; compared in float32, also under autocast.
-        queue: as features; row j must be the same past clip in each of the S queues.
-        m: 0 to K.
+        features: float32 or bfloat16, L2-normalised. They are compared in float32, also under autocast.
+        queue: Same dtypes as features. Entry j must be the same past clip in each of the S queues.
+        m: Between 0 and K.
 
     Returns:
         (B, m) int64, without gradient.
 
     Raises:
-        TypeError: an argument of another dtype.
-        ValueError: shapes or devices that do not fit together, an m outside 0 to K, an embedding size the Triton kernels are not made for.
-        RuntimeError: set_backend("triton"), and it cannot run there.
+        TypeError: An argument has another dtype.
+        ValueError: Shapes or devices do not match, m is outside 0 to K, or the Triton kernels do not support the
+            embedding size.
+        RuntimeError: The backend is "triton", and it cannot run on this device.
     """
     _check_mine_positives(features, queue, m)
     if m == 0 or not _runs_triton(features):
@@ -145,8 +156,11 @@ def mine_positives_by_each(
     queue: Tensor,  # (S, K, D)
     m: int,
 ) -> Tensor:  # (S + 1, B, m)
-    """`mine_positives` by each of S similarities alone, and last by all together, as the five pairs of DCLR need it, in no more launches
-    than for one. Arguments and errors as there, but that features must be (S, B, D)."""
+    """Return the result of `mine_positives` for each of S similarities alone and then, last, for all S together.
+
+    The five pairs of DCLR need these S + 1 rankings. They take no more kernel launches than one ranking. Arguments and
+    errors are those of `mine_positives`, except that features must be (S, B, D).
+    """
     if features.dim() != 3:
         raise ValueError(f"features must be (S, B, D), not {tuple(features.shape)}")
     _check_mine_positives(features, queue, m)
@@ -159,7 +173,7 @@ def mine_positives_by_each(
 
 @torch.no_grad()
 def mine_positives_reference(features: Tensor, queue: Tensor, m: int) -> Tensor:
-    """`mine_positives` in plain torch, without its checks."""
+    """Compute `mine_positives` in plain torch, without its checks."""
     with torch.autocast(features.device.type, enabled=False):
         similarity = features.float() @ queue.float().transpose(-2, -1)  # (B, K) or (S, B, K)
         if similarity.dim() == 3:
@@ -169,7 +183,7 @@ def mine_positives_reference(features: Tensor, queue: Tensor, m: int) -> Tensor:
 
 @torch.no_grad()
 def mine_positives_by_each_reference(features: Tensor, queue: Tensor, m: int) -> Tensor:
-    """`mine_positives_by_each` in plain torch, without its checks."""
+    """Compute `mine_positives_by_each` in plain torch, without its checks."""
     with torch.autocast(features.device.type, enabled=False):
         similarity = features.float() @ queue.float().transpose(1, 2)  # (S, B, K)
         scores = torch.cat([similarity, similarity.softmax(dim=2).sum(dim=0, keepdim=True)])  # (S + 1, B, K)
@@ -179,29 +193,41 @@ def mine_positives_by_each_reference(features: Tensor, queue: Tensor, m: int) ->
 def _fused(
     queries: Tensor, keys: Tensor, queue: Tensor, positives: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses (P,) and similarities (2, P), by the kernels. The gradient is computed only where one is wanted: it is half of the work."""
+    """Compute losses (P,) and similarities (2, P) with the kernels.
+
+    The kernels compute the gradient in the same pass, and only if it is needed, because it is half of the work.
+    """
     from kernels.info_nce_triton import info_nce_op  # Triton has wheels for Linux only
 
-    wanted = torch.is_grad_enabled() and queries.requires_grad
-    losses, similarities, _ = info_nce_op(queries, keys.detach(), queue.detach(), positives, temperature, wanted)
+    needs_gradient = torch.is_grad_enabled() and queries.requires_grad
+    losses, similarities, _ = info_nce_op(
+        queries, keys.detach(), queue.detach(), positives, temperature, needs_gradient
+    )
     return losses, similarities.detach()
 
 
-def _row_mask(positives: Tensor, rows: int) -> Tensor:
-    """(P, B, M) row numbers -> (P, B, K) bool, True where the row is among them; numbers outside the queue mark nothing."""
-    # One more column than rows: numbers outside are sent there, and it is cut off.
-    mask = torch.zeros(*positives.shape[:2], rows + 1, dtype=torch.bool, device=positives.device)
-    inside = (positives >= 0) & (positives < rows)
-    return mask.scatter(2, positives.where(inside, rows), True)[:, :, :rows]
+def _entry_mask(positives: Tensor, entries: int) -> Tensor:
+    """Return a (P, B, K) bool mask of the queue entries that `positives` (P, B, M) names.
+
+    Numbers outside the queue are ignored.
+    """
+    # Numbers outside the queue mark one extra column, which is then cut off.
+    mask = torch.zeros(*positives.shape[:2], entries + 1, dtype=torch.bool, device=positives.device)
+    inside = (positives >= 0) & (positives < entries)
+    return mask.scatter(2, positives.where(inside, entries), True)[:, :, :entries]
 
 
 def _runs_triton(tensor: Tensor) -> bool:
-    """Whether the kernels run. Raises ValueError: an embedding size they are not made for."""
+    """Return True if the tensor uses the kernels.
+
+    Raises ValueError if the kernels do not support its embedding size.
+    """
     if not backend.runs_triton(tensor.device):
         return False
     if (D := tensor.shape[-1]) not in EMBEDDING_SIZES:
         raise ValueError(
-            f'an embedding size of {D} is not one of 32, 64, 128 and 256, which the Triton kernels take; set_backend("reference") takes any'
+            f"an embedding size of {D} is not one of 32, 64, 128 and 256, the sizes of the Triton kernels; "
+            'choose one of these or set_backend("reference"), which supports any size'
         )
     return True
 
@@ -224,7 +250,7 @@ def _check_info_nce(
     if keys.shape != queries.shape:
         raise ValueError(f"keys must be ({P}, {B}, {D}) like queries, not {tuple(keys.shape)}")
     if queue.shape[0] != P or queue.shape[2] != D:
-        raise ValueError(f"queue must be ({P}, K, {D}) to go with queries, not {tuple(queue.shape)}")
+        raise ValueError(f"queue must be ({P}, K, {D}) to match queries, not {tuple(queue.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, not {temperature}")
     if positives is None:
@@ -232,13 +258,13 @@ def _check_info_nce(
     if positives.dtype != torch.int64:
         raise TypeError(f"positives must be int64, not {positives.dtype}")
     if positives.dim() != 3 or positives.shape[:2] != (P, B):
-        raise ValueError(f"positives must be ({P}, {B}, M) to go with queries, not {tuple(positives.shape)}")
+        raise ValueError(f"positives must be ({P}, {B}, M) to match queries, not {tuple(positives.shape)}")
     backend.check_same_device("positives", positives, "queries", queries)
     if check_rows is None:
         check_rows = positives.device.type == "cpu" and not torch.compiler.is_compiling()
     K = queue.shape[1]
     if check_rows and positives.numel() and positives.max() >= K:
-        raise ValueError(f"positives names row {int(positives.max())}, but queue has rows 0 to {K - 1}")
+        raise ValueError(f"positives names queue entry {int(positives.max())}, but queue has entries 0 to {K - 1}")
 
 
 def _check_mine_positives(features: Tensor, queue: Tensor, m: int) -> None:
@@ -253,10 +279,10 @@ def _check_mine_positives(features: Tensor, queue: Tensor, m: int) -> None:
     ):
         expected = ("S, K, D" if features.dim() == 3 else "K, D").replace("D", str(features.shape[-1]))
         expected = expected.replace("S", str(features.shape[0]))
-        raise ValueError(f"queue must be ({expected}) to go with features, not {tuple(queue.shape)}")
+        raise ValueError(f"queue must be ({expected}) to match features, not {tuple(queue.shape)}")
     backend.check_same_device("queue", queue, "features", features)
     if not 0 <= m <= queue.shape[-2]:
-        raise ValueError(f"m must be between 0 and the {queue.shape[-2]} rows of queue, not {m}")
+        raise ValueError(f"m must be between 0 and the {queue.shape[-2]} entries of queue, not {m}")
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

@@ -1,17 +1,19 @@
 """The contrastive loss and the search for positives in Triton: one pass over the queue, no logits in memory.
 
-Keys and queue receive no gradient, so all of a step's work can be done going forward. With logits l_ij = q_i . x_j / temperature,
-x_0 the query's key and x_1 .. x_K the queue,
+Keys and queue receive no gradient, so the forward pass can compute the queries' gradient too. With logits
+l_ij = q_i . x_j / temperature, where x_0 is the query's key and x_1 .. x_K are the queue entries,
 
     loss_i = log sum_j exp(l_ij) - log sum_(j positive) exp(l_ij)
     d loss_i / d q_i = (sum_j p_ij x_j - sum_(j positive) r_ij x_j) / temperature
 
-where p_i is the softmax over all and r_i the softmax over the positives. The first sum is attention with the queue as keys and as values,
-so the online softmax of FlashAttention (Dao et al., arXiv 2205.14135) gives it together with the loss; backward only multiplies by the
-upstream gradient. The queue may be overwritten in between.
+where p_i is the softmax over all j and r_i is the softmax over the positives. The first sum is attention with the queue
+as both keys and values. The online softmax of FlashAttention (Dao et al., arXiv 2205.14135) therefore computes this sum
+together with the loss. The backward pass only multiplies by the upstream gradient, so the queue may be overwritten
+between the two passes.
 
-Letters: P pairs, B clips, D embedding size, K queue rows, M positives of a query, S similarities ranked together, N splits of the queue.
-Logits are kept in units of log 2 ("bits"): exp2 is the instruction a GPU has.
+Letters: P pairs, B clips, D embedding size, K queue entries, M positives of a query, S similarities ranked together,
+N splits (consecutive ranges of queue entries that different programs read).
+Logits are stored in units of log 2, called bits, because a GPU has an instruction for exp2.
 """
 
 import math
@@ -27,22 +29,27 @@ from kernels.launch import Launch
 from kernels.types import EMBEDDING_SIZES
 
 _BITS = math.log2(math.e)  # exp(x) = exp2(x * _BITS)
-# As many as a program of 8 warps can have. Without a limit given, ptxas (CUDA 12.8) aims at more programs side by side and keeps values
-# that a loop does not use in local memory meanwhile, 8 to 24 bytes, also in kernels of 40 registers; with this one it does not.
+# Register limit of a thread; a program of 8 warps cannot have more. Without a limit, ptxas (CUDA 12.8) tries to run
+# more programs at once. It then moves 8 to 24 bytes that a loop does not use to local memory, even in kernels of 40
+# registers. With this limit it does not.
 _REGISTERS = 255
-_MOST_SPLITS = 64  # the partial results of a query are merged in one tile
-_LOWEST = tl.constexpr(-(2**63))  # a candidate that is none
+_MOST_SPLITS = 64  # one tile merges the partial results of a query
+_LOWEST = tl.constexpr(-(2**63))  # marks a missing candidate: lower than every candidate
 _BITS_IN = tl.constexpr(_BITS)
 _LN2 = tl.constexpr(math.log(2))
 
 
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------- kernels
 
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """a @ b + acc, float32. WIDEN: the interpreter of Triton 3.6 multiplies the bit patterns of bfloat16, so they are widened for it;
-    the products are the same, for a product of two bfloat16 is exact in float32. (It does not round to tf32.)"""
+    """Return a @ b + acc in float32.
+
+    WIDEN converts bfloat16 to float32 first, because the interpreter of Triton 3.6 multiplies the bit patterns of
+    bfloat16. The result is the same, because a product of two bfloat16 numbers is exact in float32. The interpreter
+    does not round to tf32.
+    """
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -54,8 +61,11 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _to_tf32(x):
-    """To the nearest. The matrix units drop the 13 bits that tf32 has not, which makes every product too small: a loss was off by 1e-3
-    on an H200 where torch's was by 7e-6 (docs/LOG.md)."""
+    """Round x to the nearest tf32 number.
+
+    The matrix units would drop the 13 bits that tf32 does not have, which makes every product too small. On an H200 the
+    error of a loss was then 1e-3, compared with 7e-6 in torch (docs/LOG.md).
+    """
     return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -65,8 +75,11 @@ def _stream_queue(
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     GRADIENT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_B queries of one pair against one split of its queue, by online softmax."""
-    block = pid % row_blocks  # fastest, so that neighbours read the same part of the queue
+    """Compute the online softmax of BLOCK_B queries of one pair over one split of its queue.
+
+    Pointers as in `_partial_kernel`.
+    """
+    block = pid % row_blocks  # changes fastest, so that neighbouring programs read the same queue entries
     split = pid // row_blocks % splits
     pair = (pid // (row_blocks * splits)).to(tl.int64)
 
@@ -86,10 +99,10 @@ def _stream_queue(
         bits = tl.where((rows < K)[None, :], bits, float("-inf"))
         higher = tl.maximum(peak, tl.max(bits, 1))
         weights = tl.exp2(bits - higher[:, None])
-        fading = tl.exp2(peak - higher)
-        mass = mass * fading + tl.sum(weights, 1)
+        rescale = tl.exp2(peak - higher)
+        mass = mass * rescale + tl.sum(weights, 1)
         if GRADIENT:
-            acc = _dot(weights.to(DTYPE), x, acc * fading[:, None], PRECISION, WIDEN)
+            acc = _dot(weights.to(DTYPE), x, acc * rescale[:, None], PRECISION, WIDEN)
         peak = higher
 
     out = (pair * B + b) * splits + split
@@ -101,10 +114,14 @@ def _stream_queue(
 
 @triton.jit
 def _gather_positives(
-    queries, keys, queue, positives, key_bits, positive_bits, positive_means, pid, stride_pair, stride_row, scale, B, K, M,
+    queries, keys, queue, positives, key_bits, positive_bits, positive_means, pid, stride_pair, stride_row, scale,
+    B, K, M,
     D: tl.constexpr, BLOCK_R: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R queries of one pair against their key and their positives, by online softmax that starts from the key."""
+    """Compute the online softmax of BLOCK_R queries of one pair over their key and their positives.
+
+    The key is the first value of the softmax. Pointers as in `_partial_kernel`.
+    """
     blocks = tl.cdiv(B, BLOCK_R)
     pair = (pid // blocks).to(tl.int64)
     b = pid % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -117,22 +134,22 @@ def _gather_positives(
     tl.store(key_bits + pair * B + b, peak, mask=valid_b)
     mass = tl.full((BLOCK_R,), 1.0, tl.float32)
 
-    mine = positives + (pair * B + b) * M
+    own = positives + (pair * B + b) * M
     for t in range(M):
-        j = tl.load(mine + t, mask=valid_b, other=-1)
-        counts = (j >= 0) & (j < K)
+        j = tl.load(own + t, mask=valid_b, other=-1)
+        is_positive = (j >= 0) & (j < K)
         for earlier in range(t):
-            counts = counts & (tl.load(mine + earlier, mask=valid_b, other=-1) != j)
+            is_positive = is_positive & (tl.load(own + earlier, mask=valid_b, other=-1) != j)
         x = tl.load(
-            queue + pair * stride_pair + tl.where(counts, j, 0)[:, None] * stride_row + d[None, :],
-            mask=counts[:, None], other=0.0,
+            queue + pair * stride_pair + tl.where(is_positive, j, 0)[:, None] * stride_row + d[None, :],
+            mask=is_positive[:, None], other=0.0,
         ).to(tl.float32)  # fmt: skip
-        bits = tl.where(counts, tl.sum(q * x, 1) * scale, float("-inf"))
+        bits = tl.where(is_positive, tl.sum(q * x, 1) * scale, float("-inf"))
         higher = tl.maximum(peak, bits)
         weight = tl.exp2(bits - higher)
-        fading = tl.exp2(peak - higher)
-        mass = mass * fading + weight
-        acc = acc * fading[:, None] + weight[:, None] * x
+        rescale = tl.exp2(peak - higher)
+        mass = mass * rescale + weight
+        acc = acc * rescale[:, None] + weight[:, None] * x
         peak = higher
 
     tl.store(positive_bits + pair * B + b, peak + tl.log2(mass), mask=valid_b)
@@ -144,20 +161,23 @@ def _gather_positives(
 def _partial_kernel(
     queries,  # (P, B, D)
     keys,  # (P, B, D)
-    queue,  # (P, K, D), rows and pairs apart by the strides
+    queue,  # (P, K, D), with stride_pair between pairs and stride_row between entries
     positives,  # (P, B, M) int64
-    peaks,  # out (P, B, N): the split's greatest logit, in bits
-    masses,  # out (P, B, N): the sum of exp2(logit - peak)
-    sums,  # out (P, B, N, D): the sum of exp2(logit - peak) x
-    key_bits,  # out (P, B): the key's logit
-    positive_bits,  # out (P, B): log2 of the sum of exp2(logit) over key and positives
-    positive_means,  # out (P, B, D): the mean of key and positives, weighted by exp2(logit)
+    peaks,  # output (P, B, N): greatest logit of the split, in bits
+    masses,  # output (P, B, N): sum of exp2(logit - peak)
+    sums,  # output (P, B, N, D): sum of exp2(logit - peak) x
+    key_bits,  # output (P, B): logit of the key, in bits
+    positive_bits,  # output (P, B): log2 of the sum of exp2(logit) over key and positives
+    positive_means,  # output (P, B, D): mean of key and positives, weighted by exp2(logit)
     stride_pair, stride_row, scale, B, K, M, row_blocks, splits, rows_per_split, stream_programs,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GRADIENT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The first `stream_programs` programs own (pair, split, BLOCK_B queries); the others (pair, BLOCK_R queries) and gather what the
-    queries' positives are. All run side by side: nothing here waits for anything."""
+    """Compute the partial results of each split and the results of the positives.
+
+    Each of the first `stream_programs` programs owns BLOCK_B queries of one pair and one split. Each other program owns
+    BLOCK_R queries of one pair and reads their key and positives. No program waits for another, so all can run at once.
+    """
     pid = tl.program_id(0)
     if pid < stream_programs:
         _stream_queue(
@@ -174,14 +194,18 @@ def _partial_kernel(
 @triton.jit
 def _merge_kernel(
     keys,  # (P, B, D)
-    peaks, masses, sums, key_bits, positive_bits, positive_means,  # as _partial_kernel writes them
-    losses,  # out (P,)
-    similarities,  # out (2, P): means over B of query . key, and of the greatest query . row
-    gradient,  # out (P, B, D): of the mean loss with respect to the queries
+    peaks, masses, sums, key_bits, positive_bits, positive_means,  # the outputs of _partial_kernel
+    losses,  # output (P,)
+    similarities,  # output (2, P): mean over B of query . key, and of the greatest query . queue entry
+    gradient,  # output (P, B, D): gradient of the mean loss with respect to the queries
     scale, B, splits,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (0, p) owns the figures of pair p, and program (1 + b, p) the gradient of query b. Both add the splits up in one order."""
+    """Merge the splits into losses, similarities and gradient.
+
+    Program (0, p) owns the loss and the similarities of pair p. Program (1 + b, p) owns the gradient of query b of pair
+    p. Every program adds the splits in the same order, so the result is the same in every run.
+    """
     pair = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     if tl.program_id(0) == 0:
@@ -220,27 +244,32 @@ def _merge_kernel(
         k = tl.load(keys + row * D + d).to(tl.float32)
         mean = (tl.sum(partial * weight[:, None], 0) + key_weight * k) / total
         positive_mean = tl.load(positive_means + row * D + d)
-        # 1 / temperature = scale ln 2, and B more queries share the mean loss.
+        # The gradient at the top of this file: mean is sum_j p_ij x_j and positive_mean is sum_(j positive) r_ij x_j.
+        # 1 / temperature = scale ln 2, and 1 / B comes from the mean over B queries.
         tl.store(gradient + row * D + d, (mean - positive_mean) * (scale * _LN2 / B))
 
 
 @triton.jit
 def _rank_kernel(
     features,  # (S, B, D)
-    queue,  # (S, K, D), rows and similarities apart by the strides
-    peaks, masses,  # (S, B, N) as _partial_kernel writes them, at temperature 1; unused without SOFTMAX
-    candidates,  # out (R, B, tiles, kept) int64: the best of each tile of the queue, best first
+    queue,  # (S, K, D), with stride_pair between similarities and stride_row between entries
+    peaks, masses,  # (S, B, N), outputs of _partial_kernel at temperature 1; unused without SOFTMAX
+    candidates,  # output (R, B, tiles, kept) int64: best candidates of each tile of the queue, best first
     stride_pair, stride_row, first_ranking, row_blocks, S, B, K, splits, tiles, kept,
     SOFTMAX: tl.constexpr, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_B features, one tile of BLOCK_K queue rows, and one of R rankings, of which the first is `first_ranking`:
-    ranking r < S is by similarity r, ranking S by the sum of all S softmaxes over the queue. Without SOFTMAX that one is not asked for.
+    """Select the best queue entries of each tile, for every feature and ranking.
 
-    A candidate is one number: its upper half orders as the score does, its lower half is the row, reversed so that of two equal scores the
-    lower row is the greater number. No two are equal, so the next best is the greatest below the last one: nothing is sorted or marked.
+    A program owns BLOCK_B features, one tile of BLOCK_K queue entries and one of R rankings. Ranking r < S uses
+    similarity r. Ranking S uses the sum of the S softmaxes over the queue, and only exists with SOFTMAX. The first
+    ranking is `first_ranking`.
+
+    A candidate is an int64. Its upper half has the order of the scores. Its lower half is the row number, reversed, so
+    that of two equal scores the lower row number is the greater candidate. No two candidates are equal. The next best
+    is therefore the greatest candidate below the last one, without sorting.
     """
-    tile = tl.program_id(0) // row_blocks  # neighbours read the same part of the queue
+    tile = tl.program_id(0) // row_blocks  # neighbouring programs read the same queue entries
     b = tl.program_id(0) % row_blocks * BLOCK_B + tl.arange(0, BLOCK_B)
     rows = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, D)
@@ -248,7 +277,7 @@ def _rank_kernel(
     ranking = first_ranking + tl.program_id(1)
     together = ranking == S
     score = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
-    # Not unrolled: the tiles of two similarities do not fit into registers at once.
+    # This loop is not unrolled, because the tiles of two similarities do not fit into registers at once.
     for s in range(tl.where(together, 0, ranking), tl.where(together, S, ranking + 1)):
         q = tl.load(features + (s * B + b)[:, None] * D + d[None, :], mask=(b < B)[:, None], other=0.0).to(DTYPE)
         offsets = rows.to(tl.int64)[:, None] * stride_row + d[None, :]
@@ -268,7 +297,9 @@ def _rank_kernel(
             score = similarity
 
     pattern = score.to(tl.int32, bitcast=True)
-    pattern = tl.where(pattern >= 0, pattern, pattern ^ 0x7FFFFFFF)  # negative floats order backwards
+    pattern = tl.where(
+        pattern >= 0, pattern, pattern ^ 0x7FFFFFFF
+    )  # bit patterns of negative floats are in reverse order
     candidate = (pattern.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)[None, :]
     candidate = tl.where((rows < K)[None, :], candidate, _LOWEST)
     out = candidates + ((tl.program_id(1).to(tl.int64) * B + b) * tiles + tile) * kept
@@ -281,12 +312,12 @@ def _rank_kernel(
 
 @triton.jit
 def _select_kernel(
-    candidates,  # (R, B, C) int64, of _rank_kernel
-    rows,  # out (R, B, m) int64: rows of the queue, best first
+    candidates,  # (R, B, C) int64, output of _rank_kernel; C = tiles * kept
+    rows,  # output (R, B, m) int64: row numbers of queue entries, best first
     C, m,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one query in one ranking: the m greatest of its candidates, one after another."""
+    """Select the m greatest candidates, one after another. A program owns one query in one ranking."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     last = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
@@ -299,49 +330,60 @@ def _select_kernel(
         last = best
 
 
-# -------------------------------------------------------------------------------------------------------------- launchers
+# ---------------------------------------------------------------- launchers
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the stream over the queue is cut. Chosen, not searched for: a search would make runs differ."""
+    """The block sizes of the pass over the queue.
 
-    b: int  # queries a program holds
-    k: int  # rows of the queue at a time
+    They are fixed, because an automatic search would make runs differ.
+    """
+
+    b: int  # queries of a program
+    k: int  # queue entries read at once
     num_warps: int
     num_stages: int
 
 
 def choose_blocks(B: int, D: int, dtype: torch.dtype, precision: str) -> Blocks:
-    """The blocks for these sizes: large ones that spill no register on sm_80 and sm_90 (tests/test_resources.py compiles them all)."""
-    b = 16 if B <= 16 else 64  # 16 is the least a matrix unit takes
+    """Return large blocks that spill no register on sm_80 and sm_90. tests/test_resources.py compiles all of them."""
+    b = 16 if B <= 16 else 64  # 16 is the smallest size of a matrix unit
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(16, 32, 8, 2)
-    if dtype == torch.float32:  # rounding to tf32 takes registers: 64 queries of 256 numbers would spill them
+    if dtype == torch.float32:  # rounding to tf32 needs registers, and 64 queries of 256 numbers would spill
         return Blocks(32 if b == 64 and D == 256 else b, 32, 8, 2)
     return Blocks(b, 64 if D <= 128 else 32, 8 if b == 16 or D == 256 else 4, 3)
 
 
 def _products(precision: str, D: int) -> str:
-    """How float32 is multiplied, by what torch allows.
+    """Return the precision of float32 products in Triton's terms, from the precision that torch allows.
 
-    Exactly, it would be without matrix units. The sum of three tf32 products errs as little: on an H200 at B 128, K 65536 a loss by 9e-7
-    against 6e-7, a gradient by 1e-7 as well, in half of the time (docs/LOG.md). With 256 numbers its registers would spill.
+    Exact products ("ieee") do not use the matrix units. The sum of three tf32 products ("tf32x3") is about as exact and
+    takes half the time. On an H200 with B 128 and K 65536 the error of a loss was 9e-7, compared with 6e-7 for exact
+    products. The error of a gradient was 1e-7 for both (docs/LOG.md). With D = 256, tf32x3 would spill registers.
     """
     return "tf32x3" if precision == "ieee" and D <= 128 else precision
 
 
 def _dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """Return the dtype to which the kernels convert both tensors when they read them."""
     return torch.promote_types(a.dtype, b.dtype)
 
 
 def _rows_contiguous(queue: Tensor) -> Tensor:
-    """The queue as it is, whatever lies between its rows; a copy only where the numbers of a row are apart."""
+    """Return the queue itself if the numbers of each entry are contiguous, or else a contiguous copy.
+
+    Entries may have gaps between them.
+    """
     return queue if queue.stride(-1) == 1 else queue.contiguous()
 
 
 class _Partials:
-    """Results of the splits and of the positives, before they are merged."""
+    """The outputs of `_partial_kernel`, with the shapes given there.
+
+    Without gradient, `sums` and `positive_means` are empty.
+    """
 
     def __init__(self, queries: Tensor, splits: int, gradient: bool) -> None:
         P, B, D = queries.shape
@@ -357,19 +399,20 @@ class _Partials:
 
 def partial_launch(
     queries: Tensor,  # (P, B, D)
-    keys: Tensor | None,  # (P, B, D); None to stream the queue only
+    keys: Tensor | None,  # (P, B, D); None to read the queue only
     queue: Tensor,  # (P, K, D)
     positives: Tensor,  # (P, B, M)
     temperature: float,
     gradient: bool,
-    precision: str,  # of float32 products: "ieee" or "tf32"
+    precision: str,  # precision of float32 products: "ieee" or "tf32"
 ) -> tuple[Launch, _Partials]:
+    """Return the launch of `_partial_kernel` and its outputs."""
     P, B, D = queries.shape
     K, M = queue.shape[1], positives.shape[2]
     dtype = _dtype(queries, queue)
     blocks = choose_blocks(B, D, dtype, precision)
     row_blocks, tiles = triton.cdiv(B, blocks.b), triton.cdiv(K, blocks.k)
-    # Two programs for each multiprocessor, if there is as much to do.
+    # Two programs for each multiprocessor, if there are enough tiles.
     splits = max(1, min(2 * multiprocessors(queries.device) // (P * row_blocks), tiles, _MOST_SPLITS))
     tiles_per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, tiles_per_split)
@@ -384,13 +427,15 @@ def partial_launch(
             "queries": queries, "keys": queries if keys is None else keys, "queue": queue, "positives": positives,
             "peaks": out.peaks, "masses": out.masses, "sums": out.sums, "key_bits": out.key_bits,
             "positive_bits": out.positive_bits, "positive_means": out.positive_means,
-            "stride_pair": queue.stride(0), "stride_row": queue.stride(1), "scale": _BITS / temperature, "B": B, "K": K, "M": M,
+            "stride_pair": queue.stride(0), "stride_row": queue.stride(1), "scale": _BITS / temperature,
+            "B": B, "K": K, "M": M,
             "row_blocks": row_blocks, "splits": splits, "rows_per_split": tiles_per_split * blocks.k,
             "stream_programs": stream_programs,
         },
         {
             "D": D, "BLOCK_B": blocks.b, "BLOCK_K": blocks.k, "BLOCK_R": block_r, "GRADIENT": gradient,
-            "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": _products(precision, D), "WIDEN": INTERPRETED,
+            "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": _products(precision, D),
+            "WIDEN": INTERPRETED,
         },
         blocks.num_warps,
         blocks.num_stages,
@@ -405,6 +450,7 @@ def merge_launch(
     temperature: float,
     gradient: bool,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    """Return the launch of `_merge_kernel` and its losses, similarities and gradient (empty if not computed)."""
     P, B, D = keys.shape
     splits = partials.peaks.shape[2]
     losses = torch.empty(P, dtype=torch.float32, device=keys.device)
@@ -415,9 +461,10 @@ def merge_launch(
         _merge_kernel,
         (1 + B if gradient else 1, P),
         {
-            "keys": keys, "peaks": partials.peaks, "masses": partials.masses, "sums": partials.sums, "key_bits": partials.key_bits,
-            "positive_bits": partials.positive_bits, "positive_means": partials.positive_means, "losses": losses,
-            "similarities": similarities, "gradient": result, "scale": _BITS / temperature, "B": B, "splits": splits,
+            "keys": keys, "peaks": partials.peaks, "masses": partials.masses, "sums": partials.sums,
+            "key_bits": partials.key_bits, "positive_bits": partials.positive_bits,
+            "positive_means": partials.positive_means, "losses": losses, "similarities": similarities,
+            "gradient": result, "scale": _BITS / temperature, "B": B, "splits": splits,
         },
         {"D": D, "BLOCK_N": block_n, "BLOCK_R": max(1, 2048 // block_n)},
         num_warps=8 if block_n * D > 4096 else 4,
@@ -437,6 +484,7 @@ def rank_launch(
     together: bool,  # rank by the sum of all softmaxes
     precision: str,
 ) -> tuple[Launch, Tensor]:
+    """Return the launch of `_rank_kernel` and its candidates."""
     S, B, D = features.shape
     K, splits = queue.shape[1], peaks.shape[2]
     dtype = _dtype(features, queue)
@@ -450,7 +498,7 @@ def rank_launch(
     candidates = torch.empty((rankings, B, tiles, kept), dtype=torch.int64, device=features.device)
     launch = Launch(
         _rank_kernel,
-        (row_blocks * tiles, rankings),  # a GPU takes 2^31 along the first axis, 65535 along the second
+        (row_blocks * tiles, rankings),  # a GPU allows 2^31 programs along the first axis, 65535 along the second
         {
             "features": features, "queue": queue, "peaks": peaks, "masses": masses, "candidates": candidates,
             "stride_pair": queue.stride(0), "stride_row": queue.stride(1),
@@ -458,8 +506,10 @@ def rank_launch(
             "splits": splits, "tiles": tiles, "kept": kept,
         },
         {
-            "SOFTMAX": together, "D": D, "BLOCK_B": block_b, "BLOCK_K": block_k, "BLOCK_N": triton.next_power_of_2(splits),
-            "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": _products(precision, D), "WIDEN": INTERPRETED,
+            "SOFTMAX": together, "D": D, "BLOCK_B": block_b, "BLOCK_K": block_k,
+            "BLOCK_N": triton.next_power_of_2(splits),
+            "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": _products(precision, D),
+            "WIDEN": INTERPRETED,
         },
         num_warps,
         num_stages=1,
@@ -468,26 +518,27 @@ def rank_launch(
     return launch, candidates
 
 
-def select_launch(candidates: Tensor, m: int) -> tuple[Launch, Tensor]:  # (R, B, tiles, kept)
+def select_launch(candidates: Tensor, m: int) -> tuple[Launch, Tensor]:
+    """Return the launch of `_select_kernel` on candidates (R, B, tiles, kept), and its row numbers (R, B, m)."""
     R, B, tiles, kept = candidates.shape
     C = tiles * kept
     rows = torch.empty((R, B, m), dtype=torch.int64, device=candidates.device)
     block_c = min(triton.next_power_of_2(C), 2048)
-    launch = Launch(
-        _select_kernel, (R * B,), {"candidates": candidates, "rows": rows, "C": C, "m": m}, {"BLOCK_C": block_c}, num_stages=1
-    )  # fmt: skip
-    return launch, rows
+    arguments = {"candidates": candidates, "rows": rows, "C": C, "m": m}
+    return Launch(_select_kernel, (R * B,), arguments, {"BLOCK_C": block_c}, num_stages=1), rows
 
 
-# -------------------------------------------------------------------------------------------------------- registered ops
+# ---------------------------------------------------------------- registered ops
 
 
 @torch.library.custom_op("dclr::info_nce", mutates_args=())
 def info_nce_op(
     queries: Tensor, keys: Tensor, queue: Tensor, positives: Tensor | None, temperature: float, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (P,), similarities (2, P) as `kernels.info_nce` returns them, and the gradient of each pair's loss with respect to its queries
-    (P, B, D) float32, or an empty tensor where `gradient` is false."""
+    """Return the losses (P,), the similarities (2, P) and the gradient of each pair's loss with respect to its queries.
+
+    The gradient is (P, B, D) float32, or an empty tensor if `gradient` is False. `_merge_kernel` describes the outputs.
+    """
     P, B, _ = queries.shape
     queries, keys, queue = queries.contiguous(), keys.contiguous(), _rows_contiguous(queue)
     if positives is None:
@@ -513,8 +564,11 @@ def _(queries, keys, queue, positives, temperature, gradient):
 
 @torch.library.custom_op("dclr::info_nce_backward", mutates_args=())
 def info_nce_backward_op(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient (P, B, D) times upstream (P,), rounded once to dtype. An op of its own: one kernel for bfloat16 too, and one that has no
-    derivative, so that a second derivative is an error and not silently wrong."""
+    """Return gradient (P, B, D) times upstream (P,), rounded once to dtype.
+
+    It is a separate op for two reasons. It multiplies and rounds in one kernel. It has no derivative, so a second
+    derivative is an error instead of silently wrong.
+    """
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, upstream[:, None, None], out=out)
 
@@ -525,15 +579,16 @@ def _(gradient, upstream, dtype):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # of the outputs that have none, zeros would be written
+    ctx.set_materialize_grads(False)  # otherwise autograd writes zeros for the outputs without gradient
     ctx.save_for_backward(output[2])
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx, of_losses, of_similarities, of_gradient):
+def _backward(ctx, losses_gradient, similarities_gradient, gradient_gradient):
     (gradient,) = ctx.saved_tensors
-    of_queries = None if of_losses is None else torch.ops.dclr.info_nce_backward(gradient, of_losses, ctx.dtype)
-    return of_queries, None, None, None, None, None
+    if losses_gradient is None:
+        return None, None, None, None, None, None
+    return torch.ops.dclr.info_nce_backward(gradient, losses_gradient, ctx.dtype), None, None, None, None, None
 
 
 info_nce_op.register_autograd(_backward, setup_context=_setup_context)
@@ -541,7 +596,11 @@ info_nce_op.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("dclr::mine_positives", mutates_args=())
 def mine_positives_op(features: Tensor, queue: Tensor, m: int, each: bool, together: bool) -> Tensor:
-    """Rows (R, B, m) of the queue (S, K, D) most similar to the features (S, B, D), m >= 1: by each similarity, and by all together."""
+    """Return the row numbers (R, B, m) of the m >= 1 queue entries most similar to each feature.
+
+    features are (S, B, D) and queue is (S, K, D). The R rankings are one for each similarity if `each` is True, then
+    one for all similarities together if `together` is True.
+    """
     features, queue = features.contiguous(), _rows_contiguous(queue)
     S, B, _ = features.shape
     if not together:
@@ -565,7 +624,10 @@ def _(features, queue, m, each, together):
 
 
 def launches_to_compile() -> list[tuple[str, Launch]]:
-    """Every kernel in every configuration that the launchers choose, on tensors without memory, to be compiled ahead of time."""
+    """Return every kernel in every configuration that the launchers choose, with a label, to be compiled ahead of time.
+
+    The tensors are on the meta device, so they have no memory.
+    """
     P, K, M = 5, 2048, 5
     kinds = (
         ("bfloat16", torch.bfloat16, "tf32"),
@@ -592,13 +654,12 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                         queries[:2], queue[:2], most.peaks, most.masses, M, each, together, precision
                     )
                     launches.append((f"{label}, each{' and all' if together else ''}", launch))
-        for splits in sorted(
-            {1, min(4096 // D, _MOST_SPLITS), _MOST_SPLITS}
-        ):  # the middle one is the largest tile of 4 warps
+        # The middle number of splits makes the largest tile of 4 warps.
+        for splits in sorted({1, min(4096 // D, _MOST_SPLITS), _MOST_SPLITS}):
             partials = _Partials(queries, splits, gradient=True)
             launches.append((f"D {D}, {splits} split(s)", merge_launch(queries, partials, 0.07, True)[0]))
     for name, dtype, precision in kinds:
-        # An integer argument of 1 is compiled as a constant.
+        # Triton compiles an integer argument of 1 as a constant.
         one, rows = meta(1, 1, 32, dtype=dtype), meta(1, 1, 1, dtype=torch.int64)
         label = f"D 32, {name}, all sizes 1"
         launch, partials = partial_launch(one, one, one, rows, 0.07, True, precision)

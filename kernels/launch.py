@@ -1,6 +1,7 @@
-"""One launch of a Triton kernel as a value: it can be run, and compiled ahead of time for a GPU that is not there.
+"""One launch of a Triton kernel as a value. It can be run, or compiled ahead of time for a GPU that this machine does
+not have.
 
-So that what benchmarks/resources.py and the tests compile is what runs: same kernel, same argument types, same constants.
+So benchmarks/resources.py and the tests compile exactly what runs: the same kernel, argument types and constants.
 """
 
 from dataclasses import dataclass
@@ -25,32 +26,36 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything it is started with. Argument and constant names are the kernel's own."""
+    """A kernel with its grid, arguments and constants.
 
-    kernel: Any  # what triton.jit made
-    grid: tuple[int, ...]  # programs, by axis
+    The names of arguments and constants are those of the kernel's parameters.
+    """
+
+    kernel: Any  # a function decorated with triton.jit
+    grid: tuple[int, ...]  # number of programs along each axis
     arguments: dict[str, Tensor | int | float]
     constants: dict[str, Any]  # the kernel's tl.constexpr parameters
     num_warps: int = 4
     num_stages: int = 3
-    max_registers: int | None = None  # of a thread; None: as many as ptxas thinks best
+    max_registers: int | None = None  # for one thread; None lets ptxas choose
 
     @property
     def options(self) -> dict[str, int | None]:
-        """How the compiler maps a program to hardware, under Triton's names."""
+        """Return the compiler's options under Triton's names."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
     def __call__(self) -> None:
-        """Start it on the current stream; under the interpreter, run it to its end."""
-        some = next(value for value in self.arguments.values() if isinstance(value, Tensor))
-        with torch.cuda.device_of(some):  # Triton starts kernels on the current device, whichever holds the tensors
+        """Start the kernel on the current stream. Under the interpreter, run it to its end."""
+        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton starts kernels on the current device, not on the tensors' device
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     def compile(self, capability: int) -> "CompiledKernel":
-        """Compile for an NVIDIA GPU of this compute capability (80 for 8.0, 90 for 9.0); needs no GPU.
+        """Compile for an NVIDIA GPU of this compute capability (80 for 8.0, 90 for 9.0). This needs no GPU.
 
-        Arguments are specialised as Triton's launcher does it: pointers and integers that 16 divides are known to be so, and an
-        integer argument of 1 is a constant. Tensors may be on any device, the meta device too.
+        Arguments are specialised like in Triton's launcher: the compiler knows which pointers and integers are
+        multiples of 16, and an integer argument of 1 becomes a constant. Tensors may be on any device, including the
+        meta device.
         """
         import triton
         from triton.backends.compiler import GPUTarget
@@ -64,9 +69,8 @@ class Launch:
             value = self.arguments[name]
             if isinstance(value, Tensor):
                 signature[name] = _TYPES[value.dtype]
-                attributes[(position,)] = (
-                    _DIVISIBLE  # what torch allocates is; a view may not be, and is compiled apart
-                )
+                # Memory that torch allocates is aligned. For a view that is not, Triton compiles the kernel again.
+                attributes[(position,)] = _DIVISIBLE
             elif isinstance(value, float):
                 signature[name] = "fp32"
             elif value == 1:

@@ -21,7 +21,10 @@ BLUR_KERNEL = 11
 """Height and width of the Gaussian blur's kernel, in pixels."""
 
 Boundary = Literal["wrap", "zero", "replicate"]
-"""How the dynamic view treats the first frame, which has no frame before it. `kernels.generate_views` defines each value."""
+"""How the dynamic view treats the first frame, which has no frame before it.
+
+`kernels.generate_views` defines each value.
+"""
 
 
 class Contrast(NamedTuple):
@@ -93,7 +96,8 @@ class Augmentation:
     jitter: Tensor = field(metadata=_row(np.bool_))
     # (B,): standard deviation of the Gaussian blur in pixels of the view; 0 for no blur
     sigma: Tensor = field(metadata=_row(np.float32))
-    # (B, 4): brightness, contrast, saturation (1 changes nothing) and hue in turns of the colour circle (0 changes nothing)
+    # (B, 4): brightness, contrast, saturation (1 changes nothing) and hue in turns of the colour circle (0 changes
+    # nothing)
     factors: Tensor = field(metadata=_row(np.float32, 4))
     # (B, 4): a permutation of 0..3, the order in which the four factors are applied
     order: Tensor = field(metadata=_row(np.int64, 4))
@@ -112,7 +116,8 @@ AUGMENTATION = np.dtype([(f.name, f.metadata["dtype"], f.metadata["shape"]) for 
 def _table_columns() -> dict[str, int]:
     """Return the first column of each field in the table that the Triton kernels read.
 
-    The table is (rows, C) float32, with one column a value. It has no column for `size`, because the kernels need only the box.
+    The table is (rows, C) float32, with one column a value. It has no column for `size`, because the kernels need only
+    the box.
     """
     columns, end = {}, 0
     for name, width in [(f.name, int(np.prod(f.metadata["shape"]))) for f in fields(Augmentation) if f.name != "size"]:
@@ -122,7 +127,7 @@ def _table_columns() -> dict[str, int]:
 
 
 TABLE_COLUMNS = _table_columns()
-"""First column of each field in the kernels' table of parameters. "yuv" is the first of 6 columns that only YUV frames have."""
+"""First column of each field in the kernels' table of parameters. "yuv" is the first of 6 columns for YUV frames."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""The three views of a clip: decoded frames and drawn parameters in, what the network sees out.
+"""Generation of the three views of a clip from decoded frames and drawn parameters.
 
-    rgb      the clip, cropped, coloured, flipped, blurred and normalised, every draw the same on all its frames
-    static   one still of the same moment, augmented by its own draw, repeated T times
+    rgb      the clip, cropped, resized, coloured, flipped, blurred and normalised; all frames have the same parameters
+    static   one still of the same moment, augmented with its own parameters, repeated T times
     dynamic  the frame difference of the finished rgb view, aligned with it pixel by pixel
 
-Frames are packed RGB or the planes of YUV 4:2:0 that a decoder gives. `generate_views` and `augment` run in Triton where
-`kernels.backend` says so (view_generation_triton.py); `generate_views_reference` and `augment_reference` are the same in torch and kornia.
+Frames are packed RGB or the planes of YUV 4:2:0 that a decoder gives. `generate_views` and `augment` use Triton
+(view_generation_triton.py) if `kernels.backend` chooses it. `generate_views_reference` and `augment_reference` compute
+the same in torch and kornia.
 
 Letters: B clips in a batch, T frames, H, W pixels of the padded buffer, h, w pixels of a view.
 """
@@ -42,24 +43,27 @@ def generate_views(
     dtype: torch.dtype = torch.float32,
     check_rows: bool | None = None,
 ) -> Views:
-    """The rgb, static and dynamic view of each clip.
+    """Return the rgb, static and dynamic view of each clip.
 
-    The dynamic view is d[t] = v[t] - v[t-1] of the rgb view v. At t = 0, which has no frame before it, `boundary`
-    decides: "wrap" v[0] - v[T-1] (as the authors trained), "zero" 0, "replicate" d[1]. A clip of one frame has d = 0.
+    The dynamic view is d[t] = v[t] - v[t-1] of the rgb view v. The first frame has no frame before it, so `boundary`
+    chooses d[0]: "wrap" v[0] - v[T-1] (like the released code), "zero" 0, "replicate" d[1]. A clip of one frame
+    has d = 0.
 
     Args:
-        frames: uint8 RGB or YUV 4:2:0; clips of different sizes share a padded buffer.
-        stills: uint8 in the same form, one a clip, with a padded buffer of its own.
-        params: one row a clip and a row for its still.
-        boundary: see above.
-        dtype: of the views; the arithmetic is in float32, the frame difference included, and rounded once at the end.
-        check_rows: as `augment`.
+        frames: uint8 RGB or YUV 4:2:0. Clips of different sizes share a padded buffer.
+        stills: uint8 in the same form, one still a clip, with a padded buffer of their own.
+        params: One row for each clip and one for its still.
+        boundary: See above.
+        dtype: Dtype of the views. The arithmetic, including the frame difference, is in float32 and rounded once at the
+            end.
+        check_rows: Same as in `augment`.
 
     Returns:
         Views, each (B, 3, T, h, w), without gradient.
 
     Raises:
-        TypeError, ValueError: as `augment`; ValueError also for an unknown boundary.
+        TypeError: Same as in `augment`.
+        ValueError: Same as in `augment`, or the boundary is unknown.
     """
     _check_boundary(boundary)
     _check_stills(stills, frames)
@@ -70,7 +74,7 @@ def generate_views(
 
     from kernels.view_generation_triton import generate_views_op, table_of
 
-    # In one table, so that rows on the CPU take one copy to the device.
+    # One table for both, so that rows on the CPU need only one copy to the device.
     table = torch.cat([table_of(params.clip, frames), table_of(params.still, stills)])  # (2 B, C)
     table = to_device(table, _luma(frames).device)
     return Views(*generate_views_op(*_planes(frames), *_planes(stills), table, *params.size, boundary, dtype))
@@ -83,31 +87,31 @@ def augment(
     dtype: torch.dtype = torch.float32,
     check_rows: bool | None = None,
 ) -> Tensor:  # (B, 3, T, h, w)
-    """One augmented, normalised view of each clip; every draw is the same on all frames of a clip.
+    """Return one augmented, normalised view of each clip. All frames of a clip have the same parameters.
 
-    In this order: crop the box, resize it to `size` (bilinear, half-pixel centres, no antialiasing), to grayscale,
-    colour jitter in the clip's own order, flip, Gaussian blur 11 x 11, ImageNet mean and standard deviation. The
-    colour operations are kornia's, with the clamping to 0..1 of its ColorJitter; contrast is about the mean of each
-    frame by itself.
+    The operations, in this order: crop the box, resize it to `size` (bilinear, half-pixel centres, no antialiasing),
+    convert to grayscale, jitter the colours in the clip's own order, flip, blur with an 11 x 11 Gaussian kernel,
+    normalise with ImageNet's mean and standard deviation. The colour operations are kornia's and clamp to 0..1 like its
+    ColorJitter. The contrast step uses the mean of each frame.
 
-    The blur mirrors pixels at the border, as kornia's RandomGaussianBlur; a view of 5 pixels or fewer on a side has
-    too few to mirror, and its border pixels are repeated instead.
+    The blur mirrors pixels at the border, like kornia's RandomGaussianBlur. A view with a side of 5 pixels or fewer has
+    too few pixels to mirror, so the border pixels are repeated instead.
 
     Args:
         frames: uint8 RGB or YUV 4:2:0, each clip at the top left of the padded buffer.
-        augmentation: one row a clip, on the CPU or where the frames are.
-        size: height and width of the view.
-        dtype: of the view; the arithmetic is in float32, also under autocast.
-        check_rows: whether to look for rows that cannot be applied. None: where the rows are on the CPU, because to look
-            at rows on a GPU is to wait for it, and not in a compiled graph. A row that was not checked reads some pixel of the
-            buffer instead of one outside.
+        augmentation: One row a clip, on the CPU or on the device of the frames.
+        size: Height and width of the view.
+        dtype: Dtype of the view. The arithmetic is in float32, also under autocast.
+        check_rows: True raises an error for a row that cannot be applied. By default only rows on the CPU outside
+            torch.compile are checked, because a check on a GPU makes the host wait for the device. A row outside the
+            buffer that was not checked reads pixels within the buffer.
 
     Returns:
         (B, 3, T, h, w) in channels_last_3d memory, without gradient.
 
     Raises:
-        TypeError: frames that are not uint8.
-        ValueError: shapes that do not fit together, or a row of the augmentation that cannot be applied: it is named.
+        TypeError: The frames are not uint8.
+        ValueError: Shapes do not match, or a checked row cannot be applied. The message names the row.
     """
     _check_augment(frames, augmentation, size, check_rows)
     if not runs_triton(_luma(frames).device):
@@ -119,7 +123,7 @@ def augment(
     return augment_op(*_planes(frames), table, *size, dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------- reference
 
 
 def generate_views_reference(
@@ -130,7 +134,10 @@ def generate_views_reference(
     boundary: Boundary = "wrap",
     dtype: torch.dtype = torch.float32,
 ) -> Views:
-    """`generate_views` in torch and kornia, unchecked; waits for the device to read the rows."""
+    """Compute `generate_views` in torch and kornia, without its checks.
+
+    The host waits for the device to read the rows.
+    """
     rgb = augment_reference(frames, params.clip, params.size)  # (B, 3, T, h, w)
     still = augment_reference(_with_time(stills), params.still, params.size, dtype)  # (B, 3, 1, h, w)
     static = still.expand(-1, -1, rgb.shape[2], -1, -1)
@@ -148,21 +155,21 @@ def augment_reference(
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (B, 3, T, h, w)
-    """`augment` in torch and kornia, unchecked; waits for the device to read the rows."""
+    """Compute `augment` in torch and kornia, without its checks. The host waits for the device to read the rows."""
     rows = augmentation.to("cpu")
     B, T = _shape(frames)[:2]
     device = _luma(frames).device
     with torch.autocast(device.type, enabled=False):
         colours = yuv_coefficients(frames.bt709, frames.full_range).tolist() if isinstance(frames, Yuv420) else []
-        images = torch.empty((B, T, 3, *size), device=device)  # as all below
+        images = torch.empty((B, T, 3, *size), device=device)  # like all images below
         for b, box in enumerate(rows.box.tolist()):
             images[b] = _crop(frames, colours, box, b, size)
-        images /= 255  # after the resize, which is linear, because there are then fewer pixels to scale
-        # Each operation on the clips that it applies to: they are few calls, however many clips there are.
+        images /= 255  # after the resize, which is linear and leaves fewer pixels to scale
+        # Each operation runs once on all clips that it applies to, so the number of calls does not grow with the batch.
         images = _where(rows.grayscale, images, lambda some, _: rgb_to_grayscale(some).expand_as(some))
-        images = _where(rows.jitter, images, lambda some, of: colour_jitter(some, rows.factors[of], rows.order[of]))
+        images = _where(rows.jitter, images, lambda some, b: colour_jitter(some, rows.factors[b], rows.order[b]))
         images = _where(rows.flip, images, lambda some, _: some.flip(4))
-        images = _where(rows.sigma > 0, images, lambda some, of: gaussian_blur(some, rows.sigma[of]))
+        images = _where(rows.sigma > 0, images, lambda some, b: gaussian_blur(some, rows.sigma[b]))
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
         view = torch.empty((B, 3, T, *size), dtype=dtype, device=device, memory_format=torch.channels_last_3d)
         view.copy_(((images - mean) / std).transpose(1, 2))
@@ -172,9 +179,9 @@ def augment_reference(
 def _where(
     applies: Tensor,  # (B,) bool, on the CPU
     images: Tensor,  # (B, T, 3, h, w)
-    operation: Callable[[Tensor, Tensor], Tensor],  # of some clips and of their numbers
+    operation: Callable[[Tensor, Tensor], Tensor],  # takes the images of some clips and these clips' numbers
 ) -> Tensor:
-    """`operation` on the clips that it applies to, written over them; the others are left alone, not multiplied by one."""
+    """Overwrite the clips that `operation` applies to with its result. The other clips stay exactly as they are."""
     numbers = applies.nonzero()[:, 0]
     if len(numbers):
         on_device = numbers.to(images.device)
@@ -184,12 +191,12 @@ def _where(
 
 def _crop(
     frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
-    colours: list[list[float]],  # yuv_coefficients, where there are planes
+    colours: list[list[float]],  # yuv_coefficients; unused for RGB frames
     box: list[int],
     b: int,
     size: tuple[int, int],
 ) -> Tensor:  # (T, 3, h, w), 0..255
-    """The box of clip b, resized."""
+    """Return the box of clip b, resized."""
     top, left, height, width = box
     if isinstance(frames, Yuv420):
         crop = yuv_box_to_rgb(frames, colours[b], b, top, left, height, width)  # (T, 3, height, width)
@@ -200,10 +207,10 @@ def _crop(
 
 def colour_jitter(
     images: Tensor,  # (N, T, 3, h, w), 0..1
-    factors: Tensor,  # (N, 4), on the CPU, as below
-    order: Tensor,  # (N, 4)
+    factors: Tensor,  # (N, 4), on the CPU
+    order: Tensor,  # (N, 4), on the CPU
 ) -> Tensor:
-    """kornia.augmentation.ColorJitter with given factors and order of each clip."""
+    """Apply kornia's ColorJitter with the given factors and order of each clip."""
     brightness, contrast, saturation, hue = factors.unbind(1)
     operations = (
         (adjust_brightness_accumulative, brightness, 1),
@@ -212,8 +219,8 @@ def colour_jitter(
         (adjust_hue, hue * 2 * math.pi, 0),  # turns to radians
     )
     images = images.clamp(0, 1)
-    for place in range(4):
-        now = order[:, place]
+    for position in range(4):
+        now = order[:, position]
         for number, (operation, factor, neutral) in enumerate(operations):
             applies = (now == number) & (factor != neutral)
             images = _where(applies, images, partial(_by_factor, operation, factor))
@@ -221,7 +228,7 @@ def colour_jitter(
 
 
 def _by_factor(operation: Callable[..., Tensor], factors: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
-    """`operation` by each clip's own factor."""
+    """Apply `operation` with each clip's own factor."""
     return operation(images, factors[numbers])
 
 
@@ -229,14 +236,14 @@ def gaussian_blur(
     images: Tensor,  # (N, T, 3, h, w)
     sigma: Tensor,  # (N,) pixels, on the CPU
 ) -> Tensor:
-    """Gaussian blur, each clip with its own sigma."""
+    """Blur each clip with a Gaussian kernel of its own sigma."""
     border = "reflect" if min(images.shape[3:]) > BLUR_KERNEL // 2 else "replicate"
     sigmas = sigma.to(images.device)[:, None].expand(-1, 2)
     return gaussian_blur2d(images.flatten(1, 2), BLUR_KERNEL, sigmas, border).view_as(images)
 
 
 def _frame_difference(view: Tensor, boundary: Boundary) -> Tensor:
-    """d[t] = v[t] - v[t-1] along dimension 2 of (B, 3, T, h, w)."""
+    """Return d[t] = v[t] - v[t-1] along the time dimension of a view v (B, 3, T, h, w)."""
     difference = torch.zeros_like(view)
     difference[:, :, 1:] = view[:, :, 1:] - view[:, :, :-1]
     if boundary == "wrap":
@@ -250,24 +257,26 @@ def _channels_last(view: Tensor) -> Tensor:
     return view.contiguous(memory_format=torch.channels_last_3d)
 
 
-# ------------------------------------------------------------------------------------------------------- packing and checks
+# ---------------------------------------------------------------- packing and checks
 
 
 def _luma(frames: Tensor | Yuv420) -> Tensor:
+    """Return the luma plane, or the frames themselves if they are RGB."""
     return frames.y if isinstance(frames, Yuv420) else frames
 
 
 def _shape(frames: Tensor | Yuv420) -> tuple[int, ...]:
-    """B, T, H, W, or B, H, W of stills."""
+    """Return (B, T, H, W), or (B, H, W) for stills."""
     return tuple(frames.y.shape if isinstance(frames, Yuv420) else frames.shape[:-1])
 
 
 def _planes(frames: Tensor | Yuv420) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the tensors that the registered operators take."""
     return (frames.y, frames.u, frames.v) if isinstance(frames, Yuv420) else (frames, None, None)
 
 
 def _with_time(stills: Tensor | Yuv420) -> Tensor | Yuv420:
-    """Stills as frames of clips of length 1."""
+    """Return stills as clips of one frame."""
     if isinstance(stills, Yuv420):
         return stills.select((slice(None), None))  # [:, None]
     return stills[:, None]
@@ -284,7 +293,8 @@ def _check_stills(stills: Tensor | Yuv420, frames: Tensor | Yuv420) -> None:
     dimensions = 3 if isinstance(stills, Yuv420) else 4
     B, shape = _shape(frames)[0], tuple(_luma(stills).shape)
     if len(shape) != dimensions or shape[0] != B:
-        raise ValueError(f"stills must be ({B}, H, W{', 3' if dimensions == 4 else ''}), one a clip, not {shape}")
+        expected = f"({B}, H, W)" if dimensions == 3 else f"({B}, H, W, 3)"
+        raise ValueError(f"stills must be {expected}, one for each clip, not {shape}")
     check_same_device("stills", _luma(stills), "frames", _luma(frames))
 
 
@@ -339,15 +349,15 @@ def _check_rows(rows: Augmentation, H: int, W: int, kind: str) -> None:
     for b, ((valid_height, valid_width), (top, left, height, width), order, sigma) in enumerate(table):
         if not (1 <= valid_height <= H and 1 <= valid_width <= W):
             raise ValueError(
-                f"{kind} {b}: valid size {valid_height} x {valid_width} is not within the {H} x {W} buffer"
+                f"{kind} {b}: valid size {valid_height} x {valid_width} must be within the {H} x {W} buffer"
             )
         inside = top >= 0 and left >= 0 and top + height <= valid_height and left + width <= valid_width
         if not inside or height < 1 or width < 1:
             raise ValueError(
                 f"{kind} {b}: box (top {top}, left {left}, height {height}, width {width}) "
-                f"is not within the valid {valid_height} x {valid_width} frame"
+                f"must be within the valid {valid_height} x {valid_width} frame and not empty"
             )
         if sorted(order) != [0, 1, 2, 3]:
-            raise ValueError(f"{kind} {b}: order {order} is not a permutation of 0, 1, 2, 3")
+            raise ValueError(f"{kind} {b}: order {order} must be a permutation of 0, 1, 2, 3")
         if not 0 <= sigma < math.inf:
             raise ValueError(f"{kind} {b}: sigma {sigma} must be 0 (no blur) or a positive number")

@@ -1,21 +1,24 @@
 # mypy: allow-untyped-defs
-"""The three views in Triton: from uint8 frames to what the network sees, in three launches.
+"""Generation of the three views in Triton: from uint8 frames to finished views in three launches.
 
-    1. means     of each frame, the mean luma that its contrast step needs; writes no pixels
-    2. columns   of each frame of a blurred clip: crop, resize, colour, and the blur down its columns
-    3. finish    of each clip: the blur along rows, or crop, resize and colour where there is none; normalise, subtract, write
+    1. _means    computes the mean luma of each frame, which the contrast step needs; it writes no pixels
+    2. _columns  crops, resizes and colours each frame of a blurred clip, and blurs it along its columns
+    3. _finish   blurs each clip along its rows, or crops, resizes and colours a clip without blur; then it normalises
+                 the pixels, computes the frame difference and writes the views
 
-All three treat the B stills as B more clips of one frame: row r < B of the table of parameters is clip r, row B + r its still.
-Frames are numbered likewise: T of each clip, clip by clip, then the stills.
+The kernels treat the B stills as B more clips of one frame. Row r < B of the table of parameters belongs to clip r, and
+row B + r to its still. Frames are numbered in the same order: the T frames of each clip, clip by clip, then the stills.
 
-A program belongs to one clip, so what differs between clips (order of the colour steps, blur or none) is a branch that all
-its threads take together. `finish` walks over the frames of its clip with its pixels of the frame before in registers, so that the
-frame difference reads nothing, and a still is made once and stored T times.
+A program works on one clip. The order of the colour steps and the blur differ between clips, so all threads of a
+program take the same branch. `_finish` processes the frames of its clip in order and keeps the pixels of the frame
+before in registers. The frame difference therefore reads no memory. `_finish` computes a still once and stores it T
+times.
 
-Bytes that must move, for a clip of T frames and views of h x w pixels: its box in the frames, read once (3 bytes a source
-pixel, 1.5 as YUV 4:2:0), and three views written, 3 * T * 3 * h * w values. The blur adds its intermediate, written once and
-read once (its 11-fold reading comes from L1): 2 * T * 3 * h * (w + 10) * 4 bytes, for the clips that are blurred and no others. A
-blur within a tile would save that and compute a halo of 10 rows and columns for each tile instead. `means` reads the box once more.
+Bytes that must move for a clip of T frames and views of h x w pixels: the box in the frames is read once (3 bytes a
+source pixel, 1.5 for YUV 4:2:0), and three views of T * 3 * h * w values are written. For a blurred clip, the
+intermediate result is written once and read once: 2 * T * 3 * h * (w + 10) * 4 bytes. (Each of its values is read 11
+times, but from the L1 cache.) A blur within a tile would save these bytes but compute a border of 10 more rows and
+columns for each tile. `_means` reads the box once more.
 
 Letters: B clips, T frames, H, W source pixels, h, w pixels of a view, C columns of the table.
 """
@@ -33,7 +36,8 @@ from kernels.colour import yuv_coefficients
 from kernels.launch import Launch
 from kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
 
-# Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 16, or 22 for YUV frames.
+# Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 16, or 22 for
+# YUV frames.
 _TOP, _LEFT, _HEIGHT, _WIDTH = (tl.constexpr(TABLE_COLUMNS["box"] + i) for i in range(4))
 _FLIP, _GRAYSCALE, _JITTER, _SIGMA, _FACTORS, _ORDER, _YUV = (
     tl.constexpr(TABLE_COLUMNS[name]) for name in ("flip", "grayscale", "jitter", "sigma", "factors", "order", "yuv")
@@ -43,20 +47,21 @@ _RADIUS = tl.constexpr(BLUR_KERNEL // 2)
 _MEAN_R, _MEAN_G, _MEAN_B = (tl.constexpr(mean) for mean in MEAN)
 _PER_STD_R, _PER_STD_G, _PER_STD_B = (tl.constexpr(1 / std) for std in STD)
 
-# Of a frame, this many partial sums of luma, merged in this order by whoever needs the mean: the same sum every time.
+# Number of partial sums of a frame's luma. They are always added in the same order, so the mean is the same in every
+# run.
 _SPLITS = 8
-_MEANS_BLOCK = 512  # pixels at a time
-_COLUMNS_BLOCK = 128  # columns of a program of `columns`: 112 and 10 of border fit
-_STRIP = 56  # rows of it; 10 more are computed for the border
-_FINISH_BLOCK = 256  # pixels of a program of `finish`: 49 programs for 112 x 112
+_MEANS_BLOCK = 512  # pixels that a program of _means processes at once
+_COLUMNS_BLOCK = 128  # columns of a program of _columns, enough for 112 columns and a border of 10
+_STRIP = 56  # rows of a program of _columns, which also computes a border of 10 rows
+_FINISH_BLOCK = 256  # pixels of a program of _finish: 49 programs for 112 x 112
 
 
-# ---------------------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------- kernels
 
 
 @triton.jit
 def _box(row, H, W):
-    """Top, left, height and width of the crop; within the H x W buffer whatever the row says, so that nothing is read outside."""
+    """Return top, left, height and width of the crop, clamped so that no program reads outside the H x W buffer."""
     top = tl.minimum(tl.maximum(tl.load(row + _TOP), 0.0), H - 1.0).to(tl.int32)
     left = tl.minimum(tl.maximum(tl.load(row + _LEFT), 0.0), W - 1.0).to(tl.int32)
     height = tl.minimum(tl.maximum(tl.load(row + _HEIGHT), 1.0), (H - top).to(tl.float32)).to(tl.int32)
@@ -66,11 +71,12 @@ def _box(row, H, W):
 
 @triton.jit
 def _taps(position, start, extent, outputs):
-    """Where pixels of the view lie in the source, along one axis: the two source pixels about each, and the weight of the second.
+    """Return the two source pixels next to each pixel of the view along one axis, and the weight of the second.
 
-    As F.interpolate of the crop start .. start + extent to `outputs` pixels: half-pixel centres, and the border is the box's.
+    The result equals F.interpolate of the crop start .. start + extent to `outputs` pixels, with half-pixel centres.
+    Pixels outside the crop are not used.
     """
-    scale = tl.div_rn(extent.to(tl.float32), outputs + 0.0)  # an argument of 1 is a constant, which has no .to
+    scale = tl.div_rn(extent.to(tl.float32), outputs + 0.0)  # no .to: an argument of 1 is a constant
     at = tl.maximum((position.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     first = tl.minimum(at.to(tl.int32), extent - 1)
     second = tl.minimum(first + 1, extent - 1)
@@ -79,9 +85,12 @@ def _taps(position, start, extent, outputs):
 
 @triton.jit
 def _source_pixel(luma, u, v, y, x, W, yuv, YUV: tl.constexpr):
-    """R, G, B in 0..255 of source pixels (y, x) of one frame: luma (H, W, 3) packed RGB, or planes luma (H, W), u and v at half of it."""
+    """Return R, G, B in 0..255 of source pixels (y, x) of one frame.
+
+    RGB: luma (H, W, 3) is the packed frame, u and v are unused. YUV: luma (H, W), u and v (ceil(H / 2), ceil(W / 2)).
+    """
     if YUV:
-        chroma = (y // 2) * ((W + 1) // 2) + x // 2  # not interpolated
+        chroma = (y // 2) * ((W + 1) // 2) + x // 2  # repeated, not interpolated
         offset, scale, red_v, green_u, green_v, blue_u = yuv
         light = (tl.load(luma + y * W + x).to(tl.float32) - offset) * scale
         cb = tl.load(u + chroma).to(tl.float32) - 128
@@ -102,7 +111,7 @@ def _source_pixel(luma, u, v, y, x, W, yuv, YUV: tl.constexpr):
 
 @triton.jit
 def _sample(luma, u, v, rows, columns, W, yuv, YUV: tl.constexpr):
-    """R, G, B in 0..1 of the resized crop, at the taps `rows` and `columns`."""
+    """Return R, G, B in 0..1 of the resized crop. `rows` and `columns` are results of `_taps`."""
     above, below, down = rows
     before, after, right = columns
     r0, g0, b0 = _source_pixel(luma, u, v, above, before, W, yuv, YUV)
@@ -129,25 +138,31 @@ def _luma(r, g, b):
 
 @triton.jit
 def _channel_of_hue(distance, value, chroma):
-    """A channel of the colour of this value and chroma whose hue is `distance` sixths of the circle from the channel's own."""
+    """Return a channel of a colour with this value and chroma.
+
+    `distance` is the distance between the colour's hue and the channel's own hue, in sixths of the colour circle.
+    """
     distance -= 6 * tl.floor(distance * (1 / 6) + 0.5)
     return value - chroma * _clamp(tl.abs(distance) - 1)
 
 
 @triton.jit
 def _shift_hue(r, g, b, turns):
-    """Hue moved by `turns` of the circle, at constant value and saturation: kornia.enhance.adjust_hue in closed form.
+    """Shift the hue by `turns` of the colour circle, at constant value and saturation.
 
-    A channel is at its greatest within a sixth of the circle of its own hue (red 0, green 2 sixths, blue 4), at its least from two sixths
-    on, and linear between. Distances from it are small where they matter, so they round less than kornia's angle of up to 2 pi.
-    kornia also adds 1e-8 to a denominator: a difference of 1e-8 at the most.
+    This is kornia.enhance.adjust_hue in closed form.
+
+    A channel has its greatest value within a sixth of the circle from its own hue (red 0, green 2 sixths, blue 4
+    sixths). It has its least value from two sixths on, and is linear between. These distances are small where they
+    matter, so their rounding error is smaller than that of kornia's angle of up to 2 pi. kornia also adds 1e-8 to a
+    denominator, which changes the result by at most 1e-8.
     """
     value = tl.maximum(tl.maximum(r, g), b)
     chroma = value - tl.minimum(tl.minimum(r, g), b)
     red = r == value
     green = g == value
     difference = tl.where(red, g - b, tl.where(green, b - r, r - g)) / tl.where(chroma == 0, 1.0, chroma)
-    # The hue is `difference` away from the greatest channel's.
+    # The colour's hue is the hue of the greatest channel plus `difference`.
     shift = 6 * turns
     same, behind, ahead = shift + 0.0, shift - 2, shift + 2
     return (
@@ -159,7 +174,10 @@ def _shift_hue(r, g, b, turns):
 
 @triton.jit
 def _colour_row(row):
-    """What `_colour` needs of a row of the table: grayscale, jitter, the four factors, their order as 2 bits a step."""
+    """Return the values that `_colour` needs from a row of the table.
+
+    They are grayscale, jitter, the four factors, and their order as one integer with 2 bits a step.
+    """
     order = 0
     for step in tl.static_range(4):
         order += (tl.load(row + _ORDER + step).to(tl.int32) & 3) << (2 * step)
@@ -176,7 +194,10 @@ def _colour_row(row):
 
 @triton.jit
 def _colour(r, g, b, colour, mean, steps):
-    """Grayscale, and the first `steps` of the clip's colour steps if it has any; `mean` is the frame's mean luma before contrast."""
+    """Apply grayscale and the first `steps` colour steps, if the clip has them.
+
+    `mean` is the frame's mean luma before the contrast step.
+    """
     grayscale, jitter, brightness, contrast, saturation, hue, order = colour
     if grayscale != 0:
         r = _luma(r, g, b)
@@ -192,7 +213,8 @@ def _colour(r, g, b, colour, mean, steps):
                 if hue != 0:
                     r, g, b = _shift_hue(r, g, b, hue)
             else:
-                # The other three move each channel away from something: from black, the frame's mean, the pixel's own luma.
+                # The other three operations blend each channel with another value: black, the frame's mean or the
+                # pixel's luma.
                 factor = brightness
                 other = r * 0
                 if operation == 1:
@@ -213,7 +235,10 @@ def _colour(r, g, b, colour, mean, steps):
 
 @triton.jit
 def _yuv_row(row, YUV: tl.constexpr):
-    """The six numbers that turn YUV into RGB, in the order of `yuv_coefficients`."""
+    """Return the six coefficients that convert YUV to RGB, in the order of `yuv_coefficients`.
+
+    They are unused for RGB frames.
+    """
     if YUV:
         return (
             tl.load(row + _YUV),
@@ -229,7 +254,7 @@ def _yuv_row(row, YUV: tl.constexpr):
 
 @triton.jit
 def _frame_mean(partials, frame, pixels, SPLITS: tl.constexpr):
-    """Mean luma of a frame from its partial sums, added in order."""
+    """Return the mean luma of a frame from its partial sums, which are added in order."""
     total = tl.load(partials + frame * SPLITS)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(partials + frame * SPLITS + split)
@@ -238,13 +263,17 @@ def _frame_mean(partials, frame, pixels, SPLITS: tl.constexpr):
 
 @triton.jit
 def _flipped(row, x, w):
-    """Columns of the view before the flip, where that mirrors it."""
+    """Return the columns that the pixels had before the flip. Without flip they are x."""
     return tl.where(tl.load(row + _FLIP) != 0, w - 1 - x, x)
 
 
 @triton.jit
 def _mirrored(position, size, smaller_side):
-    """Index within 0..size of a pixel at most 5 outside: mirrored about the border pixel, or that one repeated if a side is too small."""
+    """Return an index within 0..size - 1 for a pixel at most 5 outside it.
+
+    The index is mirrored at the border pixel. If a side of the view is too small for that, it is the index of the
+    border pixel.
+    """
     if smaller_side > _RADIUS:
         position = tl.where(position < 0, -position, position)
         position = tl.where(position >= size, 2 * (size - 1) - position, position)
@@ -253,8 +282,8 @@ def _mirrored(position, size, smaller_side):
 
 @triton.jit
 def _gaussian(sigma):
-    """The blur's weights 0, 1, .. 5 pixels from the centre."""
-    scale = -0.5 / (sigma * sigma)  # minus infinity for a sigma whose square vanishes: the centre alone
+    """Return the weights of the blur at 0, 1, .. 5 pixels from the centre. They add up to 1 over all 11 pixels."""
+    scale = -0.5 / (sigma * sigma)  # minus infinity if the square underflows; only the centre then has a weight
     w1 = tl.exp(scale)
     w2 = tl.exp(4 * scale)
     w3 = tl.exp(9 * scale)
@@ -270,11 +299,15 @@ def _means(
     B, T, H, W, still_H, still_W, h, w, pixels_per_split,
     YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of each frame's luma as it is when the contrast step begins; 0 where there is none.
+    """Compute partial sums of each frame's luma before its contrast step. Without a contrast step they are 0.
 
-    luma (B, T, H, W, 3) and still_luma (B, still_H, still_W, 3), u and v unused; or YUV planes luma (B, T, H, W), u, v (B, T, ceil(H/2),
-    ceil(W/2)), and the stills' likewise without T. table (rows, C), partials (B * T + stills, SPLITS).
-    One program: `pixels_per_split` pixels of one frame, BLOCK at a time.
+    Inputs:
+        RGB: luma (B, T, H, W, 3) and still_luma (B, still_H, still_W, 3). u and v are unused.
+        YUV: luma (B, T, H, W), u and v (B, T, ceil(H / 2), ceil(W / 2)). The planes of the stills have no T.
+        table (rows, C).
+    Output: partials (images, SPLITS), where images is B * T plus the number of stills.
+
+    A program owns `pixels_per_split` pixels of one frame and processes BLOCK pixels at once.
     """
     frame = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -298,7 +331,7 @@ def _means(
             inside = pixel < h * w
             pixel = tl.minimum(pixel, h * w - 1)
             rows = _taps(pixel // w, top, height, h)
-            columns = _taps(pixel % w, left, width, w)  # the mean does not ask whether they are flipped
+            columns = _taps(pixel % w, left, width, w)  # a flip does not change the mean
             r, g, b = _sample(luma, u, v, rows, columns, W, yuv, YUV)
             r, g, b = _colour(r, g, b, colour, 0.0, before_contrast)
             sums += tl.where(inside, _luma(r, g, b), 0.0)
@@ -312,11 +345,11 @@ def _frame(
     B, T, H, W, still_H, still_W,
     YUV: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Row of the table, planes and size of a frame, which may be a still."""
+    """Return the row of the table, the planes and the size of a frame or still. Pointers as in `_means`."""
     still = frame >= B * T
     if still:
         luma, u, v = still_luma, still_u, still_v
-    # Not in the branch: an argument of 1 is a constant, which a branch cannot change.
+    # These are not assigned in the branch, because an argument of 1 is a constant, which a branch cannot change.
     H = tl.where(still, still_H, H)
     W = tl.where(still, still_W, W)
     clip = tl.where(still, B + frame - B * T, frame // T)
@@ -332,9 +365,9 @@ def _frame(
 
 @triton.jit
 def _advance(sums, x, weights):
-    """One more pixel x down a column: (the blurred pixel 5 above it, the running sums of the next ten).
+    """Add the next pixel x of a column. Return the blurred pixel 5 above x and the new sums of the next ten pixels.
 
-    sums[j] is what has been added so far to the pixel that will be done j + 1 pixels from now.
+    Before the call, sums[j] is the unfinished sum of the blurred pixel 5 - j above x.
     """
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 = sums
     w0, w1, w2, w3, w4, w5 = weights
@@ -360,11 +393,13 @@ def _columns(
     B, T, H, W, still_H, still_W, h, w, strips, blocks,
     YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Crop, resize and colour, then the blur down each column; nothing for a frame without blur.
+    """Crop, resize and colour each frame, then blur it along its columns. Skip frames without blur.
 
-    Inputs as in `_means`. partials (B * T + stills, SPLITS), blurred (B * T + stills, 3, h, w + 10): 5 columns of border on either side.
-    One program: BLOCK columns of STRIP rows of one frame, from top to bottom, each pixel computed once and its share
-    added to the 11 sums it belongs to, which are in registers.
+    Inputs: those of `_means` and its output partials (images, SPLITS).
+    Output: blurred (images, 3, h, w + 10), with a border of 5 columns on both sides.
+
+    A program owns BLOCK columns of STRIP rows of one frame and processes them from top to bottom. It computes each
+    pixel once and adds it to the 11 sums that it belongs to, which are in registers.
     """
     block = tl.program_id(0) % blocks
     strip = tl.program_id(0) // blocks % strips
@@ -406,7 +441,7 @@ def _columns(
 
 @triton.jit
 def _blur_row(pixel, weights):
-    """Sum of 11 pixels of a row, the first at `pixel`."""
+    """Return the weighted sum of 11 pixels of a row. `pixel` points to the first."""
     w0, w1, w2, w3, w4, w5 = weights
     total = w5 * (tl.load(pixel) + tl.load(pixel + 10))
     total += w4 * (tl.load(pixel + 1) + tl.load(pixel + 9))
@@ -418,7 +453,10 @@ def _blur_row(pixel, weights):
 
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr, BY_BITS: tl.constexpr):
-    """x as DTYPE, to the nearest. BY_BITS: to bfloat16 by hand, which the interpreter of Triton 3.6 would cut off instead of rounding."""
+    """Round x to the nearest value of DTYPE.
+
+    BY_BITS rounds the bits to bfloat16 explicitly, because the interpreter of Triton 3.6 would cut them off.
+    """
     if BY_BITS:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -428,19 +466,19 @@ def _rounded(x, DTYPE: tl.constexpr, BY_BITS: tl.constexpr):
 
 @triton.jit
 def _four(a, b, c, d):
-    """Four tensors (...,) as one (..., 4)."""
+    """Return four tensors (...,) as one (..., 4)."""
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
 def _store_pixels(target, r, g, b, start, elements, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BY_BITS: tl.constexpr):
-    """Write pixels start .. start + BLOCK of a frame at `target`, (h, w, 3), of which `elements` values exist.
+    """Write pixels start .. start + BLOCK of the frame at `target` (h, w, 3), which has `elements` values.
 
-    The three channels are brought into the order of memory first, so that threads write 16 bytes each and a warp one unbroken run; a store
-    of each channel by itself would write every third value, three times over.
+    The three channels are first brought into memory order, so that each thread writes 16 bytes and each warp one
+    contiguous range. Three separate stores would each write every third value.
     """
     pixels = tl.reshape(_rounded(_four(r, g, b, b), DTYPE, BY_BITS), (4 * BLOCK,))
-    element = tl.arange(0, 4 * BLOCK)  # 3 * BLOCK are needed, but sizes are powers of 2
+    element = tl.arange(0, 4 * BLOCK)  # only 3 * BLOCK are needed, but sizes must be powers of 2
     values = tl.gather(pixels, tl.minimum(element // 3 * 4 + element % 3, 4 * BLOCK - 1), 0)
     element += start * 3
     tl.store(target + element, values, (element < elements) & (element < (start + BLOCK) * 3))
@@ -453,10 +491,13 @@ def _finish(
     YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     BOUNDARY: tl.constexpr, DTYPE: tl.constexpr, BY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """The finished views. BOUNDARY "none": rgb alone.
+    """Write the finished views. With BOUNDARY "none", write only rgb.
 
-    Inputs as in `_columns`; rgb, static and dynamic (B, T, h, w, 3), which is (B, 3, T, h, w) in channels_last_3d; elements h * w * 3.
-    One program: BLOCK consecutive pixels of every frame of one clip, first to last, or of one still.
+    Inputs: those of `_columns` and its output blurred (images, 3, h, w + 10). elements is h * w * 3.
+    Outputs: rgb, static and dynamic, each (B, T, h, w, 3), which is (B, 3, T, h, w) in channels_last_3d.
+
+    A program owns BLOCK consecutive pixels in all frames of one clip, which it processes in order, or BLOCK pixels of
+    one still.
     """
     block = tl.program_id(0) % blocks
     clip = tl.program_id(0) // blocks
@@ -517,7 +558,7 @@ def _finish(
                 dg = g - before_g
                 db = b - before_b
                 _store_pixels(dynamic + t * elements, dr, dg, db, start, elements, DTYPE, BLOCK, BY_BITS)
-                if BOUNDARY == "replicate":  # noqa: SIM102 (one condition is of compile time, the other of run time)
+                if BOUNDARY == "replicate":  # noqa: SIM102 (evaluated when compiled, the next one when run)
                     if t == 1:
                         _store_pixels(dynamic, dr, dg, db, start, elements, DTYPE, BLOCK, BY_BITS)
             if BOUNDARY == "wrap":
@@ -537,7 +578,7 @@ def _finish(
         else:
             luma += H * W * 3
 
-    # The first frame of the dynamic view; "replicate" has written it above, unless there is no second frame.
+    # Write the first frame of the dynamic view. "replicate" has written it above, unless there is no second frame.
     if BOUNDARY != "none":  # noqa: SIM102 (as above)
         if still == 0:
             if BOUNDARY == "wrap":
@@ -549,7 +590,7 @@ def _finish(
                 _store_pixels(dynamic, first_r, first_r, first_r, start, elements, DTYPE, BLOCK, BY_BITS)
 
 
-# ---------------------------------------------------------------------------------------------------------------- launches
+# ---------------------------------------------------------------- launches
 
 
 def table_of(rows: Augmentation, frames: Tensor | Yuv420) -> Tensor:
@@ -560,20 +601,21 @@ def table_of(rows: Augmentation, frames: Tensor | Yuv420) -> Tensor:
         return table
     coefficients = yuv_coefficients(frames.bt709, frames.full_range)
     if coefficients.device != table.device:
-        # The colour space may be on the device while the rows are not: both go there, for the other way is to wait for it.
-        table, coefficients = (part.to(frames.y.device, non_blocking=True) for part in (table, coefficients))
+        # The rows may be on the CPU and the flags on the device. A copy to the CPU would make the host wait.
+        table, coefficients = (tensor.to(frames.y.device, non_blocking=True) for tensor in (table, coefficients))
     return torch.cat([table, coefficients], dim=1)
 
 
 @dataclass(frozen=True)
 class Planes:
-    """Frames or stills as the kernels take them: packed RGB in `luma` and nothing else, or three planes."""
+    """The tensors of frames or stills: packed RGB in `luma` alone, or three planes."""
 
     luma: Tensor  # (B, T, H, W, 3) or (B, T, H, W); without T for stills
     u: Tensor | None = None  # (B, T, ceil(H / 2), ceil(W / 2)); without T for stills
     v: Tensor | None = None
 
     def size(self) -> tuple[int, int]:
+        """Return height and width of the buffer."""
         H, W = self.luma.shape[-2:] if self.u is not None else self.luma.shape[-3:-1]
         return H, W
 
@@ -581,11 +623,11 @@ class Planes:
 def _launches(
     frames: Planes,
     stills: Planes | None,
-    table: Tensor,  # (B, C), or (2 B, C) where there are stills
+    table: Tensor,  # (B, C), or (2 B, C) with stills
     views: tuple[Tensor, ...],  # rgb, static, dynamic, each (B, 3, T, h, w); rgb alone without stills
     boundary: str,
 ) -> list[Launch]:
-    """What is to be launched, in this order."""
+    """Return the launches in the order in which they must run."""
     rgb, static, dynamic = views if stills is not None else views * 3
     B, _, T, h, w = rgb.shape
     images = B * T + (B if stills is not None else 0)
@@ -655,9 +697,10 @@ def _launches(
 
 
 def launches_to_compile() -> list[tuple[str, Launch]]:
-    """Every kernel in every configuration that the functions below choose, with its name, on tensors without memory.
+    """Return every kernel in every configuration that `_launches` chooses, with a label, to be compiled ahead of time.
 
-    Triton compiles a kernel once more for arguments that 16 does not divide (odd sizes) and for those that are 1.
+    The tensors are on the meta device, so they have no memory. Triton compiles a kernel again for arguments that are
+    not multiples of 16 (odd sizes) and for arguments of 1.
     """
     named = []
     production, odd, one = (8, 16, 240, 320, 112, 112), (3, 5, 17, 23, 13, 11), (1, 1, 1, 1, 1, 1)
@@ -679,7 +722,7 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
 def _launches_without_memory(
     B: int, T: int, H: int, W: int, h: int, w: int, yuv: bool, dtype: torch.dtype, boundary: str
 ) -> list[Launch]:
-    """`_launches` for tensors on the meta device; without stills if boundary is "none"."""
+    """Return `_launches` for tensors on the meta device, without stills if the boundary is "none"."""
 
     def planes(*shape: int) -> Planes:
         if not yuv:
@@ -693,7 +736,7 @@ def _launches_without_memory(
     return _launches(planes(B, T), None if alone else planes(B), table, views, boundary)
 
 
-# --------------------------------------------------------------------------------------------------------------- registered
+# ---------------------------------------------------------------- registered
 
 
 def _empty_views(
@@ -723,7 +766,7 @@ def generate_views_op(
     boundary: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rgb, static and dynamic, each (B, 3, T, h, w); see `_means` for the inputs' shapes."""
+    """Return rgb, static and dynamic, each (B, 3, T, h, w). `_means` gives the shapes of the inputs."""
     B, T = frames.shape[:2]
     rgb, static, dynamic = views = _empty_views(3, B, T, h, w, dtype, frames.device)
     if B > 0:
@@ -755,7 +798,7 @@ def _(
 def augment_op(
     frames: Tensor, u: Tensor | None, v: Tensor | None, table: Tensor, h: int, w: int, dtype: torch.dtype
 ) -> Tensor:
-    """The rgb view alone, (B, 3, T, h, w); see `_means` for the inputs' shapes."""
+    """Return the rgb view alone, (B, 3, T, h, w). `_means` gives the shapes of the inputs."""
     B, T = frames.shape[:2]
     views = _empty_views(1, B, T, h, w, dtype, frames.device)
     if B > 0:

@@ -212,7 +212,7 @@ def test_unchecked_row_outside_the_queue_is_no_positive(device: torch.device) ->
     assert torch.equal(
         info_nce(queries, keys, queue, outside, check_rows=False), info_nce(queries, keys, queue, inside)
     )
-    with pytest.raises(ValueError, match=f"positives names row {2**40}, but queue has rows 0 to 5"):
+    with pytest.raises(ValueError, match=f"positives names queue entry {2**40}, but queue has entries 0 to 5"):
         info_nce(queries, keys, queue, outside, check_rows=True)
 
 
@@ -272,7 +272,11 @@ def test_float32_under_autocast(device: torch.device) -> None:
         ({"queue": torch.zeros(2, 0, 32)}, ValueError, "queue must be .* not empty"),
         ({"positives": torch.zeros(2, 3, 1)}, TypeError, "positives must be int64"),
         ({"positives": torch.zeros(2, 1, 1, dtype=torch.int64)}, ValueError, r"positives must be \(2, 3, M\)"),
-        ({"positives": torch.full((2, 3, 1), 4)}, ValueError, "positives names row 4, but queue has rows 0 to 3"),
+        (
+            {"positives": torch.full((2, 3, 1), 4)},
+            ValueError,
+            "positives names queue entry 4, but queue has entries 0 to 3",
+        ),
         ({"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
         ({"temperature": float("nan")}, ValueError, "temperature must be greater than 0"),
     ],
@@ -366,7 +370,7 @@ def test_mining_by_each_is_mining_by_one_at_a_time(
 def test_mining_by_each_needs_similarities() -> None:
     with pytest.raises(ValueError, match=r"features must be \(S, B, D\), not \(2, 32\)"):
         kernels.mine_positives_by_each(torch.zeros(2, 32), torch.zeros(4, 32), 1)
-    with pytest.raises(ValueError, match="m must be between 0 and the 4 rows of queue, not 5"):
+    with pytest.raises(ValueError, match="m must be between 0 and the 4 entries of queue, not 5"):
         kernels.mine_positives_by_each(torch.zeros(1, 2, 32), torch.zeros(1, 4, 32), 5)
 
 
@@ -408,7 +412,7 @@ def test_mine_positives_has_no_gradient(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("features", "queue", "m", "error", "message"),
     [
-        (torch.zeros(2, 8), torch.zeros(4, 8), 5, ValueError, "m must be between 0 and the 4 rows of queue, not 5"),
+        (torch.zeros(2, 8), torch.zeros(4, 8), 5, ValueError, "m must be between 0 and the 4 entries of queue, not 5"),
         (torch.zeros(2, 8), torch.zeros(4, 8), -1, ValueError, "m must be between"),
         (torch.zeros(8), torch.zeros(4, 8), 1, ValueError, "features must be"),
         (torch.zeros(2, 8), torch.zeros(4, 9), 1, ValueError, r"queue must be \(K, 8\)"),

@@ -1,5 +1,11 @@
-"""Every kernel in every configuration that its launcher chooses, compiled for sm_80 and sm_90: no spills, shared memory within limits."""
+"""Every kernel in every configuration that its launcher chooses, compiled for sm_80 and sm_90: no spills, shared memory within limits.
 
+Compiling takes two minutes on one core. The result is therefore kept between runs, in ~/.cache/dclr/tests or in the folder that
+DCLR_TEST_CACHE names, under a hash of what it depends on. Remove the folder to compile again.
+"""
+
+import ast
+import hashlib
 import json
 import os
 import subprocess
@@ -11,19 +17,35 @@ import pytest
 
 from benchmarks import resources
 from benchmarks.resources import RESULT, Usage
+from dclr.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
+CACHE = Path(os.environ.get("DCLR_TEST_CACHE", Path.home() / ".cache" / "dclr" / "tests"))
+
+
+def fingerprint() -> str:
+    """Return a hash of the code that is compiled, of Triton and of ptxas. Comments and the position of lines do not count."""
+    triton = pytest.importorskip("triton")
+    sources = [ROOT / "benchmarks" / "resources.py", *sorted((ROOT / "kernels").glob("*.py"))]
+    code = [ast.dump(ast.parse(path.read_text())) for path in sources]
+    return hashlib.sha256(
+        "\n".join([*code, triton.__version__, triton.knobs.nvidia.ptxas.version]).encode()
+    ).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
-    """Compiled by a process of its own: in this one kernels are interpreted."""
-    path = tmp_path_factory.mktemp("resources") / "resources.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.resources", "--json", str(path)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert path.exists(), run.stdout + run.stderr
-    return [Usage(**kernel) for kernel in json.loads(path.read_text())["kernels"]]
+    """What each compiled kernel uses. Another process compiles, because this process interprets kernels."""
+    kept = CACHE / f"kernels-{fingerprint()}.json"
+    if not kept.exists():
+        path = tmp_path_factory.mktemp("resources") / "resources.json"
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "benchmarks.resources", "--json", str(path)]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert path.exists(), run.stdout + run.stderr
+        CACHE.mkdir(parents=True, exist_ok=True)
+        atomic_write(kept, path.read_bytes(), kept.with_suffix(f".{os.getpid()}.tmp"))
+    return [Usage(**kernel) for kernel in json.loads(kept.read_text())["kernels"]]
 
 
 def test_no_kernel_spills_or_takes_too_much_shared_memory(compiled: list[Usage]) -> None:
@@ -38,8 +60,10 @@ def test_faults_are_found(compiled: list[Usage]) -> None:
 
 
 def test_products_use_the_matrix_units(compiled: list[Usage]) -> None:
-    """Also in float32, as three tf32 products; wgmma takes 64 queries, mma 16. 256 numbers take more registers: float32 is multiplied
-    without them, and tf32 32 queries at a time."""
+    """wgmma multiplies 64 queries at once and mma 16. Float32 uses the matrix units too, as three tf32 products.
+
+    With D = 256 the registers are too few for that: float32 does without matrix units, and tf32 multiplies 32 queries at once.
+    """
     streams = [u for u in compiled if u.kernel == "_partial_kernel"]
     for usage in streams:
         if "D 256, float32" in usage.configuration:
@@ -55,8 +79,21 @@ def test_the_committed_table_is_of_these_kernels(compiled: list[Usage]) -> None:
     assert committed == {(u.kernel, u.configuration, u.capability) for u in compiled}
 
 
+def test_the_fingerprint_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "benchmarks" / "resources.py").write_text("")
+    source = tmp_path / "kernels" / "a.py"
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    hashes = []
+    for text in ("x = 1\n", "# a comment\n\nx = 1\n", "x = 2\n"):
+        source.write_text(text)
+        hashes.append(fingerprint())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_a_spill_in_a_binary_is_read(tmp_path: Path) -> None:
-    """An array of 4000 bytes that is indexed at run time cannot be in registers."""
+    """An array of 4000 bytes that is indexed at run time cannot be kept in registers."""
     knobs = pytest.importorskip("triton").knobs
     ptx = tmp_path / "spill.ptx"
     ptx.write_text(

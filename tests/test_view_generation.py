@@ -359,15 +359,15 @@ def test_params_move() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("box", [0, 0, 31, 41], r"clip 1: box \(top 0, left 0, height 31, width 41\) is not within the valid 30 x 41"),
+        ("box", [0, 0, 31, 41], r"clip 1: box \(top 0, left 0, height 31, width 41\) must be within the valid 30 x 41"),
         ("box", [0, 1, 30, 41], "clip 1: box"),
         ("box", [-1, 0, 5, 5], "clip 1: box"),
         ("box", [0, -1, 5, 5], "clip 1: box"),
         ("box", [3, 3, 0, 5], "clip 1: box"),
         ("box", [3, 3, 5, 0], "clip 1: box"),
-        ("size", [33, 41], "clip 1: valid size 33 x 41 is not within the 32 x 44 buffer"),
+        ("size", [33, 41], "clip 1: valid size 33 x 41 must be within the 32 x 44 buffer"),
         ("size", [30, 45], "clip 1: valid size 30 x 45"),
-        ("order", [0, 1, 2, 2], r"clip 1: order \[0, 1, 2, 2\] is not a permutation"),
+        ("order", [0, 1, 2, 2], r"clip 1: order \[0, 1, 2, 2\] must be a permutation"),
         ("sigma", -1.0, "clip 1: sigma -1.0"),
         ("sigma", float("nan"), "clip 1: sigma nan"),
     ],
