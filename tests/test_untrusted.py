@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from dclr.config import DataConfig
-from dclr.data import augmentation, pack, store
+from dclr.data import pack, store
 from dclr.data.catalog import open_catalog
 from dclr.data.encode import write_video
 from dclr.errors import UserError
-from dclr.evaluation import demo_table
+from dclr.evaluation import demo_table, view_sheet
 from dclr.models import build_backbone, load_backbone, load_classifier, save_backbone
 from dclr.training.checkpoint import newest, read
 
@@ -150,8 +150,8 @@ class Place:
         return Path(shutil.copytree(source, self.folder / name))
 
     def views(self, video: Path) -> None:
-        self._patch.setattr(sys, "argv", ["views", "--video", str(video), "--out", str(self.folder / "views.png")])
-        augmentation.main()
+        self._patch.setattr(sys, "argv", ["view_sheet", "--video", str(video), "--out", str(self.folder / "views.png")])
+        view_sheet.main()
 
 
 Use = tuple[Path, Callable[[], object]]
@@ -308,7 +308,7 @@ PATHS: dict[str, Callable[[Place], Use]] = {
     "pack --out STORE: shard-00000.npz": in_a_store("planes", "shard-00000.npz", "pack"),
     "pack --compact --out STORE: shard-00000.npz": in_a_store("compact", "shard-00000.npz", "pack"),
     "the list of verified videos": manifest,
-    "dclr.data.augmentation --video": video_of_views,
+    "dclr.evaluation.view_sheet --video": video_of_views,
     "dclr.evaluation.demo_table FOLDER": report,
 }
 
@@ -328,7 +328,7 @@ def ends_well(use: Callable[[], object], marker: Path, capsys: pytest.CaptureFix
         said = str(error)
         assert said.isprintable()
         assert len(said) < 2000
-    except SystemExit as left:  # dclr.data.augmentation prints its own
+    except SystemExit as left:  # dclr.evaluation.view_sheet prints its own
         status, said = left.code, capsys.readouterr().err
         assert (status, said.count("\n")) == (2, 1)
     assert not marker.exists(), said
