@@ -23,7 +23,6 @@ PAGES_OF_TODAY = [page for page in PAGES if page != LOG]
 PAGE_OF_THE_AUTHORS_FLAGS = ROOT / "docs" / "from-the-authors-code.md"
 # Flags of deepspeed, torchrun, tensorboard and Slurm.
 FOREIGN_FLAGS = {"--hostfile", "--nproc_per_node", "--logdir", "--signal", "--requeue"}
-PENDING = {"--config"}  # until train.py has it
 
 
 def subcommands() -> dict[str, dict]:
@@ -110,7 +109,7 @@ def test_no_two_headings_of_a_page_have_the_same_anchor(page):
 
 @pytest.mark.parametrize("page", PAGES_OF_TODAY, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_exists(page):
-    known = FOREIGN_FLAGS | PENDING | set(view_sheet.make_parser()._option_string_actions)
+    known = FOREIGN_FLAGS | set(view_sheet.make_parser()._option_string_actions)
     for parsers in subcommands().values():
         for parser in parsers.values():
             known |= set(parser._option_string_actions)
