@@ -119,10 +119,10 @@ class SampleInfo:
     """Path -> reason, of the videos that were tried before this one."""
 
 
-def stack_frames(clips: Sequence[YuvFrames]) -> Yuv420:
+def stack_frames(frames: Sequence[YuvFrames]) -> Yuv420:
     """Stack B clips of one size, T frames each, as planes (B, T, H, W)."""
-    y, u, v = (torch.from_numpy(np.stack([getattr(clip, plane) for clip in clips])) for plane in "yuv")
-    return Yuv420(y, u, v, *stack_flags(clips))
+    y, u, v = (torch.from_numpy(np.stack([getattr(clip, plane) for clip in frames])) for plane in "yuv")
+    return Yuv420(y, u, v, *stack_flags(frames))
 
 
 def stack_flags(samples: Sequence[YuvFrames | SampleInfo]) -> tuple[Tensor, Tensor]:
