@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for train.py and eval.py
 
 from dclr.config import MethodConfig, ModelConfig, OptimConfig  # noqa: E402
+from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
 from dclr.method import DCLR  # noqa: E402
 from dclr.training.checkpoint import newest, read  # noqa: E402
 from dclr.training.engine import read_ds_config  # noqa: E402
@@ -66,6 +67,13 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
         many = value if isinstance(value, list | tuple) else [] if isinstance(value, bool) else [value]
         given += [flag, *map(str, many)]
     return given
+
+
+def read_store(folder: Path) -> Store:
+    """Open the packed store in a folder as a run does: read its index, then compare the sizes of its shards."""
+    opened = open_store(folder, load_index(folder))
+    check_sizes(opened)
+    return opened
 
 
 # ---------------------------------------------------------------- networks

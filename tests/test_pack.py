@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import VideoFrame
+from helpers import read_store
 from PIL import Image
 
 import train
@@ -31,7 +32,7 @@ from dclr.data.decode import (
 )
 from dclr.data.encode import compact_record, compact_video, write_video
 from dclr.data.manifest import load_manifest
-from dclr.data.store import open_store, shard_name
+from dclr.data.store import Selection, shard_name
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 
@@ -201,7 +202,7 @@ def pack_genuine(data: Path, out: Path, compact: bool = False, workers: int = 2)
 def test_every_split_of_a_store_gives_the_windows_of_its_videos(genuine, tmp_path, compact):
     data = genuine / "ucf101_sample"
     packed = pack_genuine(data, tmp_path / "store", compact)
-    opened = open_store(packed)
+    opened = read_store(packed)
     assert opened.compact == compact
     for split in (1, 2, 3):
         videos, again = open_catalog(data, split), open_catalog(packed, split)
@@ -213,7 +214,7 @@ def test_every_split_of_a_store_gives_the_windows_of_its_videos(genuine, tmp_pat
     listed = open_catalog(data).videos("train") + open_catalog(data).videos("test")
     manifest = load_manifest(data, [video.path for video in listed], workers=1, progress=False)
     rows = opened.rows_of([video.path for video in listed])
-    source = opened.source(rows)
+    source = Selection(opened, rows)
     for index, video in enumerate(listed):
         record = manifest.records[video.path]
         assert opened.frames[rows[index]] == record.frames
@@ -240,7 +241,7 @@ def test_small_videos_are_stored_byte_for_byte_as_they_are_decoded(genuine, tmp_
     data.mkdir()
     for file in sorted((genuine / "weizmann").rglob("*.mp4"))[::9]:
         shutil.copy(file, data)
-    opened = open_store(pack_genuine(data, tmp_path / "store"))
+    opened = read_store(pack_genuine(data, tmp_path / "store"))
     paths = [video.path for video in open_catalog(data).videos("train")]
     assert len(paths) == 10
     manifest = load_manifest(data, paths, workers=1, progress=False)
@@ -260,7 +261,7 @@ def test_colours_and_odd_sizes_survive(tmp_path, compact):
     made["odd.mkv"] = smooth(15, 101, 77)
     for name, planes in made.items():
         write_coded(tmp_path / "videos" / name, planes, "ffv1" if name == "odd.mkv" else "libx264")
-    opened = open_store(pack_genuine(tmp_path / "videos", tmp_path / "store", compact))
+    opened = read_store(pack_genuine(tmp_path / "videos", tmp_path / "store", compact))
     for row, name in zip(opened.rows_of(made), made, strict=True):
         read = opened.read_planes(row, np.arange(15))
         if compact:
@@ -273,7 +274,7 @@ def test_colours_and_odd_sizes_survive(tmp_path, compact):
 def test_videos_that_cannot_be_read_are_listed_with_their_reasons(genuine, tmp_path):
     videos = open_catalog(genuine / "faulty")
     packed = pack_genuine(genuine / "faulty", tmp_path / "store")
-    opened = open_store(packed)
+    opened = read_store(packed)
     assert open_catalog(packed).videos("train") == videos.videos("train")
     manifest = load_manifest(videos.root, [v.path for v in videos.videos("train")], workers=1, progress=False)
     assert opened.unreadable == manifest.unreadable
@@ -306,8 +307,8 @@ def pack_small(videos: Path, out: Path, workers: int = 1, **settings: Any) -> Pa
     return out
 
 
-def slowly(job: pack.Job, row: int, count: Any, frames: Any = pack.small_frames) -> Iterator[YuvFrames]:
-    for frame in frames(job, row, count):
+def slowly(job: pack.Job, row: int, written: np.ndarray, frames: Any = pack.small_frames) -> Iterator[YuvFrames]:
+    for frame in frames(job, row, written):
         time.sleep(0.01)
         yield frame
 
@@ -423,7 +424,7 @@ def test_a_video_that_fails_while_it_is_packed_is_named_and_listed_and_the_other
     videos, tmp_path, monkeypatch, capsys, compact
 ):
     bad = VIDEOS[2]
-    whole = open_store(pack_small(videos, tmp_path / "whole", compact=compact))
+    whole = read_store(pack_small(videos, tmp_path / "whole", compact=compact))
 
     def failing(path: Path, *arguments: Any) -> Iterator[YuvFrames]:
         for number, frame in enumerate(resized_planes(path, *arguments)):
@@ -440,7 +441,7 @@ def test_a_video_that_fails_while_it_is_packed_is_named_and_listed_and_the_other
         in shown.err.replace("\r", "\n").splitlines()
     )
     assert shown.out.splitlines()[-1].startswith(f"packed 6 videos into {out}, ")
-    opened = open_store(out)
+    opened = read_store(out)
     assert opened.unreadable == {bad: "frame 5 is corrupt"}
     assert store.damaged_shards(opened, 1, progress=False) == {}
     others = [path for path in VIDEOS if path != bad]
@@ -451,9 +452,9 @@ def test_a_video_that_fails_while_it_is_packed_is_named_and_listed_and_the_other
 
 def test_a_small_video_that_does_not_read_back_is_not_trusted(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "compact_video", lambda frames, *size: compact_video(list(frames)[1:], *size))
-    opened = open_store(pack_small(videos, tmp_path / "out", compact=True))
+    opened = read_store(pack_small(videos, tmp_path / "out", compact=True))
     assert set(opened.unreadable) == set(VIDEOS)
-    assert set(opened.unreadable.values()) == {"what was made of it is not as it should be (frames)"}
+    assert set(opened.unreadable.values()) == {"its compact video is not as expected (frames)"}
 
 
 def test_colours_that_change_on_the_way_are_refused(videos, tmp_path, monkeypatch):
@@ -463,9 +464,9 @@ def test_colours_that_change_on_the_way_are_refused(videos, tmp_path, monkeypatc
 
     monkeypatch.setattr(pack, "resized_planes", changing)
     for compact in (False, True):
-        opened = open_store(pack_small(videos, tmp_path / f"{compact}", compact=compact))
+        opened = read_store(pack_small(videos, tmp_path / f"{compact}", compact=compact))
         assert set(opened.unreadable.values()) == {
-            "its colour matrix or range changes on the way, which a store cannot hold"
+            "its colour matrix or range changes inside the video, which a store cannot hold"
         }
 
 
@@ -592,7 +593,7 @@ def test_a_disk_that_fails_on_the_way_is_one_line_and_what_is_finished_stays(vid
         patch.setattr(os, "fsync", full)
         assert refused(videos, out, compact=compact) == (
             f"cannot write to {out}: No space left on device; "
-            "what is finished stays, run the same command once that is mended"
+            "finished shards stay: fix the cause, then run the same command again"
         )
     assert sorted(file.name for file in out.glob("shard-*.npz")) == ["shard-00000.npz", "shard-00001.npz"]
     assert content(pack_small(videos, out, compact=compact)) == whole
@@ -631,7 +632,7 @@ def test_without_out_only_sizes_are_printed(videos, tmp_path, capsys):
 
 
 def test_the_estimate_for_ucf101_is_what_its_2_5_million_frames_take():
-    assert 2_484_199 * pack.planes_size(*pack.small_size(240, 320, 128)) == pytest.approx(81e9, rel=0.01)
+    assert 2_484_199 * store.frame_bytes(*pack.small_size(240, 320, 128)) == pytest.approx(81e9, rel=0.01)
 
 
 def test_the_command_packs_and_names_every_official_split(genuine, tmp_path, capsys):

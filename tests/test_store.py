@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import read_store
 
 import train
 from dclr.config import DataConfig
@@ -21,7 +22,8 @@ from dclr.data import pack, store, string_array
 from dclr.data.catalog import open_catalog
 from dclr.data.decode import UnreadableVideo, empty_planes
 from dclr.data.encode import write_video
-from dclr.data.store import Store, load_arrays, open_store, save_arrays
+from dclr.data.store import Selection, Store, load_arrays, save_arrays
+from dclr.data.videos import open_videos
 from dclr.errors import UserError
 
 VIDEOS = ["a/0.mp4", "a/2.mp4", "b/1.mp4", "b/3.mp4", "b/5.mp4"]
@@ -73,7 +75,7 @@ def whole(opened: Store, row: int) -> tuple[np.ndarray, ...]:
     ],
 )
 def test_frames_are_those_of_the_whole_video_in_the_order_wanted(packed, kind, wanted):
-    opened = open_store(packed / kind)
+    opened = read_store(packed / kind)
     for row in range(len(VIDEOS)):
         read = opened.read_planes(row, wanted)
         for plane, every in zip((read.y, read.u, read.v), whole(opened, row), strict=True):
@@ -81,7 +83,7 @@ def test_frames_are_those_of_the_whole_video_in_the_order_wanted(packed, kind, w
 
 
 def test_any_frames_in_any_order_are_the_right_ones(packed):
-    opened = open_store(packed / "planes")
+    opened = read_store(packed / "planes")
     every = whole(opened, 0)
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -95,7 +97,7 @@ def test_any_frames_in_any_order_are_the_right_ones(packed):
 
 @pytest.mark.parametrize("kind", ["planes", "compact"])
 def test_frames_are_written_to_the_top_left_of_memory_that_is_given(packed, kind):
-    opened = open_store(packed / kind)
+    opened = read_store(packed / kind)
     into = empty_planes(3, 60, 70)
     for plane in into:
         plane[...] = 99
@@ -116,15 +118,15 @@ def test_frames_are_written_to_the_top_left_of_memory_that_is_given(packed, kind
 @pytest.mark.parametrize("wanted", [[0, 20], [-1], [[0, 1]]], ids=["too large", "negative", "two dimensions"])
 def test_a_frame_that_does_not_exist_is_an_error(packed, kind, wanted):
     with pytest.raises(ValueError, match="wanted must be"):
-        open_store(packed / kind).read_planes(0, wanted)
+        read_store(packed / kind).read_planes(0, wanted)
 
 
 @pytest.mark.parametrize("kind", ["planes", "compact"])
 def test_a_selection_numbers_its_videos_anew(packed, kind):
-    opened = open_store(packed / kind)
+    opened = read_store(packed / kind)
     rows = opened.rows_of(["b/5.mp4", "a/2.mp4"])
     assert rows.tolist() == [4, 1]
-    source = opened.source(rows)
+    source = Selection(opened, rows)
     for index, row in enumerate(rows):
         assert np.array_equal(source.read_planes(index, [3]).y, opened.read_planes(row, [3]).y)
     with pytest.raises(KeyError):
@@ -139,7 +141,7 @@ def test_only_so_many_shards_are_open_at_a_time(packed, monkeypatch):
     for limit in (2, 256):
         monkeypatch.setattr(store, "_OPEN_SHARDS", limit)
         before = descriptors()
-        opened = open_store(packed / "planes")
+        opened = read_store(packed / "planes")
         for _ in range(2):
             for row in range(len(VIDEOS)):
                 opened.read_planes(row, [0])
@@ -149,12 +151,31 @@ def test_only_so_many_shards_are_open_at_a_time(packed, monkeypatch):
 
 def test_a_store_holds_no_object_a_video(packed):
     """Workers inherit it, and would copy the memory of every object they look at."""
-    opened = open_store(packed / "planes")
+    opened = read_store(packed / "planes")
     values = {field.name: getattr(opened, field.name) for field in fields(opened)}
     assert values.pop("unreadable") == {}
-    for name in ("folder", "compact", "_shard"):
+    for name in ("folder", "compact", "shard"):
         values.pop(name)
     assert all(isinstance(value, np.ndarray) and value.dtype != object for value in values.values()), values
+
+
+@pytest.mark.parametrize("kind", ["planes", "compact"])
+def test_the_index_is_read_once_a_run(packed, kind, monkeypatch, capsys):
+    read: list[str] = []
+    real = store.load_arrays
+
+    def counting(path: Path) -> tuple[store.Arrays, bytes]:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(store, "load_arrays", counting)
+    catalog = open_catalog(packed / kind)
+    assert len(open_videos(catalog, "train", workers=1)) == len(VIDEOS)
+    assert len(open_videos(catalog, "train", workers=1)) == len(VIDEOS)
+    assert read == [store.INDEX]
+    read.clear()
+    train.main(["check", "--data", str(packed / kind), "--workers", "1"])
+    assert read == [store.INDEX]
 
 
 # ---------------------------------------------------------------- damage
@@ -162,7 +183,7 @@ def test_a_store_holds_no_object_a_video(packed):
 
 def refused(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
-        open_store(folder)
+        read_store(folder)
     message = str(caught.value)
     assert "\n" not in message
     return message.replace(str(folder), "STORE")
@@ -223,7 +244,7 @@ def test_a_store_of_another_version_is_refused(spoiled):
 
 
 def test_a_shard_that_is_lost_while_it_is_used_fails_its_videos_and_no_others(spoiled):
-    opened = open_store(spoiled / "planes")
+    opened = read_store(spoiled / "planes")
     (spoiled / "planes" / "shard-00001.yuv").unlink()
     os.truncate(spoiled / "planes" / "shard-00002.yuv", 1000)
     os.truncate(spoiled / "planes" / "shard-00003.yuv", 0)
@@ -238,7 +259,7 @@ def test_a_shard_that_is_lost_while_it_is_used_fails_its_videos_and_no_others(sp
         2: "shard-00002.yuv is too short: it is damaged",
         3: "shard-00003.yuv cannot be mapped: cannot mmap an empty file",
     }
-    opened = open_store(spoiled / "compact")
+    opened = read_store(spoiled / "compact")
     (spoiled / "compact" / "shard-00001" / "00000002.avi").unlink()
     opened.read_planes(0, [0])
     with pytest.raises(UnreadableVideo, match=re.escape("shard-00001/00000002.avi: no such file")):
@@ -262,7 +283,7 @@ def test_check_finds_a_single_changed_bit_and_says_how_to_mend_it(spoiled, packe
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 4
     (folder / file).write_bytes(content)
-    open_store(folder)  # cannot notice
+    read_store(folder)  # cannot notice
     with pytest.raises(UserError) as caught:
         train.main(["check", "--data", str(folder)])
     command = f"train.py pack --data {packed / 'videos'} --out {folder} --short-side 32" + " --compact" * (
@@ -322,7 +343,7 @@ def read_all(folder: Path, expected: dict[str, tuple[np.ndarray, ...]]) -> str:
     try:
         catalog = open_catalog(folder)
         videos = catalog.videos("train")
-        opened = open_store(folder)
+        opened = read_store(folder)
         rows = opened.rows_of(video.path for video in videos if video.path not in opened.unreadable)
     except UserError:
         return "refused"
@@ -372,7 +393,7 @@ def test_a_store_whose_index_is_spoiled_at_random_and_signed_is_refused_or_read_
     """Every array is hit in most of its ways: 600 spoiled indexes of 20 arrays."""
     folder = spoiled / kind
     index, _ = load_arrays(folder / store.INDEX)
-    opened = open_store(folder)
+    opened = read_store(folder)
     expected = {video: whole(opened, row) for row, video in enumerate(VIDEOS)}
     assert read_all(folder, expected) == "read"
     rng = np.random.default_rng(0)
@@ -393,7 +414,7 @@ def spoil(folder: Path, **changed: object) -> str:
         made = change(arrays[name]) if callable(change) else change
         arrays[name] = made if isinstance(made, np.ndarray) else np.array(made, dtype=index[name].dtype)
     save_arrays(folder / store.INDEX, arrays)
-    for way in (lambda: open_catalog(folder), lambda: open_store(folder)):
+    for way in (lambda: open_catalog(folder), lambda: read_store(folder)):
         with pytest.raises(UserError) as caught:
             way()
     message = str(caught.value)
@@ -439,7 +460,7 @@ def at(place: int, value: int):
             "paths must be at least one, and each another",
         ),
         ({"paths": string_array.pack_strings(["a"])}, "paths must be of shape (5,), not (1,)"),
-        ({"paths": at(-1, 65)}, "paths must be texts, each with a null character behind it"),
+        ({"paths": at(-1, 65)}, "paths must be strings, each with a null character behind it"),
         (
             {"missing": string_array.pack_strings(["a"]), "missing_number": np.array([2])},
             "missing_number must be one of the numbers",
@@ -553,4 +574,4 @@ def test_sizes_of_a_shard_that_only_add_up_to_the_planned_ones_are_not_taken(spo
     save_arrays(path, {**found, "sizes": found["sizes"] + [8, -8]})
     train.main(["pack", "--data", str(packed / "videos"), "--out", str(folder), "--short-side", "32", "--workers", "1"])
     assert f"{path.name} is damaged: its shard is made again" in capsys.readouterr().err
-    open_store(folder)
+    read_store(folder)

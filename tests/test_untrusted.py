@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, as_flags
+from helpers import REPOSITORY, as_flags, read_store
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -729,7 +729,7 @@ def test_a_store_of_videos_from_elsewhere_reads_them_from_itself(elsewhere, plac
     place.train(*flags, "--allow-outside")
     (elsewhere / "outside.mp4").unlink()
     shutil.rmtree(data)
-    opened = store.open_store(packed)
+    opened = read_store(packed)
     assert opened.read_planes(1, [0, 19]).y.shape == (2, 32, 32)
     assert [video.path for video in open_catalog(packed).videos("train")] == [
         "inside.mp4",

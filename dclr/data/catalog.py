@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
@@ -67,6 +67,8 @@ class Catalog:
     is "val" and no "test", "test" is the same videos as "val"."""
     missing: tuple[str, ...] = ()
     """What the lists name and the disk does not hold."""
+    index: Arrays | None = field(default=None, repr=False, compare=False)
+    """The index of a packed store, for `open_store`; None for videos on disk."""
 
     def videos(self, split: str) -> tuple[Video, ...]:
         """The videos of a split; UserError, naming the splits that exist, where there are none."""
@@ -180,6 +182,7 @@ def _from_store(folder: Path, split: int) -> Catalog:
         classes=tuple(unpack_strings(index["classes"])),
         splits={name: tuple(videos) for name, videos in splits.items()},
         missing=tuple(path for number, path in missing if number == split),
+        index=index,
     )
 
 

@@ -1,50 +1,58 @@
-"""train.py check: what a data set is recognised as, its videos by split and class, and every one that cannot be read."""
+"""Check a data set (train.py check): print its layout, its videos by split and class, and every unreadable video."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from dclr.config import DataConfig
-from dclr.data import store
-from dclr.data.catalog import Catalog
+from dclr.data.catalog import Catalog, Video
 from dclr.data.datasets import make_demo, open_data
 from dclr.data.manifest import Manifest, load_manifest
+from dclr.data.store import Arrays, Store, damaged_shards, open_store, pack_command
 from dclr.errors import UserError
 
 
 def check(data: DataConfig) -> None:
-    """Print the findings; exit status 0, whatever is unreadable. Raises UserError: nothing recognised, or a packed store is damaged."""
+    """Print the findings. Unreadable videos are findings and no error.
+
+    Raises UserError: no data set is recognised, or a packed store is damaged.
+    """
     if not data.data:
         make_demo()
-    catalog = open_data(data)
-    if store.is_store(catalog.root):
-        check_store(catalog, workers=max(1, data.workers))
+    catalog, workers = open_data(data), max(1, data.workers)
+    if catalog.index is not None:
+        check_store(catalog, catalog.index, workers)
         return
-    paths = sorted({video.path for videos in catalog.splits.values() for video in videos})
-    manifest = load_manifest(catalog.root, paths, workers=max(1, data.workers), timeout=data.video_timeout)
+    manifest = load_manifest(catalog.root, sorted(videos_of(catalog)), workers=workers, timeout=data.video_timeout)
     print("\n".join([*describe_catalog(catalog), *describe_videos(catalog, manifest), *describe_missing(catalog)]))
 
 
-def check_store(catalog: Catalog, workers: int) -> None:
-    """The same for a packed store, after comparing every checksum. Raises UserError, naming the shards that are damaged."""
-    index = store.load_index(catalog.root)
-    packed = store.store_of(catalog.root, index)
-    damaged = store.damaged_shards(packed, workers)
-    print("\n".join([*describe_catalog(catalog), *describe_store(packed), *describe_missing(catalog)]))
+def check_store(catalog: Catalog, index: Arrays, workers: int) -> None:
+    """Compare every checksum of a packed store and print the findings. Raises UserError, naming the damaged shards."""
+    store = open_store(catalog.root, index)
+    damaged = damaged_shards(store, workers)
+    print("\n".join([*describe_catalog(catalog), *describe_store(store), *describe_missing(catalog)]))
     for shard, fault in damaged.items():
         print(f"  {shard} {fault}")
     if damaged:
         names = " ".join(str(Path(catalog.root, shard)) for shard in damaged)
         raise UserError(
-            f"damaged shards, {len(damaged)} of {packed.shards.max() + 1}: rm -r {names}; then run "
-            f"`{store.pack_command(catalog.root, index)}`, which makes only these again"
+            f"damaged shards, {len(damaged)} of {store.shards.max() + 1}: rm -r {names}; then run "
+            f"`{pack_command(catalog.root, index)}`, which makes only these again"
         )
 
 
+def videos_of(catalog: Catalog) -> dict[str, Video]:
+    """Return the videos of all splits by path."""
+    return {video.path: video for videos in catalog.splits.values() for video in videos}
+
+
 def describe_catalog(catalog: Catalog) -> list[str]:
-    """What was recognised, and how many videos of each class are in each split."""
-    everything = {video.path: video for videos in catalog.splits.values() for video in videos}
+    """Return lines with the layout and the number of videos of each class in each split."""
     classes = f"{len(catalog.classes)} classes" if catalog.classes else "no labels"
-    lines = [f"{catalog.root}: {catalog.layout}, {len(everything)} videos, {classes}"]
+    lines = [f"{catalog.root}: {catalog.layout}, {len(videos_of(catalog))} videos, {classes}"]
     names = list(catalog.splits)
     counts = {name: Counter(video.label for video in catalog.splits[name]) for name in names}
     wide = max([len(name) for name in catalog.classes] + [10])
@@ -55,43 +63,52 @@ def describe_catalog(catalog: Catalog) -> list[str]:
     return lines
 
 
-def describe_store(packed: store.Store) -> list[str]:
-    """What is in the store, over all splits."""
-    there = packed.shards >= 0
-    kind = "compact" if packed.compact else "planes"
-    sizes = Counter(f"{w} x {h}" for w, h in zip(packed.widths[there], packed.heights[there], strict=True))
+def describe_store(store: Store) -> list[str]:
+    """Return lines about the content of a packed store, over all splits."""
+    there = store.shards >= 0
+    kind = "compact" if store.compact else "planes"
     return [
-        f"store: {kind}, shards: {packed.shards.max() + 1}, {packed.sizes.sum() / 1e9:,.2f} GB, {packed.frames.sum():,} frames",
-        "sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(3)),
-        f"unreadable: {len(packed.unreadable)}",
-        *(f"  {path}: {reason}" for path, reason in sorted(packed.unreadable.items())),
+        f"store: {kind}, shards: {store.shards.max() + 1}, {store.sizes.sum() / 1e9:,.2f} GB, "
+        f"{store.frames.sum():,} frames",
+        describe_sizes(store.widths[there], store.heights[there]),
+        *describe_unreadable(store.unreadable),
     ]
 
 
 def describe_videos(catalog: Catalog, manifest: Manifest) -> list[str]:
-    """What a complete decode of every video found."""
+    """Return lines about what a complete decode of every video found."""
     lines = []
-    everything = dict.fromkeys(video.path for videos in catalog.splits.values() for video in videos)
-    records = [manifest.records[path] for path in everything if path in manifest.records]
+    records = [manifest.records[path] for path in videos_of(catalog) if path in manifest.records]
     if records:
         frames = sorted(record.frames for record in records)
-        sizes = Counter(f"{record.width} x {record.height}" for record in records).most_common(3)
         lines.append(
             f"readable: {len(records)}; frames: {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}"
         )
-        lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes))
-        lied = sum(record.declared not in (0, record.frames) for record in records)
+        lines.append(describe_sizes(*np.array([(record.width, record.height) for record in records]).T))
+        wrong = sum(record.declared not in (0, record.frames) for record in records)
         lines.append(
-            f"declare another number of frames than they hold: {lied}; not safe to seek, read from the start: "
+            f"declare another number of frames than they hold: {wrong}; not safe to seek, read from the start: "
             f"{sum(not record.seekable for record in records)}"
         )
-    lines.append(f"unreadable: {len(manifest.unreadable)}")
-    lines += [f"  {path}: {reason}" for path, reason in sorted(manifest.unreadable.items())]
-    return lines
+    return [*lines, *describe_unreadable(manifest.unreadable)]
+
+
+def describe_sizes(widths: np.ndarray, heights: np.ndarray) -> str:
+    """Return a line with the three most frequent sizes."""
+    sizes = Counter(f"{width} x {height}" for width, height in zip(widths, heights, strict=True))
+    return "sizes: " + ", ".join(f"{size} ({count})" for size, count in sizes.most_common(3))
+
+
+def describe_unreadable(unreadable: Mapping[str, str]) -> list[str]:
+    """Return lines with the number of unreadable videos, and each one with its reason."""
+    return [
+        f"unreadable: {len(unreadable)}",
+        *(f"  {path}: {reason}" for path, reason in sorted(unreadable.items())),
+    ]
 
 
 def describe_missing(catalog: Catalog) -> list[str]:
-    """What the lists name and the disk did not hold, where there is any."""
+    """Return lines with the videos that the lists name and the disk does not hold; none if there are no such videos."""
     if not catalog.missing:
         return []
     return [f"listed but not on disk: {len(catalog.missing)}", *(f"  {path}" for path in catalog.missing)]

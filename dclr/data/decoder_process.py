@@ -15,9 +15,10 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
 import numpy as np
@@ -112,9 +113,10 @@ def describe(status: int, limit: float) -> str:
 class DecoderDied(Exception):
     """A decoder process ended before it answered. The message is the one of `describe`."""
 
-    def __init__(self, status: int, limit: float) -> None:
+    def __init__(self, status: int, limit: float, video: int | None) -> None:
+        """`status`, `limit`: as for `describe`. `video`: the video that the process was reading; None if none."""
         super().__init__(describe(status, limit))
-        self.status = status
+        self.status, self.video = status, video
 
     @property
     def out_of_memory(self) -> bool:
@@ -163,7 +165,7 @@ class DecoderProcess:
         try:
             content = self.connection.recv_bytes()
         except (EOFError, OSError):  # OSError: in the middle of its answer
-            raise DecoderDied(self._reap(), self.limit) from None
+            raise DecoderDied(self._reap(), self.limit, self.video) from None
         error, text, value = pickle.loads(content)
         if error is not None:
             raise error from RemoteTraceback(f"\n{text}")
@@ -197,6 +199,51 @@ class DecoderProcess:
         _, status = os.waitpid(self._pid, 0)
         self._pid = 0
         return STALLED if self._stalled else os.waitstatus_to_exitcode(status) or 1  # 0 would mean no fault
+
+
+def answers(
+    serve: Callable[[Any], Any],
+    requests: deque[Any],
+    workers: int,
+    limit: float,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (request, answer) for each request, as they are finished by `workers` decoder processes.
+
+    Each process has one request at a time, so it is known which request a process died on. The answer is then a
+    DecoderDied. An exception that `serve` raises is raised here and ends all processes.
+
+    Args:
+        serve: answers a request, in a decoder process.
+        requests: taken from the left until it is empty. The caller may append to it while this runs.
+        limit: seconds without progress after which a process that reads a video is killed.
+        tick: called every TICK or more often.
+    """
+    idle = [DecoderProcess(serve, limit) for _ in range(min(workers, len(requests)))]
+    busy: dict[DecoderProcess, Any] = {}
+    try:
+        while requests or busy:
+            while idle and requests:
+                process, request = idle.pop(), requests.popleft()
+                busy[process] = request
+                process.request(request)
+            ready = wait([process.connection for process in busy], TICK)
+            tick()
+            for process, request in list(busy.items()):
+                if process.connection not in ready:
+                    if process.video is not None:
+                        process.end_if_stalled()
+                    continue
+                try:
+                    answer = process.answer()
+                except DecoderDied as death:
+                    answer = death
+                del busy[process]
+                idle.append(process)
+                yield request, answer
+    finally:
+        for process in [*idle, *busy]:
+            process.stop()
 
 
 def _run(serve: Callable[[Any], Any], connection: "Connection[Any, Any]", progress: Progress, parent: int) -> NoReturn:

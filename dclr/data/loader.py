@@ -179,7 +179,7 @@ class WatchedSamples(Dataset[Any]):
             try:
                 return decoder.answer()
             except DecoderDied as death:
-                index = decoder.video
+                index = death.video
                 if death.out_of_memory and index not in tried_twice:
                     tried_twice.add(index)
                 elif index is None:

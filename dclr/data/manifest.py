@@ -1,7 +1,7 @@
-"""One complete decode of every video, once: what is readable, how long it is, where it can be sought.
+"""Verification: one complete decode of every video finds what is readable, how long it is and where seeking works.
 
-The findings are kept in one cache file a data folder, outside of it (data folders are often read-only), and found again
-by path, file size and modification time: only new and changed files are decoded at the next start.
+The findings are kept in one cache file per data folder, outside of it because data folders are often read-only. They
+are found again by path, file size and modification time. So only new and changed files are decoded at the next start.
 """
 
 import hashlib
@@ -11,25 +11,24 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from dclr.data.decode import MOST_PIXELS, UnreadableVideo, VideoRecord, verify_video
-from dclr.data.decoder_process import TICK, TIMEOUT, DecoderDied, DecoderProcess, report_video
+from dclr.data.decoder_process import TIMEOUT, DecoderDied, answers, report_video
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 
 _VERSION = 2
-"""Of the cache file's format and of what `verify_video` finds: raise it when either changes."""
+"""Version of the cache file's format and of what `verify_video` finds: raise it when either changes."""
 
 _SAVE_EVERY = 300.0
-"""Seconds between saves while verifying, so that a machine lost after hours costs minutes."""
+"""Seconds between saves while verifying, so that a crash after hours loses minutes."""
 
 Finding = VideoRecord | str
-"""A record, or the reason why there is none."""
+"""The record of a video, or the reason why it cannot be read."""
 
 Stamp = tuple[int, int]
 """File size in bytes and modification time in nanoseconds."""
@@ -37,13 +36,14 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Each video asked for is in exactly one of the two, in the order asked for."""
+    """What is known of each requested video. A video is either in `records` or in `unreadable`, in the requested
+    order."""
 
     root: Path
     records: dict[str, VideoRecord]
     """By path relative to root."""
     unreadable: dict[str, str]
-    """Path relative to root -> the reason in one line."""
+    """Path relative to root -> reason in one line."""
     sizes: dict[str, int]
     """Bytes of the files in `records`."""
 
@@ -57,12 +57,17 @@ def load_manifest(
     cache_dir: Path | None = None,
     timeout: float = TIMEOUT,
 ) -> Manifest:
-    """Verifies the videos `root / path` that the cache does not know yet, in `workers` processes of their own.
+    """Verify the videos `root / path` that the cache does not know, in `workers` decoder processes.
 
-    A video on which the decoder crashes, or gives no frame for `timeout` seconds, is unreadable; alone of all findings this is not kept.
+    The cache is also saved when the work is interrupted. It keeps the findings of videos that `paths` does not name.
 
-    The cache lies in `cache_dir`, by default $XDG_CACHE_HOME/dclr/manifests or ~/.cache/dclr/manifests. It is saved
-    when the work is interrupted too, and keeps videos that `paths` does not name. UserError: it cannot be written.
+    Args:
+        cache_dir: the folder of the cache, by default $XDG_CACHE_HOME/dclr/manifests or ~/.cache/dclr/manifests.
+        timeout: seconds without a frame after which a decoder process is killed. Its video is then unreadable, like one
+            on which the decoder crashes. These findings are not cached, because the machine may have caused them.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     cache = _cache_file(root, cache_dir)
     known = _load(cache)
@@ -86,13 +91,11 @@ def load_manifest(
             todo[path] = stamp
 
     if todo:
-        _save(cache, known)  # now, for what cannot be written should not come out after hours of verifying
+        _save(cache, known)  # now, so that a cache that cannot be written is noticed before hours of verifying
     saved = time.monotonic()
     try:
         for path, finding in _verify(root, list(todo), workers, timeout, progress):
-            if isinstance(
-                finding, DecoderDied
-            ):  # may have been the machine's fault (memory, a slow disk): looked at again next time
+            if isinstance(finding, DecoderDied):
                 findings[path] = str(finding)
                 known.pop(path, None)
             else:
@@ -119,40 +122,20 @@ def load_manifest(
 def _verify(
     root: Path, paths: list[str], workers: int, timeout: float, progress: bool
 ) -> Iterator[tuple[str, Finding | DecoderDied]]:
-    """(path, finding) for each path, as they get done. Each worker has one video at a time, so it is known which one it died on."""
-    children = [DecoderProcess(lambda path: _find(root / path), timeout) for _ in range(min(workers, len(paths)))]
-    waiting, asked, tried_twice = deque(paths), dict[DecoderProcess, str](), set[str]()
-    try:
-        with tqdm(total=len(paths), desc="verifying videos", unit="video", disable=not (progress and paths)) as bar:
-            while waiting or asked:
-                for child in children:
-                    if child not in asked and waiting:
-                        asked[child] = waiting.popleft()
-                        child.request(asked[child])
-                ready = wait([child.connection for child in asked], TICK)
-                for child, path in list(asked.items()):
-                    if child.connection not in ready:
-                        child.end_if_stalled()
-                        continue
-                    del asked[child]
-                    finding: Finding | DecoderDied
-                    try:
-                        finding = child.answer()
-                    except DecoderDied as death:
-                        if death.out_of_memory and path not in tried_twice:
-                            tried_twice.add(path)
-                            waiting.append(path)  # last, when the others may have let go of their memory
-                            continue
-                        finding = death
-                    bar.update()
-                    yield path, finding
-    finally:
-        for child in children:
-            child.stop()
+    """Yield (path, finding) for each path, in the order in which they are finished."""
+    waiting, tried_twice = deque(paths), set[str]()
+    with tqdm(total=len(paths), desc="verifying videos", unit="video", disable=not (progress and paths)) as bar:
+        for path, finding in answers(lambda path: _find(root / path), waiting, workers, timeout):
+            if isinstance(finding, DecoderDied) and finding.out_of_memory and path not in tried_twice:
+                tried_twice.add(path)
+                waiting.append(path)  # last, when the other processes may have freed their memory
+                continue
+            bar.update()
+            yield path, finding
 
 
 def _find(path: Path) -> Finding:
-    report_video(0)
+    report_video(0)  # any number: `answers` knows the path
     try:
         return verify_video(path)
     except UnreadableVideo as reason:
@@ -170,11 +153,11 @@ def _cache_file(root: Path, cache_dir: Path | None) -> Path:
 
 
 def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
-    """Atomically: a reader sees the old file or the new one."""
+    """Write the cache file under another name, then rename it. So a reader never sees half a file. Raises UserError."""
     stamps = [stamp for stamp, _ in known.values()]
     records = [finding if isinstance(finding, VideoRecord) else None for _, finding in known.values()]
     readable = [record for record in records if record is not None]
-    # Timestamps as differences: mostly one number over and over, which compresses to nothing (Kinetics: 72 million).
+    # Differences of timestamps are mostly the same number, which compresses to almost nothing (Kinetics: 72 million).
     pts_steps = [np.diff(record.pts, prepend=np.int64(0)) for record in readable]
     arrays = {
         "version": np.array(_VERSION),
@@ -208,17 +191,17 @@ def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
 
 
 def _load(cache: Path) -> dict[str, tuple[Stamp, Finding]]:
-    """What was saved; nothing, with a warning on stderr, where the file is damaged or of another version."""
+    """Return the saved findings. A damaged file, or one of another version, gives none and a warning on stderr."""
     try:
         with np.load(cache, allow_pickle=False) as file:
             if file["version"] != _VERSION:
-                raise ValueError(f"of version {file['version']}, not {_VERSION}")
+                raise ValueError(f"it is of version {file['version']}, not {_VERSION}")
             arrays = {name: file[name] for name in file.files}
         return _unpacked_findings(arrays)
     except FileNotFoundError:
         return {}
-    except Exception as error:  # whatever a damaged file makes of its readers
-        print(f"warning: {cache} cannot be used ({error}); the videos are verified anew", file=sys.stderr)
+    except Exception as error:  # readers raise many kinds of errors on a damaged file
+        print(f"warning: {cache} cannot be used ({error}); the videos are verified again", file=sys.stderr)
         return {}
 
 
@@ -249,7 +232,8 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
 
 
 def _check_numbers(arrays: dict[str, np.ndarray]) -> None:
-    """Raises ValueError where they contradict each other: whoever reads by them would read frames that are not there."""
+    """Raise ValueError if numbers of the cache file contradict each other. By such a record, no frame could be
+    found."""
     frames, marks, sizes = arrays["frames"], arrays["keyframe_counts"], arrays["sizes"]
     count = np.count_nonzero(arrays["readable"])
     if not (

@@ -1,25 +1,21 @@
-"""train.py pack: decodes every video of a data set once, and writes it, small, into a store (dclr/data/store.py).
+"""Pack a data set (train.py pack): decode every video once and write it, small, into a store (dclr/data/store.py).
 
-The plan, which video goes where, follows from what is known of the videos beforehand. So each shard is a piece of work of its own: it is
-written aside, brought down to the disk, renamed, and then vouched for by a file of checksums. However often packing is interrupted, shards
-that are vouched for stay, the others are made, and every byte of the store is what an uninterrupted run would have written.
+The plan says which video goes where. It depends only on what is known of the videos before packing. So each shard can
+be written independently: it is written under a temporary name, synced to the disk and renamed, and then a file of its
+checksums is written. If packing is interrupted, shards with checksums stay and the others are written again. Every byte
+of the finished store is the same as without the interruption.
 """
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -28,37 +24,38 @@ from dclr.config import DataConfig
 from dclr.data import decoder_process, store
 from dclr.data.catalog import catalog_arrays, official_splits, open_catalog
 from dclr.data.datasets import DEMO_VIDEOS, make_demo
-from dclr.data.decode import (
-    UnreadableVideo,
-    VideoRecord,
-    YuvFrames,
-    resized_planes,
-    verify_video,
-)
+from dclr.data.decode import UnreadableVideo, VideoRecord, YuvFrames, resized_planes, verify_video
+from dclr.data.decoder_process import DecoderDied
 from dclr.data.encode import compact_record, compact_video
 from dclr.data.manifest import load_manifest
-from dclr.data.store import Arrays, shard_name
+from dclr.data.store import Arrays, checksums_name, frame_bytes, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 from dclr.files import sync_folder
 
 SHARD_BYTES = 2**30
-"""Of planes, also where a compact store is written: what a worker loses when it is killed is then under a minute of work either way."""
+"""Most bytes of planes in a shard, also of a compact store. A worker that is killed loses less than a minute of work
+either way."""
 
 COMPACT_SHARE = 0.12
-"""Bytes a pixel of a compact store, for the estimate: measured 0.07 on genuine UCF101 clips, 0.12 on Kinetics'."""
+"""Bytes per pixel of a compact store, for the estimate: measured 0.07 on genuine UCF101 clips, 0.12 on Kinetics'."""
 
 
 @dataclass(frozen=True)
 class Job:
     """All that a worker needs to write a shard."""
 
-    root: Path  # of the videos
-    folder: Path  # of the store
+    root: Path
+    """The folder of the videos."""
+    folder: Path
+    """The folder of the store."""
     plan: Arrays
-    digest: bytes  # of the plan, which checksums of shards refer to
-    paths: list[str]  # by row
-    records: dict[str, VideoRecord]  # by path
+    digest: bytes
+    """SHA-256 of the plan, which the checksums of each shard refer to."""
+    paths: list[str]
+    """By row."""
+    records: dict[str, VideoRecord]
+    """By path."""
 
     @property
     def compact(self) -> bool:
@@ -66,18 +63,26 @@ class Job:
 
     @property
     def shards(self) -> list[np.ndarray]:
-        """The rows of each."""
+        """The rows of each shard."""
         return store.rows_by_shard(self.plan["shards"])
 
     def shard(self, number: int) -> Path:
         return self.folder / shard_name(number, self.compact)
 
+    def checksums(self, number: int) -> Path:
+        return self.folder / checksums_name(number)
+
 
 def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, compact: bool = False) -> None:
-    """Prints what the store will take, and unless `out` is empty, writes it there, or goes on where an earlier call was stopped.
+    """Print how large the store will be. Unless `out` is empty, write the store there or continue an interrupted pack.
 
-    Raises UserError: nothing to pack, an output folder that holds something else or was begun with other videos or settings, too
-    little space, a disk that cannot be written.
+    Args:
+        short_side: pixels of a video's shorter side in the store.
+        compact: store small video files instead of planes.
+
+    Raises:
+        UserError: there is nothing to pack, the output folder holds something else or was begun with other videos or
+            settings, there is too little space, or the disk cannot be written.
     """
     if short_side < 16 or short_side % 2:
         raise UserError(f"--short-side is {short_side}, but must be even and at least 16 (the smallest --crop-size)")
@@ -89,7 +94,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
     catalogs = {number: open_catalog(source, number, data.allow_outside) for number in official_splits(source)}
     root = next(iter(catalogs.values())).root
     if out and folder.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--out {out} lies in the data folder, where it could be taken for videos: give another place")
+        raise UserError(f"--out {out} lies in the data folder, where it could be taken for videos: give another folder")
 
     lists = catalog_arrays(catalogs)
     paths = unpack_strings(lists["paths"])
@@ -105,7 +110,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
         return
 
     with writable(folder), locked(folder):
-        digest = begin(folder, plan)
+        digest = write_plan(folder, plan)
         job = Job(root, folder, plan, digest, paths, manifest.records)
         todo = [number for number in range(len(job.shards)) if finished(job, number) is None]
         check_space(job, todo)
@@ -129,11 +134,19 @@ def make_plan(
     root: Path,
     lists: Arrays,
     records: dict[str, VideoRecord],
-    reasons: list[str],  # by row; empty: readable
+    reasons: list[str],
     short_side: int,
     compact: bool,
 ) -> Arrays:
-    """Every array that the index has, but for what is only known once a shard is written (see `write_shard`)."""
+    """Return every array of the index except those that are known only after a shard is written (see `write_shard`).
+
+    Args:
+        source: the folder or list that --data names, for the user to read.
+        root: the folder that paths start from.
+        lists: what `catalog_arrays` returns.
+        records: by path.
+        reasons: by row, why a video cannot be read; empty if it can.
+    """
     paths = unpack_strings(lists["paths"])
     frames, heights, widths, sizes, shards, offsets = np.zeros((6, len(paths)), dtype=np.int64)
     stamps = np.zeros((len(paths), 2), dtype=np.int64)
@@ -147,7 +160,7 @@ def make_plan(
         stamps[row] = status.st_size, status.st_mtime_ns
         frames[row] = record.frames
         heights[row], widths[row] = small_size(record.height, record.width, short_side)
-        sizes[row] = record.frames * planes_size(heights[row], widths[row])
+        sizes[row] = record.frames * frame_bytes(heights[row], widths[row])
         if filled and filled + sizes[row] > SHARD_BYTES:
             shard, filled = shard + 1, 0
         shards[row], offsets[row] = shard, filled
@@ -170,8 +183,11 @@ def make_plan(
 
 
 def small_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """The size in which a video is stored: never enlarged; the longer side is rounded to an even number, so that chroma planes are
-    exactly half as large and no colour shifts against its brightness."""
+    """Return the height and width in which a video is stored. A video is never enlarged.
+
+    The longer side is rounded to an even number. Then the chroma planes have exactly half its size, and colours do not
+    shift against brightness.
+    """
     short, long = min(height, width), max(height, width)
     if short <= short_side:
         return height, width
@@ -179,34 +195,31 @@ def small_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return (short_side, long) if height <= width else (long, short_side)
 
 
-def planes_size(height: int, width: int) -> int:
-    """Bytes of a frame in 4:2:0."""
-    return int(height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2))
-
-
 def compact_size(plan: Arrays, rows: np.ndarray | slice = slice(None)) -> int:
-    """About how many bytes these videos take as small video files."""
+    """Estimate the bytes of these videos as small video files."""
     return int(COMPACT_SHARE * np.sum((plan["frames"] * plan["heights"] * plan["widths"])[rows]))
 
 
 def describe(root: Path, plan: Arrays) -> list[str]:
-    """The lines that `pack` prints before it writes anything."""
+    """Return the lines that `pack` prints before it writes anything."""
     stored = plan["shards"] >= 0
     (layout,) = unpack_strings(plan["layout"])
     numbers = plan["numbers"].tolist()
     splits = f" (splits {', '.join(map(str, numbers))})" if len(numbers) > 1 else ""
     lines = [
-        f"{root}: {layout}{splits}, {stored.sum()} videos, {plan['frames'].sum():,} frames, short side {plan['short_side']}",
+        f"{root}: {layout}{splits}, {stored.sum()} videos, {plan['frames'].sum():,} frames, "
+        f"short side {plan['short_side']}",
         f"  the videos themselves            {amount(plan['stamps'][:, 0].sum()):>12}",
         f"  as planes, read by copying       {amount(plan['sizes'].sum()):>12}",
         f"  --compact, small, re-encoded     {amount(compact_size(plan)):>12} (about)",
     ]
     if not stored.all():
-        lines.append(f"  {(~stored).sum()} videos cannot be read and are left out: train.py check names them")
+        lines.append(f"  {(~stored).sum()} videos cannot be read and are skipped: train.py check names them")
     return lines
 
 
 def amount(size: float) -> str:
+    """Return a number of bytes in GB or MB."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
@@ -215,23 +228,23 @@ def amount(size: float) -> str:
 
 @contextlib.contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Makes the folder; a disk that fails from here on is a line that says what to do."""
+    """Create the folder. Raises UserError, with advice, if the disk fails inside the context."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(cannot_write(folder, error)) from error
-
-
-def cannot_write(folder: Path, error: OSError) -> str:
-    return (
-        f"cannot write to {folder}: {error.strerror}; what is finished stays, run the same command once that is mended"
-    )
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; finished shards stay: fix the cause, "
+            "then run the same command again"
+        ) from error
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One pack a folder at a time. Workers inherit the lock, so that it also waits for those of a killed process."""
+    """Allow one pack per folder at a time. Raises UserError: another one is running.
+
+    Decoder processes inherit the lock. So it also waits for those of a killed process.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,10 +258,10 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def begin(folder: Path, plan: Arrays) -> bytes:
-    """Writes the plan, or compares it with the one that is there, and clears away half-written files. Returns the plan's digest.
+def write_plan(folder: Path, plan: Arrays) -> bytes:
+    """Write the plan, or compare it with the plan of an earlier pack, and delete half-written files.
 
-    Raises UserError where they differ, or where the folder holds something else.
+    Returns the plan's digest. Raises UserError: the plans differ, or the folder holds something else.
     """
     if (folder / store.PLAN).is_file():
         before, digest = store.load_plan(folder)
@@ -259,7 +272,7 @@ def begin(folder: Path, plan: Arrays) -> bytes:
     elif any(not entry.name.startswith(("dclr-", "shard-")) for entry in folder.iterdir()):
         raise UserError(f"--out {folder} holds something that is not a packed store: give an empty or a new folder")
     else:
-        store.check_plan(folder / store.PLAN, plan)  # or no one could open what is packed by it
+        store.check_plan(folder / store.PLAN, plan)  # otherwise the finished store might be refused
         digest = store.save_arrays(folder / store.PLAN, plan)
     for leftover in folder.glob("*.part"):
         remove(leftover)
@@ -267,7 +280,7 @@ def begin(folder: Path, plan: Arrays) -> bytes:
 
 
 def difference_of(before: Arrays, now: Arrays) -> str:
-    """What a store was begun with that is otherwise now, as the end of a sentence; empty: nothing that matters."""
+    """Return how an earlier plan differs from the plan now, as the end of a sentence; empty if they agree."""
     if before["compact"] != now["compact"]:
         return "--compact" if before["compact"] else "planes, not --compact"
     if before["short_side"] != now["short_side"]:
@@ -292,7 +305,7 @@ def difference_of(before: Arrays, now: Arrays) -> str:
 
 
 def check_space(job: Job, todo: list[int]) -> None:
-    """Raises UserError: what is left to write does not fit on the disk."""
+    """Raise UserError if the shards `todo` do not fit on the disk."""
     rows = np.concatenate([job.shards[number] for number in todo]) if todo else np.empty(0, dtype=np.int64)
     needed = compact_size(job.plan, rows) if job.compact else int(job.plan["sizes"][rows].sum())
     free = shutil.disk_usage(job.folder).free
@@ -305,7 +318,7 @@ def check_space(job: Job, todo: list[int]) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if there is one."""
+    """Delete a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -316,21 +329,21 @@ def remove(path: Path) -> None:
 
 
 def finished(job: Job, number: int) -> Arrays | None:
-    """What `write_shard` found, where the shard is there and its size is right. One that is not is named: it is made again."""
-    vouched = job.folder / f"shard-{number:05d}.npz"
-    if not vouched.is_file():
+    """Return the checksums of a shard if it is complete, else None. Warns about a damaged shard, which is written
+    again."""
+    file, rows = job.checksums(number), job.shards[number]
+    if not file.is_file():
         return None
-    rows = job.shards[number]
     try:
-        found, _ = store.load_arrays(vouched)
+        found, _ = store.load_arrays(file)
         ours = "plan" in found and found["plan"].tobytes() == job.digest
         if ours:
-            store.check_shard(vouched, found, None if job.compact else job.plan["sizes"][rows], len(rows))
+            store.check_shard(file, found, None if job.compact else job.plan["sizes"][rows], len(rows))
     except UserError:
-        print(f"warning: {vouched} is damaged: its shard is made again", file=sys.stderr)
+        print(f"warning: {file} is damaged: its shard is made again", file=sys.stderr)
         return None
     if not ours:
-        print(f"warning: {vouched} belongs to another store: its shard is made again", file=sys.stderr)
+        print(f"warning: {file} belongs to another store: its shard is made again", file=sys.stderr)
         return None
     sizes = job.plan["sizes"].copy()
     sizes[rows] = found["sizes"]
@@ -340,49 +353,45 @@ def finished(job: Job, number: int) -> Arrays | None:
     return found
 
 
-def write_shard(job: Job, number: int, count: Any) -> None:
-    """One shard, then its checksums; `count` is told each frame that is done. Raises OSError."""
+def write_shard(job: Job, number: int, written: np.ndarray) -> None:
+    """Write one shard, then its checksums. Adds the finished frames to `written` (1,) int64. Raises OSError."""
     rows, shard = job.shards[number], job.shard(number)
-    aside = shard.with_name(f"{shard.name}.part")
-    remove(aside)
+    temporary = shard.with_name(f"{shard.name}.part")
+    remove(temporary)
     found: Arrays = {
         "version": np.array(store.VERSION),
         "plan": np.frombuffer(job.digest, np.uint8),
-        "sizes": np.zeros(len(rows), dtype=np.int64),
-        "crc32": np.zeros(len(rows), dtype=np.uint32),
-        "bt709": np.zeros(len(rows), dtype=bool),
-        "full_range": np.zeros(len(rows), dtype=bool),
+        **store.empty_columns(len(rows)),
     }
     reasons = [""] * len(rows)
     write = write_small_videos if job.compact else write_planes
-    for place, written in enumerate(write(job, rows, aside, count)):
-        if isinstance(written, str):
-            reasons[place] = written
+    for position, result in enumerate(write(job, rows, temporary, written)):
+        if isinstance(result, str):
+            reasons[position] = result
         else:
-            names = ("sizes", "crc32", "bt709", "full_range")
-            for name, value in zip(names, written, strict=True):
-                found[name][place] = value
+            for name, value in zip(store.FOUND, result, strict=True):
+                found[name][position] = value
     if not job.compact:
-        found["sizes"] = job.plan["sizes"][rows]  # those of failed videos too: their place stays empty
+        found["sizes"] = job.plan["sizes"][rows]  # also of failed videos, whose bytes stay zero
     remove(shard)  # a folder cannot be renamed onto another
-    os.rename(aside, shard)
+    os.rename(temporary, shard)
     sync_folder(job.folder)
-    store.save_arrays(job.folder / f"shard-{number:05d}.npz", {**found, "reasons": pack_strings(reasons)})
+    store.save_arrays(job.checksums(number), {**found, "reasons": pack_strings(reasons)})
 
 
-Written = tuple[int, int, bool, bool] | str
-"""Bytes, their crc32, bt709, full_range; or the reason why a video cannot be packed."""
+Result = tuple[int, int, bool, bool] | str
+"""Size in bytes, crc32, bt709 and full_range of a packed video (`store.FOUND`), or the reason why it cannot be
+packed."""
 
 
-def write_planes(job: Job, rows: np.ndarray, aside: Path, count: Any) -> Iterator[Written]:
-    """The videos' planes into one file, each at the place that the plan gives it."""
-    with aside.open("wb") as file:
+def write_planes(job: Job, rows: np.ndarray, temporary: Path, written: np.ndarray) -> Iterator[Result]:
+    """Write the planes of videos into one file, each at the offset that the plan gives it, and yield their results."""
+    with temporary.open("wb") as file:
         for row in rows.tolist():
             file.seek(job.plan["offsets"][row])
             size, checksum, colours = 0, 0, Colours()
             try:
-                for frame in small_frames(job, row, count):
-                    colours.see(frame)
+                for frame in colours.check(small_frames(job, row, written)):
                     for plane in (frame.y, frame.u, frame.v):
                         content = plane.tobytes()
                         size += file.write(content)
@@ -397,15 +406,18 @@ def write_planes(job: Job, rows: np.ndarray, aside: Path, count: Any) -> Iterato
         os.fsync(file.fileno())
 
 
-def write_small_videos(job: Job, rows: np.ndarray, aside: Path, count: Any) -> Iterator[Written]:
-    """Each video into a file of its own, in one folder, and decoded once more: its frames must be as many as the source's, in the order
-    and with the keyframes that `compact_record` promises to training."""
-    aside.mkdir()
+def write_small_videos(job: Job, rows: np.ndarray, temporary: Path, written: np.ndarray) -> Iterator[Result]:
+    """Write each video into a file of its own, in one folder, and yield the results.
+
+    Each file is decoded once more. It must have as many frames as its source, in the order and with the keyframes that
+    training expects by `compact_record`.
+    """
+    temporary.mkdir()
     for row in rows.tolist():
         height, width = int(job.plan["heights"][row]), int(job.plan["widths"][row])
-        file, colours = aside / store.compact_name(row), Colours()
+        file, colours = temporary / store.compact_name(row), Colours()
         try:
-            content = compact_video(colours.watch(small_frames(job, row, count)), height, width)
+            content = compact_video(colours.check(small_frames(job, row, written)), height, width)
             with file.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
@@ -416,164 +428,95 @@ def write_small_videos(job: Job, rows: np.ndarray, aside: Path, count: Any) -> I
             yield str(reason)
         else:
             yield len(content), zlib.crc32(content), colours.bt709, colours.full_range
-    sync_folder(aside)
+    sync_folder(temporary)
 
 
-def small_frames(job: Job, row: int, count: Any) -> Iterator[YuvFrames]:
+def small_frames(job: Job, row: int, written: np.ndarray) -> Iterator[YuvFrames]:
+    """Yield the frames of a video in the size of the store, one at a time. Raises UnreadableVideo."""
     path = job.paths[row]
     height, width = int(job.plan["heights"][row]), int(job.plan["widths"][row])
     decoder_process.report_video(row)
     try:
         for frame in resized_planes(job.root / path, job.records[path], height, width):
             yield frame
-            with count.get_lock():
-                count.value += 1
+            written += 1
     finally:
         decoder_process.report_video(None)
 
 
-def check_small_video(file: Path, promised: VideoRecord) -> None:
-    """Raises UnreadableVideo where a complete decode finds anything else than promised."""
+def check_small_video(file: Path, expected: VideoRecord) -> None:
+    """Raise UnreadableVideo unless a complete decode of the file finds the expected record."""
     try:
         record = verify_video(file)
     except UnreadableVideo as reason:
-        raise UnreadableVideo(f"what was made of it cannot be read: {reason}") from reason
-    for name, value in vars(promised).items():
+        raise UnreadableVideo(f"its compact video cannot be read: {reason}") from reason
+    for name, value in vars(expected).items():
         if not np.array_equal(value, getattr(record, name)):
-            raise UnreadableVideo(f"what was made of it is not as it should be ({name})")
+            raise UnreadableVideo(f"its compact video is not as expected ({name})")
 
 
 class Colours:
-    """The matrix and range of a video, which the index holds once for all its frames."""
+    """The colour matrix and range of a video. The index holds them once for all frames of the video."""
 
-    def __init__(self) -> None:
-        self.seen: tuple[bool, bool] | None = None
+    bt709 = full_range = False
 
-    def see(self, frame: YuvFrames) -> None:
-        """Raises UnreadableVideo: they are not those of the frames before."""
-        if self.seen not in (None, (frame.bt709, frame.full_range)):
-            raise UnreadableVideo("its colour matrix or range changes on the way, which a store cannot hold")
-        self.seen = (frame.bt709, frame.full_range)
-
-    def watch(self, frames: Iterator[YuvFrames]) -> Iterator[YuvFrames]:
-        for frame in frames:
-            self.see(frame)
+    def check(self, frames: Iterator[YuvFrames]) -> Iterator[YuvFrames]:
+        """Yield the frames. Raises UnreadableVideo: matrix or range change from one frame to the next."""
+        for number, frame in enumerate(frames):
+            if number == 0:
+                self.bt709, self.full_range = frame.bt709, frame.full_range
+            elif (frame.bt709, frame.full_range) != (self.bt709, self.full_range):
+                raise UnreadableVideo("its colour matrix or range changes inside the video, which a store cannot hold")
             yield frame
-
-    @property
-    def bt709(self) -> bool:
-        return self.seen is not None and self.seen[0]
-
-    @property
-    def full_range(self) -> bool:
-        return self.seen is not None and self.seen[1]
 
 
 def write_index(job: Job) -> dict[str, str]:
-    """The index, last of all. Returns the videos that failed while they were packed, and why."""
-    index = dict(job.plan)
-    size = len(job.paths)
-    index |= {
-        "crc32": np.zeros(size, dtype=np.uint32),
-        "bt709": np.zeros(size, bool),
-        "full_range": np.zeros(size, bool),
-    }
-    index["sizes"] = job.plan["sizes"].copy()
+    """Write the index, which is the last file of a store. Returns path -> reason of the videos that failed to pack."""
+    index = {**job.plan, **store.empty_columns(len(job.paths)), "sizes": job.plan["sizes"].copy()}
     reasons = unpack_strings(job.plan["reasons"])
     failed = {}
     for number, rows in enumerate(job.shards):
         found = finished(job, number)
         if found is None:
-            raise UserError(f"{job.shard(number)} is gone again: run the same command once more")
-        for name in ("sizes", "crc32", "bt709", "full_range"):
+            raise UserError(f"{job.shard(number)} has disappeared: run the same command again")
+        for name in store.FOUND:
             index[name][rows] = found[name]
         for row, reason in zip(rows.tolist(), unpack_strings(found["reasons"]), strict=True):
             if reason:
                 reasons[row] = failed[job.paths[row]] = reason
     index["reasons"] = pack_strings(reasons)
     if job.compact:
-        index["offsets"] = np.zeros(size, dtype=np.int64)
+        index["offsets"] = np.zeros(len(job.paths), dtype=np.int64)
     store.save_arrays(job.folder / store.INDEX, index)
     return failed
 
 
-# ---------------------------------------------------------------- workers
-
-
 def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> None:
-    """Each of these shards, in processes of their own; a bar counts frames. Raises UserError: a worker died, or decodes no frame for
-    `timeout` seconds. Videos were verified in the same way before, so both are the exception, and end the work."""
-    context = multiprocessing.get_context("fork")  # as in dclr.data.manifest
-    next_place, count, messages = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
-    progresses = [decoder_process.Progress() for _ in range(min(workers, len(todo)))]
-    processes = [
-        context.Process(target=_work, args=(job, todo, next_place, count, messages, progress), daemon=True)
-        for progress in progresses
-    ]
+    """Write each of these shards in one of `workers` decoder processes, with a progress bar of frames.
+
+    Raises UserError if a process dies, or if it gives no frame for `timeout` seconds. Every video was verified in the
+    same way before, so this is rare and ends the pack.
+    """
+    written = decoder_process.shared_array(len(job.shards), np.int64)  # frames, by shard
     frames = sum(int(job.plan["frames"][job.shards[number]].sum()) for number in todo)
-    try:
-        for process in processes:
-            process.start()
-        with tqdm(total=frames, desc="packing", unit="frame", unit_scale=True, disable=not todo) as bar:
-            running = processes
-            while running:
-                wait([process.sentinel for process in running], timeout=0.3)
-                running = [process for process in processes if process.is_alive()]
-                bar.update(count.get_obj().value - bar.n)  # without its lock, which a dead worker may hold
-                _check(job, processes, messages)
-                _check_progress(job, progresses, timeout)
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+
+    def write(number: int) -> None:
+        write_shard(job, number, written[number : number + 1])
+
+    with tqdm(total=frames, desc="packing", unit="frame", unit_scale=True, disable=not todo) as bar:
+
+        def show() -> None:
+            bar.update(int(written.sum()) - bar.n)
+
+        for _, death in decoder_process.answers(write, deque(todo), workers, timeout, tick=show):
+            if isinstance(death, DecoderDied):
+                raise UserError(_fault(job, death))
+        show()
 
 
-def _check(job: Job, processes: Sequence[BaseProcess], messages: Any) -> None:
-    """Raises UserError where a worker has ended before its work did."""
-    if not messages.empty():
-        raise UserError(messages.get())
-    if any(process.exitcode not in (None, 0) for process in processes):
-        raise UserError(
-            f"a worker process died while it packed into {job.folder} (out of memory?); what is finished stays: "
-            "run the same command again, perhaps with fewer --workers"
-        )
-
-
-def _check_progress(job: Job, progresses: Sequence[decoder_process.Progress], timeout: float) -> None:
-    """Raises UserError where a worker that is reading a video does not get on."""
-    for progress in progresses:
-        idle, row = progress.idle(), progress.video
-        if row is not None and idle > timeout:
-            reason = decoder_process.describe(decoder_process.STALLED, timeout)
-            raise UserError(
-                f"{job.root / job.paths[row]}: {reason}, though it did before; what is finished in {job.folder} stays: "
-                "run the same command again, perhaps with a higher --video-timeout"
-            )
-
-
-def _work(
-    job: Job, todo: list[int], next_place: Any, count: Any, messages: Any, progress: decoder_process.Progress
-) -> None:
-    """A worker: takes the next shard until there is none."""
-    progress.attach()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        while True:
-            with next_place.get_lock():
-                place = next_place.value
-                next_place.value += 1
-            if place >= len(todo):
-                return
-            write_shard(job, todo[place], count)
-    except OSError as error:
-        messages.put(cannot_write(job.folder, error))
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers; without this they would go on to write beside those of the next run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _fault(job: Job, death: DecoderDied) -> str:
+    """Return what to tell the user about a decoder process that died while it wrote a shard."""
+    again = f"finished shards in {job.folder} stay: run the same command again, perhaps with"
+    if death.status == decoder_process.STALLED and death.video is not None:
+        return f"{job.root / job.paths[death.video]}: {death}, though it did before; {again} a higher --video-timeout"
+    return f"a worker process died while it packed into {job.folder} (out of memory?); {again} fewer --workers"

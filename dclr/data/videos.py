@@ -1,8 +1,9 @@
-"""The readable videos of one split, as arrays: worker processes inherit them and never copy them.
+"""The readable videos of one split, as arrays that worker processes inherit and never copy.
 
-A Python object lies beside its own reference count, so a worker that only looks at inherited objects copies the memory they lie in,
-page by page, until it has all of it (pytorch/pytorch#13246). Arrays have one count for all their numbers. Kinetics' list of 240,000
-videos would cost each worker a hundred megabytes as objects; so it costs nothing.
+A Python object is stored next to its own reference count. So a worker that only reads inherited objects writes to their
+memory, and copies it page by page until it has all of it (pytorch/pytorch#13246). An array has one count for all its
+numbers. Kinetics' list of 240,000 videos would cost each worker a hundred megabytes as objects, and costs nothing as
+arrays.
 """
 
 import hashlib
@@ -14,28 +15,43 @@ from typing import Any, Protocol
 import numpy as np
 
 from dclr.data import decoder_process
-from dclr.data.catalog import Catalog, Video
+from dclr.data.catalog import Catalog
 from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, read_planes
 from dclr.data.manifest import load_manifest
-from dclr.data.store import is_store, open_store
+from dclr.data.store import Selection, check_sizes, open_store
 from dclr.data.string_array import StringArray
 from dclr.errors import UserError
 
 
 class Source(Protocol):
-    """Where the frames of a split's videos are read from."""
+    """Reads the frames of N videos, by index."""
+
+    @property
+    def frames(self) -> np.ndarray:
+        """(N,) int64, frames that decode."""
+        ...
+
+    @property
+    def heights(self) -> np.ndarray:
+        """(N,) int64, pixels."""
+        ...
+
+    @property
+    def widths(self) -> np.ndarray:
+        """(N,) int64, pixels."""
+        ...
 
     def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
-        """The wanted frames of video `index`, as `decode.read_planes`. Raises UnreadableVideo."""
+        """Return the wanted frames of a video, like `decode.read_planes`. Raises UnreadableVideo."""
         ...
 
     def identity(self) -> list[np.ndarray]:
-        """Arrays that change when the content of a video does."""
+        """Return arrays that change if the content of a video changes."""
         ...
 
 
 class RaggedArray:
-    """Arrays of different lengths, stored end to end in one."""
+    """Arrays of different lengths, stored end to end in one array."""
 
     def __init__(self, arrays: Iterable[np.ndarray], dtype: Any) -> None:
         arrays = list(arrays)
@@ -51,20 +67,20 @@ class RaggedArray:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSet:
-    """N videos in catalog order; a sample's index is a place in it."""
+    """N videos in the order of the catalog. The index of a video is its position in this order."""
 
     root: Path
     """The folder that paths start from."""
     layout: str
-    """As the catalog's."""
+    """The layout of the catalog."""
     classes: tuple[str, ...]
-    """Names by label; empty where nothing is labelled."""
+    """Names by label; empty if nothing is labelled."""
     unreadable: dict[str, str]
-    """Path -> reason, of the videos of the split that are left out."""
+    """Path -> reason, of the videos of the split that cannot be read and are skipped."""
     paths: StringArray
     """Relative to root."""
     labels: np.ndarray
-    """(N,) int64, places in `classes`; -1: unlabelled."""
+    """(N,) int64, indices into `classes`; -1: unlabelled."""
     frames: np.ndarray
     """(N,) int64, frames that decode."""
     heights: np.ndarray
@@ -73,10 +89,10 @@ class VideoSet:
     """(N,) int64, pixels."""
     source: Source
     faults: np.ndarray = field(init=False)
-    """(N,) int64, shared by all processes forked later: 0, or how the decoder ended that tried to read the video.
-    See decoder_process.describe. Such a video is not read again."""
+    """(N,) int64, shared with all processes that are forked later. 0, or how the decoder process that tried to read the
+    video ended (the status of `decoder_process.describe`). Such a video is not read again."""
     timeout: float = decoder_process.TIMEOUT
-    """Seconds without a frame after which a watched decoder is ended."""
+    """Seconds without a frame after which a decoder process is killed."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "faults", decoder_process.shared_array(len(self), np.int64))
@@ -85,18 +101,19 @@ class VideoSet:
         return len(self.labels)
 
     def path(self, index: int) -> str:
-        """Relative to root, as the catalog has it."""
+        """Return the path of a video relative to root, as in the catalog."""
         return self.paths[index]
 
     def read(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
-        """The wanted frames of a video, as `decode.read_planes`. Raises UnreadableVideo."""
+        """Return the wanted frames of a video, like `decode.read_planes`. Raises UnreadableVideo."""
         if fault := int(self.faults[index]):
             raise UnreadableVideo(decoder_process.describe(fault, self.timeout))
         decoder_process.report_video(index)
         return self.source.read_planes(index, wanted, into)
 
     def fingerprint(self) -> str:
-        """Of which videos these are, in which order, and what is in them as far as it is known without reading them again."""
+        """Return a SHA-256 of the list of videos and of all that is known of their content without reading them
+        again."""
         paths = self.paths.packed[self.paths.packed != 0]  # without the null characters between them
         own = (paths, self.labels, self.frames, self.heights, self.widths, *self.source.identity())
         digest = hashlib.sha256()
@@ -106,19 +123,22 @@ class VideoSet:
 
 
 class VideoFiles:
-    """A Source: video files, each decoded by the record of its verification."""
+    """A Source of video files. Each is decoded by the record of its verification."""
 
     def __init__(
         self, root: Path, paths: StringArray, records: Sequence[VideoRecord], sizes: Sequence[int] = ()
     ) -> None:
-        """`sizes`: of the files in bytes."""
+        """`sizes`: bytes of the files."""
         self._root, self._paths, self._sizes = root, paths, np.array(sizes, np.int64)
         self._columns = {
             field.name: _column([getattr(r, field.name) for r in records]) for field in fields(VideoRecord)
         }
+        self.frames, self.heights, self.widths = (
+            np.array([getattr(record, name) for record in records], np.int64) for name in ("frames", "height", "width")
+        )
 
     def record(self, index: int) -> VideoRecord:
-        """What verifying the video found."""
+        """Return the record of a video's verification."""
         row: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
         return VideoRecord(**{name: v.item() if isinstance(v, np.generic) else v for name, v in row.items()})
 
@@ -126,71 +146,62 @@ class VideoFiles:
         return read_planes(self._root / self._paths[index], self.record(index), wanted, into)
 
     def identity(self) -> list[np.ndarray]:
-        """The files' sizes, timestamps, keyframes and the rest of what verifying found."""
-        return [self._sizes] + [
-            column.values if isinstance(column, RaggedArray) else column for column in self._columns.values()
-        ]
+        """Return the sizes of the files, and the timestamps, keyframes and all else that verification found."""
+        columns = self._columns.values()
+        return [self._sizes, *(column.values if isinstance(column, RaggedArray) else column for column in columns)]
 
 
 def _column(values: list[Any]) -> RaggedArray | np.ndarray:
-    """One field of all records: numbers as an array, arrays end to end."""
+    """Return one field of all records: numbers as an array, arrays as a RaggedArray."""
     return RaggedArray(values, values[0].dtype) if isinstance(values[0], np.ndarray) else np.array(values)
 
 
 def open_videos(
     catalog: Catalog, split: str, workers: int, progress: bool = True, timeout: float = decoder_process.TIMEOUT
 ) -> VideoSet:
-    """The split's videos that a full decode could read, once and cached, or those that a packed store holds.
+    """Return the readable videos of a split. Video files are verified by a full decode, once: the findings are cached.
 
-    `timeout`: seconds that a decoder may take without giving a frame, now and when training reads.
-    Raises UserError: there are none; a damaged store (see `open_store`).
+    Args:
+        workers: processes that verify.
+        timeout: seconds without a frame after which a decoder process is killed, now and when training reads.
+
+    Raises:
+        UserError: there are no such videos, or the store is damaged (see `store.check_sizes`).
     """
     listed = catalog.videos(split)
-    if is_store(catalog.root):
-        return _packed_videos(catalog, listed, timeout)
-    manifest = load_manifest(
-        catalog.root, [v.path for v in listed], workers=workers, progress=progress, timeout=timeout
-    )
-    videos = [v for v in listed if v.path in manifest.records]
+    if catalog.index is None:
+        paths_listed = [video.path for video in listed]
+        manifest = load_manifest(catalog.root, paths_listed, workers=workers, progress=progress, timeout=timeout)
+        unreadable = manifest.unreadable
+    else:
+        store = open_store(catalog.root, catalog.index)
+        check_sizes(store)
+        unreadable = store.unreadable
+    unreadable = {video.path: unreadable[video.path] for video in listed if video.path in unreadable}
+    videos = [video for video in listed if video.path not in unreadable]
     if not videos:
-        first, reason = next(iter(manifest.unreadable.items()))
+        first, reason = next(iter(unreadable.items()))
         raise UserError(
-            f"{catalog.root}: none of the {len(listed)} videos of split {split} can be read ({first}: {reason}); see train.py check"
+            f"{catalog.root}: none of the {len(listed)} videos of split {split} can be read ({first}: {reason}); "
+            "see train.py check"
         )
-    paths = StringArray(v.path for v in videos)
-    records = [manifest.records[v.path] for v in videos]
+    paths = StringArray(video.path for video in videos)
+    source: Source
+    if catalog.index is None:
+        records = [manifest.records[video.path] for video in videos]
+        source = VideoFiles(catalog.root, paths, records, [manifest.sizes[video.path] for video in videos])
+    else:
+        source = Selection(store, store.rows_of(video.path for video in videos))
     return VideoSet(
         root=catalog.root,
         layout=catalog.layout,
         classes=catalog.classes,
-        unreadable={v.path: manifest.unreadable[v.path] for v in listed if v.path in manifest.unreadable},
+        unreadable=unreadable,
         paths=paths,
-        labels=np.array([v.label for v in videos], np.int64),
-        frames=np.array([record.frames for record in records], np.int64),
-        heights=np.array([record.height for record in records], np.int64),
-        widths=np.array([record.width for record in records], np.int64),
-        source=VideoFiles(catalog.root, paths, records, [manifest.sizes[v.path] for v in videos]),
-        timeout=timeout,
-    )
-
-
-def _packed_videos(catalog: Catalog, listed: Sequence[Video], timeout: float) -> VideoSet:
-    """The same from a store, whose index knows what a verification would find."""
-    store = open_store(catalog.root)
-    videos = [v for v in listed if v.path not in store.unreadable]
-    if not videos:
-        raise UserError(f"{catalog.root}: none of these {len(listed)} videos could be packed; see train.py check")
-    rows = store.rows_of(v.path for v in videos)
-    return VideoSet(
-        root=catalog.root,
-        layout=catalog.layout,
-        classes=catalog.classes,
-        unreadable={v.path: store.unreadable[v.path] for v in listed if v.path in store.unreadable},
-        paths=StringArray(v.path for v in videos),
-        labels=np.array([v.label for v in videos], np.int64),
-        frames=store.frames[rows],
-        heights=store.heights[rows],
-        widths=store.widths[rows],
-        source=store.source(rows),
+        labels=np.array([video.label for video in videos], np.int64),
+        frames=source.frames,
+        heights=source.heights,
+        widths=source.widths,
+        source=source,
         timeout=timeout,
     )
