@@ -1,4 +1,4 @@
-"""The published recipes as numbers, which value wins, what is refused and how, and what --help shows."""
+"""Tests of the published recipes, the order of sources, the errors for wrong values, and --help."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ from dclr.config import (
 )
 from dclr.errors import UserError
 
-# The paper's code (DCLR, FAME), as design notes record it.
+# The values of the released code of DCLR and FAME.
 PUBLISHED_CLIPS = {"clip_length": 16, "clip_stride": 2, "crop_size": 112, "backbone": "r2plus1d_10", "width": 64}
 PUBLISHED_PRETRAINING = {
     **PUBLISHED_CLIPS,
@@ -85,7 +85,7 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     assert {**both, "queue_length": preset["queue_length"], "seed": preset["seed"]} == preset
 
 
-def test_a_resumed_run_keeps_its_own_values_but_for_flags():
+def test_a_resumed_run_keeps_its_own_values_except_for_flags():
     stored = flat(resolve("finetune", "ucf101", {"lr": 0.5, "epochs": 3}))
     resumed = flat(resolve("finetune", "demo", {"epochs": 4}, stored))
     assert resumed == {**stored, "epochs": 4}
@@ -97,7 +97,7 @@ def test_a_written_configuration_reads_back_as_it_was(tmp_path):
     command, preset, values = read_config(tmp_path / "config.json")
     assert (command, preset) == ("pretrain", "demo")
     assert make_config("pretrain", values) == config
-    assert json.loads((tmp_path / "config.json").read_text())["optim"]["milestones"] == [3, 4]  # grouped, for a reader
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["milestones"] == [3, 4]  # in groups
 
 
 # Written by `write_config` of commit 22c1ddd, from make_config("pretrain", {"static_pairs": "no", "allow_outside": "yes", "seed": 3}).
@@ -145,7 +145,7 @@ def test_a_configuration_of_an_earlier_version_is_read_with_yes_and_no_as_true_a
         ('{"command": "pretrain", "preset": "demo", "run": 3}', "not the configuration of a run"),
     ],
 )
-def test_what_is_no_configuration_is_refused_by_its_path(tmp_path, content, message):
+def test_a_file_that_is_not_a_configuration_is_refused_by_its_path(tmp_path, content, message):
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
@@ -260,7 +260,7 @@ def test_help_without_a_subcommand_lists_them_all(module, command, capsys):
     assert all(re.search(rf"^ +{name} ", shown, re.MULTILINE) for name in module.DESCRIPTIONS)
 
 
-def test_no_subcommand_means_pretrain_also_behind_the_launchers_flag():
+def test_no_subcommand_means_pretrain_also_after_the_flag_of_the_launcher():
     assert train.parse([])["command"] == "pretrain"
     assert train.parse(["--epochs", "3"])["command"] == "pretrain"
     assert train.parse(["--local_rank=0", "--epochs", "3"])["epochs"] == 3
@@ -350,12 +350,12 @@ def test_each_flag_says_when_to_change_it(command):
     ],
     ids=str,
 )
-def test_a_method_that_cannot_be_is_refused(flags, message):
+def test_impossible_settings_of_a_method_are_refused(flags, message):
     with pytest.raises(UserError, match=re.escape(message)):
         resolve("pretrain", "ucf101", flags)
 
 
-def test_what_a_method_contrasts_rgb_clips_with():
+def test_the_auxiliary_views_of_a_method():
     def auxiliary_views(**flags):
         return resolve("pretrain", "ucf101", flags).method.auxiliary_views
 
@@ -470,7 +470,7 @@ def test_a_wrong_file_is_refused_in_one_line(toml, lines, message):
     assert str(caught.value).isprintable()
 
 
-def test_a_file_that_is_none_and_a_file_with_a_preset_or_a_run_to_resume_are_refused(toml, tmp_path, capsys):
+def test_other_files_and_a_file_with_a_preset_or_a_run_to_resume_are_refused(toml, tmp_path, capsys):
     def refused(*arguments):
         with pytest.raises(UserError) as caught:
             settings_of(*arguments)

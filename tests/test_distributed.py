@@ -1,4 +1,4 @@
-"""What a process knows of the others before it talks to them."""
+"""Tests of what a process knows about the others before they are connected."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from dclr import distributed
         pytest.param({}, 1, id="no launcher"),
     ],
 )
-def test_processes_of_the_machine_are_what_the_launcher_says(monkeypatch, launcher, expected):
+def test_the_number_of_processes_on_the_machine_comes_from_the_launcher(monkeypatch, launcher, expected):
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in launcher.items():

@@ -1,4 +1,4 @@
-"""train.py and eval.py as they are called: what works, what they say, and how every wrong input ends."""
+"""Tests of the command lines of train.py and eval.py: results, messages, and the end of every wrong input."""
 
 import json
 import os
@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(command: list[str], environment: dict[str, str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    """A program of its own, in the repository, on one thread."""
+    """Run a program in the repository, on one thread."""
     environment = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
 
@@ -60,7 +60,7 @@ def test_a_wrong_input_exits_with_status_2_and_one_line_on_stderr(clean_environm
     assert message in line
 
 
-def test_check_of_genuine_ucf101_files_says_what_they_are(clean_environment, genuine):
+def test_check_of_genuine_ucf101_files_prints_layout_counts_and_frames(clean_environment, genuine):
     done = run([sys.executable, "train.py", "check", "--data", str(genuine / "ucf101_sample")], clean_environment)
     assert done.returncode == 0
     lines = done.stdout.splitlines()
@@ -92,7 +92,7 @@ def test_check_of_faulty_files_names_each_with_its_reason(genuine, capsys):
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_two_processes_make_one_run_and_one_goes_on_with_it(
+def test_two_processes_make_one_run_and_one_process_resumes_it(
     clean_environment, train_main, tiny_pretrain, tmp_path, launcher
 ):
     flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
@@ -110,7 +110,7 @@ def test_two_processes_make_one_run_and_one_goes_on_with_it(
     assert done.stdout.count("2 process(es) on cpu") == 1
     assert len(re.findall(r"^pretrain:.*100%", done.stdout.replace("\r", "\n"), re.MULTILINE)) >= 1
 
-    train_main("pretrain", resume=tmp_path / "run", epochs=2)  # goes on in one process
+    train_main("pretrain", resume=tmp_path / "run", epochs=2)  # resumes in one process
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["processes"], report["steps"]) == (1, 8)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -127,18 +127,18 @@ def test_a_wrong_input_under_the_launcher_exits_with_status_2_and_one_line_for_a
     assert "Traceback" not in output
 
 
-def test_ranks_other_than_the_first_leave_it_the_word(monkeypatch, capsys):
-    """A launcher ends all processes at the first exit: one that left before rank 0 had spoken would leave the user without a word."""
-    said_before_waiting = []
-    monkeypatch.setattr("time.sleep", lambda seconds: said_before_waiting.append(capsys.readouterr().err))
+def test_ranks_other_than_0_wait_before_they_print_an_error(monkeypatch, capsys):
+    """A launcher ends all processes at the first exit. If a rank exits before rank 0 has printed, the user sees no message."""
+    printed_before_waiting = []
+    monkeypatch.setattr("time.sleep", lambda seconds: printed_before_waiting.append(capsys.readouterr().err))
     for rank, waits in (("0", 0), ("1", 1)):
         monkeypatch.setenv("RANK", rank)
         train.refuse(UserError("a line"))
         assert capsys.readouterr().err == "train.py: error: a line\n"
-        assert said_before_waiting == [""] * waits
+        assert printed_before_waiting == [""] * waits
 
 
-# ---------------------------------------------------------------- in this process: what is said
+# ---------------------------------------------------------------- in this process
 
 
 def refused(call, *arguments, **flags) -> str:
@@ -221,7 +221,7 @@ def test_ucf101_without_a_list_or_with_an_unknown_class_is_refused_by_file_and_l
     assert "must be 1, 2 or 3" in refused(train_main, "check", data=tmp_path / "ucf", split=4)
 
 
-def test_numbers_that_do_not_fit_each_other_are_refused(train_main, tiny_pretrain, tmp_path):
+def test_numbers_that_contradict_each_other_are_refused(train_main, tiny_pretrain, tmp_path):
     flags = {**tiny_pretrain, "out": tmp_path / "run"}
     message = refused(train_main, **{**flags, "queue_length": 3})
     assert message.startswith("--queue-length is 3, but must be at least --batch-size (4)")
@@ -317,7 +317,7 @@ def test_accuracy_prints_chance_and_writes_report_and_confusion_matrix(finetuned
         assert image.width > 300
 
 
-def test_retrieval_measures_a_run_its_file_and_random_weights(finetuned, demo_videos, tmp_path, capsys):
+def test_retrieval_accepts_a_run_its_file_and_random_weights(finetuned, demo_videos, tmp_path, capsys):
     flags = ["--data", str(demo_videos), "--workers", "0"]
     evaluation.main(["retrieval", *flags, "--checkpoint", str(finetuned)])
     file, other = str(finetuned / "backbone.safetensors"), str(tmp_path / "other")
@@ -345,7 +345,7 @@ def test_videos_that_cannot_be_read_are_left_out_of_the_figures_and_listed(finet
     assert (report["videos"], report["left_out"]) == (7, {lost: "empty file"})
 
 
-def test_what_cannot_be_measured_is_refused(finetuned, demo_videos, genuine, tmp_path, monkeypatch):
+def test_what_cannot_be_evaluated_is_refused(finetuned, demo_videos, genuine, tmp_path, monkeypatch):
     def call(command, **flags):
         return refused(evaluation.main, [command, *as_flags(flags)])
 

@@ -1,4 +1,4 @@
-"""A run's folder, its numbers on disk, the stopwatch, and the pictures: read back from their pixels."""
+"""Tests of a run's folder, its metrics files, the stopwatch, and the pictures, whose pixels are read back."""
 
 import json
 import math
@@ -20,12 +20,12 @@ def test_runs_without_a_name_take_the_next_free_number(tmp_path, monkeypatch):
     names = [str(report.open_run("", command)) for command in ("pretrain", "pretrain", "linear", "pretrain")]
     assert names == ["runs/pretrain-1", "runs/pretrain-2", "runs/linear-1", "runs/pretrain-3"]
     assert all((tmp_path / name).is_dir() for name in names)
-    assert not any((tmp_path / names[0]).iterdir())  # the trial whether it can be written is gone
+    assert not any((tmp_path / names[0]).iterdir())  # the file that tested write permission is gone
 
 
-def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(tmp_path):
+def test_a_folder_that_holds_a_run_is_refused_with_both_alternatives(tmp_path):
     report.open_run(str(tmp_path / "a" / "run"), "pretrain")
-    report.open_run(str(tmp_path / "a" / "run"), "pretrain")  # empty: nothing is lost
+    report.open_run(str(tmp_path / "a" / "run"), "pretrain")  # an empty folder may be used again
     (tmp_path / "a" / "run" / "config.json").write_text("{}")
     with pytest.raises(UserError) as caught:
         report.open_run(str(tmp_path / "a" / "run"), "pretrain")
@@ -69,10 +69,10 @@ def test_the_stopwatch_adds_up_sections_and_divides_by_steps():
         with watch.section("b"):
             time.sleep(0.01)
         watch.step()
-    time.sleep(0.02)  # of no section: 10 ms a step
+    time.sleep(0.02)  # outside of all sections: 10 ms a step
     found = watch.read()
     assert found.keys() == {"a", "b", "total"}
-    assert 20 <= found["a"] < 200  # sleeps are never shorter, and longer only on a busy machine
+    assert 20 <= found["a"] < 200  # a sleep is never shorter, and it is longer only on a busy machine
     assert 20 <= found["b"] < 200
     assert found["a"] + found["b"] + 10 <= found["total"] + 1e-6
     again = watch.read()
@@ -131,7 +131,7 @@ def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
     centre = np.array([rows.min() + side_y / 2, columns.min() + side_x / 2])
 
     def cell(row, column):
-        """A pixel a third of a cell off its centre, where no number stands."""
+        """Return a pixel a third of a cell away from the centre, where there is no number."""
         y, x = centre + np.array([row + 0.33, column + 0.33]) * (side_x + 1)
         return tuple(pixels[round(y), round(x)])
 
@@ -140,7 +140,7 @@ def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
     def shade(share):
         return pytest.approx(tuple(np.array(matplotlib.colormaps["Blues"](float(share))[:3]) * 255), abs=2)
 
-    expected = [[1, 0, 0], [0.75, 0.25, 0], [0, 0, 0]]  # by true class; one without videos is no division by zero
+    expected = [[1, 0, 0], [0.75, 0.25, 0], [0, 0, 0]]  # share by true class, 0 for a class without videos
     for row in range(3):
         for column in range(3):
             assert cell(row, column) == shade(expected[row][column]), (row, column)
@@ -164,13 +164,11 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
     figures.plot_retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
     pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
     height, width = pixels.shape[:2]
-    assert (width, height) == (
-        510,
-        420,
-    )  # 3 columns of 1.7 and 2 rows of 1.85 inches and the title, at 100 dots an inch
+    # 3 columns of 1.7 inches, 2 rows of 1.85 inches and the title, at 100 dots per inch.
+    assert (width, height) == (510, 420)
 
     def boxes(colour):
-        """How many columns and rows of the sheet show the colour: (row, column) of each third by half."""
+        """Return the (row, column) of the cells, of 2 rows and 3 columns, that show the colour."""
         near = np.abs(pixels - colour).sum(2) < 12
         return {
             (row, column) for row in range(2) for column in range(3)
@@ -208,7 +206,7 @@ def write_reports(folder):
     (folder / "finetune" / "accuracy" / "pictures" / "confusion.png").touch()
 
 
-def test_the_demos_table_has_chance_beside_each_figure_and_says_where_everything_is(tmp_path):
+def test_the_table_of_the_demo_has_chance_next_to_each_figure_and_names_all_files(tmp_path):
     write_reports(tmp_path / "demo")
     lines = demo_table.table(tmp_path / "demo")
     assert lines[0].split() == ["figure", "here", "chance"]
@@ -225,7 +223,7 @@ def test_the_demos_table_has_chance_beside_each_figure_and_says_where_everything
         assert str(tmp_path / "demo" / run / "report.json") in text
 
 
-def test_a_missing_report_is_named_with_what_writes_it(tmp_path):
+def test_a_missing_report_is_named_with_the_command_that_writes_it(tmp_path):
     write_reports(tmp_path)
     (tmp_path / "scratch" / "accuracy" / "report.json").unlink()
     with pytest.raises(UserError, match=r"scratch/accuracy/report.json is missing: `make demo` writes it"):

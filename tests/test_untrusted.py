@@ -1,4 +1,4 @@
-"""Files from anywhere: nothing in one is run, and one that says what cannot be ends in one line."""
+"""Untrusted files: no code in them is run, and impossible contents are refused in one line."""
 
 import ast
 import json
@@ -27,11 +27,11 @@ from dclr.evaluation import demo_table, view_sheet
 from dclr.models import build_backbone, load_backbone, load_classifier, save_backbone
 from dclr.training.checkpoint import newest, read
 
-# ---------------------------------------------------------------- what is malicious
+# ---------------------------------------------------------------- malicious files
 
 
 class Payload:
-    """Unpickled, it makes the folder `marker`."""
+    """An object that creates the folder `marker` when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -60,14 +60,14 @@ def npy(path: Path, payload: object) -> None:
 
 
 def npz(path: Path, payload: object) -> None:
-    """Under every name that the project looks for."""
+    """Write the payload under every name that the project reads from such a file."""
     names = ("version", "paths", "frames", "compact", "source", "plan", "reasons")
     with path.open("wb") as file:
         np.savez(file, **dict.fromkeys(names, np.array([payload], dtype=object)), allow_pickle=True)
 
 
 def npz_with_digest(path: Path, payload: object) -> None:
-    """As a packed store's, which anybody can sign."""
+    """Write the payload with a digest, as packed stores have. Anybody can compute the digest."""
     npz(path, payload)
     sign(path)
 
@@ -92,7 +92,7 @@ READERS: dict[Callable[[Path, object], None], Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_malicious_file_does_run_where_it_is_unpickled(kind, tmp_path):
+def test_every_malicious_file_runs_its_code_when_unpickled(kind, tmp_path):
     kind(tmp_path / "file", Payload(tmp_path / "marker"))
     READERS[kind](tmp_path / "file")
     assert (tmp_path / "marker").is_dir()
@@ -103,7 +103,7 @@ def test_every_malicious_file_does_run_where_it_is_unpickled(kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def originals(one_process, demo_videos, float32, tmp_path_factory) -> Path:
-    """A run of each kind, of one epoch, and both kinds of store: `run`, `classifier`, `planes`, `compact`."""
+    """Make a pretraining run, a finetuning run and both kinds of store: `run`, `classifier`, `planes`, `compact`."""
     root = tmp_path_factory.mktemp("originals")
     tiny = {
         "data": demo_videos, "ds_config": float32, "width": 4, "clip_length": 8, "crop_size": 32, "batch_size": 4, "epochs": 1,
@@ -127,8 +127,8 @@ def train_in_process(patch: pytest.MonkeyPatch, device: torch.device) -> Callabl
     return lambda *arguments: train.main(list(arguments))
 
 
-class Place:
-    """Where a row of the table works: a folder of copies, and the commands."""
+class Workspace:
+    """The folder in which a test copies and replaces files, and the commands that read them."""
 
     def __init__(
         self, folder: Path, originals: Path, demo: Path, float32: Path, patch: pytest.MonkeyPatch, device: Any
@@ -144,7 +144,7 @@ class Place:
         )  # fmt: skip
 
     def copy(self, name: str) -> Path:
-        """A fresh one of an original, or of the demo videos."""
+        """Return a new copy of an original, or of the demo videos."""
         source = self._demo if name == "demo" else self._originals / name
         shutil.rmtree(self.folder / name, ignore_errors=True)
         return Path(shutil.copytree(source, self.folder / name))
@@ -155,11 +155,11 @@ class Place:
 
 
 Use = tuple[Path, Callable[[], object]]
-"""The file to replace, and what reads it."""
+"""The file to replace, and the call that reads it."""
 
 
-def pretrained(command: str, name: str) -> Callable[[Place], Use]:
-    def use(at: Place) -> Use:
+def pretrained(command: str, name: str) -> Callable[[Workspace], Use]:
+    def use(at: Workspace) -> Use:
         file = at.copy("run") / name
         given = file.parent if name == "backbone.safetensors" else file
         return file, lambda: at.train(command, *at.data, *at.tiny, "--pretrained", str(given))
@@ -167,8 +167,8 @@ def pretrained(command: str, name: str) -> Callable[[Place], Use]:
     return use
 
 
-def checkpoint(command: str, name: str, folder: bool) -> Callable[[Place], Use]:
-    def use(at: Place) -> Use:
+def checkpoint(command: str, name: str, folder: bool) -> Callable[[Workspace], Use]:
+    def use(at: Workspace) -> Use:
         file = at.copy("classifier") / name
         given = str(file.parent if folder else file)
         return file, lambda: at.eval(command, *at.data, "--checkpoint", given, "--out", str(at.folder / "out"))
@@ -176,8 +176,8 @@ def checkpoint(command: str, name: str, folder: bool) -> Callable[[Place], Use]:
     return use
 
 
-def list_file(name: str) -> Callable[[Place], Use]:
-    def use(at: Place) -> Use:
+def list_file(name: str) -> Callable[[Workspace], Use]:
+    def use(at: Workspace) -> Use:
         file = at.copy("demo") / name
         return file, lambda: at.train(
             "check", "--data", str(file if name == "mine.txt" else file.parents[0 if "/" not in name else 1])
@@ -186,10 +186,10 @@ def list_file(name: str) -> Callable[[Place], Use]:
     return use
 
 
-def in_a_layout(name: str, *others: str) -> Callable[[Place], Use]:
-    """A list of an official layout; of the others only the names matter."""
+def in_a_layout(name: str, *others: str) -> Callable[[Workspace], Use]:
+    """Use a list file of an official layout. The other files only need the right names."""
 
-    def use(at: Place) -> Use:
+    def use(at: Workspace) -> Use:
         for path in (name, *others):
             (at.folder / "layout" / path).parent.mkdir(parents=True, exist_ok=True)
             (at.folder / "layout" / path).write_text("[]" if path.endswith("json") else "1 A\n")
@@ -198,8 +198,8 @@ def in_a_layout(name: str, *others: str) -> Callable[[Place], Use]:
     return use
 
 
-def in_a_store(kind: str, name: str, command: str) -> Callable[[Place], Use]:
-    def use(at: Place) -> Use:
+def in_a_store(kind: str, name: str, command: str) -> Callable[[Workspace], Use]:
+    def use(at: Workspace) -> Use:
         folder = at.copy(kind)
         if name == store.PLAN and command != "pack":
             (folder / store.INDEX).unlink()
@@ -208,53 +208,53 @@ def in_a_store(kind: str, name: str, command: str) -> Callable[[Place], Use]:
             return folder / name, lambda: at.train("pack", *at.data, *flags)
         if command == "check":
             return folder / name, lambda: at.train("check", "--data", str(folder), "--workers", "1")
-        # The shard itself: as long as it was, so that it is mapped and read.
+        # Training reads the shard itself.
         return folder / name, lambda: at.train("finetune", "--data", str(folder), *at.tiny)
 
     return use
 
 
-def resumed(at: Place) -> Use:
+def resumed(at: Workspace) -> Use:
     run = at.copy("run")
     return run / "config.json", lambda: at.train("pretrain", "--resume", str(run))
 
 
-def metrics(at: Place) -> Use:
+def metrics(at: Workspace) -> Use:
     run = at.copy("run")
     return run / "metrics.jsonl", lambda: at.train("pretrain", "--resume", str(run), "--epochs", "2")
 
 
-def beside_a_checkpoint(at: Place) -> Use:
+def beside_a_checkpoint(at: Workspace) -> Use:
     run = at.copy("classifier")
     return run / "config.json", lambda: at.eval("accuracy", *at.data, "--checkpoint", str(run))
 
 
-def config_file(name: str) -> Callable[[Place], Use]:
-    def use(at: Place) -> Use:
+def config_file(name: str) -> Callable[[Workspace], Use]:
+    def use(at: Workspace) -> Use:
         file = at.copy("run") / name
         return file, lambda: at.train("pretrain", *at.data, *at.tiny, "--config", str(file))
 
     return use
 
 
-def ds_config(at: Place) -> Use:
+def ds_config(at: Workspace) -> Use:
     file = at.folder / "ds.json"
     flags = [*at.tiny, "--ds_config", str(file)]
     return file, lambda: at.train("pretrain", *at.data, *flags)
 
 
-def video(at: Place) -> Use:
+def video(at: Workspace) -> Use:
     data = at.copy("demo")
     file = next(data.rglob("*.mp4"))
     return file, lambda: at.train("check", "--data", str(data), "--workers", "1")
 
 
-def video_of_views(at: Place) -> Use:
+def video_of_views(at: Workspace) -> Use:
     return at.folder / "video.mp4", lambda: at.views(at.folder / "video.mp4")
 
 
-def manifest(at: Place) -> Use:
-    """Verifies the videos once, so that there is a cache to replace."""
+def manifest(at: Workspace) -> Use:
+    """Verify the videos once, so that there is a cache to replace."""
     data = at.copy("demo")
     at._patch.setenv("XDG_CACHE_HOME", str(at.folder / "cache"))
     at.train("check", "--data", str(data), "--workers", "1")
@@ -262,13 +262,13 @@ def manifest(at: Place) -> Use:
     return file, lambda: at.train("check", "--data", str(data), "--workers", "1")
 
 
-def report(at: Place) -> Use:
+def report(at: Workspace) -> Use:
     for _, run in (*demo_table.ACCURACY, *demo_table.RETRIEVAL):
         (at.folder / "demo" / run).mkdir(parents=True)
     return at.folder / "demo" / "finetune/accuracy/report.json", lambda: demo_table.table(at.folder / "demo")
 
 
-PATHS: dict[str, Callable[[Place], Use]] = {
+PATHS: dict[str, Callable[[Workspace], Use]] = {
     "finetune --pretrained FILE.pth": pretrained("finetune", "weights.pth"),
     "finetune --pretrained FILE.pth.tar": pretrained("finetune", "checkpoint_0199.pth.tar"),
     "finetune --pretrained FILE.safetensors": pretrained("finetune", "other.safetensors"),
@@ -314,12 +314,12 @@ PATHS: dict[str, Callable[[Place], Use]] = {
 
 
 @pytest.fixture
-def place(one_process, originals, demo_videos, float32, tmp_path, monkeypatch) -> Place:
-    return Place(tmp_path, originals, demo_videos, float32, monkeypatch, one_process)
+def workspace(one_process, originals, demo_videos, float32, tmp_path, monkeypatch) -> Workspace:
+    return Workspace(tmp_path, originals, demo_videos, float32, monkeypatch, one_process)
 
 
 def ends_well(use: Callable[[], object], marker: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the user is told: the line of the refusal, or what was printed. Nothing was run, and no other exception came."""
+    """Return the error line or the printed text. Check that no code of the file ran and that no other exception was raised."""
     capsys.readouterr()
     try:
         use()
@@ -336,9 +336,9 @@ def ends_well(use: Callable[[], object], marker: Path, capsys: pytest.CaptureFix
     return said
 
 
-# What goes on without the file, and says so; every other path refuses it.
+# These continue without the file and say so. Every other path refuses the file.
 IGNORED = {
-    "--data: Kinetics' *.csv": "no videos found in",  # a table of another kind is not Kinetics'
+    "--data: Kinetics' *.csv": "no videos found in",  # a table of another kind is not a Kinetics list
     "--resume: RUN/metrics.jsonl": "done:",
     "--data: a video": "unreadable: 1",
     "pack --out STORE: shard-00000.npz": "shard-00000.npz is damaged: its shard is made again",
@@ -348,27 +348,27 @@ IGNORED = {
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_nothing_in_a_malicious_file_is_run_and_the_user_is_told(path, place, tmp_path, capsys):
+def test_no_code_of_a_malicious_file_is_run_and_the_user_is_told(path, workspace, tmp_path, capsys):
     marker = tmp_path / "marker"
-    file, use = PATHS[path](place)
+    file, use = PATHS[path](workspace)
     for kind in KINDS:
         file.unlink(missing_ok=True)
         kind(file, Payload(marker))
         said = ends_well(use, marker, capsys)
-        assert IGNORED.get(path, str(place.folder)) in said, (kind.__name__, said)
-        shutil.rmtree(place.folder / "out", ignore_errors=True)
+        assert IGNORED.get(path, str(workspace.folder)) in said, (kind.__name__, said)
+        shutil.rmtree(workspace.folder / "out", ignore_errors=True)
 
 
-def test_nothing_in_a_malicious_checkpoint_is_run_whichever_of_its_files_it_is(place, originals, tmp_path, capsys):
+def test_no_code_of_a_malicious_file_in_a_checkpoint_is_run(workspace, originals, tmp_path, capsys):
     marker = tmp_path / "marker"
     files = [file.relative_to(originals) for file in (originals / "run" / "checkpoints").rglob("*") if file.is_file()]
     assert files
     for name in files:
         for kind in KINDS:
-            run = place.copy("run")
+            run = workspace.copy("run")
             (tmp_path / name).unlink()
             kind(tmp_path / name, Payload(marker))
-            said = ends_well(lambda: place.train("pretrain", "--resume", str(run), "--epochs", "2"), marker, capsys)  # noqa: B023
+            said = ends_well(lambda: workspace.train("pretrain", "--resume", str(run), "--epochs", "2"), marker, capsys)  # noqa: B023
             assert said.startswith("--resume") or "resumed at step" in said, (name, kind.__name__, said)
 
 
@@ -381,17 +381,19 @@ def test_nothing_in_a_malicious_checkpoint_is_run_whichever_of_its_files_it_is(p
     ],
     ids=str,
 )  # fmt: skip
-def test_a_checkpoint_whose_state_is_nonsense_is_refused(change, place, tmp_path, capsys):
-    run = place.copy("run")
+def test_a_checkpoint_with_an_impossible_state_is_refused(change, workspace, tmp_path, capsys):
+    run = workspace.copy("run")
     path = newest(run / "checkpoints")
     tensors, state = read(path)
     save_file(tensors, path, {"format": "dclr checkpoint 1", "state": json.dumps({**state, **change})})
-    said = ends_well(lambda: place.train("pretrain", "--resume", str(run), "--epochs", "2"), tmp_path / "none", capsys)
+    said = ends_well(
+        lambda: workspace.train("pretrain", "--resume", str(run), "--epochs", "2"), tmp_path / "none", capsys
+    )
     assert said.startswith("--resume"), said
 
 
 def test_no_file_of_the_project_unpickles():
-    """By its syntax: torch.load without weights_only=True, pickle's own readers, allow_pickle=True, and what reads files by them."""
+    """Search the syntax trees for torch.load without weights_only=True, for pickle's readers, and for allow_pickle=True."""
     sources = [REPOSITORY / "train.py", REPOSITORY / "eval.py"]
     for folder in ("dclr", "kernels", "benchmarks"):
         sources += sorted((REPOSITORY / folder).rglob("*.py"))
@@ -401,7 +403,7 @@ def test_no_file_of_the_project_unpickles():
         for source in sources
         for line in unpickles(source.read_text(encoding="utf-8"))
     ]
-    # Requests and answers, over a pipe between a process and the one it forked.
+    # The decoder process unpickles requests and answers from a pipe to the process that forked it.
     assert found == ["dclr/data/decoder_process.py"] * found.count("dclr/data/decoder_process.py")
 
 
@@ -415,7 +417,7 @@ READERS_BY_NAME = {*RUNS_WHAT_IT_READS, "torch.load"}
 
 
 def unpickles(source: str) -> Iterator[int]:
-    """Lines of calls that could run what a file holds."""
+    """Return the line numbers of calls that could run code from a file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and any(
             f"{node.module}.{name.name}" in READERS_BY_NAME for name in node.names
@@ -444,11 +446,11 @@ def unpickles(source: str) -> Iterator[int]:
         "subprocess.run(x, shell=True)",
     ],
 )
-def test_the_look_for_what_unpickles_finds_it(line):
+def test_the_search_finds_calls_that_unpickle(line):
     assert list(unpickles(f"x = 1\ny = {line}")) == [2]
 
 
-def test_the_look_for_what_unpickles_lets_pass_what_does_not():
+def test_the_search_accepts_calls_that_do_not_unpickle():
     fine = "torch.load(x, weights_only=True)\nnp.load(x, allow_pickle=False)\nnetwork.eval()\njson.load(x)"
     assert list(unpickles(fine)) == []
 
@@ -474,7 +476,7 @@ OVERLAPPING = (
 )
 HOSTILE = {
     "nothing": b"",
-    "a header of all the memory": header(2**63, b"{}"),
+    "a header as large as the memory": header(2**63, b"{}"),
     "a header beyond the file": header(1000, b"{}"),
     "a deep header": tensors(DEEP),
     "no object": tensors(b"[]"),
@@ -518,7 +520,7 @@ def test_a_hostile_safetensors_file_is_refused_in_one_line(name, tmp_path):
         pytest.param({"classes": "null"}, id="no classes"),
     ],
 )
-def test_what_a_classifier_says_of_itself_is_held_against_its_tensors(changed, originals, tmp_path):
+def test_the_metadata_of_a_classifier_must_agree_with_its_tensors(changed, originals, tmp_path):
     from safetensors import safe_open
 
     original = originals / "classifier" / "classifier.safetensors"
@@ -541,7 +543,7 @@ def test_a_classifier_whose_head_or_backbone_has_another_shape_is_refused(origin
     for name in ("fc.weight", "fc.bias", "layer1.0.conv1.1.weight", "layer1.0.conv1.1.num_batches_tracked"):
         for changed in ({name: torch.zeros(3, 5)}, {}):
             if not changed and name.endswith("tracked"):
-                continue  # they may lack: see load_backbone
+                continue  # these may be missing, see load_backbone
             spoiled = {key: value for key, value in weights.items() if key != name} | changed
             save_file(spoiled, tmp_path / "x.safetensors", metadata)
             with pytest.raises(UserError, match=r"not a classifier written by train\.py"):
@@ -557,7 +559,7 @@ def test_a_classifier_whose_head_or_backbone_has_another_shape_is_refused(origin
         pytest.param(torch.zeros(1).expand(10**9), id="a width that memory repeats"),
     ],
 )
-def test_weights_that_are_no_plain_tensors_of_the_right_shape_are_refused(tensor, tmp_path):
+def test_weights_other_than_plain_tensors_of_the_right_shape_are_refused(tensor, tmp_path):
     backbone = build_backbone("r2plus1d_10", 4)
     torch.save({**backbone.state_dict(), "layer1.0.conv1.1.weight": tensor}, tmp_path / "x.pth")
     with pytest.raises(UserError) as caught:
@@ -613,15 +615,15 @@ JSON_READERS = {
         for name, text in texts.items()
     ],
 )
-def test_hostile_json_is_refused_in_one_line(path, content, place, capsys):
-    file, use = PATHS[path](place)
+def test_hostile_json_is_refused_in_one_line(path, content, workspace, capsys):
+    file, use = PATHS[path](workspace)
     if path == "dclr.evaluation.demo_table FOLDER":
         for _, run in (*demo_table.ACCURACY, *demo_table.RETRIEVAL):
-            (place.folder / "demo" / run / "report.json").write_text("{}")
-        (place.folder / "demo" / "pretrain" / "report.json").write_text("{}")
+            (workspace.folder / "demo" / run / "report.json").write_text("{}")
+        (workspace.folder / "demo" / "pretrain" / "report.json").write_text("{}")
     file.write_bytes(content.encode("utf-8", "surrogateescape"))
-    said = ends_well(use, place.folder / "none", capsys)
-    assert str(place.folder) in said, said
+    said = ends_well(use, workspace.folder / "none", capsys)
+    assert str(workspace.folder) in said, said
 
 
 @pytest.mark.parametrize(
@@ -652,22 +654,22 @@ def test_hostile_json_is_refused_in_one_line(path, content, place, capsys):
         ("method", "mined_positives", "5"),
     ],
 )
-def test_a_value_in_a_runs_configuration_that_no_flag_could_give_is_refused(group, name, value, place, capsys):
-    file, use = resumed(place)
+def test_a_config_value_that_no_flag_could_give_is_refused(group, name, value, workspace, capsys):
+    file, use = resumed(workspace)
     content = json.loads(file.read_text())
     content[group][name] = value
     file.write_text(json.dumps(content))
-    said = ends_well(use, place.folder / "none", capsys)
+    said = ends_well(use, workspace.folder / "none", capsys)
     assert name in said.replace("-", "_"), said
     assert "must be" in said
 
 
-def test_lines_of_metrics_that_are_none_are_dropped_on_resume(place, capsys):
-    file, use = metrics(place)
+def test_invalid_lines_of_metrics_are_dropped_on_resume(workspace, capsys):
+    file, use = metrics(workspace)
     good = file.read_text().splitlines()
     bad = ["[]", "3", '"step"', "{}", '{"step": "2"}', '{"step": null}', DEEP_JSON, "\udcff\udcfe"]
     file.write_bytes("\n".join([*bad, *good]).encode("utf-8", "surrogateescape"))
-    ends_well(use, place.folder / "none", capsys)
+    ends_well(use, workspace.folder / "none", capsys)
     lines = file.read_text().splitlines()
     assert lines[: len(good)] == good
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
@@ -678,55 +680,53 @@ def test_lines_of_metrics_that_are_none_are_dropped_on_resume(place, capsys):
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A data folder with lists, and a video beside it that they have no business with."""
+    """Make a data folder with a video, and a video next to that folder that lists must not name."""
     for name in ("data/inside.mp4", "outside.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_video(tmp_path / name, np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
     return tmp_path
 
 
-def test_a_list_names_videos_outside_only_where_it_is_allowed_to(elsewhere, place, capsys):
+def test_a_list_may_name_videos_outside_only_with_permission(elsewhere, workspace, capsys):
     data = elsewhere / "data"
     for path in (str(elsewhere / "outside.mp4"), "../outside.mp4", "a/../../outside.mp4"):
         (data / "train.txt").write_text(f"inside.mp4 0\n{path} 0\n")
-        said = ends_well(lambda: place.train("check", "--data", str(data)), data / "none", capsys)
+        said = ends_well(lambda: workspace.train("check", "--data", str(data)), data / "none", capsys)
         assert said.startswith(
             f"{data / 'train.txt'}:2: {path} must be relative to the data folder and stay inside it"
         ), said
     (data / "a").mkdir()
-    place.train("check", "--data", str(data), "--allow-outside", "--workers", "1")
+    workspace.train("check", "--data", str(data), "--allow-outside", "--workers", "1")
     assert "readable: 2" in capsys.readouterr().out
 
 
-def test_permission_to_leave_the_data_folder_is_kept_by_a_run_and_never_taken_from_a_checkpoint(
-    elsewhere, place, capsys
-):
-    data, out = elsewhere / "data", place.folder / "out"
+def test_the_permission_is_kept_by_a_run_and_never_taken_from_a_checkpoint(elsewhere, workspace, capsys):
+    data, out = elsewhere / "data", workspace.folder / "out"
     (data / "train.txt").write_text("inside.mp4 0\n../outside.mp4 1\n")
     (data / "test.txt").write_text("../outside.mp4 1\n")
-    flags = ["--data", str(data), *place.tiny, "--batch-size", "2"]
-    assert "--allow-outside" in ends_well(lambda: place.train("finetune", *flags), data / "none", capsys)
+    flags = ["--data", str(data), *workspace.tiny, "--batch-size", "2"]
+    assert "--allow-outside" in ends_well(lambda: workspace.train("finetune", *flags), data / "none", capsys)
     assert not out.exists()
-    place.train("finetune", *flags, "--allow-outside")
+    workspace.train("finetune", *flags, "--allow-outside")
     assert json.loads((out / "config.json").read_text())["data"]["allow_outside"] is True
-    place.train("finetune", "--resume", str(out), "--epochs", "2")
+    workspace.train("finetune", "--resume", str(out), "--epochs", "2")
     message = ends_well(
-        lambda: place.train("finetune", "--resume", str(out), "--no-allow-outside"), data / "none", capsys
+        lambda: workspace.train("finetune", "--resume", str(out), "--no-allow-outside"), data / "none", capsys
     )
     assert message.startswith("--allow-outside is off, but the run in")
 
     measure = ["accuracy", "--data", str(data), "--checkpoint", str(out), "--workers", "0"]
-    assert "--allow-outside" in ends_well(lambda: place.eval(*measure), data / "none", capsys)
-    place.eval(*measure, "--allow-outside")
+    assert "--allow-outside" in ends_well(lambda: workspace.eval(*measure), data / "none", capsys)
+    workspace.eval(*measure, "--allow-outside")
     assert json.loads((out / "accuracy" / "report.json").read_text())["videos"] == 1
 
 
-def test_a_store_of_videos_from_elsewhere_reads_them_from_itself(elsewhere, place, capsys):
+def test_a_store_does_not_need_the_videos_outside_the_folder_any_more(elsewhere, workspace, capsys):
     data, packed = elsewhere / "data", elsewhere / "packed"
     (data / "train.txt").write_text(f"inside.mp4 0\n{elsewhere / 'outside.mp4'} 1\n")
     flags = ["pack", "--data", str(data), "--out", str(packed), "--short-side", "32", "--workers", "1"]
-    assert "--allow-outside" in ends_well(lambda: place.train(*flags), data / "none", capsys)
-    place.train(*flags, "--allow-outside")
+    assert "--allow-outside" in ends_well(lambda: workspace.train(*flags), data / "none", capsys)
+    workspace.train(*flags, "--allow-outside")
     (elsewhere / "outside.mp4").unlink()
     shutil.rmtree(data)
     opened = read_store(packed)
@@ -737,10 +737,10 @@ def test_a_store_of_videos_from_elsewhere_reads_them_from_itself(elsewhere, plac
     ]
     (packed / "shard-00000.yuv").write_bytes(b"")
     with pytest.raises(UserError, match="--short-side 32 --allow-outside`, which makes only these again"):
-        place.train("check", "--data", str(packed))
+        workspace.train("check", "--data", str(packed))
 
 
-def test_what_a_store_says_of_its_source_is_quoted_before_it_is_told_to_be_typed(originals, tmp_path):
+def test_the_source_that_a_store_names_is_quoted_in_the_command_to_type(originals, tmp_path):
     from dclr.data.string_array import pack_strings
 
     shutil.copytree(originals / "planes", tmp_path / "planes")
