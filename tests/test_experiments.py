@@ -1,4 +1,4 @@
-"""Experiments run their commands once and publish the results. Stand-ins for train.py and eval.py only write reports."""
+"""Experiments run their commands once and publish results. Stand-ins for train.py and eval.py only write reports."""
 
 import json
 import os
