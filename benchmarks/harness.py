@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -398,6 +398,8 @@ class Run:
 
     Attributes:
         environment: device, versions, commit and date.
+        implementation: what "ours" is, after `show_device`.
+        ceilings: the device's ceilings, after `show_device`; None on a CPU.
         rows: one for each measured cell.
         stopped: why the grid was not finished; None if it was.
         failed: an error stopped the run.
@@ -407,27 +409,30 @@ class Run:
     def __init__(
         self, name: str, argv: Sequence[str] | None, arguments: argparse.Namespace, device: torch.device
     ) -> None:
-        self.name, self.device, self.minutes = name, device, arguments.minutes
+        options = [*(getattr(arguments, "precision", None) or ()), *(["quick"] * getattr(arguments, "quick", False))]
+        self.name, self.device, self.minutes = "_".join([name, *options]), device, arguments.minutes
         self.command = command(name, sys.argv[1:] if argv is None else argv)
         self.folder = results_folder(device, arguments.results)
         self.environment = environment(device)
+        self.implementation: str | None = None
+        self.ceilings: Ceilings | None = None
         self.rows: list[Row] = []
         self.stopped: str | None = None
         self.failed = False
         self.not_reached: list[str] = []
         self._begin = time.monotonic()
 
-    def show_device(self, also: str = "") -> tuple[str, Ceilings | None]:
-        """Print the device, which implementation is "ours", and the device's ceilings. Return the last two."""
-        implementation = f"ours is: {describe(self.device)}{also}"
-        print(f"{self.environment['device']}, torch {self.environment['versions']['torch']}; {implementation}")
-        ceilings = measure_ceilings(self.device)
-        if ceilings is None:
+    def show_device(self, also: str = "") -> None:
+        """Measure the device's ceilings. Print them, the device, and which implementation is "ours"."""
+        self.implementation = f"ours is: {describe(self.device)}{also}"
+        print(f"{self.environment['device']}, torch {self.environment['versions']['torch']}; {self.implementation}")
+        self.ceilings = measure_ceilings(self.device)
+        if self.ceilings is None:
             print("The ceilings of this device are not measured: no shares of a ceiling, no peak memory.")
         else:
-            rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
-            print(f"Measured ceilings: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, {rates}")
-        return implementation, ceilings
+            products = self.ceilings.flops_per_second.items()
+            rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in products)
+            print(f"Measured ceilings: copy {self.ceilings.bytes_per_second / 1e12:.2f} TB/s, {rates}")
 
     @property
     def genuine(self) -> bool:
@@ -466,8 +471,8 @@ class Run:
         commit = self.environment["commit"]
         return f"{self.environment['device']}, {date}, torch {versions['torch']}, commit {commit}\n{detail}"
 
-    def publish(self, figure: Figure, content: dict[str, Any], *suffixes: str) -> None:
-        """Write the results: `content` and what every results file holds. `suffixes` are added to the files' name."""
+    def publish(self, figure: Figure, content: dict[str, Any]) -> None:
+        """Write the results: `content` and what every results file holds. --precision and --quick add to the name."""
         shared = {
             "command": self.command,
             "environment": self.environment,
@@ -476,9 +481,11 @@ class Run:
             "not_reached": self.not_reached,
             "rows": self.rows,
         }
-        name = "_".join([self.name, *suffixes])
-        write(self.folder, name, shared | content, figure)
-        print(f"Wrote {self.folder / name}.json and .png")
+        if self.implementation:
+            shared["implementation"] = self.implementation
+            shared["ceilings"] = None if self.ceilings is None else asdict(self.ceilings)
+        write(self.folder, self.name, shared | content, figure)
+        print(f"Wrote {self.folder / self.name}.json and .png")
 
     def refuse_failures(self, names: Iterable[str], allowed: str | None = None) -> None:
         """Raise SystemExit if an error ended the run, or a provider of `names` was skipped, but for `allowed`."""

@@ -422,24 +422,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, names = torch.device(arguments.device), arguments.providers or list(PROVIDERS)
     repetitions = arguments.repetitions or (QUICK_REPETITIONS if arguments.quick else REPETITIONS[device.type])
     run = harness.Run("info_nce", argv, arguments, device)
-    implementation, ceilings = run.show_device()
-    run.measure(
-        plan(arguments, device.type), lambda cell: measure(cell, names, device, repetitions, ceilings), cell_table
-    )
+    run.show_device()
+    cells = plan(arguments, device.type)
+    run.measure(cells, lambda cell: measure(cell, names, device, repetitions, run.ceilings), cell_table)
     verdicts = judge(run.rows, run.genuine)
     columns = {"goal": "goal", "precision": "precision", "training_step": "in a training step", "worst": "worst"}
     columns |= {"worst_at": "where", "verdict": "verdict"}
     print(f"\nGoals for an H200: speedup of ours over the other\n\n{harness.goal_table(verdicts, columns)}\n")
     content = {
         "question": "how fast is the contrastive loss over a queue, with the search for its positives?",
-        "implementation": implementation,
         "sizes": {"P": P, "D": D, "M": M, "temperature": TEMPERATURE},
-        "ceilings": None if ceilings is None else asdict(ceilings),
         "goals": verdicts,
     }
-    caption = run.caption(f"{implementation}; median of {repetitions}, band: 20 % to 80 %")
-    suffixes = (*(arguments.precision or ()), *(("quick",) if arguments.quick else ()))
-    run.publish(plot(run.rows, caption), content, *suffixes)
+    caption = run.caption(f"{run.implementation}; median of {repetitions}, band: 20 % to 80 %")
+    run.publish(plot(run.rows, caption), content)
     run.refuse_failures(["ours"])
 
 

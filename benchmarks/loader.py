@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     reader = f"{cpu_name()}, av {run.environment['versions']['av']}"
     caption = run.caption(f"{reader}; median of {rounds} rounds, line: 20 % to 80 %")
-    run.publish(plot(run.rows, caption), content, *(("quick",) if arguments.quick else ()))
+    run.publish(plot(run.rows, caption), content)
     run.refuse_failures([])
 
 

@@ -444,25 +444,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds, steps = QUICK_ROUNDS if arguments.quick else ROUNDS[device.type]
     rounds = arguments.rounds or rounds
     run = harness.Run("step", argv, arguments, device)
-    precision = settle_precision(read_ds_config(DS_CONFIG), device)
-    implementation, ceilings = run.show_device(f", {precision}")
-    run.measure(
-        plan(arguments, device.type), lambda cell: measure(cell, names, device, rounds, steps, ceilings), cell_table
-    )
+    run.show_device(f", {settle_precision(read_ds_config(DS_CONFIG), device)}")
+    cells = plan(arguments, device.type)
+    run.measure(cells, lambda cell: measure(cell, names, device, rounds, steps, run.ceilings), cell_table)
     verdicts = judge(run.rows, device.type)
     print(f"\nGoals; those of a GPU are for an H200\n\n{goal_table(verdicts)}\n")
     content = {
         "question": "how fast is a training step of pretraining, and which section of it takes the time?",
         "convolutions": convolutions(device),
-        "implementation": implementation,
         "recipe": {"method": asdict(METHOD), "optim": asdict(OPTIM), "views": asdict(PRETRAIN)},
         "ds_config": f"ds_configs/{DS_CONFIG.name}",
-        "ceilings": None if ceilings is None else asdict(ceilings),
         "milliseconds_per_step": goal_milliseconds(run.rows, device),
         "goals": verdicts,
     }
-    caption = run.caption(f"{implementation}; median of {rounds} rounds of {steps} steps")
-    run.publish(plot(run.rows, caption), content, *(("quick",) if arguments.quick else ()))
+    caption = run.caption(f"{run.implementation}; median of {rounds} rounds of {steps} steps")
+    run.publish(plot(run.rows, caption), content)
     run.refuse_failures(["ours", "ours, float32"], allowed="out of memory")
 
 

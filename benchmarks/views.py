@@ -296,10 +296,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, names = torch.device(arguments.device), arguments.providers or list(PROVIDERS)
     repetitions = arguments.repetitions or (QUICK_REPETITIONS if arguments.quick else REPETITIONS[device.type])
     run = harness.Run("views", argv, arguments, device)
-    implementation, ceilings = run.show_device()
-    run.measure(
-        plan(arguments, device.type), lambda cell: measure(cell, names, device, repetitions, ceilings), cell_table
-    )
+    run.show_device()
+    cells = plan(arguments, device.type)
+    run.measure(cells, lambda cell: measure(cell, names, device, repetitions, run.ceilings), cell_table)
     step_ms = step_milliseconds(run.folder)
     verdicts = judge(run.rows, run.genuine, step_ms)
     columns = {"goal": "goal", "precision": "precision", "at_128": "at B 128", "worst": "worst", "worst_at": "where"}
@@ -308,15 +307,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nGoals for an H200: speedup of ours over the other, or a share\n\n{table}\n")
     content = {
         "question": "how fast are the three views made from decoded frames?",
-        "implementation": implementation,
         "recipe": asdict(PRETRAIN),
-        "ceilings": None if ceilings is None else asdict(ceilings),
         "goals": verdicts,
         "step_ms": step_ms,
     }
-    caption = run.caption(f"{implementation}; median of {repetitions}, line: 20 % to 80 %")
-    suffixes = (*(arguments.precision or ()), *(("quick",) if arguments.quick else ()))
-    run.publish(plot(run.rows, caption), content, *suffixes)
+    caption = run.caption(f"{run.implementation}; median of {repetitions}, line: 20 % to 80 %")
+    run.publish(plot(run.rows, caption), content)
     run.refuse_failures(["ours", "ours, from YUV"])
 
 

@@ -96,11 +96,11 @@ def test_a_run_out_of_time_and_one_stopped_by_an_error_keep_what_they_have(tmp_p
             raise RuntimeError("an illegal memory access was encountered")
         return {"providers": {}}
 
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, "--quick")
     run.measure([1, 2, 3], measure, str)
     assert (len(run.rows), run.not_reached) == (1, ["2", "3"])
     figure = harness.plt.figure()
-    run.publish(figure, {"question": "?"}, "quick")
+    run.publish(figure, {"question": "?"})
     content = json.loads((tmp_path / "cpu" / "tiny_quick.json").read_text())
     assert "illegal memory access" in content["stopped"]
     assert {"device", "versions", "commit", "date"} <= content["environment"].keys()
