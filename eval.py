@@ -5,14 +5,15 @@
     python eval.py retrieval --data UCF101 --checkpoint runs/ucf
         For each test video, the nearest training videos by the features of the backbone: recall at 1 to 50.
     python eval.py bias --data UCF101 --checkpoint runs/ucf
-        Background bias: how well features predict the motion and the scene, also with backgrounds exchanged between videos.
+        Background bias: how well features predict the motion and the scene, also on the backgrounds of other videos.
     python eval.py maps --data UCF101 --checkpoint runs/ucf
         The share of each activation map on moving regions, and pictures of the maps.
     python eval.py retrieval --checkpoint random --preset demo
         The smallest command: an untrained network on the built-in demo videos. It takes about a minute on two cores.
         Its recall at 1 is 12.5 %, which is chance.
 
-Everything runs in one process. Without --data, the built-in demo videos are used. `eval.py SUBCOMMAND --help` explains every flag.
+Each command runs in one process. Without --data, it uses the built-in demo videos.
+`eval.py SUBCOMMAND --help` explains every flag.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from dclr import config as configuration
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
-    "accuracy": "top-1 and top-5 accuracy of a finetuned or linear classifier on the test split, with a confusion matrix",
+    "accuracy": "top-1 and top-5 accuracy of a finetuned or linear classifier on the test split; confusion matrix",
     "retrieval": "nearest training videos of the test split's videos, by the features of a backbone",
     "bias": "what frozen features tell of the motion and of the scene; actions on the backgrounds of other videos",
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
@@ -62,7 +63,7 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
     heading.add_argument(
         "--out",
         metavar="RUN",
-        help=f"folder for report.json and pictures (default: {command} in the folder of the checkpoint's run, or in runs/)",
+        help=f"folder for report.json and pictures (default: {command} in the checkpoint's folder, or in runs/)",
     )
     heading.add_argument(
         "--preset",
@@ -82,7 +83,8 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
             "--foreground",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help="also test actions on the backgrounds of other videos. Turn it off to run only the probes (default: on)",
+            help="also test actions on the backgrounds of other videos. "
+            "Turn it off to run only the probes (default: on)",
         )
 
 
@@ -139,9 +141,9 @@ def main(arguments: list[str]) -> None:
 def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """Return flat settings for clips and network.
 
-    They come from the preset, the config.json in the folder of the checkpoint, the file given to --config, and the flags.
-    The last of these that has a setting decides. The data set is never the one in the folder of the checkpoint, and neither
-    is the permission to read videos outside of it: a checkpoint may come from anywhere.
+    The sources are the preset, the config.json in the folder of the checkpoint, the file given to --config, and the
+    flags. A later source overrides an earlier one. A checkpoint may come from anywhere, so its config.json does not
+    decide the data set or the permission to read videos outside of the data folder.
 
     Raises UserError if the checkpoint was trained on a data set and none is given.
     """

@@ -13,7 +13,7 @@ The program runs alone, under the deepspeed launcher, or under torchrun. A launc
     deepspeed train.py pretrain --config runs/ucf/config.json --lr 0.02 --out runs/ucf-2
         Repeat that run with another learning rate. --config also reads a TOML file.
     deepspeed train.py finetune --data UCF101 --preset ucf101 --pretrained runs/ucf --out runs/ucf-finetune
-        Train the whole network on labels, from the pretrained backbone. `linear` trains only a classifier on its features.
+        Train the whole network on labels, from the pretrained backbone. `linear` trains only a classifier on top.
     python train.py pack --data UCF101 --out UCF101-packed --workers 12
         Decode the videos once, into a store that is fast to read: --data UCF101-packed.
 
@@ -36,7 +36,7 @@ DESCRIPTIONS = {
     "finetune": "train the whole network on labels, from pretrained weights or from random ones",
     "linear": "train a linear classifier on a frozen backbone",
     "check": "decode every video once and report what a data set holds",
-    "pack": "decode every video once into a store that is fast to read; without --out, only print how large it would be",
+    "pack": "decode every video once into a store that is fast to read; without --out, only print its size",
 }
 
 CONFIG_EXAMPLE = """example of a TOML file for --config:
@@ -67,9 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if command in configuration.COMMANDS:
             add_sources(sub)
-            configuration.add_flags(
-                sub, configuration.groups(configuration.COMMANDS[command]).values(), command=command
-            )
+            configuration.add_flags(sub, configuration.groups(command).values(), command=command)
         else:
             shown = {"data", "allow_outside", "workers", "video_timeout"} | ({"split"} if command == "check" else set())
             configuration.add_flags(sub, [configuration.DataConfig], only=shown)
@@ -88,8 +86,9 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     heading.add_argument(
         "--config",
         metavar="FILE",
-        help="TOML file with settings (example below), or the config.json of a run to repeat. It overrides the preset, which a "
-        "TOML file may name. The settings out and allow_outside of a config.json are ignored. Not together with --preset or --resume",
+        help="TOML file with settings (example below), or the config.json of a run to repeat. It overrides the preset, "
+        "which a TOML file may name. The settings out and allow_outside of a config.json are ignored. "
+        "It cannot be used with --preset or --resume",
     )
     heading.add_argument(
         "--resume",
@@ -97,7 +96,8 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="RUN",
         help="continue the run in this folder, or in --out if no folder is given, with the settings of that run. "
-        "auto: continue the run in --out if there is a checkpoint, else begin it. Use auto to repeat one command until it is done",
+        "auto: continue the run in --out if there is a checkpoint, else begin it. "
+        "Use auto to repeat one command until the run is done",
     )
 
 
@@ -114,20 +114,24 @@ def add_store_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=argparse.SUPPRESS,
         metavar="PIXELS",
-        help="shorter side of the stored frames in pixels. Frames are never enlarged. Raise it with --crop-size (default: 128)",
+        help="shorter side of the stored frames in pixels. Frames are never enlarged. "
+        "Raise it with --crop-size (default: 128)",
     )
     heading.add_argument(
         "--compact",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="store small videos with a keyframe every 12 frames, in place of raw planes. They take a twelfth of the space or "
-        "less and are slower to read. Use it for data sets as large as Kinetics",
+        help="store small videos with a keyframe every 12 frames, in place of raw planes. They take at most a twelfth "
+        "of the space and are slower to read. Use it for data sets as large as Kinetics",
     )
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """Return name -> value of the command line. A flag that is not given is absent or None. No subcommand means pretrain."""
-    # The deepspeed launcher (0.19.8) puts --local_rank=N before the other arguments. The environment holds the same number.
+    """Return name -> value of the command line. A flag that is not given is absent or None.
+
+    Without a subcommand, the command is pretrain.
+    """
+    # The deepspeed launcher (0.19.8) puts --local_rank=N before the other arguments. LOCAL_RANK holds the same number.
     given = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["pretrain", *given]
@@ -136,6 +140,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
+    """Run one command line. Raises UserError for wrong input, and `signals.Stopped` if a signal stops a run."""
     flags = parse(arguments)
     command = flags.pop("command")
     if command == "check":
@@ -212,7 +217,10 @@ def resolve_resumed(
 
 
 def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
-    """Return the folder of the run that --resume continues, or None to begin a run. Raises UserError if no folder is named."""
+    """Return the folder of the run that --resume continues, or None to begin a run.
+
+    Raises UserError if no folder is named.
+    """
     if resume is None:
         return None
     if resume and resume != "auto":
@@ -233,8 +241,8 @@ def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
 def refuse(error: UserError) -> None:
     """Print the error in one line. Ranks other than 0 wait 30 seconds first.
 
-    A launcher ends all processes when the first one exits. Rank 0 must print its line before that, and one line is enough.
-    A rank that is still alive after the wait has an error that rank 0 does not have.
+    A launcher ends all processes when the first one exits. Rank 0 must print its line before that, and one line is
+    enough. A rank that is still alive after the wait has an error that rank 0 does not have.
     """
     if launched_rank() > 0:
         time.sleep(30)
@@ -244,7 +252,7 @@ def refuse(error: UserError) -> None:
 def run(arguments: list[str]) -> int:
     """Call `main` and return the exit status.
 
-    0: done. 2: wrong input. 75: stopped by a signal, with a checkpoint to resume from. 130: Ctrl-C before training began.
+    0: done. 2: wrong input. 75: stopped by a signal, with a checkpoint to resume from. 130: Ctrl-C before training.
     """
     try:
         main(arguments)

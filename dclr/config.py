@@ -1,7 +1,7 @@
-"""Settings of a run: frozen dataclasses with bounds, the published recipes as presets, command-line flags and configuration files.
+"""Settings of a run: frozen dataclasses with bounds, presets with the published recipes, flags and configuration files.
 
-A later source overrides an earlier one: the defaults below, then the preset, then the file given to --config, then the flags.
-A resumed run has its own config.json in place of the preset and the file.
+The sources are the defaults below, the preset, the file given to --config, and the flags. A later source overrides an
+earlier one. A resumed run has its own config.json in place of the preset and the file.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Bounds:
         return self.at_least <= value <= self.at_most and self.above < value < self.below
 
     def __str__(self) -> str:
-        """Return the accepted values in words, empty if there are no bounds: "a, b or c", "from 0 to 1", "at least 0 and below 1"."""
+        """Return the accepted values in words: "a, b or c", "from 0 to 1", "at least 0 and below 1", or "" for any."""
         if self.choices:
             *others, last = map(str, self.choices)
             return f"{', '.join(others)} or {last}"
@@ -52,7 +52,10 @@ class Bounds:
 
 
 def option(default: Any, help: str, **bounds: Any) -> Any:
-    """Return a dataclass field with its default, its text for --help and its `Bounds`. A default True or False makes a yes/no option."""
+    """Return a dataclass field with its default, its text for --help and its `Bounds`.
+
+    A field with the default True or False is a yes/no option.
+    """
     if isinstance(default, bool):
         bounds = {"choices": (True, False)}
     return field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
@@ -62,7 +65,7 @@ class _Group:
     """Base class of the groups of settings: it checks every field against its bounds."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value outside its bounds. The message names the flag, the value and the accepted values."""
+        """Raise UserError for a value outside its bounds, with the flag, the value and the accepted values."""
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             found = getattr(self, f.name)
             for value in found if isinstance(found, tuple) else (found,):
@@ -87,8 +90,8 @@ class RunConfig(_Group):
     )
     ds_config: str = option(
         "ds_configs/ddp.json",
-        "DeepSpeed configuration: sharding and precision. Change it to zero1.json or zero2.json if GPU memory is short: "
-        "zero1.json shards the optimizer state over the processes, zero2.json also the gradients",
+        "DeepSpeed configuration: sharding and precision. Change it to zero1.json or zero2.json if GPU memory is "
+        "short: zero1.json shards the optimizer state over the processes, zero2.json also the gradients",
     )
     log_every: int = option(
         10, "optimizer steps between two log lines. Raise it if a step takes milliseconds", at_least=1
@@ -108,7 +111,8 @@ class RunConfig(_Group):
     deterministic: bool = option(
         False,
         "use only algorithms that give the same bits every time, which are slower. "
-        "Turn it on if a resumed run on a GPU must equal an uninterrupted run bit for bit. A CPU does so without this flag",
+        "Turn it on if a resumed run on a GPU must equal an uninterrupted run bit for bit. "
+        "On a CPU it does so without this flag",
     )
     pad_channels: int = option(
         8,
@@ -120,8 +124,8 @@ class RunConfig(_Group):
     checkpoint_every: int = option(1, "epochs between two checkpoints. Raise it if an epoch takes seconds", at_least=1)
     on_nonfinite: str = option(
         "stop",
-        "what happens at a loss or gradient that is not finite. stop: the run ends and names the step, the loss terms and "
-        "the samples. Change it to skip to leave out such steps and count them",
+        "what happens at a loss or gradient that is not finite. stop: the run ends and names the step, the loss terms "
+        "and the samples. Change it to skip to leave out such steps and count them",
         choices=("stop", "skip"),
     )
 
@@ -158,9 +162,9 @@ class DataConfig(_Group):
     )
     workers: int = option(
         2,
-        "decoding processes of each training process. Raise it if the progress bar shows time spent on waiting for data. "
+        "decoding processes of each training process. Raise it if the progress bar shows that training waits for data. "
         "0 decodes in the training process: a video that crashes the decoder then ends the run, "
-        "and a video that never ends blocks the run",
+        "and a video on which the decoder hangs blocks the run",
         at_least=0,
         at_most=1024,
     )
@@ -184,8 +188,8 @@ class ModelConfig(_Group):
 
     backbone: str = option(
         "r2plus1d_10",
-        "network architecture. r2plus1d_10 is the one of the published recipe, whose released code calls it r2plus1d_18. "
-        "r2plus1d_18 is torchvision's network, which costs twice as much",
+        "network architecture. The published recipe uses r2plus1d_10, which the released code calls r2plus1d_18. "
+        "r2plus1d_18 is torchvision's network. Change it to r2plus1d_18 to use that network, at twice the cost",
         choices=BACKBONES,
     )
     width: int = option(
@@ -220,7 +224,8 @@ class MethodConfig(_Group):
     embedding_dim: int = option(128, "length D of an embedding. The published value is 128", choices=EMBEDDING_SIZES)
     queue_length: int = option(
         2048,
-        "negatives K that are kept for each pair of views. Raise it with the data set: 2048 for UCF101, 16384 for Kinetics-400",
+        "negatives K that are kept for each pair of views. "
+        "Raise it with the size of the data set: 2048 for UCF101, 16384 for Kinetics-400",
         at_least=1,
     )
     temperature: float = option(
@@ -271,10 +276,9 @@ class MethodConfig(_Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mined_positives > self.queue_length:
-            raise UserError(
-                f"--mined-positives is {self.mined_positives}, but must be from 0 to --queue-length ({self.queue_length})"
-            )
+        mined, length = self.mined_positives, self.queue_length
+        if mined > length:
+            raise UserError(f"--mined-positives is {mined}, but must be from 0 to --queue-length ({length})")
         if self.method == "dclr" and not self.auxiliary_views:
             raise UserError("--no-static-pairs and --no-dynamic-pairs together leave only rgb clips: use --method moco")
         if self.repel_weight and self.method == "dclr" and len(self.auxiliary_views) < 2:
@@ -284,7 +288,7 @@ class MethodConfig(_Group):
 
     @property
     def auxiliary_views(self) -> tuple[str, ...]:
-        """Names of the views, besides rgb, that rgb clips are contrasted with: of "static" and "dynamic". None of them in MoCo."""
+        """The views that rgb clips are contrasted with: "static" and "dynamic", one of them, or none in MoCo."""
         used = {"static": self.static_pairs, "dynamic": self.dynamic_pairs}
         return tuple(view for view, is_used in used.items() if is_used and self.method == "dclr")
 
@@ -357,12 +361,12 @@ Config = PretrainConfig | FinetuneConfig
 COMMANDS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear": FinetuneConfig}
 
 
-def groups(config_class: type) -> dict[str, type]:
-    """Return name -> dataclass of the groups of a configuration, in the order of --help."""
-    return {f.name: f.type for f in dataclasses.fields(config_class)}  # type: ignore[misc]
+def groups(command: str) -> dict[str, type]:
+    """Return name -> dataclass of the groups of settings of a command, in the order of --help."""
+    return {f.name: f.type for f in dataclasses.fields(COMMANDS[command])}  # type: ignore[misc]
 
 
-GROUPS = {name: group for config_class in COMMANDS.values() for name, group in groups(config_class).items()}
+GROUPS = {name: group for command in COMMANDS for name, group in groups(command).items()}
 FIELDS = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
 
 # The downstream protocols of the released code of DCLR and FAME.
@@ -394,7 +398,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dropout": 0.0,
             "checkpoint_every": 20,
         },
-        # At the published learning rate, 5, the loss of the linear probe of this small network stays above 100 (docs/LOG.md).
+        # At the published learning rate, 5, the loss of this network's linear probe stays above 100 (docs/LOG.md).
         "linear": {
             **_DEMO,
             **_LINEAR,
@@ -464,7 +468,10 @@ SWITCHES = {"--foreground", *(flag_of(f.name) for f in FIELDS.values() if isinst
 
 
 def refuse_old_switches(arguments: Sequence[str]) -> None:
-    """Raise UserError for a yes/no option in the spelling of earlier versions, "--static-pairs no". The message names the new one."""
+    """Raise UserError for a yes/no option in the spelling of earlier versions, "--static-pairs no".
+
+    The message names the new spelling.
+    """
     words = [word for argument in arguments for word in argument.split("=", 1)]
     for flag, value in pairwise(words):
         if flag in SWITCHES and value in ("yes", "no"):
@@ -480,7 +487,7 @@ def make_config(command: str, values: dict[str, Any]) -> Config:
     """
     values = dict(values)
     built: dict[str, Any] = {}
-    for name, group_class in groups(COMMANDS[command]).items():
+    for name, group_class in groups(command).items():
         own = {f.name: values.pop(f.name) for f in dataclasses.fields(group_class) if f.name in values}
         built[name] = group_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
     if values:
@@ -490,7 +497,8 @@ def make_config(command: str, values: dict[str, Any]) -> Config:
 
 # Settings without effect on MoCo, which has no auxiliary views.
 _ONLY_WITH_AUXILIARY_VIEWS = {
-    "static_pairs", "dynamic_pairs", "activation_maps", "mined_positives", "alignment_weight", "alignment", "repel_weight", "boundary",
+    "static_pairs", "dynamic_pairs", "activation_maps", "mined_positives", "alignment_weight", "alignment",
+    "repel_weight", "boundary",
 }  # fmt: skip
 
 
@@ -522,8 +530,8 @@ def resolve(
 
 # Settings that may change when a run is resumed. Any other change would alter the samples or the network.
 FREE_ON_RESUME = {
-    "data", "workers", "video_timeout", "max_bad", "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every",
-    "checkpoint_every", "on_nonfinite",
+    "data", "workers", "video_timeout", "max_bad",
+    "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
 }  # fmt: skip
@@ -553,7 +561,7 @@ def write_config(path: Path, command: str, preset: str, config: Config) -> None:
 def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
     """Return (command, preset, flat values) of a run's config.json.
 
-    Raises UserError if the file is missing, if it is not the configuration of a run, or if a value has another type than its flag.
+    Raises UserError if the file is missing or is not the configuration of a run, or if a value has a wrong type.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -573,11 +581,11 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
 def read_settings(path: Path, command: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return (preset, flat values) of the file given to --config: a TOML file, or the config.json of a run.
 
-    The preset is "" if the file names none. The file must be for `command`. If `command` is None, the file may be for any.
-    Of a config.json, `out` and `allow_outside` are left out: a new run needs a folder of its own, and a file from elsewhere
-    must not permit itself to name files outside the data folder.
+    The preset is "" if the file names none. The file must be for `command`, or for any command if `command` is None.
+    The result has neither `out` nor `allow_outside` of a config.json. A new run needs a folder of its own, and a file
+    from elsewhere must not permit itself to name videos outside the data folder.
 
-    Raises UserError if the file cannot be read, is for another command, or has an unknown name or a value of a wrong type.
+    Raises UserError if the file cannot be read or is for another command, or for an unknown name or a wrong type.
     """
     if path.suffix == ".json":
         written_for, preset, values = read_config(path)
@@ -586,21 +594,21 @@ def read_settings(path: Path, command: str | None = None) -> tuple[str, dict[str
         written_for, preset, values = _read_toml(path)
     if command and written_for not in ("", command):
         raise UserError(
-            f"--config {path} is for {written_for}, but the command is {command}: run {written_for}, or give another file"
+            f"--config {path} is for {written_for}, but the command is {command}: "
+            f"run {written_for}, or give another file"
         )
-    allowed = [group for name, group in GROUPS.items() if command is None or name in groups(COMMANDS[command])]
+    allowed = [group for name, group in GROUPS.items() if command is None or name in groups(command)]
     unknown = sorted(values.keys() - {f.name for group in allowed for f in dataclasses.fields(group)})
     if unknown:
-        raise UserError(
-            f"--config {path}: {f'{command} has no' if command else 'no command has a'} setting named {', '.join(unknown)}"
-        )
+        who = f"{command} has no" if command else "no command has a"
+        raise UserError(f"--config {path}: {who} setting named {', '.join(unknown)}")
     return preset, values
 
 
 def _read_toml(path: Path) -> tuple[str, str, dict[str, Any]]:
     """Return (command, preset, flat values) of a TOML file. Settings are at the top, or in one table for each group.
 
-    Raises UserError if the file is not TOML, has an unknown table, gives a setting twice, or has a value of a wrong type.
+    Raises UserError if the file is not TOML, or for an unknown table, a setting given twice, or a wrong type.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -636,7 +644,7 @@ _KINDS = {
 
 
 def _typed(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of the file with lists as tuples. Raises UserError for a value of another type than its flag."""
+    """Return the values of the file with lists as tuples. Raises UserError for a value of a wrong type."""
     for name, value in values.items():
         if name in FIELDS and not _is_alike(value, FIELDS[name].default):
             raise UserError(f"{path}: {name} is {value!r:.80}, but must be {_KINDS[type(FIELDS[name].default)]}")

@@ -63,12 +63,15 @@ def max_over_ranks(values: Tensor) -> Tensor:
 
 
 _group_without_timeout: dist.ProcessGroup | None = None
-"""The group that exchanges objects inside `without_timeout`. None: the default group, with a timeout of half an hour."""
+"""The group that exchanges objects inside `without_timeout`. None: the default group, whose timeout is 30 minutes."""
 
 
 @contextmanager
 def without_timeout() -> Iterator[None]:
-    """Let `gather_objects`, `on_all_ranks` and `on_rank_zero` wait up to 30 days. Verifying a large data set takes hours."""
+    """Let `gather_objects`, `on_all_ranks` and `on_rank_zero` wait up to 30 days.
+
+    Verifying a large data set takes hours.
+    """
     global _group_without_timeout
     if world_size() > 1:
         _group_without_timeout = dist.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -88,9 +91,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """Call `work` on every rank and return its result. If it raises UserError on any rank, every rank raises that error.
+    """Call `work` on every rank and return its result. If it raises UserError on one rank, every rank raises the error.
 
-    Otherwise the other ranks would wait for a rank that has left.
+    Without this, the other ranks would wait for a rank that has left.
     """
     result, problem = None, None
     try:
@@ -104,7 +107,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Call `work` on rank 0 and return its result on every rank. If it raises UserError, every rank raises that error."""
+    """Call `work` on rank 0 and return its result on every rank. If it raises UserError, every rank raises it."""
     result = [on_all_ranks(lambda: work() if rank() == 0 else None)]
     if world_size() > 1:
         dist.broadcast_object_list(result, src=0)
@@ -114,9 +117,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 class DelayedSum:
     """Sums of whole numbers over the ranks, one call late: each call returns the sums that the call before began.
 
-    A rank calls this once a step. It rarely waits, because the sum had a whole step to complete. All ranks get the same sums
-    at the same step, so they can act on them together. The sum uses the CPU (gloo), also if the network is on a GPU: reading
-    it does not make the host wait for the device.
+    A rank calls `add` once a step. The call rarely waits, because the sum had a whole step to complete. All ranks get
+    the same sums at the same step, so they can act on them together. The sum is computed on the CPU (gloo), even if
+    the network is on a GPU. Reading the sum therefore does not make the host wait for the device.
     """
 
     def __init__(self) -> None:
@@ -136,7 +139,10 @@ class DelayedSum:
         return total
 
     def finish(self) -> list[int] | None:
-        """Wait for the last sums and return them, or None if there are none. Call this before the processes disconnect."""
+        """Wait for the last sums and return them, or None if there are none.
+
+        Call this before the processes disconnect.
+        """
         if self._begun is None:
             return None
         work, total = self._begun

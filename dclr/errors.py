@@ -4,10 +4,10 @@
 class UserError(Exception):
     """Wrong input from the user. The message says in one line what is wrong and what would be right.
 
-    train.py and eval.py print the message without a traceback and exit with status 2. Any other exception is a bug and keeps
-    its traceback.
+    train.py and eval.py print the message without a traceback and exit with status 2. Any other exception is a bug and
+    keeps its traceback.
     """
 
     def __str__(self) -> str:
-        """Return the message with line breaks and control characters escaped. Quoted file names and texts may contain them."""
+        """Return the message with escaped control characters, which quoted file names and texts may contain."""
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())

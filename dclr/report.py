@@ -116,7 +116,7 @@ def git_commit() -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory in GiB that this process has used: allocated on the GPU, or resident if `device` is a CPU."""
+    """Return the peak memory of this process in GiB: allocated on the GPU, or resident if `device` is a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -133,7 +133,7 @@ class Stopwatch:
 
     @contextmanager
     def section(self, name: str, host: bool = False) -> Iterator[None]:
-        """Add the time inside this context to `name`. With `host`, measure the Python thread, also if the device is a GPU."""
+        """Add the time inside this context to `name`. With `host`, measure the Python thread even on a GPU."""
         if self._cuda and not host:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -238,7 +238,7 @@ class RunLog:
 
 
 def _step(line: str) -> float:
-    """Return the step number of a line of metrics.jsonl, or infinity for a line that is incomplete or is something else."""
+    """Return the step number of a metrics.jsonl line, or infinity for an incomplete or invalid line."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -100,7 +100,7 @@ def test_a_written_configuration_reads_back_as_it_was(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["milestones"] == [3, 4]  # in groups
 
 
-# Written by `write_config` of commit 22c1ddd, from make_config("pretrain", {"static_pairs": "no", "allow_outside": "yes", "seed": 3}).
+# Written by `write_config` of commit 22c1ddd, with --no-static-pairs, --allow-outside and --seed 3 in its spelling.
 OLD_CONFIG = """{
   "command": "pretrain",
   "preset": "ucf101",
@@ -330,7 +330,7 @@ def test_a_wrong_command_line_is_one_line_that_names_it(module, arguments, messa
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "linear"])
 def test_each_flag_says_when_to_change_it(command):
     silent = [
-        f.name for group in configuration.groups(COMMANDS[command]).values() for f in dataclasses.fields(group)
+        f.name for group in configuration.groups(command).values() for f in dataclasses.fields(group)
         if not re.search(r"change|raise|lower|turn|published|default|left out|try", f.metadata["help"].lower())
     ]  # fmt: skip
     assert not silent

@@ -128,7 +128,7 @@ def test_a_wrong_input_under_the_launcher_exits_with_status_2_and_one_line_for_a
 
 
 def test_ranks_other_than_0_wait_before_they_print_an_error(monkeypatch, capsys):
-    """A launcher ends all processes at the first exit. If a rank exits before rank 0 has printed, the user sees no message."""
+    """A launcher ends all processes at the first exit. Before rank 0 has printed, the user would see no message."""
     printed_before_waiting = []
     monkeypatch.setattr("time.sleep", lambda seconds: printed_before_waiting.append(capsys.readouterr().err))
     for rank, waits in (("0", 0), ("1", 1)):

@@ -122,7 +122,7 @@ def test_a_confusion_matrix_is_darkest_where_its_shares_are_highest(tmp_path):
     height, width = pixels.shape[:2]
     assert 200 < height < 1000
     assert 300 < width < 1200
-    # The matrix is the largest square of the colour map's ends: full blue (8, 48, 107) and nearly white (247, 251, 255).
+    # The matrix is the largest square of the ends of the colour map: blue (8, 48, 107), nearly white (247, 251, 255).
     full = np.abs(pixels - (8, 48, 107)).sum(2) < 6
     rows, columns = np.where(full[:, : int(width * 0.72)])  # left of the colour bar
     side_y, side_x = np.ptp(rows), np.ptp(columns)
@@ -159,7 +159,7 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
 
     rows = [
         ((frame((0, 0, 200)), "query: a"), [(frame((90, 90, 90)), "a 0.9", True), (frame((120, 120, 120)), "b 0.5", False)]),
-        ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", False)]),  # a gallery of one: a gap in the row
+        ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", False)]),
     ]  # fmt: skip
     figures.plot_retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
     pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
