@@ -152,4 +152,6 @@ class DelayedSum:
 
 
 # Until every caller has the new names.
-patience, together, Exchange = without_timeout, on_all_ranks, DelayedSum
+patience = without_timeout
+together = on_all_ranks
+Exchange = DelayedSum
