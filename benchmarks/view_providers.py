@@ -372,17 +372,20 @@ def _blurred(channel: Tensor, weights: Tensor, dimension: int) -> Tensor:
 @torch.no_grad()
 def float64_views(inputs: Inputs, yuv: bool) -> Views:
     """Return the views in float64, clip by clip. The static view has one frame, which broadcasts."""
-    params, stills = inputs.params, inputs.stills[:, None]
+    params = inputs.params
 
-    def augmented(frames: Tensor, rows: Augmentation, b: int) -> Tensor:
+    def augmented(frames: Tensor, rows: Augmentation, b: int) -> Tensor:  # (T, H, W, 3) -> (1, 3, T, h, w)
         one = Augmentation(**{name: tensor[b : b + 1] for name, tensor in vars(rows).items()})
         return batched_augment(frames[None], one, params.size, torch.float64)
 
-    frames = [to_rgb(inputs.planes, b) if yuv else inputs.frames[b] for b in range(len(stills))]
-    still_frames = [to_rgb(inputs.still_planes, b)[None] if yuv else stills[b] for b in range(len(stills))]
-    rgb = torch.cat([augmented(clip, params.clip, b) for b, clip in enumerate(frames)])
-    static = torch.cat([augmented(still, params.still, b) for b, still in enumerate(still_frames)])
-    return Views(rgb, static, rgb - torch.roll(rgb, 1, 2))
+    rgb, static = [], []
+    for b in range(len(inputs.frames)):
+        frames = to_rgb(inputs.planes, b) if yuv else inputs.frames[b]
+        still = to_rgb(inputs.still_planes, b) if yuv else inputs.stills[b]
+        rgb.append(augmented(frames, params.clip, b))
+        static.append(augmented(still[None], params.still, b))
+    clips = torch.cat(rgb)
+    return Views(clips, torch.cat(static), clips - torch.roll(clips, 1, 2))
 
 
 def to_rgb(planes: Yuv420, b: int) -> Tensor:  # (..., H, W, 3) float64, 0 to 255
