@@ -37,8 +37,8 @@ RANKS, WORKERS = 2, 2
 STOPPED = "asked to stop"  # in the message of a run that wrote a checkpoint after SIGTERM
 KINDS = ("rank", "worker", "decoder")  # each worker is a child of a rank and has one decoder process
 
-# Allowed growth of a process. Memory may grow a little, because allocators spread it over pages. A leak of 1 KB a sample
-# would be 40 MB in an hour.
+# Allowed growth of a process. Memory may grow a little, because allocators spread it over pages. A leak of 1 KB a
+# sample would be 40 MB in an hour.
 ALLOWED = {"mib": 16.0, "files": 0, "threads": 0}
 
 Usage = dict[str, dict[str, float]]
