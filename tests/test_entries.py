@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, as_flags, numbers
+from helpers import REPOSITORY, as_flags, free_port, numbers
 from PIL import Image
 
 import eval as evaluation
@@ -28,12 +27,6 @@ def run(command: list[str], environment: dict[str, str], timeout: float = 200) -
     """Run a program in the repository, on one thread."""
     environment = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def error_lines(text: str, program: str) -> list[str]:
@@ -91,15 +84,23 @@ def test_check_of_faulty_files_names_each_with_its_reason(genuine, capsys):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_make_one_run_and_one_process_resumes_it(
     clean_environment, train_main, tiny_pretrain, tmp_path, launcher
 ):
     flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
     if launcher == "deepspeed":
-        start = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port(), "train.py"]
+        start = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "train.py"]
     else:
-        start = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), "train.py", "pretrain"]
+        start = [
+            str(BIN / "torchrun"),
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(free_port()),
+            "train.py",
+            "pretrain",
+        ]
     done = run([*start, *flags], clean_environment)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -117,9 +118,10 @@ def test_two_processes_make_one_run_and_one_process_resumes_it(
     assert steps == list(range(1, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_wrong_input_under_the_launcher_exits_with_status_2_and_one_line_for_all_ranks(clean_environment):
-    start = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port(), "train.py"]
+    start = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "train.py"]
     done = run([*start, "--data", "no/such/folder"], clean_environment)
     assert done.returncode == 2
     output = done.stdout + done.stderr
