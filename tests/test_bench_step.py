@@ -282,6 +282,7 @@ def test_ddp_and_all_stages_train_the_same_and_another_learning_rate_is_seen(one
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_a_launch_returns_what_two_processes_measured(clean_environment, monkeypatch):
     for name in set(sharding.os.environ) - set(clean_environment):
         monkeypatch.delenv(name)
