@@ -4,8 +4,8 @@ The program runs alone, under the deepspeed launcher, or under torchrun. A launc
 
     deepspeed train.py --ds_config ds_configs/zero1.json
         Pretrain on the built-in demo videos. It takes about 5 minutes on two cores and writes runs/pretrain-1.
-    python train.py --epochs 2 --fill-steps 2
-        The smallest run: 12 steps on the demo videos, in less than a minute. It shows only that everything works.
+    OMP_NUM_THREADS=1 python train.py --epochs 2 --fill-steps 2
+        The smallest run: 12 steps on the demo videos in less than a minute on one core. It shows that everything works.
     python train.py check --data UCF101
         Print the layout of a data set, its counts by class and split, and every video that cannot be read.
     deepspeed train.py pretrain --data UCF101 --preset ucf101 --out runs/ucf
