@@ -160,17 +160,17 @@ def train(command: str, flags: dict[str, Any]) -> None:
     """Run pretrain, finetune or linear, in this process and in the others of its launcher."""
     config, preset, folder = resolve(command, flags)
     from dclr.training import engine
-    from dclr.training.finetune import supervise
-    from dclr.training.heartbeat import Lifeline
+    from dclr.training.finetune import finetune
+    from dclr.training.heartbeat import Heartbeat
     from dclr.training.pretrain import pretrain
 
     device = engine.start_processes()
     try:
-        with Lifeline():
+        with Heartbeat():
             if isinstance(config, configuration.PretrainConfig):
                 pretrain(config, preset, device, folder)
             else:
-                supervise(command, config, preset, device, folder)
+                finetune(command, config, preset, device, folder)
     finally:
         engine.stop_processes()
 

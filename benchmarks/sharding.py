@@ -53,7 +53,7 @@ from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.method import DCLR, Output
 from dclr.report import peak_memory_gib
 from dclr.training import engine
-from dclr.training.engine import Engine, read_ds_config, settle_precision
+from dclr.training.engine import Engine, read_ds_config, resolve_precision
 from kernels import Views
 
 DS_CONFIGS = {"DDP": "ddp.json", "stage 0": "ddp.json", "ZeRO-1": "zero1.json", "ZeRO-2": "zero2.json"}
@@ -92,7 +92,7 @@ def train(provider: str, task: Task, device: torch.device) -> dict[str, Any]:
     config = read_ds_config(ROOT / "ds_configs" / DS_CONFIGS[provider])
     if task.float32:
         config["torch_autocast"] = {"enabled": False}
-    precision = settle_precision(config, device)
+    precision = resolve_precision(config, device)
     autocast = config["torch_autocast"]["enabled"]
     optim = OptimConfig(batch_size=task.batch * distributed.world_size())
     step = (ddp_step if provider == "DDP" else engine_step)(network, config, optim, device)

@@ -74,7 +74,7 @@ from dclr.data.augmentation import PRETRAIN
 from dclr.models import build_backbone
 from dclr.report import Stopwatch
 from dclr.training import engine
-from dclr.training.engine import read_ds_config, settle_precision
+from dclr.training.engine import read_ds_config, resolve_precision
 from kernels.backend import runs_triton
 
 GOAL_BATCH = 128
@@ -444,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds, steps = QUICK_ROUNDS if arguments.quick else ROUNDS[device.type]
     rounds = arguments.rounds or rounds
     run = harness.Run("step", argv, arguments, device)
-    run.show_device(f", {settle_precision(read_ds_config(DS_CONFIG), device)}")
+    run.show_device(f", {resolve_precision(read_ds_config(DS_CONFIG), device)}")
     cells = plan(arguments, device.type)
     run.measure(cells, lambda cell: measure(cell, names, device, rounds, steps, run.ceilings), cell_table)
     verdicts = judge(run.rows, device.type)

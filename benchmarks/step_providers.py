@@ -25,8 +25,8 @@ from dclr.data.augmentation import PRETRAIN
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
 from dclr.models.backbone import Factored, FactoredStem
-from dclr.training.compile import compile_backbone, settle_compile
-from dclr.training.engine import Engine, read_ds_config, settle_precision
+from dclr.training.compile import compile_backbone, resolve_compile
+from dclr.training.engine import Engine, read_ds_config, resolve_precision
 from kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 
 METHOD, OPTIM = MethodConfig(), OptimConfig()
@@ -121,7 +121,7 @@ def configure(network: DCLR, device: torch.device) -> None:
     defaults = RunConfig()
     for encoder in (network.query, network.key):
         encoder.backbone.pad_channels(defaults.pad_channels)
-        if settle_compile(defaults.compile, device)[0]:
+        if resolve_compile(defaults.compile, device)[0]:
             compile_backbone(encoder.backbone)
 
 
@@ -210,7 +210,7 @@ class Ours(Provider):
         config = read_ds_config(DS_CONFIG)
         if not bfloat16:
             config["torch_autocast"] = {**config.get("torch_autocast", {}), "enabled": False}
-        settle_precision(config, device)
+        resolve_precision(config, device)
         self.engine = Engine(self.network, config, OptimConfig(batch_size=cell.B), device)
         self.engine.train()
         self.precision = "bf16" if self.engine.view_dtype == torch.bfloat16 else "ieee"

@@ -149,9 +149,3 @@ class DelayedSum:
         work.wait()
         self._begun = None
         return total.tolist()
-
-
-# Until every caller has the new names.
-patience = without_timeout
-together = on_all_ranks
-Exchange = DelayedSum

@@ -24,9 +24,6 @@ def atomic_write(path: Path, content: bytes, aside: Path | None = None) -> None:
     sync_folder(path.parent)
 
 
-write_whole = atomic_write  # until every caller has the new name
-
-
 def sync_folder(folder: Path) -> None:
     """Flush the folder's list of names to disk, so that new names survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)

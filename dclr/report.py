@@ -145,8 +145,6 @@ class Stopwatch:
             yield
             self._host[name] += (time.perf_counter() - begin_s) * 1e3
 
-    part = section  # until every caller has the new name
-
     def step(self) -> None:
         """Count one more step."""
         self._steps += 1

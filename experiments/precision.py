@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dclr.data.demo import render_demo
-from dclr.training.engine import read_ds_config, settle_precision
+from dclr.training.engine import read_ds_config, resolve_precision
 from experiments import controlled, controlled_set, evidence, runs
 from experiments.runs import Chain, Options
 
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str]) -> None:
     if not gpu:
         render_demo(curve_data, train_per_class=INTERPRETED_VIDEOS, test_per_class=1)
     chains: list[Chain] = []
-    has_bfloat16 = settle_precision(read_ds_config(BFLOAT16), device).startswith("bfloat16")
+    has_bfloat16 = resolve_precision(read_ds_config(BFLOAT16), device).startswith("bfloat16")
     for seed in seeds:
         if has_bfloat16:
             in_float32 = [*dclr, "--ds_config", str(ds_config)]

@@ -212,7 +212,7 @@ def attempt(folder: Path, run: Path, draw: random.Random, how: str, seconds: flo
     if ended[survivor] == 0:
         raise Failed("one rank was killed and the other ended as if nothing had happened")
     words = (folder / f"log.{processes.index(survivor)}").read_text()
-    if f"rank {processes.index(victim)} is gone" not in words:
+    if f"rank {processes.index(victim)} has failed" not in words:
         raise Failed(
             f"the other rank did not name the one that was killed: see {folder}/log.{processes.index(survivor)}"
         )

@@ -103,8 +103,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_the_one_before_it(tmp_path
     with pytest.raises(UserError) as caught:
         checkpoint.read(path)
     message = str(caught.value)
-    assert message.startswith(f"--resume: {path} is no checkpoint that can be read (")
-    assert message.endswith("): delete it, and --resume goes on from step-0000001.safetensors")
+    assert message.startswith(f"--resume: {path} is not a readable checkpoint (")
+    assert message.endswith("): delete it, and --resume continues from step-0000001.safetensors")
     assert "\n" not in message
     (tmp_path / "step-0000001.safetensors").unlink()
     with pytest.raises(UserError, match=r"start another run$"):

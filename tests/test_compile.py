@@ -11,7 +11,7 @@ from dclr.config import make_config
 from dclr.errors import UserError
 from dclr.models import build_backbone
 from dclr.training import setup
-from dclr.training.compile import compile_backbone, compile_seconds, settle_compile
+from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
 from dclr.training.pretrain import pretrain
 
 CPU = torch.device("cpu")
@@ -70,18 +70,18 @@ def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
 
 
 def test_what_runs_is_said_with_the_reason(monkeypatch):
-    assert settle_compile("auto", CPU) == (
+    assert resolve_compile("auto", CPU) == (
         False,
         "backbones run as they are: on a CPU compiling takes a minute and gains nothing (--compile on to try)",
     )
-    assert settle_compile("off", CPU)[0] is False
-    assert settle_compile("auto", torch.device("cuda"))[0] is True
+    assert resolve_compile("off", CPU)[0] is False
+    assert resolve_compile("auto", torch.device("cuda"))[0] is True
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
         UserError,
         match=r"^--compile on: torch.compile needs no-such-compiler, which is not installed; install it, or pass --compile off$",
     ):
-        settle_compile("on", CPU)
+        resolve_compile("on", CPU)
 
 
 @pytest.mark.parametrize(("file", "tag"), [("ddp.json", "ZeRO 0"), ("zero1.json", "ZeRO 1"), ("zero2.json", "ZeRO 2")])

@@ -17,11 +17,11 @@ from dclr.training.engine import (
     Engine,
     micro_batch_size,
     read_ds_config,
-    settle_precision,
+    resolve_precision,
     start_processes,
     stop_processes,
 )
-from dclr.training.nonfinite import FiniteGuard
+from dclr.training.nonfinite import NonfiniteGuard
 from kernels import Views
 
 
@@ -203,11 +203,11 @@ def test_precision_falls_back_to_float32_where_a_cpu_has_no_fast_bfloat16_and_sa
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     config = read_ds_config(CONFIGS / "zero1.json")
-    message = settle_precision(config, torch.device("cpu"))
+    message = resolve_precision(config, torch.device("cpu"))
     assert config["torch_autocast"]["enabled"] is fast
     assert message.startswith("bfloat16 compute" if fast else "float32: this CPU has no fast bfloat16")
     off = {"torch_autocast": {"enabled": False}}
-    assert "off in the DeepSpeed configuration" in settle_precision(off, torch.device("cpu"))
+    assert "off in the DeepSpeed configuration" in resolve_precision(off, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_nothing_in_a_step_makes_the_host_wait(one_process, file, accumulation, 
     method = make_method()
     engine = Engine(method, config, OptimConfig(batch_size=4 * accumulation, lr=0.01), one_process)
     engine.train()
-    finite = FiniteGuard(engine, on_nonfinite)
+    finite = NonfiniteGuard(engine, on_nonfinite)
     waits = Waits()
     for step in range(4):
         with waits:

@@ -656,7 +656,9 @@ def test_maps_are_compared_with_moco_random_weights_and_a_uniform_map(root, call
 def test_precision_shares_the_runs_of_the_comparison_and_needs_bfloat16_for_accuracies(
     root, calls, monkeypatch, has_bfloat16
 ):
-    monkeypatch.setattr(precision, "settle_precision", lambda config, device: "bfloat16" if has_bfloat16 else "float32")
+    monkeypatch.setattr(
+        precision, "resolve_precision", lambda config, device: "bfloat16" if has_bfloat16 else "float32"
+    )
     precision.main(["--seeds", "2", "--quick", "--work", str(root / "work")])
     assert sum("--kernels triton" in line for line in calls) == 2
     calls.clear()
@@ -670,7 +672,7 @@ def test_precision_shares_the_runs_of_the_comparison_and_needs_bfloat16_for_accu
 
 
 def test_precision_takes_bfloat16_from_the_published_result(root, calls, monkeypatch):
-    monkeypatch.setattr(precision, "settle_precision", lambda config, device: "bfloat16")
+    monkeypatch.setattr(precision, "resolve_precision", lambda config, device: "bfloat16")
     controlled.main(["--seeds", "2", "--methods", "DCLR", "--work", str(root / "work")])
     calls.clear()
     precision.main(["--seeds", "2", "--with-published", "--work", str(root / "elsewhere")])

@@ -6,30 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import numbers
 from safetensors.torch import load_file
 
 from dclr.config import make_config
 from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.models import build_backbone, load_classifier, save_backbone
-from dclr.training import finetune as loop
+from dclr.training import finetune as finetuning
 from dclr.training.checkpoint import newest, read
-from dclr.training.finetune import supervise
+from dclr.training.finetune import finetune
 
 CLASSES = ("up", "down", "across", "spin", "grow", "shrink", "circle", "shake")
-TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")
-
-
-def repeatable(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
 
 
 @pytest.fixture
 def run_tiny(tiny, one_process, tmp_path):
     def run(command, name="run", resume=None, **changes):
         config = make_config(command, {**tiny, "lr": 0.05, "out": str(tmp_path / name), **changes})
-        return supervise(command, config, "demo", one_process, resume)
+        return finetune(command, config, "demo", one_process, resume)
 
     return run
 
@@ -53,7 +48,7 @@ def test_finetuning_trains_everything_and_leaves_every_file_of_the_contract(run_
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     report = json.loads((run / "report.json").read_text())
     assert (report["command"], report["start"], report["steps"]) == ("finetune", "from scratch", 8)
-    lines = repeatable(run)
+    lines = numbers(run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all({"loss", "train_top1", "lr"} <= line.keys() for line in lines)
     assert lines[0]["loss"] == pytest.approx(np.log(8), rel=0.05)  # a classifier that knows nothing yet
@@ -114,7 +109,7 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
     """Dropout included, and without the pretrained file, which is no longer needed."""
     settings = {"pretrained": str(pretrained), "dropout": 0.5, "momentum": 0.9}
     finished = run_tiny(command, "finished", **settings)
-    real = loop.count_correct
+    real = finetuning.count_correct
     calls = []
 
     def dies_at_step_7(*arguments):
@@ -124,14 +119,14 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "count_correct", dies_at_step_7)
+        patch.setattr(finetuning, "count_correct", dies_at_step_7)
         with pytest.raises(Interrupted):
             run_tiny(command, "cut", **settings)
     cut = tmp_path / "cut"
-    assert [line["step"] for line in repeatable(cut)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in numbers(cut)] == [1, 2, 3, 4, 5, 6]
     (pretrained / "backbone.safetensors").unlink()
     train_main(command, resume=cut)
-    assert repeatable(cut) == repeatable(finished)
+    assert numbers(cut) == numbers(finished)
     for name in ("classifier.safetensors", "backbone.safetensors"):
         ours, theirs = load_file(cut / name), load_file(finished / name)
         assert ours.keys() == theirs.keys()
@@ -140,7 +135,7 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
 
 def test_the_learning_rate_falls_at_each_milestone(run_tiny):
     run = run_tiny("finetune", epochs=3, milestones=[1, 2])
-    rates = [line["lr"] for line in repeatable(run)]
+    rates = [line["lr"] for line in numbers(run)]
     assert rates == pytest.approx([0.05] * 4 + [0.005] * 4 + [0.0005] * 4)
 
 
@@ -168,7 +163,7 @@ def test_weights_of_another_network_are_refused_with_what_would_fit(run_tiny, pr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_its_step(run_tiny, monkeypatch, tmp_path):
-    real = loop.augment
+    real = finetuning.augment
     calls = []
 
     def spoiled(*arguments):
@@ -176,10 +171,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_its_step(run_tiny, monkeypat
         clip = real(*arguments)
         return clip * float("nan") if len(calls) == 6 else clip
 
-    monkeypatch.setattr(loop, "augment", spoiled)
+    monkeypatch.setattr(finetuning, "augment", spoiled)
     with pytest.raises(
         UserError,
-        match=r"^the numbers are not finite at step 6: loss nan \(samples (\d+, ){3}\d+\); nothing was updated",
+        match=r"^non-finite values at step 6: loss nan \(samples (\d+, ){3}\d+\)\. Nothing was updated",
     ):
         run_tiny("finetune", log_every=100)
     assert newest(tmp_path / "run" / "checkpoints").stem == "step-0000004"

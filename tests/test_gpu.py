@@ -15,8 +15,8 @@ from dclr.data.demo import render_demo
 from dclr.models import build_backbone
 from dclr.report import Stopwatch
 from dclr.training.compile import compile_backbone
-from dclr.training.nonfinite import FiniteGuard
-from dclr.training.pretrain import pretrain
+from dclr.training.nonfinite import NonfiniteGuard
+from dclr.training.pretrain import Pretraining, pretrain
 from dclr.training.signals import Stopped
 from kernels import ViewParams, generate_views
 
@@ -153,9 +153,9 @@ def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatc
         return wrapped
 
     monkeypatch.setattr(Stopwatch, "step", counted)
-    monkeypatch.setattr(dclr.training.pretrain, "measure", allowed(dclr.training.pretrain.measure))
+    monkeypatch.setattr(Pretraining, "metrics", allowed(Pretraining.metrics))
     monkeypatch.setattr(dclr.training.pretrain, "view_grid", allowed(dclr.training.pretrain.view_grid))
-    monkeypatch.setattr(FiniteGuard, "check", allowed(FiniteGuard.check))
+    monkeypatch.setattr(NonfiniteGuard, "check", allowed(NonfiniteGuard.check))
     flags = {
         "data": str(data), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 8, "fill_steps": 2, "log_every": 5, "queue_length": 16,
         "checkpoint_every": 3, "ds_config": str(REPOSITORY / "ds_configs" / file), "workers": 2,

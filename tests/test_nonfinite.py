@@ -1,4 +1,4 @@
-"""Numbers go bad: what a step leaves behind whose loss, gradient or keys are not finite, on one process and on two."""
+"""What a step with a non-finite loss, gradient or key leaves behind, on one process and on two."""
 
 import copy
 import json
@@ -18,10 +18,10 @@ from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, make_config
 from dclr.errors import UserError
 from dclr.method import DCLR, PAIRS
-from dclr.training import pretrain as loop
+from dclr.training import pretrain as pretraining
 from dclr.training.checkpoint import newest, read
 from dclr.training.engine import Engine, read_ds_config, start_processes, stop_processes
-from dclr.training.nonfinite import MOST_SKIPPED_IN_A_ROW, FiniteGuard
+from dclr.training.nonfinite import MOST_SKIPPED_IN_A_ROW, NonfiniteGuard
 from dclr.training.pretrain import loss_terms, pretrain
 from kernels import Views
 
@@ -30,7 +30,7 @@ ACCUMULATIONS = pytest.mark.parametrize("accumulation", [1, 2])
 # A key network that stands still, so that a step left out changes nothing at all.
 METHOD = MethodConfig(queue_length=8, embedding_dim=32, mined_positives=2, key_momentum=1.0)
 GRADIENT_ALONE, LOSS_ALONE = (1.0, 0.0), (1.0, math.inf)  # as take_step is told
-ENDING = "; nothing was updated, the last checkpoint is intact: lower --lr, or --on-nonfinite skip"
+ENDING = ". Nothing was updated and the last checkpoint is intact: lower --lr, or use --on-nonfinite skip"
 
 
 class Spoiled(nn.Module):
@@ -55,7 +55,9 @@ def make_engine(stage: int, accumulation: int, device: torch.device, network: nn
     return engine
 
 
-def take_step(engine: Engine, guard: FiniteGuard, step: int, bad: dict[int, tuple[float, float]] | None = None) -> None:
+def take_step(
+    engine: Engine, guard: NonfiniteGuard, step: int, bad: dict[int, tuple[float, float]] | None = None
+) -> None:
     """One step on data of its own. bad: micro-batch -> (a value of its input, the root)."""
     guard.begin(step)
     for part in range(engine.accumulation):
@@ -91,7 +93,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), (math.inf, 1.0), LOSS_ALONE], ids=["nan", "inf", "loss alone"])
 def test_a_loss_that_is_not_finite_stops_before_weights_and_momentum_change(one_process, stage, accumulation, bad):
     engine = make_engine(stage, accumulation, one_process)
-    guard = FiniteGuard(engine, "stop")
+    guard = NonfiniteGuard(engine, "stop")
     take_step(engine, guard, 1)
     before = weights_and_momentum(engine)
     bad_part, value = accumulation - 1, "inf" if bad == LOSS_ALONE else "nan"
@@ -99,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_before_weights_and_momentum_change(one_
     samples = ", ".join(str(first + i) for i in range(4))
     with pytest.raises(UserError) as caught:
         take_step(engine, guard, 2, {bad_part: bad})
-    assert str(caught.value) == f"the numbers are not finite at step 2: loss {value} (samples {samples}){ENDING}"
+    assert str(caught.value) == f"non-finite values at step 2: loss {value} (samples {samples}){ENDING}"
     assert_same(weights_and_momentum(engine), before)
 
 
@@ -107,7 +109,7 @@ def test_a_loss_that_is_not_finite_stops_before_weights_and_momentum_change(one_
 @ACCUMULATIONS
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(one_process, stage, accumulation):
     engine = make_engine(stage, accumulation, one_process)
-    guard = FiniteGuard(engine, "stop")
+    guard = NonfiniteGuard(engine, "stop")
     take_step(engine, guard, 1)
     before = weights_and_momentum(engine)
     named = "the gradient of layer.weight" if stage == 0 else "the gradient"
@@ -115,7 +117,7 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(one_process, sta
     samples = ", ".join(map(str, parts))
     with pytest.raises(UserError) as caught:
         take_step(engine, guard, 2, {0: GRADIENT_ALONE})
-    assert str(caught.value) == f"the numbers are not finite at step 2: {named} (a mean over samples {samples}){ENDING}"
+    assert str(caught.value) == f"non-finite values at step 2: {named} (a mean over samples {samples}){ENDING}"
     assert_same(weights_and_momentum(engine), before)
 
 
@@ -126,7 +128,7 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(one_process, sta
 def test_a_skipped_step_never_happened_bit_for_bit(one_process, stage, accumulation, bad_step, bad, capsys):
     """Weights, momentum and batch statistics; also when it is the very first, before there is any momentum."""
     engine, other = (make_engine(stage, accumulation, one_process) for _ in range(2))
-    guard, expected = FiniteGuard(engine, "skip"), FiniteGuard(other, "skip")
+    guard, expected = NonfiniteGuard(engine, "skip"), NonfiniteGuard(other, "skip")
     for step in range(1, 6):
         take_step(engine, guard, step, {accumulation - 1: bad} if step == bad_step else None)
         if step != bad_step:
@@ -135,7 +137,7 @@ def test_a_skipped_step_never_happened_bit_for_bit(one_process, stage, accumulat
     assert (guard.skipped, expected.skipped) == (1, 0)
     assert guard.metrics() == {"nonfinite/skipped_steps": 1.0}
     lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith(f"skipped: the numbers are not finite at step {bad_step}: ") for line in lines] == [True]
+    assert [line.startswith(f"skipped: non-finite values at step {bad_step}: ") for line in lines] == [True]
 
 
 def make_views(seed: int) -> Views:
@@ -152,7 +154,7 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
     def run(bad_steps: set[int], leave_out: bool) -> list[Tensor]:
         method = DCLR(ModelConfig(backbone="r2plus1d_10", width=4), METHOD)
         engine = make_engine(stage, accumulation, one_process, method)
-        guard = FiniteGuard(engine, "skip")
+        guard = NonfiniteGuard(engine, "skip")
         for step in range(5):
             if step in bad_steps and leave_out:
                 continue
@@ -162,7 +164,7 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
                 if step in bad_steps and part == 0:
                     (query if of == "query" and step > 1 else key).rgb[1] = math.nan
                 if step < 2:
-                    guard.see(loop.key_terms(method, method.fill(key, step)), torch.arange(4))
+                    guard.see(pretraining.key_terms(method, method.fill(key, step)), torch.arange(4))
                     continue
                 output = engine(query, key, step)
                 guard.see(loss_terms(method, output), torch.arange(4))
@@ -183,13 +185,13 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
 
 def test_a_network_that_spoils_every_step_is_not_skipped_for_ever(one_process, capsys):
     engine = make_engine(0, 1, one_process)
-    guard = FiniteGuard(engine, "skip")
+    guard = NonfiniteGuard(engine, "skip")
     for step in range(MOST_SKIPPED_IN_A_ROW - 1):
         take_step(engine, guard, step, {0: (math.nan, 1.0)})
     take_step(engine, guard, 50)  # one good step, and the count starts anew
     for step in range(60, 60 + MOST_SKIPPED_IN_A_ROW - 1):
         take_step(engine, guard, step, {0: (math.nan, 1.0)})
-    with pytest.raises(UserError, match=r"at step 99: .* so were the 19 steps before, all skipped"):
+    with pytest.raises(UserError, match=r"at step 99: .* The 19 steps before were skipped for the same reason"):
         take_step(engine, guard, 99, {0: (math.nan, 1.0)})
 
 
@@ -199,7 +201,7 @@ def test_steps_that_zero_itself_leaves_out_are_seen(one_process):
     config["zero_optimization"] = {"stage": 1}
     torch.manual_seed(0)
     engine = Engine(Spoiled(), config, OptimConfig(batch_size=4, lr=0.1), one_process)
-    guard = FiniteGuard(engine, "stop")
+    guard = NonfiniteGuard(engine, "stop")
     take_step(engine, guard, 1)
     with pytest.raises(UserError, match="at step 2: the gradient"):
         take_step(engine, guard, 2, {0: GRADIENT_ALONE})
@@ -212,7 +214,7 @@ def test_steps_are_those_of_plain_sgd(one_process, stage):
     plain = copy.deepcopy(engine.module)
     optim = engine.optim
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=optim.momentum, weight_decay=optim.weight_decay)
-    guard = FiniteGuard(engine, "stop")
+    guard = NonfiniteGuard(engine, "stop")
     for step in range(5):
         take_step(engine, guard, step)
         optimizer.zero_grad()
@@ -228,7 +230,7 @@ def train_rank(rank: int, port: int, stage: int, mode: str, bad: tuple[float, fl
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     engine = make_engine(stage, 1, start_processes())
-    guard, told = FiniteGuard(engine, mode), ""
+    guard, told = NonfiniteGuard(engine, mode), ""
     try:
         for step in (1, 2, 3):
             take_step(engine, guard, step, {0: bad} if rank == 1 and step == 2 else None)
@@ -255,14 +257,14 @@ def run_two_ranks(stage: int, mode: str, bad: tuple[float, float], folder: Path)
 @STAGES
 def test_all_ranks_stop_for_one_and_name_it_with_its_samples(tmp_path, stage):
     first, second = run_two_ranks(stage, "stop", LOSS_ALONE, tmp_path)
-    message = f"the numbers are not finite at step 2 on rank 1: loss inf (samples 200, 201, 202, 203){ENDING}"
+    message = f"non-finite values at step 2 on rank 1: loss inf (samples 200, 201, 202, 203){ENDING}"
     assert (first[0], second[0]) == (message, message)
 
 
 def test_all_ranks_stop_for_a_gradient_that_only_one_holds_under_zero(tmp_path):
     first, second = run_two_ranks(1, "stop", GRADIENT_ALONE, tmp_path)
     assert first[0] == second[0]
-    assert first[0].startswith("the numbers are not finite at step 2: the gradient (a mean over samples 200, 201,")
+    assert first[0].startswith("non-finite values at step 2: the gradient (a mean over samples 200, 201,")
 
 
 def test_all_ranks_skip_for_one(tmp_path):
@@ -283,7 +285,7 @@ def run_tiny(tiny_pretrain, one_process, tmp_path):
 
 def spoil_views(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, Views, Views], None]) -> None:
     """spoil: called with the number of the micro-batch, from 1, and its views."""
-    real, calls = loop.make_views, []
+    real, calls = pretraining.make_views, []
 
     def spoiled(batch, boundary, dtype):
         query, key = real(batch, boundary, dtype)
@@ -291,7 +293,7 @@ def spoil_views(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, Views, Vi
         spoil(len(calls), query, key)
         return query, key
 
-    monkeypatch.setattr(loop, "make_views", spoiled)
+    monkeypatch.setattr(pretraining, "make_views", spoiled)
 
 
 def nan_at(*steps: int) -> Callable[[int, Views, Views], None]:
@@ -319,7 +321,7 @@ def test_a_run_skips_counts_and_reports_also_over_a_resume(run_tiny, train_main,
     assert report["skipped_steps"] == 3
     assert report["last"]["loss"] is None
     assert report["alignment_at_first_step"]["step"] == 3  # of the first that has one
-    told = re.findall(r"skipped: the numbers are not finite at step (\d)", capsys.readouterr().err)
+    told = re.findall(r"skipped: non-finite values at step (\d)", capsys.readouterr().err)
     assert told == ["2", "7", "8"]
     saved, _ = read(newest(run / "checkpoints"))
     assert all(tensor.isfinite().all() for tensor in saved.values())
@@ -329,14 +331,14 @@ def test_a_run_skips_counts_and_reports_also_over_a_resume(run_tiny, train_main,
 def test_a_resumed_run_may_stop_where_it_skipped_before(run_tiny, train_main, monkeypatch):
     run = run_tiny(epochs=1, on_nonfinite="skip")
     spoil_views(monkeypatch, nan_at(2))
-    with pytest.raises(UserError, match="not finite at step 6"):
+    with pytest.raises(UserError, match="non-finite values at step 6"):
         train_main("pretrain", resume=run, epochs=2, on_nonfinite="stop")
 
 
 def test_keys_that_are_not_finite_stop_a_run_that_fills_its_queue(run_tiny, monkeypatch):
     spoil_views(monkeypatch, nan_at(2))
     keys = ", ".join(f"key/{pair} nan" for pair in PAIRS)
-    with pytest.raises(UserError, match=rf"^the numbers are not finite at step 2: {keys} \(samples "):
+    with pytest.raises(UserError, match=rf"^non-finite values at step 2: {keys} \(samples "):
         run_tiny(fill_steps=3)
 
 
@@ -351,7 +353,7 @@ def test_on_a_gpu_a_skipped_step_never_happened_and_the_host_waits_for_none(one_
     for _ in range(2):
         torch.manual_seed(0)
         engines.append(Engine(Spoiled(), config, OptimConfig(batch_size=4, lr=0.1), one_process))
-    guard, expected = (FiniteGuard(engine, "skip") for engine in engines)
+    guard, expected = (NonfiniteGuard(engine, "skip") for engine in engines)
     for step in (1, 2):
         for engine, own in zip(engines, (guard, expected), strict=True):
             take_step(engine, own, step)

@@ -20,10 +20,10 @@ from dclr.data.samples import PairSamples
 from dclr.errors import UserError
 from dclr.method import DCLR, PAIRS
 from dclr.models import build_backbone, load_backbone
-from dclr.training import pretrain as loop
+from dclr.training import pretrain as pretraining
 from dclr.training.checkpoint import newest
 from dclr.training.engine import Engine
-from dclr.training.pretrain import pretrain
+from dclr.training.pretrain import Pretraining, pretrain
 from kernels.view_generation import generate_views_reference
 
 
@@ -289,15 +289,15 @@ class Interrupted(Exception):
 
 
 def interrupt_at(monkeypatch, step):
-    """The run dies while it measures a step, as a kill would leave it."""
-    real = loop.measure
+    """The run dies while it computes the metrics of a step, as a kill would leave it."""
+    real = Pretraining.metrics
 
-    def measure(output, method, config, engine, lr, done, watch):
+    def metrics(task, lr, done, *others):
         if done == step:
             raise Interrupted
-        return real(output, method, config, engine, lr, done, watch)
+        return real(task, lr, done, *others)
 
-    monkeypatch.setattr(loop, "measure", measure)
+    monkeypatch.setattr(Pretraining, "metrics", metrics)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -405,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_its_step_and_spares_the_chec
     run_tiny, monkeypatch, tmp_path, log_every
 ):
     """Also between two log lines: no checkpoint may hold what such a step left behind."""
-    real = loop.make_views
+    real = pretraining.make_views
     calls = []
 
     def spoiled(batch, boundary, dtype):
@@ -415,11 +415,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_its_step_and_spares_the_chec
             query.rgb.fill_(math.nan)
         return query, key
 
-    monkeypatch.setattr(loop, "make_views", spoiled)
+    monkeypatch.setattr(pretraining, "make_views", spoiled)
     every_pair = ", ".join(f"pair_loss/{pair} nan" for pair in PAIRS)
     message = (
-        rf"^the numbers are not finite at step 6: {every_pair}, alignment nan, repel nan \(samples \d+, \d+, \d+, \d+\); "
-        "nothing was updated, the last checkpoint is intact: lower --lr, or --on-nonfinite skip$"
+        rf"^non-finite values at step 6: {every_pair}, alignment nan, repel nan \(samples \d+, \d+, \d+, \d+\)\. "
+        "Nothing was updated and the last checkpoint is intact: lower --lr, or use --on-nonfinite skip$"
     )
     with pytest.raises(UserError, match=message):
         run_tiny(log_every=log_every, epochs=3)

@@ -33,8 +33,8 @@ from dclr.errors import UserError
 from dclr.method import DCLR
 from dclr.training import batchnorm, checkpoint
 from dclr.training.engine import Engine, start_processes, stop_processes
-from dclr.training.heartbeat import Lifeline
-from dclr.training.replicas import check_same, checksums
+from dclr.training.heartbeat import Heartbeat
+from dclr.training.replicas import check_replicas, checksums
 from kernels import Views
 
 
@@ -81,8 +81,8 @@ def train_with_own_statistics(rank: int, folder: Path) -> None:
         own.backward(own(query, key, step).loss)
         own.step()
         method.update_key()
-    check_same(method, 3)
-    exchange = distributed.Exchange()
+    check_replicas(method, 3)
+    exchange = distributed.DelayedSum()
     assert [exchange.add(rank, 1), exchange.add(5, 0), exchange.finish()] == [[0, 0], [1, 2], [10, 0]]
     own.save(folder, 3, {})
     torch.save((start, {k: v.clone() for k, v in method.state_dict().items()}), folder / f"rank{rank}.pt")
@@ -91,7 +91,7 @@ def train_with_own_statistics(rank: int, folder: Path) -> None:
         if rank == 1:
             method.key.backbone.get_parameter("layer2.0.conv1.0.0.weight").view(torch.int32).flatten()[7] ^= 1
     try:
-        check_same(method, 4)
+        check_replicas(method, 4)
     except UserError as error:
         (folder / f"drift{rank}").write_text(str(error))
     stop_processes()
@@ -114,7 +114,7 @@ def test_ranks_start_alike_save_the_statistics_of_all_and_notice_one_flipped_bit
     messages = {(tmp_path / f"drift{rank}").read_text() for rank in range(2)}
     (message,) = messages  # both ranks stop
     assert message.startswith(
-        "rank 1 has drifted from rank 0 at step 4: key.backbone.layer2.0.conv1.0.0.weight differs; "
+        "rank 1 no longer holds the network of rank 0 at step 4: key.backbone.layer2.0.conv1.0.0.weight differs. "
     )
 
 
@@ -226,7 +226,7 @@ def live(rank: int, folder: Path, fate: str) -> None:
     sys.stderr = (folder / f"err{rank}").open("w", buffering=1)
     dist.init_process_group("gloo")
     doomed = 0 if fate == "killed, the first" else 1
-    with Lifeline(beat=0.2, limit=3.0):
+    with Heartbeat(interval=0.2, timeout=3.0):
         for number in range(1_000_000):
             if rank == doomed and number == 20:
                 if fate == "an error":
@@ -247,8 +247,8 @@ def live(rank: int, folder: Path, fate: str) -> None:
 @pytest.mark.parametrize(
     ("fate", "statuses", "said"),
     [
-        ("killed", {0: 1, 1: -9}, {0: "rank 1 is gone: process "}),
-        ("killed, the first", {0: -9, 1: 1}, {1: "rank 0 is gone: "}),
+        ("killed", {0: 1, 1: -9}, {0: "rank 1 has failed: process "}),
+        ("killed, the first", {0: -9, 1: 1}, {1: "rank 0 has failed: "}),
         (
             "an error",
             {0: 1, 1: 1},

@@ -16,15 +16,15 @@ from helpers import as_flags, assert_same_end, steps
 import train
 from dclr import files
 from dclr.errors import UserError
-from dclr.training import finetune as supervising
+from dclr.report import Stopwatch
 from dclr.training import pretrain as pretraining
 from dclr.training import signals
 from dclr.training.signals import Stopped
 
 
-def signal_at(monkeypatch, loop, step: int, number: signal.Signals) -> None:
+def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
     """The process gets the signal while it computes that step (from 1)."""
-    real, calls = loop.Stopwatch.step, []
+    real, calls = Stopwatch.step, []
 
     def counted(self):
         calls.append(1)
@@ -32,7 +32,7 @@ def signal_at(monkeypatch, loop, step: int, number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
         real(self)
 
-    monkeypatch.setattr(loop.Stopwatch, "step", counted)
+    monkeypatch.setattr(Stopwatch, "step", counted)
 
 
 class Killed(BaseException):
@@ -74,9 +74,9 @@ def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(
 ):
     """While the queue fills, in the middle of an epoch, before mining and after."""
     with monkeypatch.context() as patch:
-        signal_at(patch, pretraining, step, signal.SIGUSR1)
+        signal_at(patch, step, signal.SIGUSR1)
         with pytest.raises(
-            Stopped, match=f"^asked to stop: checkpoint written at step {step}; --resume .*run goes on$"
+            Stopped, match=f"^asked to stop: checkpoint written at step {step}; --resume .*run continues it$"
         ):
             train_main(**flags, out=tmp_path / "run", resume="auto")
     assert steps(tmp_path / "run")[-1] == step
@@ -110,7 +110,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_begun_again_by_the_same_com
     train_main, flags, uninterrupted, monkeypatch, tmp_path
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "measure", lambda *arguments: (_ for _ in ()).throw(Killed))
+        patch.setattr(pretraining.Pretraining, "metrics", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train_main(**flags, out=tmp_path / "run", resume="auto")
     assert (tmp_path / "run" / "config.json").exists()
@@ -124,7 +124,7 @@ def test_finetuning_with_dropout_goes_on_bit_for_bit(train_main, tiny, monkeypat
     flags = {**tiny, "dropout": 0.5, "lr": 0.05}
     train_main("finetune", **flags, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        signal_at(patch, supervising, 3, signal.SIGTERM)
+        signal_at(patch, 3, signal.SIGTERM)
         with pytest.raises(Stopped):
             train_main("finetune", **flags, out=tmp_path / "run", resume="auto")
     assert steps(tmp_path / "run") == [3]
@@ -158,8 +158,8 @@ def test_resume_auto_wants_a_folder_and_does_not_take_a_finished_runs(train_main
 def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags, monkeypatch, tmp_path, capsys, number):
     """Ctrl-C comes twice, as under a launcher: the second changes nothing."""
     before = [signal.getsignal(n) for n in signals.SIGNALS]
-    signal_at(monkeypatch, pretraining, 2, number)
-    monkeypatch.setattr(pretraining, "average", lambda module: pytest.fail("went on"))
+    signal_at(monkeypatch, 2, number)
+    monkeypatch.setattr(pretraining, "average_statistics", lambda module: pytest.fail("went on"))
     real = os.replace
 
     def replace(source, target):
@@ -170,7 +170,7 @@ def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags,
     monkeypatch.setattr(files.os, "replace", replace)
     assert train.run(as_flags({**flags, "out": tmp_path / "run"})) == 75
     assert (
-        f"train.py: asked to stop: checkpoint written at step 2; --resume {tmp_path / 'run'} goes on"
+        f"train.py: asked to stop: checkpoint written at step 2; --resume {tmp_path / 'run'} continues it"
         in capsys.readouterr().out
     )
     assert steps(tmp_path / "run") == [2]
@@ -178,7 +178,7 @@ def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags,
 
 
 def test_a_signal_in_the_last_step_changes_nothing(train_main, flags, uninterrupted, monkeypatch, tmp_path):
-    signal_at(monkeypatch, pretraining, 8, signal.SIGTERM)
+    signal_at(monkeypatch, 8, signal.SIGTERM)
     train_main(**flags, out=tmp_path / "run")
     assert_same_end(tmp_path / "run", uninterrupted)
     assert (tmp_path / "run" / "backbone.safetensors").exists()
@@ -203,7 +203,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(train_main, flags
             train_main(**flags, out=tmp_path / "run")
     assert str(caught.value) == (
         f"the checkpoint of step 8 cannot be written to {tmp_path / 'run' / 'checkpoints'} (No space left on device): the last "
-        "checkpoint, step-0000004.safetensors, is intact; make room or mend it, then go on with --resume"
+        "checkpoint, step-0000004.safetensors, is intact; free disk space or fix the folder's permissions, then use --resume"
     )
     train_main(resume=tmp_path / "run")
     assert_same_end(tmp_path / "run", uninterrupted)
@@ -272,7 +272,7 @@ def test_a_data_set_that_changed_under_a_run_is_refused(train_main, flags, demo_
     shutil.copytree(demo_videos, data)
     flags["data"] = str(data)
     with monkeypatch.context() as patch:
-        signal_at(patch, pretraining, 3, signal.SIGTERM)
+        signal_at(patch, 3, signal.SIGTERM)
         with pytest.raises(Stopped):
             train_main(**flags, out=tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_bytes()
@@ -289,7 +289,7 @@ def test_a_data_set_that_changed_under_a_run_is_refused(train_main, flags, demo_
         shutil.copy(data / (data / "splits" / "test.txt").read_text().split()[0], first)
         told = r"\(as many, but not the same\)"
     with pytest.raises(
-        UserError, match=rf"are not those it was trained on {told}: bring them back, or start another run$"
+        UserError, match=rf"are not those it was trained on {told}: restore them, or start another run$"
     ):
         train_main(resume=tmp_path / "run", max_bad=100)
     assert (tmp_path / "run" / "config.json").read_bytes() == before

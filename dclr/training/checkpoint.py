@@ -1,11 +1,12 @@
-"""Checkpoints on disk: one safetensors file each, that is complete or not there.
+"""Checkpoints on disk. Each is one safetensors file that is either complete or not there.
 
     RUN/checkpoints/step-0000120.safetensors    tensors by name, and the run's state as JSON in the file's metadata
-    RUN/checkpoints/unfinished                  what is being written, or what a kill left of it; nobody reads it
+    RUN/checkpoints/unfinished                  a file that is being written, or that a kill has left; nobody reads it
 
-A file gets its name only when every byte of it is on the disk, by a rename, which a kill or a loss of power does either wholly or not at
-all. So the newest checkpoint is the one with the highest number: no pointer to it can be stale or torn. (DeepSpeed's own checkpoints are
-several pickles and a file `latest`, written without a barrier and in place: a kill could leave it naming a torn one.)
+A file gets its name by a rename, after all of its bytes are on the disk. A kill or a power failure leaves the rename
+done or not done. So the newest checkpoint is the one with the highest number, and no pointer to it can be out of date.
+DeepSpeed's own checkpoints are several pickles and a file `latest`, written in place and without a barrier: a kill can
+leave `latest` naming an incomplete checkpoint.
 """
 
 import json
@@ -18,57 +19,63 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dclr.errors import UserError
-from dclr.files import write_whole
+from dclr.files import atomic_write
 
 KEPT = 2
-"""The newest that are kept. The one of the lowest loss is kept beside them."""
+"""Number of newest checkpoints that are kept, next to the one with the lowest loss."""
 
 UNFINISHED = "unfinished"
 
 _FORMAT = "dclr checkpoint 1"
-"""Raise the number when what is in the file changes."""
+"""Raise the number when the content of the file changes."""
 
 _NAME = re.compile(r"step-(\d{7,})\.safetensors")
 
 
 def newest(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step under `folder`; None: there is none, or no such folder."""
+    """Return the complete checkpoint of the highest step under `folder`; None: there is none, or no such folder."""
     return max(_complete(folder), key=_step, default=None)
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Write step-N under `folder`, then delete those that are neither among the newest nor the best.
+    """Write the checkpoint of a step, then delete checkpoints that are neither among the newest nor the best.
 
-    `state` is anything that JSON holds; the best is the one of the lowest state["loss"] (None: it has no loss yet).
-    Raises OSError; the checkpoints that were there are intact then.
+    Args:
+        state: anything that JSON can hold. The best checkpoint has the lowest state["loss"]; None: no loss yet.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: it cannot be written. Earlier checkpoints are intact.
     """
-    folder.mkdir(
-        exist_ok=True
-    )  # not its parents: a run's folder that has vanished must not come back with nothing else in it
+    # Without parents: if the run's folder has vanished, it must not come back with a checkpoint as its only content.
+    folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:07d}.safetensors"
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": _FORMAT, "state": json.dumps({**state, "step": step})}
-    write_whole(path, save(content, metadata), aside=folder / UNFINISHED)
+    atomic_write(path, save(content, metadata), aside=folder / UNFINISHED)
     _delete_old(folder)
     return path
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, on the CPU, and the state, with `step`. Nothing is unpickled.
+    """Return a checkpoint's tensors by name, on the CPU, and its state, which includes `step`. Nothing is unpickled.
 
-    Raises UserError: the file cannot be read, is damaged, or is none of ours; it names the checkpoint before it where there is one.
+    Raises:
+        UserError: the file cannot be read, is damaged or has another format. The message names the checkpoint before it.
     """
     try:
         with safe_open(path, framework="pt") as opened:
             state = _state(opened.metadata())
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is not a dict)
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         earlier = [other for other in _complete(path.parent) if _step(other) < _step(path)]
-        way_out = (
-            f"delete it, and --resume goes on from {max(earlier, key=_step).name}" if earlier else "start another run"
+        remedy = (
+            f"delete it, and --resume continues from {max(earlier, key=_step).name}" if earlier else "start another run"
         )
-        raise UserError(f"--resume: {path} is no checkpoint that can be read ({reason}): {way_out}") from None
+        raise UserError(f"--resume: {path} is not a readable checkpoint ({reason}): {remedy}") from None
     return tensors, state
 
 
@@ -100,7 +107,7 @@ def _delete_old(folder: Path) -> None:
 
 
 def _loss(path: Path) -> float | None:
-    """What `write` was told; None also for a file that cannot be read, which is kept only while it is among the newest."""
+    """Return the loss that `write` stored; None also for an unreadable file, which is kept only among the newest."""
     try:
         with safe_open(path, framework="pt") as opened:
             return _state(opened.metadata()).get("loss")

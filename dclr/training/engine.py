@@ -1,4 +1,4 @@
-"""DeepSpeed: start the processes, wrap a network, step, save and resume. The only module that imports deepspeed."""
+"""DeepSpeed: start the processes, wrap a network, step, save and resume. No other module imports deepspeed."""
 
 import importlib.util
 import json
@@ -19,21 +19,23 @@ from dclr.errors import UserError
 from dclr.training import batchnorm, checkpoint
 
 MOMENTUM = "momentum_buffer"
-"""torch's name of what SGD keeps for each parameter."""
+"""torch's name for SGD's state of a parameter."""
 
 RANKS = "ranks/statistics"
-"""In a checkpoint: BatchNorm's statistics of every rank."""
+"""Name of the tensor in a checkpoint that holds BatchNorm's statistics of every rank: (ranks, N) float32."""
 
 
 def start_processes() -> torch.device:
-    """Join the run's other processes (deepspeed, torchrun) or be the only one; returns this process's device. Raises UserError where
-    they cannot meet.
+    """Join the run's other processes (started by deepspeed or torchrun) and return this process's device.
 
-    On a CPU the cores are shared out between the processes of the machine, unless OMP_NUM_THREADS says otherwise: with OpenMP's
-    default each process takes all, and two on two cores ran 12 to 20 times slower than with one thread each.
+    On a CPU the processes of a machine share its cores, unless OMP_NUM_THREADS is set. With OpenMP's default each
+    process uses all cores: two processes on two cores then ran 12 to 20 times slower than with one thread each.
+
+    Raises:
+        UserError: the processes cannot connect.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:  # a bare `python train.py`: without these DeepSpeed looks for MPI
+    if "RANK" not in os.environ:  # plain `python train.py`: without these variables DeepSpeed looks for MPI
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     local = int(os.environ["LOCAL_RANK"])
     if not torch.cuda.is_available():
@@ -46,30 +48,37 @@ def start_processes() -> torch.device:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.processes_of_machine()))
-    # Its start would compile a shared-memory kernel: minutes, and a crash where there is no C++ compiler. gloo does without.
+    # DeepSpeed would compile a shared-memory kernel at its start: that takes minutes, and fails without a C++ compiler.
+    # gloo does not need it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     except dist.DistNetworkError as error:
         port = os.environ["MASTER_PORT"]
         raise UserError(
-            f"the processes of this run cannot meet at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0][:160]}); "
+            f"the processes of this run cannot connect at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0][:160]}); "
             f"if another run has that port: deepspeed --master_port {int(port) + 1} train.py ..."
         ) from None
     return device
 
 
 def stop_processes() -> None:
+    """Leave the process group that `start_processes` joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def local_rank() -> int:
+    """Return this process's number among the run's processes on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """A DeepSpeed configuration. Raises UserError: missing, not JSON, or with sections this project decides otherwise."""
+    """Read a DeepSpeed configuration.
+
+    Raises:
+        UserError: the file is missing or not JSON; a section has a wrong type; a section sets what flags of train.py set.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -91,43 +100,56 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for section in ("fp16", "bf16"):
         if config.get(section, {}).get("enabled"):
             raise UserError(
-                f"--ds_config {path}: {section} would cast parameters and lose the key network's small updates; use torch_autocast"
+                f"--ds_config {path}: {section} stores parameters in 16 bits, "
+                "which loses the key encoder's small updates; use torch_autocast"
             )
     if config.get("torch_autocast", {}).get("dtype", "bfloat16") != "bfloat16":
         raise UserError(
-            f"--ds_config {path}: torch_autocast.dtype must be bfloat16: float16 needs a loss scale, whose overflows are part of its work, "
-            "and here a gradient that is not finite stops a run"
+            f"--ds_config {path}: torch_autocast.dtype must be bfloat16: float16 needs a loss scale, and its normal overflows "
+            "would stop the run here, as every non-finite gradient does"
         )
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(
-                f"--ds_config {path}: has a section {section}, but --lr, --milestones and their kin decide that"
+                f"--ds_config {path}: has a section {section}; remove it: --lr, --milestones, --momentum and --weight-decay set that"
             )
     if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
         raise UserError(
-            f"--ds_config {path}: zero_optimization.stage must be 0, 1 or 2 (the key network reads whole parameters)"
+            f"--ds_config {path}: zero_optimization.stage must be 0, 1 or 2 (the key encoder reads whole parameters)"
         )
     return config
 
 
-def settle_precision(config: dict[str, Any], device: torch.device) -> str:
-    """Turn `torch_autocast` off in `config` where the device has no fast bfloat16; returns one line on what runs and why."""
+def resolve_precision(config: dict[str, Any], device: torch.device) -> str:
+    """Turn `torch_autocast` off in `config` if the device has no fast bfloat16.
+
+    Returns:
+        One line that says which precision runs and why.
+    """
     autocast = config.get("torch_autocast", {})
     if not autocast.get("enabled"):
         return "float32: torch_autocast is off in the DeepSpeed configuration"
     dtype = autocast.get("dtype", "bfloat16")
     if device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         config["torch_autocast"] = {**autocast, "enabled": False}
-        return f"float32: this CPU has no fast {dtype} (no AVX512-BF16, no AMX), where it runs 2 to 7 times slower"
+        return (
+            f"float32: this CPU has no fast {dtype} (neither AVX512-BF16 nor AMX); {dtype} would be 2 to 7 times slower"
+        )
     return f"{dtype} compute, float32 parameters, statistics and loss (torch_autocast)"
 
 
 class Engine:
-    """A network under DeepSpeed with SGD. `batch_size` clips make one optimizer step, over all ranks and accumulation steps.
+    """A network under DeepSpeed with SGD. One optimizer step takes `optim.batch_size` clips, over all ranks and micro-batches.
 
-    Attributes: module, device, sgd (the optimizer below DeepSpeed's), accumulation (micro-batches a step), micro_batch (clips a rank
-    sees at a time).
-    Raises UserError: a batch size that ranks times accumulation does not divide, or that the DeepSpeed configuration contradicts.
+    Attributes:
+        module: the network.
+        device: where it is.
+        sgd: torch's optimizer, which DeepSpeed wraps.
+        accumulation: micro-batches a step.
+        micro_batch: clips in a micro-batch.
+
+    Raises:
+        UserError: see micro_batch_size; DeepSpeed refuses its configuration.
     """
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
@@ -144,7 +166,7 @@ class Engine:
             if distributed.world_size() > 1:
                 dist.broadcast(buffer, src=0)
         trained = [p for p in module.parameters() if p.requires_grad]
-        # The one optimizer under every stage. Fused: it can leave a step out without the host's knowing (dclr/training/nonfinite.py).
+        # Every ZeRO stage wraps this optimizer. It is fused, because only then can the device skip a step (nonfinite.py).
         self.sgd = torch.optim.SGD(
             trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
         )
@@ -155,58 +177,67 @@ class Engine:
         except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             raise UserError(f"--ds_config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         self.module: nn.Module = module
-        # At once and not in the first step: a checkpoint may be put into it before that, and that step may be left out, which would leave
-        # uninitialised memory behind. Under ZeRO the groups hold flat parts by now.
+        # The momentum is created here and not in the first step: a checkpoint may be loaded into it before, and a
+        # skipped first step would leave uninitialised memory. Under ZeRO the groups hold flat shards by now.
         for group in self.sgd.param_groups:
             for parameter in group["params"]:
                 self.sgd.state[parameter][MOMENTUM] = torch.zeros_like(parameter)
         if self._sharded:
-            self._optimizer._lazy_init_hp_params_optimizer_state()  # else DeepSpeed finds them after its first step only
+            self._optimizer._lazy_init_hp_params_optimizer_state()  # else DeepSpeed finds it only after its first step
 
     def __call__(self, *inputs: Any) -> Any:
-        """The network's forward, under the configured autocast."""
+        """Run the network's forward under the configured autocast."""
         return self._engine(*inputs)
 
     @property
     def view_dtype(self) -> torch.dtype:
-        """Of a network's input: bfloat16 where the first convolution would round it to that anyway, so that half the bytes are written."""
+        """The dtype of the network's input. It is bfloat16 where the first convolution would round to it: half the bytes."""
         bfloat16 = self._engine.torch_autocast_enabled() and self._engine.torch_autocast_dtype() == torch.bfloat16
         return torch.bfloat16 if bfloat16 else torch.float32
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The configured autocast, for calls that do not go through the network's forward."""
+        """Apply the configured autocast to calls that do not go through the network's forward."""
         enabled = self._engine.torch_autocast_enabled()
         dtype = self._engine.torch_autocast_dtype() if enabled else torch.bfloat16
         with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
             yield
 
     def train(self, mode: bool = True) -> None:
+        """Set training or evaluation mode."""
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's loss ()."""
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """To be called after every `backward`; the optimizer steps once `accumulation` micro-batches have gone through."""
+        """End a micro-batch. The optimizer steps after `accumulation` micro-batches."""
         self._engine.step()
 
     @property
     def overflowed(self) -> bool:
-        """ZeRO itself left the last step out, for a gradient that is not finite: where --ds_config has it compute their norm."""
+        """True if ZeRO itself skipped the last step for a non-finite gradient. It looks if --ds_config clips gradients."""
         return bool(getattr(self._optimizer, "overflow", False))
 
     def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
     def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
-        """A checkpoint of network and momentum, whole however they are sharded; see `checkpoint.write`.
+        """Write a checkpoint of network and momentum. Both are stored whole, however they are sharded.
 
-        Raises UserError on all ranks: it cannot be written; earlier ones are intact.
+        Args:
+            folder: where checkpoints are. See checkpoint.write.
+            step: number of finished steps.
+            state: anything that JSON can hold.
+
+        Raises:
+            UserError: on all ranks, it cannot be written. Earlier checkpoints are intact.
         """
-        ranks = batchnorm.of_all_ranks(self.module)
-        network = {**self.module.state_dict(), **batchnorm.by_name(self.module, ranks.mean(0))}
+        ranks = batchnorm.gather_statistics(self.module)
+        network = {**self.module.state_dict(), **batchnorm.name_statistics(self.module, ranks.mean(0))}
         tensors = {f"model/{name}": tensor for name, tensor in network.items()}
         tensors |= {f"momentum/{name}": tensor for name, tensor in self._momentum().items()}
         tensors[RANKS] = ranks
@@ -219,26 +250,29 @@ class Engine:
                 left = f"the last checkpoint, {last.name}, is intact" if last else "there is no checkpoint before it"
                 raise UserError(
                     f"the checkpoint of step {step} cannot be written to {folder} ({error.strerror}): {left}; "
-                    "make room or mend it, then go on with --resume"
+                    "free disk space or fix the folder's permissions, then use --resume"
                 ) from None
 
         distributed.on_rank_zero(write)
 
     def resume(self, folder: Path) -> dict[str, Any]:
-        """Load the newest checkpoint under `folder` into network and optimizer; returns its state, with `step`.
+        """Load the newest checkpoint under `folder` into network and optimizer, and return its state, which includes `step`.
 
-        However many processes wrote it, and at whatever ZeRO stage. Raises UserError on all ranks: none there, damaged, another network.
+        The number of processes and the ZeRO stage that wrote it may differ from this run's.
+
+        Raises:
+            UserError: on all ranks, there is no checkpoint, it is damaged, or it holds another network.
         """
-        tensors, state = distributed.together(lambda: self._read(folder))
+        tensors, state = distributed.on_all_ranks(lambda: self._read(folder))
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         for name, parameter in trained.items():
-            self._put(parameter, tensors[f"momentum/{name}"].to(self.device))
+            self._set_momentum(parameter, tensors[f"momentum/{name}"].to(self.device))
         if state["processes"] == distributed.world_size():
-            batchnorm.put(self.module, tensors[RANKS][distributed.rank()].to(self.device))
+            batchnorm.set_statistics(self.module, tensors[RANKS][distributed.rank()].to(self.device))
         return state
 
     def _read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The newest checkpoint, once it is in the network."""
+        """Load the newest checkpoint into the network; return its tensors and its state."""
         path = checkpoint.newest(folder)
         if path is None:
             raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from")
@@ -247,9 +281,9 @@ class Engine:
         found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("momentum/")}
         try:
             if found != expected:
-                raise RuntimeError("its momentum is of other parameters")
-            if tensors[RANKS].shape != (state["processes"], batchnorm.count(self.module)):
-                raise RuntimeError("its batch statistics are of other layers")
+                raise RuntimeError("its momentum belongs to other parameters")
+            if tensors[RANKS].shape != (state["processes"], batchnorm.count_statistics(self.module)):
+                raise RuntimeError("its batch statistics belong to other layers")
             self.module.load_state_dict(
                 {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
             )
@@ -262,7 +296,7 @@ class Engine:
         return bool(self._engine.zero_optimization())
 
     def _momentum(self) -> dict[str, Tensor]:
-        """Whole, by the name of its parameter, on all ranks."""
+        """Return the whole momentum by parameter name, on all ranks."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -270,8 +304,8 @@ class Engine:
             return {name: safe_get_full_optimizer_state(p, MOMENTUM) for name, p in trained.items()}
         return {name: self.sgd.state[p][MOMENTUM] for name, p in trained.items()}
 
-    def _put(self, parameter: nn.Parameter, momentum: Tensor) -> None:
-        """A parameter's momentum into the optimizer, and its value as it is now, of which ZeRO has a copy."""
+    def _set_momentum(self, parameter: nn.Parameter, momentum: Tensor) -> None:
+        """Set a parameter's momentum, and its value in the copy that ZeRO keeps."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self._sharded:
@@ -282,7 +316,11 @@ class Engine:
 
 
 def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:
-    """Clips a rank sees at a time: batch_size / (ranks * gradient_accumulation_steps). Raises UserError as `Engine` says."""
+    """Return the clips in a micro-batch: batch_size / (ranks * gradient_accumulation_steps).
+
+    Raises:
+        UserError: the division leaves a remainder, or `ds_config` names another batch size.
+    """
     ranks, accumulation = distributed.world_size(), int(ds_config.get("gradient_accumulation_steps", 1))
     if batch_size % (ranks * accumulation):
         raise UserError(
@@ -298,12 +336,12 @@ def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:
 
 
 def _import_deepspeed() -> Any:
-    """Late, since it costs seconds; quiet, since its progress messages drown ours."""
+    """Import deepspeed late, because the import takes seconds, and quiet, because it prints many progress messages."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("the package deepspeed is not installed: run `make setup`, or pip install deepspeed")
     import deepspeed
 
-    # Its one warning here, that it does not know SGD under ZeRO, is answered: tests hold ZeRO's steps against plain torch's.
+    # It warns that ZeRO is not tested with SGD. Our tests compare ZeRO's steps with plain torch's.
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
 

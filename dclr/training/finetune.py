@@ -1,152 +1,126 @@
-"""Finetuning and linear probing: the loop, from a backbone (or from scratch) to classifier.safetensors."""
+"""Training a classifier on labels: finetuning the whole network, or a linear probe on a frozen backbone."""
 
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dclr import distributed
 from dclr.config import FinetuneConfig
-from dclr.data.failures import Failures
-from dclr.data.samples import ClipSamples
-from dclr.models import Classifier, build_backbone, count_correct, load_backbone, save_backbone, save_classifier
-from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
-from dclr.training.batchnorm import average
+from dclr.data.samples import ClipBatch, ClipSamples, TrainSamples
+from dclr.models import (
+    Backbone,
+    Classifier,
+    build_backbone,
+    count_correct,
+    load_backbone,
+    save_backbone,
+    save_classifier,
+)
+from dclr.report import Stopwatch
+from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
-from dclr.training.nonfinite import FiniteGuard
-from dclr.training.replicas import check_same
-from dclr.training.setup import MeanLoss, learning_rate, start_run
-from dclr.training.signals import StopRequest
+from dclr.training.loop import common_bar, common_metrics, train
+from dclr.training.setup import start_run
 from kernels import augment
 
 
-def supervise(
+def finetune(
     command: str, config: FinetuneConfig, preset: str, device: torch.device, resume: Path | None = None
 ) -> Path:
-    """`finetune` the whole network or train a `linear` classifier on the frozen backbone; returns the run's folder.
+    """Train a classifier and return the run's folder, which then holds classifier.safetensors.
 
-    Raises UserError: see start_run, load_backbone, Engine, Engine.resume and Run.save; a data set without labels. Stopped: a signal asked
-    for it, and a checkpoint is written.
+    Args:
+        command: "finetune" trains the whole network; "linear" trains a linear classifier on the frozen backbone.
+
+    Raises:
+        UserError: see start_run, load_backbone, Engine and train; a data set without labels.
+        Stopped: a signal asked the run to stop. A checkpoint is written.
     """
     torch.manual_seed(config.run.seed)
-    backbone = build_backbone(config.model.backbone, config.model.width)
-    loaded = "from scratch"
-    if resume:
-        loaded = "the run's checkpoint"
-    elif config.transfer.pretrained:
-        loaded = distributed.together(lambda: load_backbone(Path(config.transfer.pretrained), backbone))
-    elif command == "linear":
-        loaded = "frozen random features (no --pretrained): a baseline"
+    backbone, start = make_backbone(command, config, resume)
     run = start_run(command, preset, config, device, resume)
-    run.say(f"  start: {loaded}")
+    run.say(f"  start: {start}")
     run.prepare(backbone)
     classes = run.videos.classes
     dropout = config.transfer.dropout if command == "finetune" else 0.0
     classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
     engine = Engine(classifier, run.ds_config, config.optim, device)
-    state = run.resume(engine)
-    start, last = state["step"], state["last"]
+    task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed))
+    trained = train(run, task, engine)
 
-    schedule = run.schedule(start)
-    samples = ClipSamples(run.videos, config.data, config.run.seed)
-    batches = run.batches(samples, schedule)
-    log = RunLog(run.folder, command, schedule.stop, start) if run.main else None
-    watch, failures, mean_loss = Stopwatch(device), Failures(), MeanLoss(device)
-    finite = FiniteGuard(engine, config.run.on_nonfinite, state["skipped"])
-    size = (config.data.crop_size, config.data.crop_size)
-    if run.main:
-        failures.reasons, failures.count = state["failures"]
-    engine.train()
-    began = time.time() - state["seconds"]
-
-    with StopRequest() as request:
-        for step in range(start, schedule.stop):
-            epoch = step // schedule.steps_per_epoch
-            lr = learning_rate(config.optim, epoch)
-            engine.set_learning_rate(lr)
-            # Dropout's random state is a function of the step, so a resumed run drops what the uninterrupted one did.
-            torch.manual_seed((config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
-            finite.begin(step + 1)
-            for _ in range(engine.accumulation):
-                with watch.part("data", host=True):
-                    batch = next(batches)
-                failures.add(batch.failures)
-                with watch.part("augment"):
-                    clip = augment(batch.frames, batch.augmentation, size, engine.view_dtype)
-                with watch.part("forward"):
-                    logits = engine(clip)
-                    loss = F.cross_entropy(logits, batch.labels)
-                finite.see({"loss": loss}, batch.indices)
-                mean_loss.add(loss)
-                with watch.part("backward"):
-                    engine.backward(loss)
-                with watch.part("optimizer"):
-                    engine.step()
-            finite.end()
-            run.tell_compile_time()
-            watch.step()
-            done = step + 1
-            asked_to_stop = run.agree(request, failures)
-            epoch_ended = done % schedule.steps_per_epoch == 0
-            regular = epoch_ended and ((epoch + 1) % config.run.checkpoint_every == 0 or done == schedule.stop)
-            logs = done % config.run.log_every == 0 or regular
-
-            if logs or asked_to_stop:
-                finite.check()
-                check_same(classifier, done)
-            if logs:
-                correct = count_correct(logits, batch.labels, 1) / len(logits)
-                values = torch.tensor([loss.item(), correct], device=device)
-                last = dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True))
-                milliseconds = watch.read()
-                last |= {
-                    "lr": lr,
-                    "samples_per_second": config.optim.batch_size / milliseconds["total"] * 1e3,
-                    "data_wait_share": milliseconds["data"] / milliseconds["total"],
-                    "memory/peak_gib": peak_memory_gib(device),
-                    **{f"milliseconds/{name}": value for name, value in milliseconds.items()},
-                }
-                last |= finite.metrics()
-                if log:
-                    log.write(done, last, shown(last))
-            if regular or asked_to_stop:
-                if log:
-                    log.flush()
-                mean = mean_loss.take() if regular else None
-                run.save(
-                    engine,
-                    done,
-                    {"summary": {}, "last": last, "skipped": finite.skipped},
-                    failures,
-                    time.time() - began,
-                    mean,
-                )
-            if asked_to_stop and done < schedule.stop:
-                raise run.stopped(done)
-            if log:
-                log.advance()
-
-    if log:
-        log.close()
-    run.exchange.finish()
-    average(classifier)
+    average_statistics(classifier)
     run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors"))
     run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
-    content = {"start": loaded, "last": json_numbers(last), "skipped_steps": finite.skipped}
-    run.write_report(content, failures, time.time() - began)
+    run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
     run.say(
-        f"done: {run.folder / 'classifier.safetensors'}; measure it with: python eval.py accuracy --checkpoint {run.folder}"
+        f"done: {run.folder / 'classifier.safetensors'}; evaluate it: python eval.py accuracy --checkpoint {run.folder}"
     )
     return run.folder
 
 
-def shown(metrics: dict[str, float]) -> dict[str, str]:
-    """What the progress bar has room for."""
-    return {
-        "loss": f"{metrics['loss']:.3f}",
-        "top1": f"{metrics['train_top1']:.0%}",
-        "lr": f"{metrics['lr']:.2g}",
-        "samples/s": f"{metrics['samples_per_second']:.1f}",
-        "wait": f"{metrics['data_wait_share']:.0%}",
-    }
+def make_backbone(command: str, config: FinetuneConfig, resume: Path | None) -> tuple[Backbone, str]:
+    """Return the backbone to start from and one line that says what its weights are.
+
+    Raises:
+        UserError: on all ranks, see load_backbone.
+    """
+    backbone = build_backbone(config.model.backbone, config.model.width)
+    if resume:
+        return backbone, "the run's checkpoint"
+    if config.transfer.pretrained:
+        return backbone, distributed.on_all_ranks(lambda: load_backbone(Path(config.transfer.pretrained), backbone))
+    if command == "linear":
+        return backbone, "frozen random features (no --pretrained): a baseline"
+    return backbone, "from scratch"
+
+
+class Finetuning:
+    """The Task of finetuning and of the linear probe (see loop.py)."""
+
+    first_trained_step = 0
+
+    def __init__(self, engine: Engine, config: FinetuneConfig, samples: ClipSamples) -> None:
+        self.engine, self.config = engine, config
+        self.samples: TrainSamples = samples
+        self.summary: dict[str, Any] = {}
+
+    def begin_step(self, step: int) -> None:
+        """Seed dropout by the step, so that a resumed run drops what an uninterrupted run drops."""
+        torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
+
+    def forward(
+        self, batch: ClipBatch, step: int, micro_step: int, watch: Stopwatch
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Augment the clips and compute the cross-entropy of their labels."""
+        size = (self.config.data.crop_size, self.config.data.crop_size)
+        with watch.section("augment"):
+            clip = augment(batch.frames, batch.augmentation, size, self.engine.view_dtype)
+        with watch.section("forward"):
+            self._logits, self._labels = self.engine(clip), batch.labels
+            self._loss = F.cross_entropy(self._logits, batch.labels)
+        return {"loss": self._loss}, self._loss
+
+    def after_update(self, watch: Stopwatch) -> None:
+        """Do nothing: only pretraining has a key encoder."""
+
+    def metrics(self, lr: float, done: int, skipped: int, watch: Stopwatch) -> dict[str, float]:
+        """Return loss and top-1 accuracy of the latest micro-batch."""
+        correct = count_correct(self._logits, self._labels, 1) / len(self._logits)
+        values = torch.tensor([self._loss.item(), correct], device=self.engine.device)
+        return {
+            **dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True)),
+            **common_metrics(lr, self.config.optim.batch_size, self.engine.device, watch),
+        }
+
+    def bar(self, metrics: dict[str, float]) -> dict[str, str]:
+        return {
+            "loss": f"{metrics['loss']:.3f}",
+            "top1": f"{metrics['train_top1']:.0%}",
+            **common_bar(metrics),
+        }
+
+    def picture(self) -> None:
+        """Return None: clips are not logged as pictures."""

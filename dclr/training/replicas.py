@@ -1,4 +1,7 @@
-"""Whether the ranks still hold the same network. They compute it independently from the same sums, so one flipped bit stays for ever."""
+"""The replica consistency check: all ranks must hold the same network.
+
+Each rank computes its update from the same sums, so one flipped bit on one rank would stay for the rest of the run.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +12,21 @@ from dclr.training import batchnorm
 
 
 def checksums(module: nn.Module) -> dict[str, Tensor]:
-    """Of parameters and buffers by name, () int64: the sum of a tensor's bits taken as whole numbers. BatchNorm's statistics are each
-    rank's own, and left out."""
+    """Return a checksum () int64 for each parameter and buffer: the sum of its bits, read as whole numbers.
+
+    BatchNorm's running statistics are not included, because each rank has its own.
+    """
     own = batchnorm.running_statistics(module)
     shared = {name: tensor.detach() for name, tensor in module.state_dict().items() if name not in own}
     return {name: _as_integers(tensor).sum(dtype=torch.int64) for name, tensor in shared.items()}
 
 
-def check_same(module: nn.Module, step: int) -> None:
-    """Raises UserError on all ranks, naming the first tensor in which any two differ."""
+def check_replicas(module: nn.Module, step: int) -> None:
+    """Compare the checksums of all ranks.
+
+    Raises:
+        UserError: on all ranks. It names the first tensor in which a rank differs from rank 0.
+    """
     if distributed.world_size() == 1:
         return
     sums = checksums(module)
@@ -26,8 +35,8 @@ def check_same(module: nn.Module, step: int) -> None:
         for name, first, other in zip(sums, ranks[0], own, strict=True):
             if first != other:
                 raise UserError(
-                    f"rank {rank} has drifted from rank 0 at step {step}: {name} differs; a machine's memory may be faulty: "
-                    "--resume goes on from the last checkpoint, on other machines if it comes again"
+                    f"rank {rank} no longer holds the network of rank 0 at step {step}: {name} differs. A machine's "
+                    "memory may be faulty: --resume continues from the last checkpoint; if it happens again, use other machines"
                 )
 
 

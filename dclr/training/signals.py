@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, and Ctrl-C."""
+"""Requests to stop a run: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, and Ctrl-C."""
 
 import signal
 from types import FrameType, TracebackType
@@ -7,17 +7,18 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 STATUS = 75
-"""The exit status of a run that was asked to stop and has written a checkpoint (EX_TEMPFAIL of sysexits.h: try again later)."""
+"""Exit status of a run that was asked to stop and has written a checkpoint (EX_TEMPFAIL of sysexits.h: try again)."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has written a checkpoint; the message says how to go on."""
+    """The run was asked to stop and has written a checkpoint. The message says how to continue it."""
 
 
 class StopRequest:
-    """Notes the signals while it is entered, and does nothing about them: the loop looks at `asked` after every step.
+    """Record the signals while the context is active. The loop reads `asked` after every step.
 
-    Further signals change nothing either, since one Ctrl-C under a launcher comes several times: from the terminal and from the launcher.
+    Further signals change nothing. One Ctrl-C under a launcher arrives several times: from the terminal and from the
+    launcher.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -34,5 +35,5 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
