@@ -186,8 +186,8 @@ class DCLR(nn.Module):
         Embeddings and maps are made on the rank that gets the clip, from the same features, and return together.
 
         Returns:
-            The keys of this rank's clips (P, B, D) and of all ranks' clips (P, ranks * B, D), and the activation maps of
-            this rank's auxiliary views.
+            The keys of this rank's clips (P, B, D) and of all ranks' clips (P, ranks * B, D), and the activation
+            maps of this rank's auxiliary views.
         """
         ranks, rank, size = distributed.world_size(), distributed.rank(), key.rgb.shape[0]
         own = slice(rank * size, (rank + 1) * size)

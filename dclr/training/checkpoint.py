@@ -63,7 +63,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint's tensors by name, on the CPU, and its state, which includes `step`. Nothing is unpickled.
 
     Raises:
-        UserError: the file cannot be read, is damaged or has another format. The message names the checkpoint before it.
+        UserError: the file cannot be read, is damaged or has another format. The message
+            names the checkpoint before it.
     """
     try:
         with safe_open(path, framework="pt") as opened:

@@ -56,7 +56,8 @@ def start_processes() -> torch.device:
     except dist.DistNetworkError as error:
         port = os.environ["MASTER_PORT"]
         raise UserError(
-            f"the processes of this run cannot connect at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0][:160]}); "
+            f"the processes of this run cannot connect at {os.environ['MASTER_ADDR']}:{port} "
+            f"({str(error).splitlines()[0][:160]}); "
             f"if another run has that port: deepspeed --master_port {int(port) + 1} train.py ..."
         ) from None
     return device
@@ -77,7 +78,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed configuration.
 
     Raises:
-        UserError: the file is missing or not JSON; a section has a wrong type; a section sets what flags of train.py set.
+        UserError: the file is missing or not JSON; a section has a wrong type; a section sets what
+            flags of train.py set.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -105,13 +107,14 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             )
     if config.get("torch_autocast", {}).get("dtype", "bfloat16") != "bfloat16":
         raise UserError(
-            f"--ds_config {path}: torch_autocast.dtype must be bfloat16: float16 needs a loss scale, and its normal overflows "
-            "would stop the run here, as every non-finite gradient does"
+            f"--ds_config {path}: torch_autocast.dtype must be bfloat16: float16 needs a loss scale, and its normal "
+            "overflows would stop the run here, as every non-finite gradient does"
         )
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(
-                f"--ds_config {path}: has a section {section}; remove it: --lr, --milestones, --momentum and --weight-decay set that"
+                f"--ds_config {path}: has a section {section}; remove it: --lr, --milestones, --momentum and "
+                "--weight-decay set that"
             )
     if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
         raise UserError(
@@ -139,7 +142,9 @@ def resolve_precision(config: dict[str, Any], device: torch.device) -> str:
 
 
 class Engine:
-    """A network under DeepSpeed with SGD. One optimizer step takes `optim.batch_size` clips, over all ranks and micro-batches.
+    """A network under DeepSpeed with SGD.
+
+    One optimizer step takes `optim.batch_size` clips, over all ranks and micro-batches.
 
     Attributes:
         module: the network.
@@ -166,7 +171,7 @@ class Engine:
             if distributed.world_size() > 1:
                 dist.broadcast(buffer, src=0)
         trained = [p for p in module.parameters() if p.requires_grad]
-        # Every ZeRO stage wraps this optimizer. It is fused, because only then can the device skip a step (nonfinite.py).
+        # Every ZeRO stage wraps this optimizer. Only a fused optimizer lets the device skip a step (nonfinite.py).
         self.sgd = torch.optim.SGD(
             trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
         )
@@ -191,7 +196,7 @@ class Engine:
 
     @property
     def view_dtype(self) -> torch.dtype:
-        """The dtype of the network's input. It is bfloat16 where the first convolution would round to it: half the bytes."""
+        """The dtype of the network's input. It is bfloat16 where the first convolution rounds to it anyway."""
         bfloat16 = self._engine.torch_autocast_enabled() and self._engine.torch_autocast_dtype() == torch.bfloat16
         return torch.bfloat16 if bfloat16 else torch.float32
 
@@ -217,7 +222,7 @@ class Engine:
 
     @property
     def overflowed(self) -> bool:
-        """True if ZeRO itself skipped the last step for a non-finite gradient. It looks if --ds_config clips gradients."""
+        """True if ZeRO itself skipped the last step for a non-finite gradient. It looks only if it clips gradients."""
         return bool(getattr(self._optimizer, "overflow", False))
 
     def set_learning_rate(self, lr: float) -> None:
@@ -256,7 +261,9 @@ class Engine:
         distributed.on_rank_zero(write)
 
     def resume(self, folder: Path) -> dict[str, Any]:
-        """Load the newest checkpoint under `folder` into network and optimizer, and return its state, which includes `step`.
+        """Load the newest checkpoint under `folder` into network and optimizer, and return its state.
+
+        The state includes `step`.
 
         The number of processes and the ZeRO stage that wrote it may differ from this run's.
 

@@ -126,13 +126,17 @@ class Heartbeat:
         _, process, host = heartbeat.split(" ", 2)
         message = (
             f"rank {rank} has failed: process {process} on {host} has sent no heartbeat for {self._timeout:.0f} s. "
-            "It was killed (out of memory?), or its machine cannot be reached; use --resume to continue from the last checkpoint"
+            "It was killed (out of memory?), or its machine cannot be reached; use --resume to continue "
+            "from the last checkpoint"
         )
         self._store.compare_set("end", "", json.dumps({"status": STATUS, "message": message}))
         return message
 
     def _end(self, message: str, status: int) -> None:
-        """End this process, unless it ends by itself. Its main thread may wait for a failed rank in an uninterruptible call."""
+        """End this process, unless it ends by itself.
+
+        Its main thread may wait for a failed rank in a call that cannot be interrupted.
+        """
         if self._leaving.wait(0.0 if distributed.rank() == 0 else _RANK_ZERO_FIRST):
             return
         print(f"train.py: error: {message}", file=sys.stderr, flush=True)
@@ -140,7 +144,7 @@ class Heartbeat:
 
 
 def _lost_connection(error: BaseException) -> bool:
-    """Return whether a collective operation failed because another rank is gone. torch has no common error type for it."""
+    """Return whether a collective operation failed because another rank is gone. torch has no error type for it."""
     return isinstance(error, RuntimeError) and any(
         word in str(error) for word in ("gloo", "NCCL", "TCPStore", "Broken pipe")
     )

@@ -33,7 +33,8 @@ STATE_TYPES: dict[str, Any] = {
     "seconds": (int, float),
     "skipped": int,
 }
-"""What a checkpoint's state holds next to the step. The file may come from anywhere, so `load_state` checks each type."""
+"""What a checkpoint's state holds next to the step. The file may come from anywhere, so `load_state` checks
+each type."""
 
 
 class Task(Protocol):
@@ -213,7 +214,8 @@ def load_state(run: Run, engine: Engine) -> dict[str, Any]:
     wrong = [name for name, types in STATE_TYPES.items() if not isinstance(state.get(name), types)]
     if wrong or [type(entry) for entry in state["failures"]] != [dict, int]:
         raise UserError(
-            f"--resume {run.folder}: its checkpoint is not one of a training run ({(wrong or ['failures'])[0]} is wrong)"
+            f"--resume {run.folder}: its checkpoint is not one of a training run "
+            f"({(wrong or ['failures'])[0]} is wrong)"
         )
     videos, stop = len(run.videos), run.batch_sampler().stop
     if (state["videos"], state["fingerprint"]) != (videos, run.videos.fingerprint()):

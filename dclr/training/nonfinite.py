@@ -1,4 +1,7 @@
-"""The guard against non-finite losses and gradients. A step with one changes nothing; the run stops or skips the step."""
+"""The guard against non-finite losses and gradients.
+
+A step with a non-finite value changes nothing. The run stops, or skips the step.
+"""
 
 import math
 import sys
@@ -70,7 +73,7 @@ class NonfiniteGuard:
             saved.copy_(buffer)
 
     def see(self, terms: dict[str, Tensor], indices: Tensor) -> None:
-        """Record a micro-batch: its terms, each () on the device, by name, and the indices (B,) of its samples, on the host."""
+        """Record a micro-batch: its terms by name, each () on the device, and its samples' indices (B,) on the host."""
         values = torch.stack([value.detach().float() for value in terms.values()])
         self._values.terms.append((list(terms), values, indices))
 
@@ -131,14 +134,15 @@ class NonfiniteGuard:
         found = describe(values)
         if not self._skips:
             raise UserError(
-                f"{found}. Nothing was updated and the last checkpoint is intact: lower --lr, or use --on-nonfinite skip"
+                f"{found}. Nothing was updated and the last checkpoint is intact: lower --lr, or use "
+                "--on-nonfinite skip"
             )
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row == MOST_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"{found}. The {MOST_SKIPPED_IN_A_ROW - 1} steps before were skipped for the same reason: the network has "
-                "diverged; resume from the last checkpoint with a lower --lr"
+                f"{found}. The {MOST_SKIPPED_IN_A_ROW - 1} steps before were skipped for the same reason: the network "
+                "has diverged; resume from the last checkpoint with a lower --lr"
             )
         if distributed.rank() == 0:
             tqdm.write(f"skipped: {found}", file=sys.stderr)

@@ -36,7 +36,8 @@ def check_replicas(module: nn.Module, step: int) -> None:
             if first != other:
                 raise UserError(
                     f"rank {rank} no longer holds the network of rank 0 at step {step}: {name} differs. A machine's "
-                    "memory may be faulty: --resume continues from the last checkpoint; if it happens again, use other machines"
+                    "memory may be faulty: --resume continues from the last checkpoint; if it happens again, "
+                    "use other machines"
                 )
 
 

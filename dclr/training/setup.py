@@ -56,7 +56,7 @@ class Run:
             report.say(message)
 
     def write_config(self) -> None:
-        """Write config.json. A resumed run does so after its checkpoint is loaded, so a refused flag changes nothing."""
+        """Write config.json. A resumed run first loads its checkpoint, so a refused flag changes nothing."""
         path = self.folder / "config.json"
         self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
 
@@ -129,8 +129,8 @@ class Run:
                 work()
             except OSError as error:
                 raise UserError(
-                    f"cannot write to {self.folder} ({error.strerror}): free disk space or fix the folder's permissions, "
-                    "then use --resume"
+                    f"cannot write to {self.folder} ({error.strerror}): free disk space or fix the folder's "
+                    "permissions, then use --resume"
                 ) from None
 
         distributed.on_rank_zero(attempt)
@@ -144,7 +144,10 @@ class Run:
         return {k: v for reasons, _ in everyone for k, v in reasons.items()}, sum(count for _, count in everyone)
 
     def write_report(self, content: dict[str, Any], failures: Failures, seconds: float) -> None:
-        """Write report.json: what every run reports, and `content`. `seconds`: training time over all parts of the run."""
+        """Write report.json: what every run reports, and `content`.
+
+        `seconds` is the training time over all parts of a resumed run.
+        """
         reasons, failed_reads = self.all_failures(failures)
         steps = self.batch_sampler().stop
         content = {
@@ -197,10 +200,12 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         run.say(f"  {len(catalog.missing)} listed videos are not on disk: train.py check names them")
     if videos.unreadable:
         run.say(
-            f"  {len(videos.unreadable)} videos cannot be read and are skipped: report.json and train.py check list them"
+            f"  {len(videos.unreadable)} videos cannot be read and are skipped: "
+            "report.json and train.py check list them"
         )
     run.say(
-        f"  {distributed.world_size()} process(es) on {device.type}, {torch.get_num_threads()} thread(s) each; {precision}"
+        f"  {distributed.world_size()} process(es) on {device.type}, "
+        f"{torch.get_num_threads()} thread(s) each; {precision}"
     )
     run.say(f"  kernels: {kernels.describe(device)}")
     run.say(f"  {compiling}")
@@ -221,8 +226,8 @@ def check_videos(command: str, config: Config, catalog: Catalog, videos: VideoSe
     steps = BatchSampler(len(videos), config.optim.batch_size, config.optim.epochs).stop
     if isinstance(config, PretrainConfig) and config.method.fill_steps >= steps:
         raise UserError(
-            f"--fill-steps is {config.method.fill_steps}, but must be below the run's {steps} steps, or nothing is trained: "
-            "lower it, or raise --epochs"
+            f"--fill-steps is {config.method.fill_steps}, but must be below the run's {steps} steps, "
+            "or nothing is trained: lower it, or raise --epochs"
         )
 
 
@@ -265,6 +270,7 @@ def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
         videos = videos or open_videos(catalog, "train", workers, progress=False, timeout=timeout)
         if len(set(distributed.gather_objects(videos.fingerprint()))) > 1:
             raise UserError(
-                f"--data {catalog.root}: the processes find different videos there; every machine must see the same files"
+                f"--data {catalog.root}: the processes find different videos there; "
+                "every machine must see the same files"
             )
     return videos
