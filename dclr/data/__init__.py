@@ -1,1 +1,4 @@
-"""Where clips come from: a folder of videos -> batches of uint8 frames and augmentation parameters. Knows nothing of torch.distributed."""
+"""Data sets: from a folder of videos to batches of uint8 frames with augmentation parameters.
+
+Nothing in this package uses torch.distributed.
+"""

@@ -1,8 +1,8 @@
-"""Draws the augmentation of a clip.
+"""The random augmentation of clips, and views as pictures.
 
-A draw is one record of a numpy dtype, `kernels.types.AUGMENTATION`: light enough for a worker to make thousands a second, and
-`to_augmentation` turns a batch of them into the tensors that `kernels.generate_views` takes.
-Every function is pure: the same generator state gives the same draw.
+The augmentation of one clip is a row: one record of the NumPy dtype `kernels.types.AUGMENTATION`. Rows are cheap, so a
+worker can draw thousands a second. `to_augmentation` converts a batch of rows to the tensors that
+`kernels.generate_views` takes. Every function is pure: the same generator state gives the same row.
 """
 
 import math
@@ -16,35 +16,35 @@ from kernels import Augmentation, Views
 from kernels.types import AUGMENTATION, MEAN, STD
 
 CENTRE = 112 / 128
-"""Side of the test crop as a share of the frame's short side: 112 pixels of frames scaled to 128."""
+"""Side of the test crop, as a fraction of the frame's short side: 112 pixels of frames scaled to 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentRecipe:
-    """How augmentations are distributed."""
+    """The distribution of augmentations."""
 
     scale: tuple[float, float] = (0.2, 1.0)
-    """Least and greatest share of the frame's area that the crop covers."""
+    """Smallest and largest fraction of the frame's area that the crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and greatest width of the crop over its height."""
+    """Smallest and largest ratio of the crop's width to its height."""
     flip: float = 0.5
     """Probability of a left-right flip."""
     grayscale: float = 0.2
-    """Probability of losing all colour."""
+    """Probability that all colour is removed."""
     jitter: float = 0.8
     """Probability of colour jitter."""
     brightness: float = 0.4
-    """Its factor is uniform within this distance of 1, but not negative."""
+    """The brightness factor is uniform within this distance of 1, but not negative."""
     contrast: float = 0.4
-    """As brightness."""
+    """The same for the contrast factor."""
     saturation: float = 0.4
-    """As brightness."""
+    """The same for the saturation factor."""
     hue: float = 0.1
-    """Its shift, in turns of the colour circle, is uniform within this distance of 0."""
+    """The hue shift, in turns of the colour circle, is uniform within this distance of 0."""
     blur: float = 0.5
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Least and greatest standard deviation of the blur, in pixels of the view."""
+    """Smallest and largest standard deviation of the blur, in pixels of the view."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "grayscale", "jitter", "blur"):
@@ -53,7 +53,7 @@ class AugmentRecipe:
         for name in ("scale", "ratio", "sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"{name} must be a least and a greatest value above 0, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be a smallest and a largest value above 0, not {getattr(self, name)}")
         for name in ("brightness", "contrast", "saturation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
@@ -62,11 +62,11 @@ class AugmentRecipe:
 
 
 PRETRAIN = AugmentRecipe()
-"""The recipe of the authors' pretraining code."""
+"""The recipe of the released pretraining code."""
 
 
 def pretrain_recipe(jitter: float) -> AugmentRecipe:
-    """PRETRAIN with colour jitter of another strength: 1 as published, 0 none."""
+    """Return PRETRAIN with another strength of colour jitter. 1 is the published strength, 0 turns jitter off."""
     scaled = {name: jitter * getattr(PRETRAIN, name) for name in ("brightness", "contrast", "saturation", "hue")}
     return replace(PRETRAIN, **scaled)
 
@@ -76,12 +76,15 @@ FINETUNE = AugmentRecipe(grayscale=0.0, jitter=0.0, blur=0.0)
 
 
 def draw_augmentation(rng: np.random.Generator, height: int, width: int, recipe: AugmentRecipe) -> np.ndarray:
-    """One draw for a frame of height x width pixels: a 0-dimensional array of dtype AUGMENTATION.
+    """Draw the augmentation of a clip whose frames have height x width pixels.
 
-    In this order: the crop (see `_draw_box`), flip, grayscale, whether to jitter, the four factors (uniform, as
-    kornia's ColorJitter), their order (a uniform permutation), whether to blur, sigma (uniform; 0 where not blurred).
-    Everything after the crop takes the same number of draws whatever the outcome, so two recipes that differ only in
-    a probability agree in all else.
+    The order is: the crop (see `_draw_box`), flip, grayscale, whether to jitter, the four factors (uniform, like
+    kornia's ColorJitter), their order (a uniform permutation), whether to blur, sigma (uniform; 0 without blur).
+    After the crop, the number of random numbers does not depend on their values. So two recipes that differ only in a
+    probability agree in everything else.
+
+    Returns:
+        0-dimensional array of dtype AUGMENTATION.
     """
     row = np.zeros((), AUGMENTATION)
     row["size"] = height, width
@@ -103,7 +106,11 @@ def draw_augmentation(rng: np.random.Generator, height: int, width: int, recipe:
 
 
 def centre_crop(height: int, width: int) -> np.ndarray:
-    """The test protocol: the centre square of 0.875 of the short side, and nothing else. Dtype AUGMENTATION."""
+    """Return the row of the test protocol: the centre square of 0.875 of the short side, and no other augmentation.
+
+    Returns:
+        0-dimensional array of dtype AUGMENTATION.
+    """
     side = max(1, round(CENTRE * min(height, width)))
     row = np.zeros((), AUGMENTATION)
     row["size"] = height, width
@@ -114,16 +121,16 @@ def centre_crop(height: int, width: int) -> np.ndarray:
 
 
 def to_augmentation(rows: np.ndarray | Sequence[np.ndarray]) -> Augmentation:
-    """A batch of draws, as a list of them or one array (B,) of dtype AUGMENTATION, as tensors."""
+    """Convert B rows, a list or one array (B,) of dtype AUGMENTATION, to tensors."""
     table = rows if isinstance(rows, np.ndarray) else np.stack(rows)  # (B,)
     return Augmentation(**{name: torch.from_numpy(table[name].copy()) for name in AUGMENTATION.names or ()})
 
 
 def _draw_box(rng: np.random.Generator, height: int, width: int, recipe: AugmentRecipe) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random resized crop, as torchvision's RandomResizedCrop draws it.
+    """Return top, left, height and width of a random resized crop, drawn like torchvision's RandomResizedCrop.
 
-    Area uniform, ratio of width to height log-uniform, position uniform; up to ten tries for a box that fits, then
-    the largest centred box whose ratio is allowed.
+    The area is uniform, the ratio of width to height is log-uniform, and the position is uniform. If ten tries give no
+    box that fits, the crop is the largest centred box with an allowed ratio.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*recipe.scale)
@@ -141,10 +148,9 @@ def _draw_box(rng: np.random.Generator, height: int, width: int, recipe: Augment
 
 
 def view_grid(views: Views, clips: int) -> np.ndarray:
-    """A picture of the first clips' views, (3 * clips * h, columns * w, 3) uint8.
+    """Return a picture of the views of the first clips, (3 * clips * h, columns * w, 3) uint8.
 
-    Three rows a clip: rgb, static, dynamic. Up to 8 columns: frames spread evenly from the first to the last. The
-    dynamic view is shown at half its contrast about mid-grey, so that a difference of -1 to 1 fits in 0 to 1.
+    Each clip has three rows: rgb, static and dynamic view. The columns are up to 8 evenly spaced frames.
     """
     shown = spread(views.rgb.shape[2])
     rows = []
@@ -155,12 +161,15 @@ def view_grid(views: Views, clips: int) -> np.ndarray:
 
 
 def spread(T: int) -> list[int]:
-    """Up to 8 frames of T, evenly from the first to the last."""
+    """Return up to 8 of T frame numbers, evenly spaced from the first to the last."""
     return np.linspace(0, T - 1, min(T, 8)).round().astype(int).tolist()
 
 
 def to_pixels(views: Views, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clip b's rgb, static and dynamic view as pictures, each (T, h, w, 3) uint8; the dynamic one at half its contrast about mid-grey."""
+    """Return the rgb, static and dynamic view of clip b as pictures, each (T, h, w, 3) uint8.
+
+    The dynamic view is shown at half its contrast around mid-grey, so that a difference of -1 to 1 fits in 0 to 1.
+    """
     std = torch.tensor(STD).view(3, 1, 1, 1)
     mean = torch.tensor(MEAN).view(3, 1, 1, 1)
     rgb, static, dynamic = (view[b].float().cpu() for view in views)  # (3, T, h, w) each

@@ -1,8 +1,9 @@
-"""A data set on disk -> a list of videos with labels and splits.
+"""The catalog of a data set on disk: its videos with labels and splits.
 
-`open_catalog` recognises a packed store, the official layouts by their lists, then lists of the user's own, then class folders:
+`open_catalog` recognises a packed store, then the official layouts by their lists, then the user's own lists, then
+class folders:
 
-    packed store   what `train.py pack` wrote; it holds the lists of the data set that it came from
+    packed store   written by `train.py pack`; it holds the lists of the data set that it was made from
     UCF101         UCF-101/<Class>/*.avi, ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt
     HMDB51         [videos/]<class>/*.avi, testTrainMulti_7030_splits/<class>_test_splitN.txt
     Kinetics-400   *.csv or annotations/*.csv (label,youtube_id,time_start,time_end,split), videos anywhere below
@@ -10,10 +11,10 @@
     list file      [splits/]{train,test,val,classes}.txt, or the list itself; a line is `path label [group]`
     class folders  <class>/*, or {train,val,test}/<class>/*, or the videos side by side (unlabelled)
 
-No video is opened here. A file that a list names and the disk lacks is kept out of the splits and named in `missing`.
+No video is opened here. A file that a list names and the disk does not hold is in no split and is named in `missing`.
 
-Lists come from elsewhere more often than not, so a path in one must stay in the data folder, unless `allow_outside` lets it go
-anywhere. Links are followed wherever they point: they were made on this machine, and data sets are commonly put together of them.
+Lists often come from other people, so the paths in them must stay in the data folder unless `allow_outside` is set.
+Links are followed wherever they point, because they were made on this machine and data sets often consist of links.
 """
 
 import csv
@@ -34,9 +35,9 @@ from dclr.errors import UserError
 SUFFIXES = frozenset([".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv"])
 SPLITS = ("train", "val", "test")
 MAX_LINE = 10_000
-"""Characters of a line of a list; no path has half as many."""
+"""Most characters in a line of a list. No path has half as many."""
 MAX_CLASSES = 100_000
-"""A label is one of so many, or a list's typing error would be a classifier of gigabytes."""
+"""Labels are below this number. Without a limit, a typing error in a list would make a classifier of gigabytes."""
 LAYOUTS = "UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, or a folder of videos"
 
 
@@ -45,11 +46,13 @@ class Video:
     """One video of a catalog."""
 
     path: str
-    """Relative to the catalog's root, with forward slashes; out of it, or absolute, only where lists are allowed to."""
+    """Relative to the catalog's root, with forward slashes. With `allow_outside` it may leave the root or be
+    absolute."""
     label: int
-    """Place in the catalog's `classes`; -1: unlabelled."""
+    """Index into the catalog's `classes`; -1: unlabelled."""
     group: str = ""
-    """What it was cut or filmed from; videos of one group look alike. Empty where the layout does not tell."""
+    """The film or scene that the video was cut from. Videos of one group look alike. Empty if the layout does not
+    say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,30 +62,35 @@ class Catalog:
     root: Path
     """The folder that the videos' paths start from."""
     layout: str
-    """UCF101, HMDB51, Kinetics-400, Diving48, list file, class folders or folder of videos; from a store, with " (packed)" behind it."""
+    """UCF101, HMDB51, Kinetics-400, Diving48, list file, class folders or folder of videos; of a store, followed by
+    " (packed)"."""
     classes: tuple[str, ...]
-    """Names by label; empty where nothing is labelled."""
+    """Names by label; empty if nothing is labelled."""
     splits: dict[str, tuple[Video, ...]]
-    """By "train", "test" and "val", those that there are, none empty. A tree without splits is all "train". Where there
-    is "val" and no "test", "test" is the same videos as "val"."""
+    """Videos by "train", "test" and "val". Only splits with videos are here. A data set without splits is all "train".
+    If there is "val" and no "test", then "test" has the same videos as "val"."""
     missing: tuple[str, ...] = ()
-    """What the lists name and the disk does not hold."""
+    """The videos that the lists name and the disk does not hold."""
     index: Arrays | None = field(default=None, repr=False, compare=False)
     """The index of a packed store, for `open_store`; None for videos on disk."""
 
     def videos(self, split: str) -> tuple[Video, ...]:
-        """The videos of a split; UserError, naming the splits that exist, where there are none."""
+        """Return the videos of a split. Raises UserError, naming the splits that exist: there is no such split."""
         if not self.splits.get(split):
             raise UserError(f"{self.root} has no {split} split; it has: {', '.join(self.splits)}")
         return self.splits[split]
 
 
 def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Catalog:
-    """Lists the data set under a folder, or the one that a list file (*.txt) names.
+    """Return the catalog of the data set in a folder, or of a list file (*.txt).
 
-    `split` is the number of the official split, 1 to 3, of UCF101 and HMDB51; other layouts have only 1. With `allow_outside`,
-    lists may name videos outside of the data folder. UserError for whatever is wrong with the folder, the split or the lists,
-    with file and line where a list is to blame.
+    Args:
+        split: number of the official split of UCF101 and HMDB51, 1 to 3. Other layouts have only 1.
+        allow_outside: lists may name videos outside of the data folder.
+
+    Raises:
+        UserError: something is wrong with the folder, the split or the lists. For a list, the message names the file
+            and the line.
     """
     if data.is_file():
         if data.suffix.lower() != ".txt":
@@ -117,7 +125,7 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
 
 
 def official_splits(data: Path) -> list[int]:
-    """The numbers of the official splits that a data set has lists for; 1 where it has none."""
+    """Return the numbers of the official splits that a data set has lists for; [1] if it has none."""
     if (data / "ucfTrainTestlist").is_dir():
         names = [file.name for file in (data / "ucfTrainTestlist").glob("t*list0[123].txt")]
     else:
@@ -135,9 +143,11 @@ def _require_split(split: int, layout: str, numbers: int) -> None:
 
 
 def catalog_arrays(catalogs: dict[int, Catalog]) -> Arrays:
-    """The catalogs of a data set, by number of the official split, as a store keeps them; `_from_store` is the inverse.
+    """Return the catalogs of a data set, by number of the official split, as arrays for a store. `_from_store` reads
+    them.
 
-    `paths` names each video once, in the order of the lists; an entry is a line of a list, and its row a place in `paths`.
+    `paths` names each video once, in the order of the lists. An entry is a line of a list. Its row is an index into
+    `paths`.
     """
     first = next(iter(catalogs.values()))
     listed = [
@@ -195,8 +205,8 @@ def _ucf101(data: Path, split: int, allow_outside: bool) -> Catalog:
     names: dict[int, str] = {}
     for where, line in _lines(class_file):
         match line.split():
-            case [number, name] if (place := _label(number)) is not None:
-                names[place] = name
+            case [number, name] if (label := _label(number)) is not None:
+                names[label] = name
             case _:
                 raise UserError(f"{where}: expected `number Class`, got {line!r}")
     if sorted(names) != list(range(1, len(names) + 1)):
@@ -245,7 +255,7 @@ def _hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
 
 
 def _kinetics_lists(folder: Path) -> Iterator[Path]:
-    """The CSV files of a folder whose first line is Kinetics'."""
+    """Yield the CSV files of a folder whose first line is that of Kinetics' lists."""
     for file in sorted(folder.glob("*.csv")):
         with _reading(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
             first = text.readline(MAX_LINE)
@@ -255,8 +265,11 @@ def _kinetics_lists(folder: Path) -> Iterator[Path]:
 
 
 def _kinetics(data: Path, lists: list[Path]) -> Catalog:
-    """Rows of split "validate" are "val". Rows without a label (a test list as first published) are left out: Kinetics
-    is reported on its validation split, which is then "test" too."""
+    """Return the catalog of Kinetics. Rows of split "validate" are "val".
+
+    Rows without a label (a test list as first published) are skipped. Accuracy on Kinetics is reported on the
+    validation split, which is then "test" too.
+    """
     rows: dict[str, tuple[str, str]] = {}  # <youtube id>_<start>_<end> -> (split, class name)
     for file in lists:
         with _reading(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
@@ -295,13 +308,13 @@ def _diving48(data: Path) -> Catalog:
     for split in ("train", "test"):
         file = _only(data, f"Diving48*_{split}.json")
         entries[split] = []
-        for place, entry in enumerate(_json_list(file)):
+        for number, entry in enumerate(_json_list(file)):
             match entry:
                 case {"vid_name": str(name), "label": int(label)} if 0 <= label < MAX_CLASSES:
                     entries[split].append((name, label))
                 case _:
                     raise UserError(
-                        f"{file}: entry {place} must have a vid_name and a label of 0 or more, below {MAX_CLASSES:,}"
+                        f"{file}: entry {number} must have a vid_name and a label of 0 or more, below {MAX_CLASSES:,}"
                     )
 
     largest = max((label for split in entries.values() for _, label in split), default=-1)
@@ -333,7 +346,11 @@ def _diving48(data: Path) -> Catalog:
 
 
 def _list_file(file: Path, allow_outside: bool) -> Catalog:
-    """A list named train, val or test brings the others of these beside it; a list of another name is all there is."""
+    """Return the catalog of a list file.
+
+    A list named train, val or test is read together with the others of these names in its folder. A list of another
+    name is the whole data set.
+    """
     root = file.parent.parent if file.parent.name == "splits" else file.parent
     files = {split: file.with_name(f"{split}.txt") for split in SPLITS}
     if file in files.values():
@@ -370,11 +387,11 @@ def _class_folders(data: Path) -> Catalog:
         by_class = _videos_by_class(data)
         loose = _videos_in(data)
         if loose and by_class:
-            raise UserError(f"{data} holds videos both in class folders and beside them, such as {loose[0].name}")
+            raise UserError(f"{data} holds videos both in class folders and next to them, such as {loose[0].name}")
         if loose:
             videos = [Video(path=file.name, label=-1) for file in loose]
             return _catalog(data, "folder of videos", (), {"train": videos})
-        if set(by_class) <= set(SPLITS):  # {train,val,test}/*, without classes; nothing at all also comes here
+        if set(by_class) <= set(SPLITS):  # {train,val,test}/* without classes, or no video at all
             unlabelled = {
                 split: [Video(path=f"{split}/{file.name}", label=-1) for file in by_class[split]] for split in by_class
             }
@@ -395,17 +412,20 @@ def _class_folders(data: Path) -> Catalog:
     return _catalog(data, "class folders", classes, splits)
 
 
-# ---------------------------------------------------------------- what they share
+# ---------------------------------------------------------------- shared by the layouts
 
 
 def _catalog(
     root: Path, layout: str, classes: tuple[str, ...], splits: dict[str, list[Video]], missing: Iterable[str] = ()
 ) -> Catalog:
-    """Drops videos that are not on disk and splits that are empty, and lets "val" be "test" where there is no other."""
+    """Return a catalog without missing videos and empty splits. If there is "val" and no "test", "test" is "val".
+
+    Raises UserError: there are no videos, or a string of the lists cannot be a file name.
+    """
     named = [video for videos in splits.values() for video in videos]
     missing = tuple(missing)
-    _require_texts(root, [*classes, *missing, *(text for video in named for text in (video.path, video.group))])
-    # os.path, not Path: for a name that is too long, or a folder that may not be looked into, a Path raises.
+    _require_strings(root, [*classes, *missing, *(string for video in named for string in (video.path, video.group))])
+    # Path.is_file would raise for a name that is too long and for a folder without permission.
     absent = [video.path for video in named if not os.path.isfile(root / video.path)]
     gone = set(absent)
     present = {split: tuple(video for video in videos if video.path not in gone) for split, videos in splits.items()}
@@ -420,7 +440,7 @@ def _catalog(
 
 
 def _lines(file: Path) -> list[tuple[str, str]]:
-    """(file:line, text) of the lines that are not blank. Bytes that are not UTF-8 survive as they do in file names."""
+    """Return (file:line, text) of the lines that are not blank. Bytes that are not UTF-8 are kept (surrogateescape)."""
     with _reading(file):
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [(f"{file}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
@@ -455,7 +475,7 @@ def _only(folder: Path, pattern: str) -> Path:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """UserError for a list that is missing, cannot be read, or is no table."""
+    """Raise UserError for a list that is missing, cannot be read, or is no table."""
     try:
         yield
     except FileNotFoundError:
@@ -467,24 +487,26 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _label(text: str) -> int | None:
-    """The number of a class; None for what is none."""
+    """Return the number of a class; None if the text is no such number."""
     label = int(text) if text.isdecimal() and len(text) < 10 else MAX_CLASSES
     return label if label < MAX_CLASSES else None
 
 
 def _inside(path: PurePosixPath, where: str, allow_outside: bool) -> str:
-    """The path in its plain form; UserError where it leaves the root and must not."""
+    """Return a path in its normal form. Raises UserError: it leaves the root, and `allow_outside` is not set."""
     if leaves_folder(str(path)) and not allow_outside:
         raise UserError(
-            f"{where}: {path} must be relative to the data folder and stay inside it (or trust the list: --allow-outside)"
+            f"{where}: {path} must be relative to the data folder and stay inside it "
+            "(or trust the list: --allow-outside)"
         )
     return str(path)
 
 
-def _require_texts(root: Path, texts: list[str]) -> None:
-    """Raises UserError where a text of the lists can be no file's name: the rest of the project need not ask again."""
+def _require_strings(root: Path, strings: list[str]) -> None:
+    """Raise UserError if a string of the lists cannot be a file name. So the rest of the project need not check
+    again."""
     try:
-        whole = "".join(texts)
+        whole = "".join(strings)
         whole.encode("utf-8", "surrogateescape")
         if "\0" not in whole:
             return
@@ -494,24 +516,25 @@ def _require_texts(root: Path, texts: list[str]) -> None:
 
 
 def _videos_in(folder: Path) -> list[Path]:
-    """Video files directly in a folder, sorted."""
+    """Return the video files directly in a folder, sorted."""
     return sorted(file for file in folder.iterdir() if _is_video(file) and file.is_file())
 
 
 def _videos_by_class(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its video files, both sorted; folders without a video are no class."""
+    """Return class name -> its video files, both sorted. A folder without videos is no class."""
     folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     return {entry.name: files for entry in folders if (files := _videos_in(entry))}
 
 
 def _videos_by_stem(root: Path) -> dict[str, str]:
-    """File name without suffix -> relative path, of all videos below a folder; of two alike the first by path."""
-    # os.walk, not rglob: a folder of videos is often a link to another disk, and rglob does not follow links.
+    """Return file name without suffix -> relative path, of all videos below a folder. Of equal names, the first path
+    wins."""
+    # A folder of videos is often a link to another disk. os.walk follows links, rglob does not.
     below = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
     paths = sorted(file.relative_to(root).as_posix() for file in below if _is_video(file))
     return {PurePosixPath(path).stem: path for path in reversed(paths)}
 
 
 def _is_video(file: PurePath) -> bool:
-    """By name; macOS leaves ._x.mp4 beside x.mp4, which is none."""
+    """Return whether a file is a video, by its name. macOS writes files like ._x.mp4, which are no videos."""
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")

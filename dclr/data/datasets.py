@@ -1,4 +1,4 @@
-"""The data set that --data names, or the built-in demo videos."""
+"""The data set of --data, or the built-in demo videos."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ DEMO_VIDEOS = Path("runs") / "demo-videos"
 
 
 def make_demo() -> None:
-    """Render the built-in demo videos, once."""
+    """Render the built-in demo videos if they do not exist."""
     report.say(f"no --data: using the built-in demo videos in {DEMO_VIDEOS}")
     render_demo(DEMO_VIDEOS)
 
 
 def open_data(data: DataConfig) -> Catalog:
-    """The data set that was asked for, or the demo videos where none was."""
+    """Return the catalog of --data, or of the demo videos without --data."""
     return open_catalog(Path(data.data), data.split, data.allow_outside) if data.data else open_catalog(DEMO_VIDEOS)

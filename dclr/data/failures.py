@@ -46,5 +46,6 @@ def check_bad(videos: VideoSet, failed: dict[str, str], max_bad: float) -> None:
         path, reason = next(iter(bad.items()))
         raise UserError(
             f"{videos.root}: {len(bad)} of the split's {listed} videos cannot be read ({share:.3g} %), "
-            f"and --max-bad allows {max_bad:g} %; the first is {path} ({reason}): see train.py check, or raise --max-bad"
+            f"and --max-bad allows {max_bad:g} %; the first is {path} ({reason}): "
+            "see train.py check, or raise --max-bad"
         )

@@ -1,4 +1,4 @@
-"""Batches on the device that trains, each copied there while the one before it is computed."""
+"""Batches on the training device. Each is copied while the batch before it is computed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,10 +14,18 @@ from kernels import Yuv420
 def batches_on(
     device: torch.device, samples: TrainSamples, sampler: BatchSampler, workers: int, processes: int = 1
 ) -> Iterator[Any]:
-    """Micro-batches of a whole run with frames and labels on `device`, each valid until the next one is asked for.
+    """Return the micro-batches of a whole run with frames and labels on `device`. A batch is valid until the next
+    request.
 
-    View parameters and colour spaces stay on the host: they are checked there, and travel as one small table.
-    Raises UserError: see TrainBatches.
+    View parameters and colour spaces stay on the host, where they are checked. They are copied later as one small
+    table.
+
+    Args:
+        workers: data workers.
+        processes: training processes on this machine.
+
+    Raises:
+        UserError: see TrainBatches.
     """
     if device.type == "cuda":
         batches = TrainBatches(samples, sampler, workers, hold=2, processes=processes)
@@ -27,10 +35,11 @@ def batches_on(
 
 
 class DeviceBatches(Iterator[Any]):
-    """Copies batch n + 1 on a stream of its own while the GPU computes batch n. The host waits for neither.
+    """Copies batch n + 1 to the GPU on a stream of its own while the GPU computes batch n. The host waits for neither.
 
-    There are two buffers on the device, and the batches must hold two slots on the host: batch n + 1 is copied once what read batch
-    n - 1, which had the same buffer, is done. The host waits only if it is two steps ahead of the GPU, or for the workers.
+    There are two buffers on the device, and the batches must keep two slots valid on the host (hold = 2). Batches n - 1
+    and n + 1 have the same buffer, so batch n + 1 is copied after the work that reads batch n - 1. The host waits only
+    for the workers, or if it is two steps ahead of the GPU.
     """
 
     def __init__(self, batches: TrainBatches, device: torch.device) -> None:
@@ -38,7 +47,7 @@ class DeviceBatches(Iterator[Any]):
         self._stream = torch.cuda.Stream(device)
         self._buffers = [torch.empty(batches.ring.slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # by buffer
-        self._started = 0  # how many copies were
+        self._started = 0  # number of copies
         self._coming: Any = None
 
     def __next__(self) -> Any:
@@ -52,15 +61,17 @@ class DeviceBatches(Iterator[Any]):
         return batch
 
     def _start_copy(self) -> Any:
-        """The next batch, whose frames will be in its buffer once its event has come; None: there is no more."""
+        """Start to copy the next batch and return it; None after the last. Its frames are valid after the buffer's
+        event."""
         buffer, copied = self._buffers[self._started % 2], self._copied[self._started % 2]
-        copied.synchronize()  # of the batch two before: asking for another one gives its slot back to the workers
+        # Wait for the copy of batch n - 1: the request for batch n + 1 gives its slot back to the workers.
+        copied.synchronize()
         batch = next(self._batches, None)
         if batch is None:
             return None
         self._started += 1
         own, computing = batch.frames, torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(computing)  # which may still read the buffer
+        self._stream.wait_stream(computing)  # the computation may still read the buffer
         with torch.cuda.stream(self._stream):
             buffer.copy_(self._batches.slot(), non_blocking=True)
             if isinstance(batch, ClipBatch):

@@ -1,4 +1,7 @@
-"""Shared memory that workers decode into and batches are views of: a frame is written once, and copied only to the device."""
+"""A ring of shared memory for the frames of batches.
+
+Workers decode into it and batches are views of it. So a frame is written once and copied only to the device.
+"""
 
 import mmap
 import sys
@@ -12,19 +15,25 @@ from torch import Tensor
 from dclr.data.decode import Planes
 from dclr.errors import UserError
 
-_ALIGNMENT = 256  # bytes; where planes start, so that a kernel can load several pixels at once
-_SHARE = 0.5  # of the free memory that rings may take
+_ALIGNMENT = 256
+"""Planes start at multiples of this number of bytes, so that a kernel can load several pixels at once."""
+
+_SHARE = 0.5
+"""Largest fraction of the free memory that rings may take."""
 
 
 class FrameRing:
-    """`slots` batches of B samples, each of F frames of at most H x W pixels, as planes of YUV 4:2:0.
+    """Memory for `slots` batches of B samples, each of F frames of at most H x W pixels, as planes of YUV 4:2:0.
 
-    The memory is anonymous and shared: processes forked after it was made see the same bytes, and no limit of /dev/shm applies (64 MB
-    in a container by default). It holds what was last written; a smaller frame leaves the rest of its row as it was.
+    The memory is anonymous and shared. Processes that are forked later see the same bytes, and the limit of /dev/shm
+    (64 MB in a container by default) does not apply. A smaller frame leaves the rest of its row unchanged.
     """
 
     def __init__(self, slots: int, samples: int, frames: int, height: int, width: int, processes: int = 1) -> None:
-        """Raises UserError: `processes` such rings, one for each training process of the machine, take too much of its memory."""
+        """Allocate the ring. `processes`: training processes on this machine, each with such a ring.
+
+        Raises UserError: the rings take too much of the machine's memory.
+        """
         chroma = ((height + 1) // 2, (width + 1) // 2)
         self._shapes = [(samples, frames, *size) for size in ((height, width), chroma, chroma)]
         self._starts = [0]
@@ -37,18 +46,18 @@ class FrameRing:
         needed, free = processes * slots * self.slot_bytes, available_memory()
         if needed > _SHARE * free:
             raise UserError(
-                f"the largest frame of these videos is {width} x {height}, and batches in memory would take {needed / 2**30:.1f} GiB, "
-                f"which is more than half of the {free / 2**30:.1f} GiB free: make frames smaller with train.py pack, or lower "
-                "--batch-size or --workers"
+                f"the largest frame of these videos is {width} x {height}, and batches in memory would take "
+                f"{needed / 2**30:.1f} GiB, which is more than half of the {free / 2**30:.1f} GiB free: "
+                "make frames smaller with train.py pack, or lower --batch-size or --workers"
             )
         self._memory = torch.frombuffer(mmap.mmap(-1, slots * self.slot_bytes), dtype=torch.uint8).view(slots, -1)
 
     def slot(self, number: int) -> Tensor:
-        """All bytes of a slot, (slot_bytes,) uint8; `planes` says what is where."""
+        """Return all bytes of a slot, (slot_bytes,) uint8, for `planes`."""
         return self._memory[number]
 
     def planes(self, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y (B, F, H, W), u and v (B, F, ceil(H / 2), ceil(W / 2)): views of a slot, or of a copy of one."""
+        """Return y (B, F, H, W), u and v (B, F, ceil(H / 2), ceil(W / 2)) as views of a slot or of a copy of a slot."""
         y, u, v = (
             slot[start : start + torch.Size(shape).numel()].view(shape)
             for start, shape in zip(self._starts, self._shapes, strict=False)
@@ -56,21 +65,25 @@ class FrameRing:
         return y, u, v
 
     def row(self, slot: int, sample: int) -> Planes:
-        """Where the frames of one sample are to be written: y (F, H, W), u and v likewise."""
+        """Return the planes of one sample for writing: y (F, H, W), u and v (F, ceil(H / 2), ceil(W / 2))."""
         y, u, v = (plane[sample].numpy() for plane in self.planes(self.slot(slot)))
         return y, u, v
 
     def pin(self, device: torch.device) -> None:
-        """Let a GPU copy from it without the CPU's help. To be called once workers are forked: theirs is not the GPU's memory."""
+        """Pin the memory, so that a GPU copies from it without the CPU. Call this after the workers are forked.
+
+        Warns if the memory cannot be pinned.
+        """
         cudart, address = torch.cuda.cudart(), self._memory.data_ptr()
         try:
             torch.cuda.check_error(cudart.cudaHostRegister(address, self._memory.numel(), 0))
         except RuntimeError as error:
             print(
-                f"warning: batches cannot be pinned in memory ({error}); copies to the GPU will be slower, and training waits for them",
+                f"warning: batches cannot be pinned in memory ({error}); copies to the GPU will be slower, "
+                "and training waits for them",
                 file=sys.stderr,
             )
-            # CUDA reports a refused call once more, at the next kernel: let it be one that nobody needs.
+            # CUDA reports a refused call again at the next kernel. This kernel takes the error.
             with suppress(RuntimeError):
                 torch.ones(1, device=device)
             return
@@ -83,7 +96,8 @@ class FrameRing:
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, within the limit of the container where there is one (cgroup v2)."""
+    """Return the bytes that can be allocated without swapping, within the container's limit if it has one (cgroup
+    v2)."""
     free = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
