@@ -1,22 +1,23 @@
-# make demo    everything once on the built-in demo videos, from installation to a table of figures: about 7 minutes on two cores
-# make test    lint, types and all tests
-# make setup   the environment only
-# make evidence  is the controlled set honest, then DCLR beside MoCo on it, one seed: about half an hour on two cores; goes on where it was stopped
-# make chaos   kills a run of two ranks a hundred times and looks whether it ends as if nothing had happened: about 12 minutes on two cores
-# make soak    an hour's run: memory, open files and threads must not grow; DATA=DIR
-# make gpu     the tests that need a CUDA device, then the benchmarks, by $(PYTHON), which needs the packages; DATA=DIR
+# make demo       everything once on the built-in demo videos, from installation to a table of figures: about 8 minutes on two cores
+# make test       lint, types and all tests but the slow ones: at most 8 minutes on two cores after installation
+# make test-slow  the slow tests: kills, damaged videos, launchers, compiled backbones
+# make setup      the environment only
+# make evidence   checks the controlled set, then compares DCLR with MoCo on it, one seed: about half an hour on two cores; resumable
+# make chaos      kills a run of two ranks a hundred times and compares its end with an uninterrupted run: about 12 minutes
+# make soak       a run of one hour: memory, open files and threads must not grow; DATA=DIR
+# make gpu        the tests that need a CUDA device, then the benchmarks, by $(PYTHON), which needs the packages; DATA=DIR
 
 PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
 DEMO = runs/demo
-# Without a GPU, two processes of one thread each get 1.3 times as much done on two cores as one process of two (docs/LOG.md).
+# Without a GPU, two processes of one thread are 1.3 times as fast as one process of two threads (docs/LOG.md).
 PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test lint evidence chaos soak gpu gpu-test gpu-step gpu-kernels gpu-runs
+.PHONY: setup demo demo-quick test test-slow lint evidence chaos soak gpu gpu-test gpu-step gpu-kernels gpu-runs
 
 setup: $(VENV)/.ready
 
@@ -36,7 +37,7 @@ demo: setup
 	$(BIN)/python eval.py retrieval --checkpoint random --preset demo --out $(DEMO)/random/retrieval
 	$(BIN)/python -m dclr.evaluation.demo_table $(DEMO)
 
-# The same through the launcher with two processes, too short to learn: that everything runs.
+# The demo with two processes, too short to learn anything. It checks that every command runs.
 demo-quick:
 	$(MAKE) demo DEMO=runs/demo-quick PROCESSES="--num_accelerators 2" PRETRAIN_FLAGS="--epochs 3" FINETUNE_FLAGS="--epochs 1"
 
@@ -45,9 +46,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Without a GPU, also where there is one: the kernels in Triton's interpreter, everything else on the CPU.
+# Tests run on the CPU, also on a machine with a GPU, and the kernels in Triton's interpreter. Two test processes of one
+# thread each are faster than one process of two threads. A test file stays in one process, as its fixtures are shared.
+PYTEST = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
 test: lint
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest
+	$(PYTEST) -m "not gpu and not slow"
+
+test-slow: setup
+	$(PYTEST) -m "slow and not gpu"
 
 evidence: setup
 	$(BIN)/python -m experiments.controlled_set --seeds 1

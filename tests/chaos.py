@@ -33,8 +33,10 @@ from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 import train  # noqa: E402
-from dclr import checkpoint, engine, pretrain  # noqa: E402, F401  (imported before the ranks are forked)
 from dclr.data.demo import render_demo  # noqa: E402
+
+# pretrain is imported before the ranks are forked, so that they start fast.
+from dclr.training import checkpoint, engine, pretrain  # noqa: E402, F401
 
 RANKS = 2
 INTERVAL = 4  # steps: an epoch of 16 videos
@@ -42,7 +44,7 @@ EPOCHS = 10
 LONGEST = 60.0  # seconds until a run whose rank has died must be down
 TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
 
-engine._import_deepspeed()
+engine.import_deepspeed()
 
 
 class Failed(Exception):

@@ -8,6 +8,7 @@ import pytest
 from helpers import REPOSITORY
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_killed_ten_times_ends_as_if_nothing_had_happened(clean_environment):
     """Its own checks come after every kill (tests/chaos.py); here, that there were the kills that it is about."""

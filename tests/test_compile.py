@@ -49,6 +49,7 @@ def test_pretraining_compiles_each_shape_once_without_a_break(
     assert json.loads((folder / "report.json").read_text())["compile_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
     clip = torch.randn(2, 3, 8, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = build_backbone("r2plus1d_10", 4).double()
@@ -72,7 +73,7 @@ def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
 def test_what_runs_is_said_with_the_reason(monkeypatch):
     assert resolve_compile("auto", CPU) == (
         False,
-        "backbones run as they are: on a CPU compiling takes a minute and gains nothing (--compile on to try)",
+        "backbones are not compiled: on a CPU that takes a minute and gains nothing (--compile on to try)",
     )
     assert resolve_compile("off", CPU)[0] is False
     assert resolve_compile("auto", torch.device("cuda"))[0] is True

@@ -97,6 +97,7 @@ def test_variants_are_the_same_each_time_and_no_two_alike(genuine, fuzzed, tmp_p
     assert sum(content in untouched for content in contents.values()) == 9  # faulty/, but for its empty file
 
 
+@pytest.mark.slow
 def test_check_lists_every_damaged_video_once_with_its_reason(fuzzed, checked):
     readable = int(re.search(r"^readable: (\d+);", checked, re.MULTILINE)[1])
     count, listed = re.search(r"^unreadable: (\d+)\n((?:  .*\n)*)", checked, re.MULTILINE).groups()
@@ -108,6 +109,7 @@ def test_check_lists_every_damaged_video_once_with_its_reason(fuzzed, checked):
     assert 20 < readable < 100  # damage is noticed, and some does none: both are tried below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_an_epoch_reads_every_video_that_is_left_or_lists_it(fuzzed, checked, kind):
     """Three of them are damaged once more after they were verified. No place of the epoch is filled by anything that is not told."""

@@ -563,6 +563,7 @@ def test_opcheck(dtype: torch.dtype, gradient: bool, kernel_device: torch.device
     torch.library.opcheck(info_nce_triton.info_nce_backward_op, (queries.float(), upstream, dtype))
 
 
+@pytest.mark.slow
 def test_inductor(kernel_device: torch.device) -> None:
     """A step as training has it, mining, loss, gradient and enqueuing, in one compiled graph."""
     queries, keys, queue, _ = (t.to(kernel_device) for t in case(2, 3, 64, 32, 2))

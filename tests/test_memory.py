@@ -119,6 +119,7 @@ def collected(samples: PairSamples) -> int:
     return memory(None, "Pss_Anon") - before
 
 
+@pytest.mark.slow
 @needs_rollup
 def test_memory_stays_flat_over_epochs(demo_videos):
     """300 samples by two workers: at most 2 MiB more, of what forked processes still copy. A leak of 16 KiB a sample would be 5 MiB."""

@@ -299,6 +299,7 @@ def wait_for_step(run: Path, step: int) -> None:
     pytest.fail(f"{run} did not come to step {step}")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on_bit_for_bit(
     clean_environment, tiny_pretrain, tmp_path
 ):
@@ -325,6 +326,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on_bit_for_bi
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 @pytest.mark.parametrize(
     ("launcher", "number"),

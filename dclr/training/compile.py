@@ -33,7 +33,7 @@ def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str]:
             f"--compile {choice}: torch.compile needs {' or '.join(compilers)}, which is not installed; "
             "install it, or pass --compile off"
         )
-    return True, "backbones are compiled in their first steps (torch.compile)"
+    return True, "backbones will be compiled at their first steps (torch.compile)"
 
 
 def compile_backbone(backbone: Backbone) -> None:

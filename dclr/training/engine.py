@@ -40,7 +40,7 @@ def start_processes() -> torch.device:
     local = int(os.environ["LOCAL_RANK"])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
@@ -158,7 +158,7 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         config = dict(ds_config)
         self.device, self.optim = device, optim
         self.accumulation = int(config.get("gradient_accumulation_steps", 1))
@@ -342,7 +342,7 @@ def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:
     return micro
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """Import deepspeed late, because the import takes seconds, and quiet, because it prints many progress messages."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("the package deepspeed is not installed: run `make setup`, or pip install deepspeed")
