@@ -1,4 +1,4 @@
-"""dclr/data/augmentation.py: what is drawn, against torchvision's and kornia's own generators, and what is shown."""
+"""Random augmentations have the distributions of torchvision and kornia, and views are shown in the right colours."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def draws(recipe: AugmentRecipe = PRETRAIN, height: int = 120, width: int = 160,
 
 
 def assert_same_distribution(a: np.ndarray, b: np.ndarray) -> None:
-    """Two-sample Kolmogorov-Smirnov at p = 0.001."""
+    """Assert that two samples have one distribution: Kolmogorov-Smirnov test at p = 0.001."""
     points = np.sort(np.concatenate([a, b]))
     distance = np.abs(
         np.searchsorted(np.sort(a), points, side="right") / len(a)
@@ -40,7 +40,7 @@ def assert_same_distribution(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def assert_probability(events: np.ndarray, p: float) -> None:
-    """Within 3.3 standard deviations (p = 0.001) of the expected share."""
+    """Assert that a share is within 3.3 standard deviations (p = 0.001) of the expected one."""
     assert abs(events.mean() - p) <= 3.3 * np.sqrt(p * (1 - p) / len(events))
 
 
@@ -82,7 +82,7 @@ def test_box_is_in_the_frame(height: int, width: int) -> None:
     ],
 )
 def test_box_falls_back_to_the_centre(height: int, width: int, box: tuple[int, int, int, int]) -> None:
-    """A crop of the whole area never fits these frames, so all ten tries fail, as torchvision's do."""
+    """A crop of the whole area never fits these frames, so all ten tries fail, like torchvision's."""
     recipe = AugmentRecipe(scale=(1.0, 1.0))
     expected = RandomResizedCrop.get_params(torch.empty(1, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
     assert tuple(draw_augmentation(np.random.default_rng(0), height, width, recipe)["box"]) == box == expected

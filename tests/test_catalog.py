@@ -1,4 +1,4 @@
-"""Every layout with its exact videos, and every mistake with its message."""
+"""Every layout gives its exact videos, and every mistake gives its message."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def labels(catalog: Catalog, split: str) -> dict[str, int]:
 
 
 def refused(data: Path, message: str, split: int = 1) -> None:
-    """The message is the whole line, with DATA for the folder."""
+    """Assert that the catalog is refused with this message, in which DATA stands for the folder."""
     with pytest.raises(UserError) as refusal:
         open_catalog(data, split)
     assert str(refusal.value).replace(str(data), "DATA") == message
@@ -496,7 +496,7 @@ def test_a_split_that_there_is_not(genuine: Path) -> None:
 
 
 def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Catalog]:
-    """What `open_catalog` makes of the index that a store of these would have."""
+    """Return the catalog that `open_catalog` reads from a store with this index."""
     folder.mkdir()
     lists = catalog_arrays(catalogs)
     videos = len(string_array.unpack_strings(lists["paths"]))
@@ -567,7 +567,7 @@ DIVES = {
     ("lists", "message"),
     [
         ({"train.txt": "1.mp4 0\n../out.mp4 0\n"}, f"DATA/train.txt:2: ../out.mp4 {LEAVES}"),
-        ({"train.txt": "1.mp4 0\nC:\\..\\out.mp4 0\n"}, None),  # a name like any other, here
+        ({"train.txt": "1.mp4 0\nC:\\..\\out.mp4 0\n"}, None),  # an ordinary name on this system
         ({"train.txt": f"1.mp4 0\n{'a' * 300}.mp4 0\n{'b/' * 2500}1.mp4 0\n"}, None),  # too long for the disk: missing
         ({"train.txt": "1.mp4 0\n1.mp4\0 0\n"}, f"DATA: {NO_NAME}"),
         ({"train.txt": "1.mp4 0 a\0b\n"}, f"DATA: {NO_NAME}"),
@@ -619,7 +619,7 @@ def test_a_list_that_was_made_to_harm_is_refused_or_names_what_is_not_there(
         return
     catalog = open_catalog(tmp_path)
     assert {video.path for videos in catalog.splits.values() for video in videos} == {"1.mp4"}
-    assert catalog_arrays({1: catalog})["missing"].dtype == np.uint8  # what is missing can be packed
+    assert catalog_arrays({1: catalog})["missing"].dtype == np.uint8  # missing videos can be packed
 
 
 def test_official_lists_leave_the_data_folder_only_where_they_are_allowed_to(ucf101: Path, tmp_path: Path) -> None:
@@ -639,7 +639,7 @@ def test_official_lists_leave_the_data_folder_only_where_they_are_allowed_to(ucf
 
 
 def test_a_link_out_of_the_data_folder_is_followed(tmp_path: Path) -> None:
-    """Whoever made it could write to this disk; a list that was downloaded could not have."""
+    """The author of a link can write to this disk. The author of a downloaded list cannot."""
     touch(tmp_path, "elsewhere/1.mp4")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""Windows: inside the video, looping past a short one's end, and functions of their arguments alone."""
+"""Windows stay inside the video, continue at frame 0 in a short video, and depend on their arguments only."""
 
 import numpy as np
 import pytest

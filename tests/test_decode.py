@@ -1,4 +1,4 @@
-"""The reader against a plain decode of the whole file, on every genuine video, and the verdict on every broken one."""
+"""Frames equal those of a plain decode of the whole file on every genuine video, and broken videos are recognised."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -46,7 +46,7 @@ GENUINE = [
 
 
 def decode_all(path: Path) -> np.ndarray:
-    """Return every frame of a video in YUV 4:2:0 by PyAV's plain decode, without seeking and without a record: the expected frames.
+    """Return every frame of a video in YUV 4:2:0 by PyAV's plain decode, without seeking: the expected frames.
 
     Returns:
         (frames, H * W * 3 / 2) uint8: y, u and v of each frame, one after the other.
@@ -118,7 +118,8 @@ def test_which_genuine_files_may_be_skipped_in(genuine: Path, name: str) -> None
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """The timestamps of the frames that come out of the decoder by way of one of the module's two readers, from now on."""
+    """Return a list that collects the timestamps of all frames that pass through a function of the module from now
+    on."""
     came: list[int] = []
     real = getattr(decode, name)
 
@@ -153,7 +154,8 @@ def test_frames_that_nothing_refers_to_are_not_decoded(genuine: Path, monkeypatc
 
 
 def test_nothing_is_decoded_behind_the_last_frame_wanted(genuine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But what must be decoded before it: a B-frame may refer to three later frames of a pyramid."""
+    """Frames that must be decoded before the last one are decoded: a B-frame may refer to three later frames of a
+    pyramid."""
     path = genuine / "kinetics_sample/SOX5yA1l24A.mp4"
     record = verify_video(path)
     came = counting(monkeypatch, "_needed")
@@ -281,7 +283,7 @@ def test_a_codec_without_decoder(genuine: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_frame_is_refused(genuine: Path, tmp_path: Path) -> None:
-    """Overwritten bytes in the middle: every library shows such frames as if nothing were wrong unless it is asked."""
+    """Bytes in the middle are overwritten. By default, every library returns such frames without an error."""
     content = bytearray((genuine / "kinetics_sample/R6llTwEh07w.mp4").read_bytes())
     middle = len(content) // 2
     content[middle : middle + 3000] = bytes(3000)
@@ -292,7 +294,8 @@ def test_a_damaged_frame_is_refused(genuine: Path, tmp_path: Path) -> None:
 
 
 def test_a_truncated_avi(genuine: Path, tmp_path: Path) -> None:
-    """Between two packets it just ends early, and the two counts tell; within one, the last frame is corrupt."""
+    """Cut between two packets, the file has fewer frames than declared. Cut inside a packet, its last frame is
+    corrupt."""
     whole = genuine / GENUINE[4]
     with av.open(str(whole)) as container:
         start = [packet.pos for packet in container.demux(video=0)][90]  # of the 91st frame, which is number 90
@@ -307,7 +310,7 @@ def test_a_truncated_avi(genuine: Path, tmp_path: Path) -> None:
 
 
 def test_the_frame_size_changes(tmp_path: Path) -> None:
-    """Two h264 streams one after the other, as broadcasts have them."""
+    """The file has two h264 streams one after the other, as in broadcasts."""
     path = tmp_path / "both.h264"
     write_video(tmp_path / "a.h264", moving_noise(frames=10))
     write_video(tmp_path / "b.h264", moving_noise(frames=10, size=64))
@@ -335,7 +338,7 @@ def test_a_colon_in_a_relative_path_is_no_protocol(tmp_path: Path, monkeypatch: 
 
 
 def write_with_b_frames(path: Path, codec: str, **options: str) -> None:
-    """48 frames of 96 x 64, a pattern that moves and changes, a keyframe every 20."""
+    """Write 48 frames of 96 x 64 pixels, a pattern that moves and changes, with a keyframe every 20 frames."""
     frames = np.concatenate([moving_noise(48, 64), moving_noise(48, 64)[::-1, :, :32]], axis=2)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
@@ -351,9 +354,9 @@ def write_with_b_frames(path: Path, codec: str, **options: str) -> None:
     ("suffix", "codec", "options", "skippable"),
     [
         pytest.param("mp4", "libx264", {"bf": "2", "b-pyramid": "none"}, True, id="h264"),
-        pytest.param("mkv", "libx264", {"bf": "7", "b_strategy": "0"}, True, id="h264, B-frames that refer to B-frames"),
-        pytest.param("mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1"}, True, id="h264, open groups of pictures"),
-        pytest.param("ts", "libx264", {"bf": "3", "x264-params": "tff=1"}, True, id="h264, interlaced, in a transport stream"),
+        pytest.param("mkv", "libx264", {"bf": "7", "b_strategy": "0"}, True, id="h264, B-frames of B-frames"),
+        pytest.param("mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1"}, True, id="h264, open groups"),
+        pytest.param("ts", "libx264", {"bf": "3", "x264-params": "tff=1"}, True, id="h264, interlaced, in ts"),
         pytest.param("avi", "libx264", {"bf": "3"}, False, id="h264 in AVI: scrambled timestamps"),
         pytest.param("mp4", "libx264", {"bf": "0"}, False, id="h264 without B-frames: nothing to skip"),
         pytest.param("mp4", "mpeg4", {"bf": "2"}, True, id="mpeg4"),
@@ -380,7 +383,8 @@ def test_any_choice_of_frames_equals_a_full_decode(
 
 @pytest.fixture
 def av1(tmp_path: Path) -> Path:
-    """FFmpeg's AV1 decoder takes the wish to skip when it opens, and then skips what is wanted later on."""
+    """FFmpeg's AV1 decoder reads the setting to skip only when it opens, and then skips frames that are wanted
+    later."""
     path = tmp_path / "video.mp4"
     write_with_b_frames(path, "libsvtav1", preset="12")
     return path
@@ -389,7 +393,7 @@ def av1(tmp_path: Path) -> Path:
 def test_the_trial_notices_frames_that_are_lost(av1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = verify_video(av1)
     monkeypatch.setattr(decode, "_in_skipping_trial", lambda number: number % 2 == 1)
-    monkeypatch.setattr(decode, "_checksum", lambda *_: 0)  # those that come are right
+    monkeypatch.setattr(decode, "_checksum", lambda *_: 0)  # the frames that come are right
     assert not decode._skips_exactly(av1, record, dict.fromkeys(range(48), 0))
 
 
@@ -449,7 +453,8 @@ def test_rgb_for_figures_is_that_of_the_video(genuine: Path, name: str) -> None:
 
 
 def rgb_of(planes: YuvFrames) -> np.ndarray:
-    """By the formula of the recommendations, (N, H, W, 3) float64; chroma repeated."""
+    """Return RGB by the formula of the recommendations BT.601 and BT.709, (N, H, W, 3) float64, with repeated
+    chroma."""
     H, W = planes.y.shape[1:]
     kr, kb = (0.2126, 0.0722) if planes.bt709 else (0.299, 0.114)
     y, u, v = (
@@ -464,7 +469,8 @@ def rgb_of(planes: YuvFrames) -> np.ndarray:
 
 @pytest.mark.parametrize("name", [*GENUINE, "faulty/no_duration.webm"])
 def test_planes_have_the_colours_of_the_rgb_frames(genuine: Path, name: str) -> None:
-    """FFmpeg's fast conversion rounds down, by one level on average, and interpolates chroma: 3 levels for 98 of 100 values."""
+    """FFmpeg's fast conversion rounds down by one level on average and interpolates chroma: 98 % differ by under 3
+    levels."""
     path = genuine / name
     record = verify_video(path)
     wanted = [0, record.frames // 2]
@@ -548,7 +554,7 @@ def test_planes_are_written_into_larger_ones(genuine: Path) -> None:
 
 
 def test_the_same_frames_are_written_as_the_same_bytes(tmp_path: Path) -> None:
-    """With its assembly, x264 encoded 7 of 12 demo videos to other bytes within four calls."""
+    """With assembly, x264 encoded 7 of 12 demo videos to different bytes within four calls."""
     rng = np.random.default_rng(0)
     written = set()
     frames = rng.integers(0, 256, (20, 64, 64, 3), np.uint8)
@@ -559,7 +565,7 @@ def test_the_same_frames_are_written_as_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_playlist_that_calls_itself_a_video_is_refused(tmp_path):
-    """FFmpeg recognises it by its content, and would show the file that it names."""
+    """FFmpeg recognises a playlist by its content and would decode the file that it names."""
     write_video(tmp_path / "other.mp4", np.zeros((4, 32, 32, 3), np.uint8))
     (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
     with pytest.raises(UnreadableVideo, match=r"^a playlist \(concat\), which names other files$"):

@@ -1,4 +1,4 @@
-"""A watched child process: what it answers, what becomes of it, and how it ends."""
+"""A decoder process: its answers, its death, and its end."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from dclr.errors import UserError
 
 
 def result(child: DecoderProcess, request: object) -> object:
-    """As its users ask it."""
+    """Request and wait for the answer as the users of DecoderProcess do."""
     child.request(request)
     while not child.connection.poll(TICK):
         child.end_if_stalled()
@@ -24,7 +24,7 @@ def result(child: DecoderProcess, request: object) -> object:
 
 @pytest.fixture
 def child():
-    """Calls what it is given."""
+    """A decoder process that calls the function in each request."""
     own = DecoderProcess(lambda call: call(), limit=1)
     yield own
     own.stop()
@@ -32,7 +32,7 @@ def child():
 
 
 class Call:
-    """A function of this module or another, with its arguments, that can be pickled."""
+    """A function with its arguments that can be pickled."""
 
     def __init__(self, function, *arguments) -> None:
         self.function, self.arguments = function, arguments
@@ -64,7 +64,7 @@ def lambda_of() -> object:
 
 
 def test_one_process_answers_one_request_after_the_other(child):
-    assert children() == []  # not before it is asked
+    assert children() == []  # no process before the first request
     process = result(child, Call(os.getpid))
     assert [process] == children()
     assert result(child, Call(os.getpid)) == process
@@ -80,7 +80,7 @@ def test_what_is_raised_there_is_raised_here_with_its_traceback(child, error):
     assert caught.value.args == error.args
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert "in raises" in str(caught.value.__cause__)
-    assert result(child, Call(os.getpid)) == process  # it goes on
+    assert result(child, Call(os.getpid)) == process  # it continues
 
 
 def test_an_exception_that_cannot_be_pickled_comes_as_its_words(child):
@@ -88,7 +88,7 @@ def test_an_exception_that_cannot_be_pickled_comes_as_its_words(child):
         result(child, Call(raise_unpicklable))
     with pytest.raises(AttributeError, match="lambda"):
         result(child, Call(lambda_of))
-    assert children() != []  # and it goes on
+    assert children() != []  # it continues
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_waiting_between_requests_is_no_stall(child):
 
 
 def test_time_in_which_nobody_looked_does_not_count(monkeypatch):
-    """A run that was stopped by Ctrl-Z and goes on, whose child had no chance either."""
+    """A run that was stopped by Ctrl-Z continues. Its decoder process was stopped too."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     progress = Progress()
@@ -172,7 +172,7 @@ def test_a_stopped_child_is_ended_at_once_whatever_it_does():
         child.stop()
         assert time.monotonic() - began < 1
         assert children() == []
-    DecoderProcess(lambda call: call(), limit=60).stop()  # never asked
+    DecoderProcess(lambda call: call(), limit=60).stop()  # no request
 
 
 def test_a_child_ends_with_its_parent_however_that_ends(tmp_path):

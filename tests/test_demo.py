@@ -1,4 +1,4 @@
-"""The demo data: real, balanced, deterministic, and telling its classes by motion only."""
+"""The demo videos are real files, balanced and deterministic, and only motion tells their classes apart."""
 
 from collections import Counter
 from pathlib import Path
@@ -50,20 +50,20 @@ def test_the_files_are_real_videos_of_what_was_drawn(folder: Path, name: str) ->
     error = np.abs(rgb_of(read_planes(path, record, range(FRAMES))).astype(int) - drawn)
     assert error.mean() < 10  # h264, half the colour resolution
     moved = np.abs(np.diff(drawn.astype(int), axis=0)).max(axis=-1) > 30  # (T - 1, H, W)
-    assert moved.any(axis=(1, 2)).mean() > 0.9  # something moves nearly always
+    assert moved.any(axis=(1, 2)).mean() > 0.9  # something moves in nearly every frame
     assert moved.mean() < 0.25  # and most of the picture does not
 
 
 def trajectories(name: str, count: int = 400) -> np.ndarray:
-    """(count, 4, FRAMES): y, x, radius, angle of as many videos."""
+    """Return y, x, radius and angle of `count` videos, (count, 4, FRAMES)."""
     return np.array([demo._trajectory(name, np.random.default_rng([7, number])) for number in range(count)])
 
 
 def test_one_frame_says_nothing_about_the_class() -> None:
-    """A frame at random: place, size and angle have the distribution that is stated, in each class.
+    """In a random frame, position, size and angle have the stated distribution in each class.
 
-    Kolmogorov-Smirnov against the uniform distribution: with 400 independent videos a sound class exceeds 0.115 in
-    1 of 10,000 draws, and the seeds are fixed.
+    Kolmogorov-Smirnov test against the uniform distribution: with 400 independent videos, a correct class exceeds 0.115
+    once in 10,000 draws. The seeds are fixed.
     """
     smallest, largest = np.log(demo._RADII)
     expected = np.arange(1, 401) / 400
@@ -80,7 +80,8 @@ def test_one_frame_says_nothing_about_the_class() -> None:
 
 
 def features(path: np.ndarray) -> np.ndarray:
-    """What tells the classes apart: mean velocities, turn a frame, growth, and the sense in which the path curves."""
+    """Return what differs between classes: mean velocities, turn per frame, growth, and the direction in which the path
+    curves."""
     y, x, radius, angle = path
     vy, vx = np.diff(y), np.diff(x)
     curl = np.mean(vy[:-1] * vx[1:] - vx[:-1] * vy[1:])
@@ -88,7 +89,7 @@ def features(path: np.ndarray) -> np.ndarray:
 
 
 def test_classes_are_closed_under_horizontal_flips() -> None:
-    """A flipped video moves as another video of its class does: left becomes right, a sense of turning the other."""
+    """A flipped video moves like another video of its class: left becomes right, and the rotation is reversed."""
     for name in CLASSES:
         motion = np.array([features(path) for path in trajectories(name)])
         flipped = motion * [1, -1, -1, 1, -1]

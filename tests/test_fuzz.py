@@ -1,6 +1,7 @@
-"""Damaged videos, hundreds of them: none crashes, holds up or silently changes what is read.
+"""Hundreds of damaged videos: none crashes the reader, blocks it or silently changes its frames.
 
-Run as a script it makes variants in a folder, for a look at more of them: `python tests/test_fuzz.py VIDEOS FOLDER SEED VARIANTS`.
+As a script, this module writes variants into a folder, to test more of them:
+`python tests/test_fuzz.py VIDEOS FOLDER SEED VARIANTS`.
 """
 
 import re
@@ -26,7 +27,8 @@ KINDS = ("truncate", "flip", "flip-head", "zero")
 
 
 def sources(genuine: Path) -> list[Path]:
-    """Genuine clips: all of UCF101 and HMDB51, all of Kinetics, two of each Weizmann class, and those faulty ones that hold something."""
+    """Return genuine clips: all of UCF101, HMDB51 and Kinetics, two per Weizmann class, and the faulty files that are
+    not empty."""
     files = []
     for folder, suffix in (("ucf101_sample", "avi"), ("hmdb51_sample", "avi"), ("kinetics_sample", "mp4")):
         files += sorted((genuine / folder).rglob(f"*.{suffix}"))
@@ -36,7 +38,8 @@ def sources(genuine: Path) -> list[Path]:
 
 
 def damaged(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
-    """A copy that is cut short, has up to 200 bytes changed (anywhere, or among the first 4 KiB), or a range of zeros."""
+    """Return a copy that is cut short, has up to 200 changed bytes (anywhere or in the first 4 KiB), or a range of
+    zeros."""
     data = np.frombuffer(content, np.uint8).copy()
     if kind == "truncate":
         return data[: rng.integers(1, len(data))].tobytes()
@@ -51,7 +54,8 @@ def damaged(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
 
 
 def make_variants(genuine: Path, folder: Path, seed: int, variants: int) -> None:
-    """Named after what was done to them: class/truncate-007-v_Rowing_g16_c03.avi. And everything in faulty/ as it is."""
+    """Write damaged copies, named after the damage (class/truncate-007-v_Rowing_g16_c03.avi), and the files of faulty/
+    unchanged."""
     files = sources(genuine)
     for number in range(variants):
         file, kind = files[number % len(files)], KINDS[number // len(files) % len(KINDS)]
@@ -65,7 +69,7 @@ def make_variants(genuine: Path, folder: Path, seed: int, variants: int) -> None
 
 @pytest.fixture(scope="module")
 def fuzzed(genuine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At least 300 damaged videos and all of faulty/, in two classes."""
+    """A folder with at least 300 damaged videos and all of faulty/, in two classes."""
     folder = tmp_path_factory.mktemp("fuzzed") / "videos"
     make_variants(genuine, folder, seed=0, variants=VARIANTS)
     return folder
@@ -73,7 +77,7 @@ def fuzzed(genuine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checked(fuzzed: Path) -> str:
-    """What `train.py check` prints of them, as a process of its own."""
+    """The output of `train.py check` for these videos, run in another process."""
     command = [sys.executable, "train.py", "check", "--data", str(fuzzed), "--workers", "2", "--video-timeout", "20"]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -112,7 +116,8 @@ def test_check_lists_every_damaged_video_once_with_its_reason(fuzzed, checked):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_an_epoch_reads_every_video_that_is_left_or_lists_it(fuzzed, checked, kind):
-    """Three of them are damaged once more after they were verified. No place of the epoch is filled by anything that is not told."""
+    """Three videos are damaged again after verification. Every video that replaces another one in the epoch is
+    reported."""
     videos = open_videos(open_catalog(fuzzed), "train", workers=2, progress=False)
     assert len(videos) + len(videos.unreadable) == len(all_videos(fuzzed))
     late = {videos.path(index): fuzzed / videos.path(index) for index in (0, 7, 8)}
@@ -149,13 +154,13 @@ def test_an_epoch_reads_every_video_that_is_left_or_lists_it(fuzzed, checked, ki
 
 
 def test_a_demuxer_that_goes_round_in_circles_is_left(genuine, monkeypatch):
-    """FFmpeg would give the same packets, and good frames of them, for ever."""
+    """FFmpeg would return the same packets, and valid frames of them, without end."""
     file = sorted((genuine / "weizmann" / "walk").iterdir())[0]
     record = verify_video(file)
     packets = decode._packets
 
     class Circling:
-        """A container that begins again where it ends."""
+        """A container that starts again at its end."""
 
         def __init__(self, container) -> None:
             self.container, self.size = container, container.size
@@ -173,7 +178,7 @@ def test_a_demuxer_that_goes_round_in_circles_is_left(genuine, monkeypatch):
 
 @pytest.mark.parametrize("side", [8192, 8200])
 def test_frames_of_unheard_of_size_are_refused_before_their_memory_is_taken(tmp_path, side):
-    """A GIF of 60 bytes that announces one."""
+    """A GIF of 60 bytes declares a huge frame."""
     size = side.to_bytes(2, "little") * 2
     content = b"GIF89a" + size + b"\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0" + size + b"\0\2\2\x44\1\0;"
     (tmp_path / "huge.gif").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Batches: the same whoever reads them, equal to what a plain decode gives, and what becomes of videos that fail later."""
+"""Batches do not depend on the workers, equal a plain decode, and survive videos that fail later."""
 
 import multiprocessing
 import os
@@ -51,7 +51,7 @@ def videos(demo_videos: Path) -> VideoSet:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> VideoSet:
-    """Six videos in two classes, of three sizes and lengths, in a folder that a test may spoil."""
+    """Six videos in two classes, of three sizes and several lengths, in a folder that a test may damage."""
     for number in range(6):
         path = tmp_path / "mixed" / "ab"[number % 2] / f"{number}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def mixed(tmp_path: Path) -> VideoSet:
 
 
 def kept(batch: Batch) -> Batch:
-    """A batch that stays as it is, zeros in position of what lies beside smaller frames."""
+    """Return a copy of a batch that later batches do not overwrite, with zeros outside of smaller frames."""
     rows = batch.query_params.clip if isinstance(batch, PairBatch) else batch.augmentation
     y, u, v = (torch.zeros_like(plane) for plane in (batch.frames.y, batch.frames.u, batch.frames.v))
     for b, (height, width) in enumerate(rows.size.tolist()):
@@ -78,7 +78,7 @@ def train_batches(samples: TrainSamples, sampler: BatchSampler, workers: int = 0
 
 
 def plain(batch: object) -> list[object]:
-    """A batch as bytes, names and numbers: equal only if everything in it is."""
+    """Return a batch as bytes, names and numbers. Two results are equal only if all tensors are equal."""
     found: list[object] = []
     for field in fields(batch):  # type: ignore[arg-type]
         value = getattr(batch, field.name)
@@ -96,7 +96,7 @@ def batches(samples: TrainSamples, sampler: BatchSampler, workers: int = 0) -> l
 
 
 def sequential(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The planes of every frame of a video, of even size, from a decode of its own: y (N, H, W), u and v (N, H / 2, W / 2)."""
+    """Decode the planes of every frame of a video of even size: y (N, H, W), u and v (N, H / 2, W / 2)."""
     with av.open(str(path), metadata_errors="ignore") as container:
         packed = np.stack([frame.to_ndarray(format="yuv420p") for frame in container.decode(video=0)])
     height, width = packed.shape[1] * 2 // 3, packed.shape[2]
@@ -111,7 +111,7 @@ def same_planes(found: object, expected: tuple[np.ndarray, ...], numbers: object
 
 
 def batch_of(samples: TrainSamples, indices: list[int], epoch: int = 0) -> Batch:
-    """A batch of the samples of these videos, without a ring."""
+    """Return a batch of the samples of these videos, without a ring."""
     parts = [samples.read(epoch, index) for index in indices]
     height, width = (max(getattr(samples.videos, size)[indices]) for size in ("heights", "widths"))
     planes = []
@@ -206,7 +206,7 @@ def test_epochs_and_seeds_draw_differently(videos):
 
 
 def test_frames_of_a_pair_are_those_of_a_sequential_decode_at_the_drawn_numbers(genuine):
-    """On genuine UCF101 files, two of which have scrambled timestamps."""
+    """Genuine UCF101 files, two of them with scrambled timestamps."""
     catalog = open_catalog(genuine / "ucf101_sample")
     videos = open_videos(catalog, "test", workers=1, progress=False)
     samples = PairSamples(videos, DataConfig(), seed=3)
@@ -223,12 +223,12 @@ def test_frames_of_a_pair_are_those_of_a_sequential_decode_at_the_drawn_numbers(
             assert part.y.shape[1:] == ((16, 240, 320) if np.ndim(numbers) else (240, 320))
             assert same_planes(Yuv420(part.y[0], part.u[0], part.v[0], part.bt709, part.full_range), planes, numbers)
         rows = samples.read(2, index).rows
-        assert len({row.tobytes() for row in rows}) == 4  # clip and still of query and key: each a draw of its own
+        assert len({row.tobytes() for row in rows}) == 4  # clips and stills have their own augmentation
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_holds_its_samples_whatever_their_size_and_tells_it(mixed, workers):
-    """Batches through the ring against samples read one by one: planes, colour space, parameters, order."""
+    """Batches in the ring equal samples that are read one by one: planes, colour space, parameters and order."""
     samples, sampler = PairSamples(mixed, CONFIG, 0), BatchSampler(6, 3, 2)
     for step, batch in enumerate(train_batches(samples, sampler, workers)):
         assert isinstance(batch, PairBatch)
@@ -245,7 +245,7 @@ def test_a_batch_holds_its_samples_whatever_their_size_and_tells_it(mixed, worke
                 assert np.array_equal(getattr(batch.frames, plane)[b, :, : height // 2, : width // 2], expected)
             assert batch.frames.bt709[b] == sample.frames.bt709
             assert batch.frames.full_range[b] == sample.frames.full_range
-        # Four rows of parameters a sample, each at its position, and the size without what lies beside.
+        # Four rows of parameters a sample, each at its position, with the true size of the frame.
         tables = [table for params in (batch.query_params, batch.key_params) for table in (params.clip, params.still)]
         for position, table in enumerate(tables):
             for name in AUGMENTATION.names:
@@ -307,7 +307,8 @@ def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
     ],
 )
 def test_no_chunk_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers, hold):
-    """By a consumer as DataLoader is: `workers * PREFETCH` chunks at once, then one for each that comes back."""
+    """The consumer acts like DataLoader: it takes `workers * PREFETCH` chunks at once, then one for each that is
+    answered."""
     sampler = BatchSampler(size, size, 12)
     chunks = ChunkSampler(sampler, workers, hold)
     sent, batches_at_once = [], []
@@ -342,12 +343,12 @@ def test_no_chunk_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers
 def test_a_chunk_for_a_slot_in_use_is_refused():
     chunks = iter(ChunkSampler(BatchSampler(4, 4, 9), workers=1, hold=1))
     with pytest.raises(RuntimeError, match="batch 2 would be written over batch -1"):
-        list(chunks)  # nothing has been asked for
+        list(chunks)  # no batch has been requested
 
 
 @pytest.mark.parametrize("hold", [1, 2])
 def test_a_batch_stays_as_it_is_until_enough_others_are_asked_for(videos, hold):
-    """However long the consumer takes, and while the workers read on."""
+    """A batch is valid however long the consumer takes, while the workers continue to read."""
     samples, sampler = PairSamples(videos, CONFIG, 5), BatchSampler(16, 4, 2)
     expected = batches(samples, sampler)
     held: list[Batch] = []
@@ -376,7 +377,7 @@ def test_frames_are_views_of_the_ring_and_little_else_comes_from_a_worker(videos
 
 
 def spoil(videos: VideoSet, index: int, how: str) -> str:
-    """Make a verified video unreadable; returns its path in the catalog."""
+    """Make a verified video unreadable and return its path in the catalog."""
     path = videos.root / videos.path(index)
     if how == "delete":
         path.unlink()
@@ -401,7 +402,7 @@ def test_a_video_that_fails_later_gives_its_place_to_the_next_of_the_epochs_orde
         assert new.indices.tolist() == expected
         assert set(new.failures) == ({path} if 2 in old.indices.tolist() else set())
         failures.add(new.failures)
-    # Read once an epoch: counted each time, named once.
+    # Read once per epoch: counted each time, one warning.
     assert failures.count == 2
     assert list(failures.reasons) == [path]
     named = capsys.readouterr().err
@@ -409,7 +410,7 @@ def test_a_video_that_fails_later_gives_its_place_to_the_next_of_the_epochs_orde
     assert failures.reasons[path] in named
 
 
-def test_the_sample_that_takes_the_place_is_its_own_of_that_epoch(mixed):
+def test_a_replacing_sample_is_the_sample_of_that_video_and_epoch(mixed):
     order = clips.epoch_order(1, 0, 6).tolist()
     spoil(mixed, order[0], "delete")
     samples, height, width = PairSamples(mixed, CONFIG, 1), mixed.heights[order[1]], mixed.widths[order[1]]
@@ -444,11 +445,11 @@ def test_a_test_split_leaves_videos_that_fail_out(mixed, workers):
     assert (len(empty.frames.y), len(empty.frames.bt709), len(empty.labels)) == (0, 0, 0)
 
 
-# ---------------------------------------------------------------- videos on which the decoder crashes, or never returns
+# ---------------------------------------------------------------- videos on which the decoder crashes or never returns
 
 
 def hurt(monkeypatch: pytest.MonkeyPatch, index: int, fault: Callable[[], None]) -> None:
-    """Reading video `index` does this from now on, in processes forked later."""
+    """Make every later attempt to read video `index` call this function, in processes that are forked later."""
     read = VideoFiles.read_planes
 
     def read_planes(self, number, wanted, into=None):
@@ -476,7 +477,7 @@ def runs(process: int) -> bool:
 
 
 def gone(processes: list[int], seconds: float = 3) -> bool:
-    """Whether all of these end by then."""
+    """Return whether all these processes end within the time."""
     end = time.monotonic() + seconds
     while any(map(runs, processes)):
         if time.monotonic() > end:
@@ -489,7 +490,7 @@ def gone(processes: list[int], seconds: float = 3) -> bool:
 def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not_tried_again(
     mixed, monkeypatch, fault, reason
 ):
-    """Three epochs by two workers: the time-out passes at most once in each of them."""
+    """In three epochs with two workers, each worker waits for the time-out at most once."""
     mixed = replace(mixed, timeout=1)
     samples, sampler = PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 3)
     before = list(train_batches(samples, sampler))
@@ -502,7 +503,7 @@ def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not
         expected = [order[(order.index(i) + 1) % 6] if i == 2 else i for i in old.indices.tolist()]
         assert new.indices.tolist() == expected
         assert new.failures == ({mixed.path(2): reason} if 2 in old.indices.tolist() else {})
-        for b, index in enumerate(expected):  # nothing of the torn attempt is left
+        for b, index in enumerate(expected):  # nothing of the interrupted attempt is left
             height, width = mixed.heights[index], mixed.widths[index]
             own = samples.read(step // 2, index).frames
             assert np.array_equal(new.frames.y[b, :, :height, :width], own.y)
@@ -520,7 +521,7 @@ def test_a_test_split_leaves_videos_that_the_decoder_dies_on_out(mixed, monkeypa
 
 
 def test_a_decoder_killed_once_reads_the_video_after_all(mixed, monkeypatch):
-    """By the kernel, perhaps, for want of memory."""
+    """The kernel may have killed the process because memory was short."""
     times = shared_array(1, np.int64)
 
     def killed_at_first() -> None:
@@ -555,7 +556,7 @@ def test_a_bug_in_a_worker_comes_out_with_its_traceback(mixed, monkeypatch):
 
 
 def test_signals_to_the_whole_group_leave_the_workers_reading(mixed):
-    """A terminal's Ctrl-C and a scheduler's signals reach all processes: it is the training process that decides."""
+    """A terminal's Ctrl-C and a scheduler's signals reach all processes. The training process decides what to do."""
     samples, sampler = PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 20)
     expected = batches(samples, sampler)
     found = []
@@ -575,7 +576,7 @@ def test_signals_to_the_whole_group_leave_the_workers_reading(mixed):
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_batches_that_are_dropped_end_their_workers_at_once(mixed, monkeypatch, busy):
-    """Also while a decoder does not return and its time is not up."""
+    """Workers end at once, also while a decoder does not return and its time limit is not reached."""
     if busy:
         hurt(monkeypatch, 2, block)
     found = TrainBatches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
@@ -592,7 +593,7 @@ def test_batches_that_are_dropped_end_their_workers_at_once(mixed, monkeypatch, 
 @pytest.mark.parametrize("end", ["killed", "exception", "left"])
 @pytest.mark.parametrize("busy", [False, True])
 def test_no_process_outlives_the_training_process(mixed, monkeypatch, tmp_path, busy, end):
-    """Whether it is killed, dies of an exception, or ends with batches that it has not asked for."""
+    """The training process is killed, raises an exception, or ends with batches that it has not requested."""
     if busy:
         hurt(monkeypatch, clips.epoch_order(1, 0, 6)[3], block)
 
@@ -635,8 +636,8 @@ def test_more_bad_videos_than_are_allowed_end_the_run_with_one_line(mixed):
     with pytest.raises(UserError) as caught:
         check_bad(some, {mixed.path(0): "no such file"}, 37.4)
     assert str(caught.value) == (
-        f"{mixed.root}: 3 of the split's 8 videos cannot be read (37.5 %), and --max-bad allows 37.4 %; the first is a/x.mp4 "
-        "(empty file): see train.py check, or raise --max-bad"
+        f"{mixed.root}: 3 of the split's 8 videos cannot be read (37.5 %), and --max-bad allows 37.4 %; "
+        "the first is a/x.mp4 (empty file): see train.py check, or raise --max-bad"
     )
     with pytest.raises(
         UserError, match=r"1 of the split's 6 videos cannot be read \(16\.7 %\).*the first is .* \(gone\)"
@@ -646,7 +647,7 @@ def test_more_bad_videos_than_are_allowed_end_the_run_with_one_line(mixed):
 
 @pytest.mark.parametrize("layout", ["flat", "class folders"])
 def test_faulty_files_are_left_out_and_never_crash_a_worker(genuine, tmp_path, layout):
-    """Every file of `faulty/`: as it lies, and among readable ones in class folders; a whole epoch with two workers."""
+    """Every file of `faulty/`, in one folder and in class folders, for a whole epoch with two workers."""
     folder = genuine / "faulty"
     if layout == "class folders":
         folder = tmp_path / "data"

@@ -1,4 +1,5 @@
-"""The manifest: the same in one process and in several, decoded once, and robust against its own cache file."""
+"""The manifest does not depend on the number of processes, decodes each video once, and survives a damaged cache
+file."""
 
 import os
 import shutil
@@ -38,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 
 class Decoded:
-    """Names of the files that are decoded, in whatever process: they stand in a file."""
+    """The names of the files that are decoded in any process. They are collected in a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -251,11 +252,12 @@ def test_a_decoder_that_crashes_or_never_returns_costs_its_video_alone(root, mon
     assert list(found.records) == ["a.mp4", "c.h264", "ß #&(!).mp4"]
     assert children() == []
     monkeypatch.undo()
-    assert list(load(root).records) == GOOD  # not held against it for ever
+    assert list(load(root).records) == GOOD  # the finding is not kept
 
 
 def test_a_decoder_that_is_killed_once_is_asked_once_more(root, decoded, monkeypatch, tmp_path):
-    """It may have been the kernel, for want of memory; killed again, it is the video's doing."""
+    """The kernel may have killed the first process because memory was short. After a second kill, the video is
+    unreadable."""
     counting = manifest.verify_video
 
     def killed(path: Path) -> VideoRecord:
@@ -299,7 +301,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_work(root: Path, deco
 
 
 def test_a_cache_with_changed_numbers_is_used_only_where_they_agree(tmp_path, capsys):
-    """500 seeded changes of one array each: what comes of it is either nothing, with a word, or records that can be."""
+    """After each of 500 seeded changes of one array, the cache is refused with a warning, or its records are valid."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for name in ("a.mp4", "b.mp4"):

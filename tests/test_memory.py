@@ -1,6 +1,7 @@
-"""Memory stays flat, however many epochs are read and however many videos there are.
+"""Memory does not grow with the number of epochs or videos.
 
-Run as a script it measures training batches: `python tests/test_memory.py FOLDER`, in a process of its own, where no other test has been.
+As a script, this module measures training batches in a process without other tests: `python tests/test_memory.py
+FOLDER`.
 """
 
 import ctypes
@@ -40,7 +41,7 @@ needs_rollup = pytest.mark.skipif(
 
 
 def memory(process: int | None, kind: str) -> int:
-    """Bytes of a process by a name of /proc/PID/smaps_rollup. Pss_Anon: a page that n processes share counts as 1/n of it."""
+    """Return a value of /proc/PID/smaps_rollup in bytes. In Pss_Anon, a page that n processes share counts 1/n."""
     rollup = Path(f"/proc/{process or 'self'}/smaps_rollup").read_text()
     found = re.search(rf"^{kind}:\s+(\d+) kB$", rollup, re.MULTILINE)
     assert found
@@ -48,7 +49,7 @@ def memory(process: int | None, kind: str) -> int:
 
 
 class MallocInfo(ctypes.Structure):
-    """glibc's struct mallinfo2."""
+    """The struct mallinfo2 of glibc."""
 
     _fields_ = [
         *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
@@ -57,7 +58,7 @@ class MallocInfo(ctypes.Structure):
 
 
 def allocated(libc: ctypes.CDLL) -> int:
-    """Bytes that C code has allocated and not freed, whatever the allocator keeps in reserve."""
+    """Return the bytes that C code has allocated and not freed, without the allocator's reserve."""
     libc.mallinfo2.restype = MallocInfo
     info = libc.mallinfo2()
     return info.uordblks + info.hblkhd
@@ -67,7 +68,8 @@ def allocated(libc: ctypes.CDLL) -> int:
 
 
 def test_a_sample_leaves_nothing_allocated(demo_videos):
-    """To the byte, in one process. An iterator of PyAV's that was dropped before its end left 150 bytes: a megabyte every 7,000 samples."""
+    """Exact to the byte, in one process. A PyAV iterator dropped before its end left 150 bytes: 1 MB every 7,000
+    samples."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         pytest.skip("needs mallinfo2 (glibc 2.33)")
@@ -88,7 +90,7 @@ def test_a_sample_leaves_nothing_allocated(demo_videos):
 
 
 class Leaky(PairSamples):
-    """Keeps 16 KiB of every sample, in the worker that read it."""
+    """Samples that leak 16 KiB each in the worker that reads them."""
 
     kept: list[bytes] = []  # noqa: RUF012
 
@@ -98,7 +100,8 @@ class Leaky(PairSamples):
 
 
 def growth(samples: PairSamples) -> int:
-    """Bytes that this process and its workers take together, each page counted once, at the end more than after epoch SETTLED."""
+    """Return the growth in bytes of this process and its workers from epoch SETTLED to the end. Shared pages count
+    once."""
     videos, found = len(samples.videos), []
     for number, batch in enumerate(TrainBatches(samples, BatchSampler(videos, videos // 2, EPOCHS), workers=2)):
         assert batch.frames.y.any()
@@ -111,7 +114,8 @@ def growth(samples: PairSamples) -> int:
 
 
 def collected(samples: PairSamples) -> int:
-    """Bytes that this process takes more after a full garbage collection, which comes by itself once in thousands of steps."""
+    """Return the growth in bytes after a full garbage collection, which happens by itself once in thousands of
+    steps."""
     batches = TrainBatches(samples, BatchSampler(len(samples.videos), 8, EPOCHS), workers=2)
     next(batches)
     before = memory(None, "Pss_Anon")
@@ -122,7 +126,8 @@ def collected(samples: PairSamples) -> int:
 @pytest.mark.slow
 @needs_rollup
 def test_memory_stays_flat_over_epochs(demo_videos):
-    """300 samples by two workers: at most 2 MiB more, of what forked processes still copy. A leak of 16 KiB a sample would be 5 MiB."""
+    """300 samples with two workers grow by at most 2 MiB, which forked processes still copy. A leak of 16 KiB each is 5
+    MiB."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.run([sys.executable, __file__, demo_videos], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -136,7 +141,7 @@ def test_memory_stays_flat_over_epochs(demo_videos):
 
 
 def in_worker(work: Callable[[], None]) -> int:
-    """Bytes that a forked process has more of its own after `work`."""
+    """Return the growth in private bytes of a forked process that calls `work`."""
 
     def run(result):
         freeze_inherited_objects()
@@ -155,7 +160,7 @@ def in_worker(work: Callable[[], None]) -> int:
 
 @needs_rollup
 def test_a_worker_does_not_copy_the_list_of_videos():
-    """200,000 videos, about as many as Kinetics-400 has: as arrays a look at each costs nothing, as objects all their memory."""
+    """200,000 videos, about as many as in Kinetics-400: reading arrays copies nothing, reading objects copies all."""
     listed = tuple(Video(path=f"train/{n % 400:03d}/{n:011d}_000010_000020.mp4", label=n % 400) for n in range(200_000))
     record = VideoRecord(
         frames=3,
@@ -193,7 +198,7 @@ def test_a_worker_does_not_copy_the_list_of_videos():
 
 @needs_rollup
 def test_a_worker_that_collects_garbage_copies_nothing():
-    """Of what it inherited; torch and what it imports are 80 MiB of objects."""
+    """A collection copies no inherited objects, of which torch and its imports have 80 MiB."""
     assert in_worker(gc.collect) < 10 * MIB
 
 

@@ -1,4 +1,4 @@
-"""train.py pack: the same windows of the same frames as from the videos, whatever interrupts it, and a plain word for what is wrong."""
+"""train.py pack: a store gives the same windows as the videos, an interrupted pack continues, and errors are clear."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ from dclr.errors import UserError
 
 
 def write_coded(path: Path, planes: YuvFrames, codec: str = "libx264", **options: str) -> None:
-    """A video whose samples are exactly these where the codec is lossless, with the matrix and range that they say."""
+    """Write a video with these planes, matrix and range. With a lossless codec its sample values are exactly these."""
     _, height, width = planes.y.shape
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"qp": "0", "threads": "1", **options})
@@ -55,7 +55,7 @@ def write_coded(path: Path, planes: YuvFrames, codec: str = "libx264", **options
 
 
 def smooth(frames: int, height: int, width: int, bt709: bool = False, full_range: bool = False) -> YuvFrames:
-    """A moving wave in every plane."""
+    """Return frames with a moving wave in every plane."""
 
     def plane(phase: float, h: int, w: int) -> np.ndarray:
         t, y, x = np.ogrid[:frames, :h, :w]
@@ -88,7 +88,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_resizing_is_bicubic_in_each_plane(genuine):
-    """Against PIL's."""
+    """The scaling is compared with PIL's."""
     path = genuine / "kinetics_sample" / "R6llTwEh07w.mp4"
     record = verify_video(path)
     frames = resized_planes(path, record, 128, 170)
@@ -109,7 +109,8 @@ def test_resizing_is_bicubic_in_each_plane(genuine):
 @pytest.mark.parametrize("bt709", [False, True])
 @pytest.mark.parametrize("full_range", [False, True])
 def test_resizing_keeps_values_matrix_and_range(tmp_path, bt709, full_range):
-    """One colour a quarter: 0 and 255 are there only in full range, and any conversion would move the middle values."""
+    """Each quarter has one colour. Values 0 and 255 need full range, and any conversion would change the middle
+    values."""
     planes = smooth(3, 96, 128, bt709, full_range)
     low, high = (0, 255) if full_range else (16, 235)
     for plane in (planes.y, planes.u, planes.v):
@@ -154,7 +155,7 @@ def test_sizes(height, width, stored):
     assert pack.small_size(height, width, 128) == stored
 
 
-# ---------------------------------------------------------------- compact videos (dclr/data/decode.py)
+# ---------------------------------------------------------------- compact videos (dclr/data/encode.py)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_small_videos_are_stored_byte_for_byte_as_they_are_decoded(genuine, tmp_
 
 @pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
 def test_colours_and_odd_sizes_survive(tmp_path, compact):
-    """A file of mpeg4 could not say what its colours are: the index does."""
+    """An mpeg4 file cannot name its colour space, so the index does."""
     (tmp_path / "videos").mkdir()
     made = {}
     for number, (bt709, full_range) in enumerate([(False, False), (True, False), (False, True), (True, True)]):
@@ -285,14 +286,14 @@ def test_videos_that_cannot_be_read_are_listed_with_their_reasons(genuine, tmp_p
         opened.read_planes(row, [0])
 
 
-# ---------------------------------------------------------------- interrupted, and gone on with
+# ---------------------------------------------------------------- interrupted and continued
 
 VIDEOS = [f"{'ab'[number % 2]}/{number}.mp4" for number in range(7)]
 
 
 @pytest.fixture
 def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Seven videos of 20 frames and more, in shards of two."""
+    """Seven videos of at least 20 frames, in shards of two."""
     for number, name in enumerate(VIDEOS):
         path = tmp_path / "videos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +346,7 @@ def test_a_killed_pack_goes_on_to_the_bytes_of_an_uninterrupted_one(videos, tmp_
         wait_for(lambda: list(out.glob("shard-*.part")))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    wait_for(lambda: unlocked(out), 5)  # its workers end with it
+    wait_for(lambda: unlocked(out), 5)  # its decoder processes end with it
     assert not (out / store.INDEX).exists()
     with pytest.raises(UserError, match=r"is an unfinished store: run `train\.py pack --data"):
         open_catalog(out)
@@ -354,12 +355,12 @@ def test_a_killed_pack_goes_on_to_the_bytes_of_an_uninterrupted_one(videos, tmp_
 
     pack_small(videos, out, workers=2, compact=compact)
     assert content(out) == whole
-    assert {file: file.stat().st_mtime_ns for file in done} == done  # what was finished was not made again
+    assert {file: file.stat().st_mtime_ns for file in done} == done  # finished shards were not written again
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
 def test_killed_between_any_two_steps(videos, tmp_path, monkeypatch, compact):
-    """A shard is there but nothing vouches for it; all is there but the index; a half-written file of either lies about."""
+    """A shard has no checksums, or the index is missing, or half-written files are left."""
     whole = content(pack_small(videos, tmp_path / "out", compact=compact))
     out, name = tmp_path / "out", shard_name(1, compact)
     for gone in ("shard-00001.npz", store.INDEX, name):
@@ -524,7 +525,7 @@ def test_other_lists_are_refused(videos, tmp_path):
 
 
 def test_videos_may_have_moved(videos, tmp_path):
-    """Their folder's name is kept for the user to read, and compared with nothing."""
+    """The folder of the videos is kept for the user to read and is not compared."""
     out = pack_small(videos, tmp_path / "out")
     whole = content(out)
     videos.rename(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""Batches on the device: the same as on the host, in order, and never written over while they are in use."""
+"""Batches on the device equal those on the host, come in order, and are never overwritten while they are in use."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -24,7 +24,7 @@ def videos(demo_videos) -> VideoSet:
 
 
 def planes_of(frames: Yuv420) -> list[torch.Tensor]:
-    """Of videos of one size, which the demo's are: all of it is frames."""
+    """Return all bytes of a batch. The demo videos have one size, so all bytes belong to frames."""
     return [plane.cpu().clone() for plane in (frames.y, frames.u, frames.v)]
 
 
@@ -39,7 +39,7 @@ def test_on_a_cpu_a_batch_is_the_rings_own_memory(videos):
 
 
 class FakeCuda:
-    """Streams and events that only note what is asked of them, so that the order can be looked at without a GPU."""
+    """Streams and events that only record their calls, so that a test can check the order without a GPU."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

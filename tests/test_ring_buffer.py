@@ -1,4 +1,4 @@
-"""The ring: memory that two processes share, cut into planes that do not overlap, and refused where it is too much."""
+"""The ring is shared by two processes, its planes do not overlap, and a ring that is too large is refused."""
 
 import os
 import re
@@ -71,7 +71,7 @@ def test_available_memory_is_what_the_machine_has_at_most():
 
 
 def test_memory_that_nobody_writes_to_costs_nothing():
-    """Slots are as large as the largest frame, though most may be smaller."""
+    """Slots have room for the largest frame, even if most frames are smaller."""
     with open("/proc/self/statm") as before:
         resident = int(before.read().split()[1])
     shared = FrameRing(slots=4, samples=8, frames=10, height=1000, width=1000)

@@ -1,4 +1,4 @@
-"""A packed store: what is read from it, and how it says what is wrong with it."""
+"""A packed store: its frames, its index, and its messages about damage."""
 
 import hashlib
 import io
@@ -31,7 +31,8 @@ VIDEOS = ["a/0.mp4", "a/2.mp4", "b/1.mp4", "b/3.mp4", "b/5.mp4"]
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folders `videos`, `planes` and `compact` beside each other: two stores of four shards. Tests that spoil one use `spoiled`."""
+    """A folder with `videos`, `planes` and `compact`: two stores of four shards. Tests that damage a store use
+    `spoiled`."""
     root = tmp_path_factory.mktemp("packed")
     for name in VIDEOS:
         number = int(Path(name).stem)
@@ -150,7 +151,7 @@ def test_only_so_many_shards_are_open_at_a_time(packed, monkeypatch):
 
 
 def test_a_store_holds_no_object_a_video(packed):
-    """Workers inherit it, and would copy the memory of every object they look at."""
+    """Workers inherit the store and would copy the memory of every object that they read."""
     opened = read_store(packed / "planes")
     values = {field.name: getattr(opened, field.name) for field in fields(opened)}
     assert values.pop("unreadable") == {}
@@ -196,7 +197,8 @@ def test_a_shard_that_is_missing_or_of_another_length_is_refused_by_its_name(spo
     for length in (size - 1, size + 1, 0):
         os.truncate(shard, length)
         assert refused(planes) == (
-            f"STORE/shard-00001.yuv is damaged: it has {length:,} bytes instead of {size:,}: see train.py check --data STORE"
+            f"STORE/shard-00001.yuv is damaged: it has {length:,} bytes instead of {size:,}: "
+            "see train.py check --data STORE"
         )
     shard.unlink()
     assert refused(planes) == "STORE/shard-00001.yuv is missing: see train.py check --data STORE"
@@ -206,7 +208,8 @@ def test_a_small_video_that_is_missing_or_of_another_length_is_refused_by_its_na
     compact = spoiled / "compact"
     video = compact / "shard-00002" / "00000003.avi"
     size = video.stat().st_size
-    expected = f"STORE/shard-00002 is damaged: 00000003.avi is missing or not {size:,} bytes long: see train.py check --data STORE"
+    expected = f"STORE/shard-00002 is damaged: 00000003.avi is missing or not {size:,} bytes long"
+    expected += ": see train.py check --data STORE"
     os.truncate(video, size - 1)
     assert refused(compact) == expected
     video.unlink()
@@ -283,7 +286,7 @@ def test_check_finds_a_single_changed_bit_and_says_how_to_mend_it(spoiled, packe
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 4
     (folder / file).write_bytes(content)
-    read_store(folder)  # cannot notice
+    read_store(folder)  # sizes alone do not show it
     with pytest.raises(UserError) as caught:
         train.main(["check", "--data", str(folder)])
     command = f"train.py pack --data {packed / 'videos'} --out {folder} --short-side 32" + " --compact" * (
@@ -336,9 +339,9 @@ def test_a_store_is_a_catalog_with_only_the_splits_that_it_holds(packed):
 
 
 def read_all(folder: Path, expected: dict[str, tuple[np.ndarray, ...]]) -> str:
-    """Opens a store and reads every video as training would. Returns how it ended; any other exception is the test's failure.
+    """Open a store, read every video as training would, and return how this ended. Any other exception fails the test.
 
-    Frames that are read must be the right ones of the video, as far as its index says that there are so many.
+    The frames must be those of the video, up to the number of frames in the index.
     """
     try:
         catalog = open_catalog(folder)
@@ -366,7 +369,7 @@ ODD = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 7, 2**14, 2**31, 2**40, 2**62, 2*
 
 
 def mutated(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], str]:
-    """One array spoiled at random: a value, a type, a shape, a length, or the array itself; and its name."""
+    """Return the arrays with one random change (a value, type, shape or length, or no array), and the array's name."""
     name = str(rng.choice(list(arrays)))
     array = arrays[name].copy()
     match int(rng.integers(8)):
@@ -390,7 +393,7 @@ def mutated(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[di
 
 @pytest.mark.parametrize("kind", ["planes", "compact"])
 def test_a_store_whose_index_is_spoiled_at_random_and_signed_is_refused_or_read_as_it_is(spoiled, kind):
-    """Every array is hit in most of its ways: 600 spoiled indexes of 20 arrays."""
+    """600 damaged indexes of 20 arrays: every array is changed in most of these ways."""
     folder = spoiled / kind
     index, _ = load_arrays(folder / store.INDEX)
     opened = read_store(folder)
@@ -407,7 +410,7 @@ def test_a_store_whose_index_is_spoiled_at_random_and_signed_is_refused_or_read_
 
 
 def spoil(folder: Path, **changed: object) -> str:
-    """The refusal of a store whose index has these arrays changed: what must be, by a function of the array that was."""
+    """Return the message that refuses a store whose index has these arrays replaced, or changed by these functions."""
     index, _ = load_arrays(folder / store.INDEX)
     arrays = {name: array.copy() for name, array in index.items()}
     for name, change in changed.items():
@@ -486,7 +489,7 @@ def signed(path: Path, content: bytes) -> None:
 
 
 def npz_of(header: bytes, data: bytes, compression: int = zipfile.ZIP_STORED, members: int = 1) -> bytes:
-    """A .npz file with a header of one's own."""
+    """Return a .npz file with a custom header."""
     npy = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
@@ -526,7 +529,7 @@ def test_a_signed_file_that_is_none_of_ours_is_refused_before_memory_is_taken(tm
 
 
 def test_members_that_lie_on_each_other_are_refused(tmp_path):
-    """The directory of a zip file may name the same bytes a thousand times."""
+    """The directory of a zip file may list the same bytes a thousand times."""
     content = npz_of(GOOD_HEADER.replace(b"()", b"(1000,)"), b"\0" * 8000)
     directory = content.rindex(b"PK\x01\x02")
     entry, end = content[directory : content.rindex(b"PK\x05\x06")], bytearray(content[content.rindex(b"PK\x05\x06") :])
