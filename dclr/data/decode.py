@@ -1,14 +1,18 @@
 """Video files to frames. Only this module and encode.py import av (PyAV, FFmpeg).
 
 Frames are numbered in the order in which the decoder gives them, never by time. Files of real data sets make any other
-number unreliable: timestamps are scrambled (packed-B AVI files of HMDB51 and UCF101 give 1, 4, 3, 6, 5, ...), headers
-declare frames that do not exist (49 for 48), and empty packets are flagged as keyframes. So `verify_video` decodes a
-file once from beginning to end and records what it really contains. `read_planes` reads by this record, and its frames
-are byte for byte those of a decode from frame 0.
+number unreliable:
 
-`read_planes` decodes as little as possible. It seeks, and it skips frames that no wanted frame refers to, but only in
-files for which a trial has shown that the wanted frames stay the same. In all other files it decodes from the start and
-counts.
+- Timestamps are scrambled. Packed-B AVI files of HMDB51 and UCF101 give 1, 4, 3, 6, 5, ...
+- Headers declare frames that do not exist, such as 49 frames for 48.
+- Empty packets are flagged as keyframes.
+
+So `verify_video` decodes a file once from beginning to end and records what it really contains. `read_planes` reads by
+this record. Its frames are byte for byte those of a decode from frame 0.
+
+`read_planes` decodes as little as possible. It seeks, and it skips frames that no wanted frame refers to. It does so
+only in files for which a trial has shown that the wanted frames stay the same. In all other files it decodes from the
+start and counts.
 
 Rotation metadata is not applied: frames are returned as they are coded.
 """
