@@ -9,16 +9,23 @@ or takes too much shared memory. Result to expect: no kernel spills.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from kernels.launch import Launch
 
 RESULT = Path(__file__).parent / "results" / "resources.json"
 
@@ -50,33 +57,40 @@ class Usage:
 
 
 def measure() -> list[Usage]:
-    """Compile every kernel in every configuration. Raises RuntimeError if TRITON_INTERPRET is set."""
-    # Imported here, because `main` unsets TRITON_INTERPRET first.
-    from kernels import info_nce_triton, view_generation_triton
-    from kernels.backend import INTERPRETED
+    """Compile every kernel in every configuration, on all cores. Raises RuntimeError if TRITON_INTERPRET is set."""
+    from kernels.backend import INTERPRETED  # imported here, because `main` unsets TRITON_INTERPRET first
 
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
-    found = []
-    for label, launch in info_nce_triton.launches_to_compile() + view_generation_triton.launches_to_compile():
-        for capability in SHARED_LIMIT:
-            compiled = launch.compile(capability)
-            registers, local = read_binary(compiled.asm["cubin"])
-            ptx = compiled.asm["ptx"]
-            units = "wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "none"
-            found.append(
-                Usage(
-                    kernel=launch.kernel.__name__,
-                    configuration=label,
-                    capability=capability,
-                    num_warps=launch.num_warps,
-                    registers=registers,
-                    local=local,
-                    shared=compiled.metadata.shared,
-                    matrix_units=units,
-                )
-            )
-    return found
+    cases = [(number, capability) for number in range(len(launches())) for capability in SHARED_LIMIT]
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        return list(pool.map(compile_one, *zip(*cases, strict=True)))
+
+
+@functools.cache
+def launches() -> list[tuple[str, "Launch"]]:
+    """Return every launch with its label. The processes that compile inherit the list."""
+    from kernels import info_nce_triton, view_generation_triton
+
+    return info_nce_triton.launches_to_compile() + view_generation_triton.launches_to_compile()
+
+
+def compile_one(number: int, capability: int) -> Usage:
+    """Compile a launch for a compute capability."""
+    label, launch = launches()[number]
+    compiled = launch.compile(capability)
+    registers, local = read_binary(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Usage(
+        kernel=launch.kernel.__name__,
+        configuration=label,
+        capability=capability,
+        num_warps=launch.num_warps,
+        registers=registers,
+        local=local,
+        shared=compiled.metadata.shared,
+        matrix_units="wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "none",
+    )
 
 
 def read_binary(cubin: bytes) -> tuple[int, int]:

@@ -297,9 +297,8 @@ def _rank_kernel(
             score = similarity
 
     pattern = score.to(tl.int32, bitcast=True)
-    pattern = tl.where(
-        pattern >= 0, pattern, pattern ^ 0x7FFFFFFF
-    )  # bit patterns of negative floats are in reverse order
+    # The bit patterns of negative floats are in reverse order.
+    pattern = tl.where(pattern >= 0, pattern, pattern ^ 0x7FFFFFFF)
     candidate = (pattern.to(tl.int64) << 32) | (0x7FFFFFFF - rows).to(tl.int64)[None, :]
     candidate = tl.where((rows < K)[None, :], candidate, _LOWEST)
     out = candidates + ((tl.program_id(1).to(tl.int64) * B + b) * tiles + tile) * kept

@@ -46,8 +46,11 @@ def generate_views(
     """Return the rgb, static and dynamic view of each clip.
 
     The dynamic view is d[t] = v[t] - v[t-1] of the rgb view v. The first frame has no frame before it, so `boundary`
-    chooses d[0]: "wrap" v[0] - v[T-1] (like the released code), "zero" 0, "replicate" d[1]. A clip of one frame
-    has d = 0.
+    chooses d[0]:
+        "wrap"       d[0] = v[0] - v[T-1], like the released code
+        "zero"       d[0] = 0
+        "replicate"  d[0] = d[1]
+    A clip of one frame has d = 0.
 
     Args:
         frames: uint8 RGB or YUV 4:2:0. Clips of different sizes share a padded buffer.
@@ -89,10 +92,15 @@ def augment(
 ) -> Tensor:  # (B, 3, T, h, w)
     """Return one augmented, normalised view of each clip. All frames of a clip have the same parameters.
 
-    The operations, in this order: crop the box, resize it to `size` (bilinear, half-pixel centres, no antialiasing),
-    convert to grayscale, jitter the colours in the clip's own order, flip, blur with an 11 x 11 Gaussian kernel,
-    normalise with ImageNet's mean and standard deviation. The colour operations are kornia's and clamp to 0..1 like its
-    ColorJitter. The contrast step uses the mean of each frame.
+    The operations are applied in this order:
+        1. crop the box and resize it to `size` (bilinear, half-pixel centres, no antialiasing)
+        2. convert to grayscale
+        3. jitter the colours in the clip's own order
+        4. flip
+        5. blur with an 11 x 11 Gaussian kernel
+        6. normalise with ImageNet's mean and standard deviation
+    The colour operations are kornia's and clamp to 0..1 like its ColorJitter. The contrast step uses the mean of each
+    frame.
 
     The blur mirrors pixels at the border, like kornia's RandomGaussianBlur. A view with a side of 5 pixels or fewer has
     too few pixels to mirror, so the border pixels are repeated instead.
@@ -103,8 +111,8 @@ def augment(
         size: Height and width of the view.
         dtype: Dtype of the view. The arithmetic is in float32, also under autocast.
         check_rows: True raises an error for a row that cannot be applied. By default only rows on the CPU outside
-            torch.compile are checked, because a check on a GPU makes the host wait for the device. A row outside the
-            buffer that was not checked reads pixels within the buffer.
+            torch.compile are checked, because a check on a GPU makes the host wait for the device. An
+            unchecked row whose box is outside the buffer reads pixels within the buffer.
 
     Returns:
         (B, 3, T, h, w) in channels_last_3d memory, without gradient.

@@ -10,15 +10,15 @@ The kernels treat the B stills as B more clips of one frame. Row r < B of the ta
 row B + r to its still. Frames are numbered in the same order: the T frames of each clip, clip by clip, then the stills.
 
 A program works on one clip. The order of the colour steps and the blur differ between clips, so all threads of a
-program take the same branch. `_finish` processes the frames of its clip in order and keeps the pixels of the frame
-before in registers. The frame difference therefore reads no memory. `_finish` computes a still once and stores it T
+program take the same branch. `_finish` processes the frames of its clip in order and keeps the pixels of the previous
+frame in registers. The frame difference therefore reads no memory. `_finish` computes a still once and stores it T
 times.
 
-Bytes that must move for a clip of T frames and views of h x w pixels: the box in the frames is read once (3 bytes a
-source pixel, 1.5 for YUV 4:2:0), and three views of T * 3 * h * w values are written. For a blurred clip, the
-intermediate result is written once and read once: 2 * T * 3 * h * (w + 10) * 4 bytes. (Each of its values is read 11
-times, but from the L1 cache.) A blur within a tile would save these bytes but compute a border of 10 more rows and
-columns for each tile. `_means` reads the box once more.
+The memory traffic for a clip of T frames and views of h x w pixels is as follows. The box in the frames is read once (3
+bytes a source pixel, 1.5 for YUV 4:2:0), and once more by `_means`. Three views of T * 3 * h * w values are written.
+For a blurred clip, the intermediate result is written once and read once: 2 * T * 3 * h * (w + 10) * 4 bytes. The blur
+reads each intermediate value 11 times, but 10 of these reads come from the L1 cache. A blur within a tile would save
+these bytes but compute a border of 10 more rows and columns for each tile.
 
 Letters: B clips, T frames, H, W source pixels, h, w pixels of a view, C columns of the table.
 """
@@ -128,11 +128,13 @@ def _sample(luma, u, v, rows, columns, W, yuv, YUV: tl.constexpr):
 
 @triton.jit
 def _clamp(x):
+    """Clamp x to 0..1."""
     return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
 def _luma(r, g, b):
+    """Return the luma of R, G, B with the weights of BT.601, like kornia's rgb_to_grayscale."""
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
@@ -302,10 +304,10 @@ def _means(
     """Compute partial sums of each frame's luma before its contrast step. Without a contrast step they are 0.
 
     Inputs:
-        RGB: luma (B, T, H, W, 3) and still_luma (B, still_H, still_W, 3). u and v are unused.
-        YUV: luma (B, T, H, W), u and v (B, T, ceil(H / 2), ceil(W / 2)). The planes of the stills have no T.
-        table (rows, C).
-    Output: partials (images, SPLITS), where images is B * T plus the number of stills.
+        RGB frames: luma (B, T, H, W, 3) and still_luma (B, still_H, still_W, 3), uint8. u and v are unused.
+        YUV frames: luma (B, T, H, W), u and v (B, T, ceil(H / 2), ceil(W / 2)), uint8. The planes of stills have no T.
+        table (rows, C), float32.
+    Output: partials (images, SPLITS), float32, where images is B * T plus the number of stills.
 
     A program owns `pixels_per_split` pixels of one frame and processes BLOCK pixels at once.
     """
@@ -396,7 +398,7 @@ def _columns(
     """Crop, resize and colour each frame, then blur it along its columns. Skip frames without blur.
 
     Inputs: those of `_means` and its output partials (images, SPLITS).
-    Output: blurred (images, 3, h, w + 10), with a border of 5 columns on both sides.
+    Output: blurred (images, 3, h, w + 10), float32, with a border of 5 columns on both sides.
 
     A program owns BLOCK columns of STRIP rows of one frame and processes them from top to bottom. It computes each
     pixel once and adds it to the 11 sums that it belongs to, which are in registers.
@@ -494,7 +496,7 @@ def _finish(
     """Write the finished views. With BOUNDARY "none", write only rgb.
 
     Inputs: those of `_columns` and its output blurred (images, 3, h, w + 10). elements is h * w * 3.
-    Outputs: rgb, static and dynamic, each (B, T, h, w, 3), which is (B, 3, T, h, w) in channels_last_3d.
+    Outputs: rgb, static and dynamic, each (B, T, h, w, 3) of dtype DTYPE, which is (B, 3, T, h, w) in channels_last_3d.
 
     A program owns BLOCK consecutive pixels in all frames of one clip, which it processes in order, or BLOCK pixels of
     one still.

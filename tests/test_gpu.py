@@ -1,4 +1,4 @@
-"""What runs on a CPU runs on a GPU, and computes the same (`make gpu`)."""
+"""Training and views run on a GPU and compute the same as on a CPU (`make gpu`)."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_views_on_the_gpu_agree_with_the_cpu():
     on_cpu = generate_views(frames, frames[:, 0], params)
     on_gpu = generate_views(frames.cuda(), frames[:, 0].cuda(), params)
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
-        # 3e-5 of a normalised pixel is 2e-3 of a grey level: float32 arithmetic in another order.
+        # 3e-5 of a normalised pixel is 2e-3 of a grey level. The GPU's float32 arithmetic has another order.
         assert torch.allclose(gpu.cpu(), cpu, atol=3e-5)
 
 
@@ -74,26 +74,32 @@ def test_a_compiled_backbone_agrees_with_the_plain_one_in_bfloat16():
 
 
 def test_a_batch_of_more_than_two_to_the_31_values_is_not_wrong():
-    """128 clips of three views make activations of 2.8e9 values: 32-bit positions would wrap (pytorch/pytorch#163539)."""
+    """Three views of 128 clips have activations of 2.8e9 values, more than a 32-bit index counts.
+
+    Source: pytorch/pytorch#163539.
+    """
     torch.manual_seed(0)
     backbone = build_backbone("r2plus1d_10").cuda().eval()
     backbone.pad_channels(8)
     clip = torch.randn(384, 3, 16, 112, 112, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         whole = backbone(clip).float()
-        parts = torch.cat([backbone(part) for part in clip.split(48)]).float()
-    assert (whole - parts).norm() / parts.norm() < 0.01
+        in_groups = torch.cat([backbone(clips) for clips in clip.split(48)]).float()
+    assert (whole - in_groups).norm() / in_groups.norm() < 0.01
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_run_stopped_and_resumed_on_a_gpu_gives_the_losses_of_the_uninterrupted_one(
     tmp_path, one_process, monkeypatch, deterministic
 ):
-    """Bit for bit with deterministic algorithms. Without, atomic additions round otherwise in each run: within 1 % over ten steps."""
+    """The losses are equal bit for bit with deterministic algorithms.
+
+    Without them, atomic additions round differently in each run. The losses of ten steps then agree within 1 %.
+    """
     data = render_demo(tmp_path / "videos", train_per_class=2, test_per_class=1, progress=False)
     flags = {
-        "data": str(data), "epochs": 6, "batch_size": 8, "fill_steps": 2, "log_every": 1, "queue_length": 16, "lr": 1e-4,
-        "compile": "off", "deterministic": deterministic,
+        "data": str(data), "epochs": 6, "batch_size": 8, "fill_steps": 2, "log_every": 1, "queue_length": 16,
+        "lr": 1e-4, "compile": "off", "deterministic": deterministic,
     }  # fmt: skip
 
     def run(name: str, resume: Path | None = None) -> list[float]:
@@ -126,9 +132,11 @@ def test_a_run_stopped_and_resumed_on_a_gpu_gives_the_losses_of_the_uninterrupte
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 @pytest.mark.parametrize("file", ["ddp.json", "zero1.json", "zero2.json"])
 def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatch, file, on_nonfinite):
-    """Last of all here: if ZeRO's compiled code reads a misaligned address, as it once did, every later test of the process fails too.
+    """The driver raises an error if the host waits for the device, in every step after the first ones, which compile.
 
-    From the first steps, which compile, to the last but for the lines of the log: the driver raises at whatever waits."""
+    Lines of the log and pictures may wait. This test is the last in the file: if ZeRO's compiled code reads a
+    misaligned address, as it once did, every later test of the process fails too.
+    """
     data = render_demo(tmp_path / "videos", train_per_class=4, test_per_class=1, progress=False)
     watched = []
     step = Stopwatch.step
@@ -140,13 +148,13 @@ def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatc
             torch.cuda.set_sync_debug_mode("error")
 
     def allowed(function):
-        """What is read from the device between steps: a line of the log, and the picture of an epoch's last views."""
+        """Return `function` with permission to wait. It reads the device between steps, for the log or a picture."""
 
         def wrapped(*arguments):
             mode = torch.cuda.get_sync_debug_mode()
             torch.cuda.set_sync_debug_mode("default")
             result = function(*arguments)
-            if len(watched) < 12:  # after the last step come the checkpoint and the report, which wait too
+            if len(watched) < 12:  # the checkpoint and the report after the last step wait too
                 torch.cuda.set_sync_debug_mode(mode)
             return result
 
@@ -157,8 +165,8 @@ def test_nothing_in_a_step_makes_the_host_wait(tmp_path, one_process, monkeypatc
     monkeypatch.setattr(dclr.training.pretrain, "view_grid", allowed(dclr.training.pretrain.view_grid))
     monkeypatch.setattr(NonfiniteGuard, "check", allowed(NonfiniteGuard.check))
     flags = {
-        "data": str(data), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 8, "fill_steps": 2, "log_every": 5, "queue_length": 16,
-        "checkpoint_every": 3, "ds_config": str(REPOSITORY / "ds_configs" / file), "workers": 2,
+        "data": str(data), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 8, "fill_steps": 2, "log_every": 5,
+        "queue_length": 16, "checkpoint_every": 3, "ds_config": str(REPOSITORY / "ds_configs" / file), "workers": 2,
         "on_nonfinite": on_nonfinite,
     }  # fmt: skip
     try:

@@ -1,6 +1,7 @@
-"""kernels/info_nce.py, reference and Triton kernels, against float64 numpy written out row by row.
+"""The reference and the Triton kernels of kernels/info_nce.py, compared with a float64 NumPy oracle.
 
-On a CPU the kernels run in Triton's interpreter; on a GPU (`-m gpu`) the same tests run them compiled, in float32 and in tf32.
+On a CPU the kernels run in Triton's interpreter. On a GPU (`-m gpu`) the same tests run the compiled kernels, in
+float32 and in tf32.
 """
 
 import shutil
@@ -18,14 +19,14 @@ from kernels import backend, contrast, info_nce, mine_positives
 EPS = float(np.finfo(np.float32).eps)
 EPS_BF16 = 2.0**-7  # spacing of bfloat16 at 1
 
-COMPILER = "inductor" if shutil.which("g++") else "aot_eager"  # inductor's code for a CPU is C++
+COMPILER = "inductor" if shutil.which("g++") else "aot_eager"  # inductor writes C++ for a CPU
 
-# (P, B, K, D, M, temperature), and why it is there
+# (P, B, K, D, M, temperature); the id says why the case is here
 CASES = [
-    pytest.param(1, 1, 1, 32, 0, 0.07, id="everything one, no positives"),
+    pytest.param(1, 1, 1, 32, 0, 0.07, id="all sizes 1, no positives"),
     pytest.param(2, 1, 7, 32, 3, 0.07, id="batch of one"),
-    pytest.param(2, 3, 1, 32, 1, 0.07, id="queue of one row, which is a positive: the loss is 0"),
-    pytest.param(3, 5, 37, 64, 4, 0.07, id="ragged: nothing divides anything"),
+    pytest.param(2, 3, 1, 32, 1, 0.07, id="queue of one entry, which is a positive: the loss is 0"),
+    pytest.param(3, 5, 37, 64, 4, 0.07, id="ragged: no size divides another"),
     pytest.param(5, 40, 2048, 128, 5, 0.07, id="production: UCF101"),
     pytest.param(2, 6, 50, 128, 5, 0.01, id="extreme temperature: exp(100) overflows float32"),
     pytest.param(2, 6, 50, 256, 5, 1.0, id="mild temperature: nearly uniform"),
@@ -37,7 +38,10 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def case(P: int, B: int, K: int, D: int, M: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries near their keys (as trained ones are), random queue, random positives with a repeat and a missing one."""
+    """Return queries near their keys, like trained ones, a random queue, and random positives.
+
+    One positive is repeated and one is missing.
+    """
     keys = unit(P, B, D, seed=1)
     queries = F.normalize(keys + unit(P, B, D, seed=2), dim=-1)
     queue = unit(P, K, D, seed=3)
@@ -53,9 +57,9 @@ def case(P: int, B: int, K: int, D: int, M: int) -> tuple[Tensor, Tensor, Tensor
 def oracle(
     queries: Tensor, keys: Tensor, queue: Tensor, positives: Tensor | None, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (P,) and their gradient (P, B, D) with respect to the queries, one row of softmax probabilities at a time.
+    """Return losses (P,) and their gradient (P, B, D) with respect to the queries, computed query by query.
 
-    With p the softmax over key and queue and r the same restricted to the positives and normalised there,
+    p is the softmax over key and queue. r is p restricted to the positives and normalised there. Then
     d loss_i / d q_i = (sum_j p_j x_j - sum_j r_j x_j) / temperature.
     """
     q, k, z = (t.double().numpy() for t in (queries, keys, queue))
@@ -78,8 +82,11 @@ def oracle(
 
 @pytest.fixture(params=["eager", "compiled"])
 def run(request: pytest.FixtureRequest, device: torch.device) -> Callable[[Callable], Callable]:
-    """A function as it is, or through torch.compile, all in one graph. The op is opaque to the compiler, so on a CPU the one that only
-    traces is enough; `test_inductor` has the other."""
+    """Return a function that leaves another function eager or compiles it with torch.compile in one graph.
+
+    The op is opaque to the compiler. On a CPU a compiler that only traces is therefore enough. `test_inductor` uses the
+    full compiler.
+    """
     if request.param == "eager":
         return lambda function: function
     torch._dynamo.reset()
@@ -103,19 +110,19 @@ def test_losses_and_gradient(
     scale = torch.arange(1.0, P + 1)  # a different upstream gradient for each pair
     (found.losses * scale.to(device)).sum().backward()
 
-    # A logit is at most 1 / temperature, so its float32 rounding is EPS / temperature; four of them meet in a loss.
+    # A logit is at most 1 / temperature, so its float32 rounding error is EPS / temperature. A loss has four of them.
     assert found.losses.dtype == torch.float32
     rounding = 4 * EPS / min(temperature, 1)
     np.testing.assert_allclose(found.losses.detach().cpu().numpy(), expected, rtol=0, atol=rounding)
 
-    # A probability's relative error is its logit's absolute one; the gradient then rounds to the queries' dtype.
+    # The relative error of a probability is the absolute error of its logit. The gradient then rounds to the queries'
+    # dtype.
     expected_gradient *= scale.numpy()[:, None, None]
     tolerance = P * rounding / temperature / B
     if dtype == torch.bfloat16:
         tolerance += EPS_BF16 * np.abs(expected_gradient).max()
-        if backend.runs_triton(
-            device
-        ):  # weights, whose sum is 1, are rounded (by half a spacing, which below 1 is half as wide)
+        if backend.runs_triton(device):
+            # The kernels round the weights, whose sum is 1, by half a spacing. Below 1 the spacing is half as wide.
             tolerance += P * EPS_BF16 / 4 * float(queue.abs().max()) / temperature / B
     assert leaf.grad.dtype == dtype
     np.testing.assert_allclose(leaf.grad.double().cpu().numpy(), expected_gradient, rtol=0, atol=tolerance)
@@ -140,15 +147,18 @@ def test_similarities(
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """To the nearest number with 10 bits behind the point, ties away from zero."""
+    """Round to the nearest number with 10 bits after the point, ties away from zero."""
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("P", "B", "K", "D", "M", "temperature"), CASES)
 def test_tf32(P: int, B: int, K: int, D: int, M: int, temperature: float) -> None:
-    """Where torch may round products to tf32, so do the kernels, and are no worse than four times what rounding each factor to the
-    nearest does, or torch's own products, whichever errs more (torch takes float32 for small ones)."""
+    """If torch may round products to tf32, the kernels round too.
+
+    Their error is at most four times the error of torch's own products or of rounding each factor to the nearest tf32
+    number, whichever is greater. (torch uses float32 for small products.)
+    """
     queries, keys, queue, positives = case(P, B, K, D, M)
     expected, expected_gradient = oracle(queries, keys, queue, positives, temperature)
     rounded = oracle(to_tf32(queries), to_tf32(keys), to_tf32(queue), positives, temperature)
@@ -194,7 +204,7 @@ def test_without_positives_it_is_cross_entropy(device: torch.device) -> None:
         torch.testing.assert_close(losses[p], F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64, device=device)))
 
 
-def test_repeated_row_counts_once_and_negative_row_not_at_all(device: torch.device) -> None:
+def test_repeated_entry_counts_once_and_negative_number_not_at_all(device: torch.device) -> None:
     queries, keys, queue = (t.to(device) for t in case(1, 2, 6, 32, 0)[:3])
     plain = info_nce(queries, keys, queue, torch.tensor([[[2, 5], [3, 0]]], device=device))
     repeated = info_nce(queries, keys, queue, torch.tensor([[[2, 5, 2, 5, 2], [3, 0, 0, -1, -7]]], device=device))
@@ -205,7 +215,7 @@ def test_repeated_row_counts_once_and_negative_row_not_at_all(device: torch.devi
     assert plain < none
 
 
-def test_unchecked_row_outside_the_queue_is_no_positive(device: torch.device) -> None:
+def test_unchecked_number_outside_the_queue_is_no_positive(device: torch.device) -> None:
     queries, keys, queue = (t.to(device) for t in case(1, 2, 6, 32, 0)[:3])
     outside = torch.tensor([[[2, 6], [2**40, 0]]], device=device)
     inside = torch.tensor([[[2, -1], [-1, 0]]], device=device)
@@ -229,7 +239,10 @@ def test_gradient_flows_to_queries_only(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_enqueue_before_backward(dtype: torch.dtype, device: torch.device, run: Callable) -> None:
-    """The classic silent error: backward reads the queue after the step's keys have been written into it."""
+    """The backward pass must not read the queue, because the step's keys may already be in it.
+
+    That error would be silent.
+    """
     queries, keys, queue, positives = (t.to(device) for t in case(2, 3, 8, 32, 2))
     queries, keys, queue = (t.to(dtype) for t in (queries, keys, queue))
     info_nce = run(kernels.info_nce)
@@ -251,7 +264,7 @@ def test_float32_under_autocast(device: torch.device) -> None:
     queries, keys, queue, positives = (t.to(device) for t in case(2, 4, 33, 64, 3))
     queries.requires_grad_()
     expected = info_nce(queries, keys, queue, positives)
-    many = unit(2048, 64, seed=7).to(device)  # so many that rounding to bfloat16 changes their order
+    many = unit(2048, 64, seed=7).to(device)  # rounding to bfloat16 changes the order of this many
     rows = mine_positives(queries[0], many, 20)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert (queries @ queue.transpose(1, 2)).dtype == torch.bfloat16  # autocast is on and would round
@@ -285,7 +298,7 @@ def test_errors_name_the_argument(change: dict, error: type[Exception], message:
     arguments: dict = {"queries": torch.zeros(2, 3, 32), "keys": torch.zeros(2, 3, 32), "queue": torch.zeros(2, 4, 32)}
     arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
     for function in (info_nce, contrast):
-        function(**arguments)  # fits before the change
+        function(**arguments)  # valid before the change
         change = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in change.items()}
         with pytest.raises(error, match=message):
             function(**{**arguments, **change}, check_rows=True)
@@ -301,7 +314,7 @@ def test_errors_name_the_argument_on_another_device(name: str, device: torch.dev
 
 
 def test_embedding_sizes(device: torch.device) -> None:
-    """The kernels are made for four sizes; the reference takes any."""
+    """The kernels support four sizes. The reference supports any size."""
     queries, keys, queue = torch.zeros(1, 2, 48), torch.zeros(1, 2, 48), torch.zeros(1, 3, 48)
     queries, keys, queue = queries.to(device), keys.to(device), queue.to(device)
     if backend.runs_triton(device):
@@ -316,9 +329,9 @@ def test_embedding_sizes(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("S", "B", "K", "D", "m"),
     [
-        pytest.param(1, 1, 1, 32, 1, id="everything one"),
-        pytest.param(1, 5, 33, 64, 33, id="all rows"),
-        pytest.param(2, 3, 130, 32, 130, id="all rows of several tiles, by two similarities"),
+        pytest.param(1, 1, 1, 32, 1, id="all sizes 1"),
+        pytest.param(1, 5, 33, 64, 33, id="all entries"),
+        pytest.param(2, 3, 130, 32, 130, id="all entries of several tiles, by two similarities"),
         pytest.param(1, 40, 2048, 128, 5, id="production: one similarity"),
         pytest.param(2, 40, 2048, 128, 5, id="production: the vv pair"),
         pytest.param(2, 17, 70, 256, 3, id="ragged, the largest embedding"),
@@ -340,7 +353,7 @@ def test_mine_positives(
         total += weights / weights.sum(axis=1, keepdims=True) if S > 1 else f @ z.T
     assert rows.dtype == torch.int64
     assert rows.shape == (B, m)
-    # Two rows may change places where their scores differ by no more than their rounding, a few EPS.
+    # Two entries may swap places if their scores differ by no more than their rounding error, a few EPS.
     best = -np.sort(-total, axis=1)[:, :m]
     chosen = np.take_along_axis(total, rows.numpy(), axis=1)
     np.testing.assert_allclose(chosen, best, rtol=8 * EPS if S > 1 else 0, atol=0 if S > 1 else 4 * EPS)
@@ -351,7 +364,7 @@ def test_mine_positives(
     ("S", "B", "K", "m"),
     [
         pytest.param(2, 17, 300, 5, id="static, dynamic, both: several tiles, ragged"),
-        pytest.param(3, 2, 9, 9, id="three similarities, all rows"),
+        pytest.param(3, 2, 9, 9, id="three similarities, all entries"),
         pytest.param(1, 3, 8, 2, id="one, and one together"),
         pytest.param(2, 3, 8, 0, id="none wanted"),
     ],
@@ -374,12 +387,13 @@ def test_mining_by_each_needs_similarities() -> None:
         kernels.mine_positives_by_each(torch.zeros(1, 2, 32), torch.zeros(1, 4, 32), 5)
 
 
-def test_equal_rows_rank_by_number(device: torch.device) -> None:
-    """So that a result is one and the same from run to run. (torch.topk, the reference, promises no order among equals.)"""
+def test_equal_entries_rank_by_number(device: torch.device) -> None:
+    """The result is therefore the same in every run. The reference, torch.topk, promises no order of equal values."""
     if not backend.runs_triton(device):
-        pytest.skip("of the kernels")
-    # Row j is equal to rows j + 3, j + 6, ... Products of halves are exact: in the interpreter NumPy's library may sum the last columns
-    # of a block in another order than the first (seen with OPENBLAS_CORETYPE=Zen), and equal rows would have unequal similarities.
+        pytest.skip("tests the kernels only")
+    # Entry j is equal to entries j + 3, j + 6, ... Products of halves are exact, so the order of summation does not
+    # matter. In the interpreter, NumPy's library may sum the last columns of a block in another order than the first
+    # (seen with OPENBLAS_CORETYPE=Zen). The similarities of equal entries would then differ.
     queue = F.pad(torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, -0.5], [0.5, -0.5, -0.5, -0.5]]), (0, 28))
     queue = queue.repeat(50, 1).to(device)
     rows = mine_positives(queue[:3], queue, 60)
@@ -396,9 +410,9 @@ def test_negative_and_zero_similarities_are_ranked(device: torch.device) -> None
 
 
 def test_mine_positives_sums_softmaxes_not_similarities(device: torch.device) -> None:
-    """A row that one similarity likes very much beats one both like: true of sums of exponentials, not of sums."""
+    """A high score in one similarity beats a medium score in both: true for a sum of exponentials, not for a sum."""
     features = F.pad(torch.tensor([[[1.0, 0, 0]], [[1.0, 0, 0]]]), (0, 29)).to(device)  # (S=2, B=1, D)
-    first = torch.tensor([[0.99, 0, 0], [0.5, 0, 0], [0.0, 1, 0]])  # similarity of rows 0, 1, 2: 0.99, 0.50, 0
+    first = torch.tensor([[0.99, 0, 0], [0.5, 0, 0], [0.0, 1, 0]])  # similarity of entries 0, 1, 2: 0.99, 0.50, 0
     second = torch.tensor([[0.0, 1, 0], [0.5, 0, 0], [0.0, 1, 0]])  # 0, 0.50, 0
     queue = F.pad(torch.stack([first, second]), (0, 29)).to(device)
     assert mine_positives(features, queue, 2).tolist() == [[0, 1]]
@@ -432,13 +446,13 @@ def test_mine_positives_names_the_argument_on_another_device(device: torch.devic
         mine_positives(torch.zeros(2, 32, device=device), torch.zeros(4, 32, device="meta"), 1)
 
 
-# ------------------------------------------------------------------------------------------------- of the kernels only
+# ---------------------------------------------------------------- tests of the kernels only
 
 
 @pytest.fixture
 def kernel_device(device: torch.device) -> torch.device:
     if not backend.runs_triton(device):
-        pytest.skip("of the kernels")
+        pytest.skip("tests the kernels only")
     return device
 
 
@@ -449,7 +463,7 @@ def test_bitwise_the_same_from_run_to_run(kernel_device: torch.device) -> None:
     for _ in range(3):
         found = contrast(*inputs)
         runs.append([*found, *torch.autograd.grad(found.losses.sum(), inputs[0])])
-        torch.rand(1000, 1000, device=kernel_device)  # other addresses, other timing
+        torch.rand(1000, 1000, device=kernel_device)  # changes addresses and timing
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)
@@ -461,7 +475,7 @@ def test_one_split_and_many_agree(monkeypatch: pytest.MonkeyPatch, kernel_device
     inputs = [t.to(kernel_device) for t in case(2, 3, 700, 32, 2)]
     inputs[0].requires_grad_()
     found = []
-    for count in (1, 7, 1000):  # 1, 7, and the most splits
+    for count in (1, 7, 1000):  # 1 split, 7 splits, and the most splits
         monkeypatch.setattr(info_nce_triton, "multiprocessors", lambda _, count=count: count)
         losses = info_nce(*inputs)
         found.append((losses.detach(), *torch.autograd.grad(losses.sum(), inputs[0])))
@@ -471,7 +485,7 @@ def test_one_split_and_many_agree(monkeypatch: pytest.MonkeyPatch, kernel_device
 
 
 def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
-    """What is allocated holds NaN (row numbers: -2) before the kernels write: none may be left."""
+    """Allocated memory is filled with NaN, or -2 for row numbers, before the kernels write. None may be left."""
     inputs = [t.to(kernel_device) for t in case(2, 5, 70, 32, 3)]
     inputs[0].requires_grad_()
     allocate = torch.empty
@@ -488,15 +502,15 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch, kernel_device:
 
 
 def test_queue_is_neither_copied_nor_written(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
-    """Also where it is a part of a larger buffer."""
+    """The queue may be a slice of a larger buffer."""
     queries, keys, queue, positives = (t.to(kernel_device) for t in case(2, 3, 40, 32, 2))
     buffer = torch.full((2, 50, 64), float("nan"), device=kernel_device)
-    part = buffer[:, 5:45, :32]
-    part.copy_(queue)
+    window = buffer[:, 5:45, :32]
+    window.copy_(queue)
     before = buffer.clone()
     monkeypatch.setattr(Tensor, "contiguous", lambda t, **_: t if t.is_contiguous() else pytest.fail("copied"))
-    assert torch.equal(info_nce(queries, keys, part, positives), info_nce(queries, keys, queue, positives))
-    assert torch.equal(mine_positives(queries, part, 3), mine_positives(queries, queue, 3))
+    assert torch.equal(info_nce(queries, keys, window, positives), info_nce(queries, keys, queue, positives))
+    assert torch.equal(mine_positives(queries, window, 3), mine_positives(queries, queue, 3))
     assert torch.equal(buffer.view(torch.int32), before.view(torch.int32))
 
 
@@ -526,16 +540,16 @@ def test_mixed_dtypes_are_widened(kernel_device: torch.device) -> None:
 def test_without_gradient_none_is_computed(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels import info_nce_triton
 
-    asked = []
+    computed = []
     launch = info_nce_triton.partial_launch
-    monkeypatch.setattr(info_nce_triton, "partial_launch", lambda *a: asked.append(a[5]) or launch(*a))
+    monkeypatch.setattr(info_nce_triton, "partial_launch", lambda *a: computed.append(a[5]) or launch(*a))
     inputs = [t.to(kernel_device) for t in case(2, 3, 40, 32, 2)]
     frozen = info_nce(*inputs)
     inputs[0].requires_grad_()
     with torch.no_grad():
         unwatched = info_nce(*inputs)
     watched = info_nce(*inputs)
-    assert asked == [False, False, True]
+    assert computed == [False, False, True]
     assert torch.equal(frozen, unwatched)
     assert torch.equal(frozen, watched.detach())
 
@@ -565,7 +579,7 @@ def test_opcheck(dtype: torch.dtype, gradient: bool, kernel_device: torch.device
 
 @pytest.mark.slow
 def test_inductor(kernel_device: torch.device) -> None:
-    """A step as training has it, mining, loss, gradient and enqueuing, in one compiled graph."""
+    """A training step with mining, loss, gradient and update of the queue compiles to one graph."""
     queries, keys, queue, _ = (t.to(kernel_device) for t in case(2, 3, 64, 32, 2))
 
     def step(queries: Tensor, keys: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
@@ -595,7 +609,7 @@ def test_captured_in_a_cuda_graph_and_nothing_waits() -> None:
         losses = info_nce(queries, keys, queue, rows.expand(5, -1, -1))
         return losses, torch.autograd.grad(losses.sum(), queries)[0]
 
-    expected = [tensor.detach() for tensor in step()]  # a graph kept alive would tie the leaf to this stream
+    expected = [tensor.detach() for tensor in step()]  # a living graph would tie the leaf to this stream
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

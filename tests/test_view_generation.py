@@ -1,6 +1,7 @@
-"""kernels/view_generation.py, reference and Triton (in its interpreter where there is no GPU), against independent oracles.
+"""The reference and the Triton kernels of kernels/view_generation.py, compared with independent oracles.
 
-kornia's augmentation classes for the colours, the flip and the blur; numpy for crop, resize, YUV and frame difference.
+The oracles are kornia's augmentation classes for colours, flip and blur, and NumPy for crop, resize, YUV and frame
+difference. Without a GPU the kernels run in Triton's interpreter.
 """
 
 import itertools
@@ -22,24 +23,26 @@ from kernels.colour import yuv_coefficients
 from kernels.types import AUGMENTATION, MEAN, STD, TABLE_COLUMNS, Boundary
 from kernels.view_generation import generate_views_reference
 
-# Oracles compute in float64. A value of 0..1 is rounded to EPS / 2 by each operation and then divided by a standard deviation of
-# 0.22 or more. A mean over pixels, of sums in any order, adds no more than one such rounding at these sizes.
+# Oracles compute in float64. Each operation rounds a value of 0..1 by at most EPS / 2. The value is then divided by a
+# standard deviation of 0.22 or more. At these sizes a mean over pixels adds no more than one such rounding error,
+# whatever the order of its sums.
 EPS = float(np.finfo(np.float32).eps)
 ONE_OPERATION = 4 * EPS / min(STD)
-# kornia's hue is an angle of up to 2 pi, which rounds 8 times as coarsely: its own float32 is 7 EPS from its float64.
+# kornia's hue is an angle of up to 2 pi, with 8 times the rounding error: its float32 result is 7 EPS from its float64
+# result.
 HUE = 8 * EPS / min(STD)
-ALL_STEPS = 2 * HUE  # contrast and saturation enlarge an error of hue, by up to 1.4 each
+ALL_STEPS = 2 * HUE  # contrast and saturation each multiply an error of hue by up to 1.4
 WHOLE_CHAIN = 4 * ONE_OPERATION
 
 WIDE, TALL, SMALL = (30, 41), (37, 24), (17, 23)  # height, width
 
 
-_device = torch.device("cpu")  # where the two functions below work; the fixture `backend` sets it
+_device = torch.device("cpu")  # device of the two functions below; the fixture `backend` sets it
 
 
 @pytest.fixture
 def backend(device: torch.device) -> Iterator[str]:
-    """A test runs with the reference, with the kernels in their interpreter, and (`-m gpu`) with the kernels on a GPU."""
+    """Run a test with the reference, with the interpreted kernels and, with `-m gpu`, with the kernels on a GPU."""
     global _device
     _device = device
     yield "triton" if runs_triton(device) else "reference"
@@ -49,7 +52,7 @@ def backend(device: torch.device) -> Iterator[str]:
 @pytest.fixture
 def triton(backend: str) -> None:
     if backend != "triton":
-        pytest.skip("of the kernels")
+        pytest.skip("tests the kernels only")
 
 
 def augment(frames: Tensor | Yuv420, *arguments: Any, **named: Any) -> Tensor:
@@ -62,7 +65,7 @@ def generate_views(frames: Tensor | Yuv420, stills: Tensor | Yuv420, *arguments:
 
 
 def video(*shape: int, seed: int = 0) -> Tensor:
-    """uint8 noise about a gradient, with whole black, white, red and grey patches, where hue and saturation branch."""
+    """Return uint8 noise with black, white, red and grey patches, for which hue and saturation take other branches."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     pixels[..., :4, :6, :] = 0
@@ -73,7 +76,7 @@ def video(*shape: int, seed: int = 0) -> Tensor:
 
 
 def neutral(sizes: list[tuple[int, int]]) -> Augmentation:
-    """Whole frames of the given heights and widths, and no operation."""
+    """Return the augmentation that keeps whole frames of the given heights and widths and changes nothing."""
     B = len(sizes)
     return Augmentation(
         size=torch.tensor(sizes),
@@ -88,7 +91,7 @@ def neutral(sizes: list[tuple[int, int]]) -> Augmentation:
 
 
 def images_of(frames: Tensor) -> Tensor:
-    """uint8 (T, H, W, 3) -> float64 (T, 3, H, W) in 0..1, kornia's form."""
+    """Convert uint8 (T, H, W, 3) to float64 (T, 3, H, W) in 0..1, the form that kornia uses."""
     return frames.permute(0, 3, 1, 2).double() / 255
 
 
@@ -98,7 +101,7 @@ def assert_close(got: Tensor, expected: Tensor, atol: float) -> None:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """(T, 3, h, w) -> (3, T, h, w), normalised by kornia's class."""
+    """Normalise images (T, 3, h, w) with kornia's class. Return (3, T, h, w)."""
     mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
     return K.Normalize(mean, std, p=1.0)(images).transpose(0, 1)
 
@@ -120,7 +123,7 @@ def kornia_blur(images: Tensor, sigma: float) -> Tensor:
 
 
 def numpy_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, half-pixel centres, no antialiasing: (H, W, 3) -> (height, width, 3) in float64, a pixel at a time."""
+    """Resize (H, W, 3) to (height, width, 3), float64, pixel by pixel. Bilinear, with half-pixel centres."""
     H, W = image.shape[:2]
     out = np.zeros((height, width, 3))
     for y in range(height):
@@ -154,7 +157,7 @@ def test_crop_and_resize(backend: str, box: tuple[int, int, int, int], size: tup
     for t in range(2):
         crop = frames[0, t, top : top + height, left : left + width].double().numpy() / 255
         expected = (numpy_resize(crop, *size) - MEAN) / STD
-        # Source coordinates are float32 as well: up to 41 pixels, so 41 times a weight's rounding.
+        # Source coordinates are float32 too. They are up to 41, so their error is 41 times that of a weight.
         np.testing.assert_allclose(got[0, :, t].permute(1, 2, 0), expected, rtol=0, atol=41 * ONE_OPERATION)
 
 
@@ -212,13 +215,13 @@ def test_jitter(backend: str, factors: list[float], order: list[int]) -> None:
     expected = normalized(kornia_jitter(images_of(frames[0]), factors, order))
     tolerance = ONE_OPERATION if factors[3] == 0 else HUE if factors[:3] == [1, 1, 1] else ALL_STEPS
     assert_close(augment(frames, rows, SMALL)[0], expected, tolerance)
-    # Without the flag, factors and order are not looked at.
+    # Without the flag, factors and order are not used.
     unused = augment(frames, replace(rows, jitter=torch.tensor([False])), SMALL)
     assert torch.equal(unused, augment(frames, neutral([SMALL]), SMALL))
 
 
 def test_all_orders_of_the_jitter_steps(backend: str) -> None:
-    """24 clips in one batch, one of each order, which a program must not take from its neighbour."""
+    """A batch of 24 clips has one clip of each order. A program must not use the order of another clip."""
     orders = list(itertools.permutations(range(4)))
     size, factors = (8, 10), [1.3, 0.7, 1.4, 0.08]
     frames = video(1, 1, *size, 3).expand(24, -1, -1, -1, -1)
@@ -235,8 +238,8 @@ def test_all_orders_of_the_jitter_steps(backend: str) -> None:
 
 
 def two_clips() -> tuple[Tensor, Augmentation]:
-    """Two clips of different size in one buffer: a blurred one in colour, and one in grey without blur."""
-    frames = torch.full((2, 3, 40, 44, 3), 77, dtype=torch.uint8)  # 77: padding that must not be seen
+    """Return two clips of different size in one buffer: one in colour with blur, one in grey without blur."""
+    frames = torch.full((2, 3, 40, 44, 3), 77, dtype=torch.uint8)  # 77 is padding that no view may contain
     frames[0, :, : WIDE[0], : WIDE[1]] = video(3, *WIDE, 3, seed=1)
     frames[1, :, : TALL[0], : TALL[1]] = video(3, *TALL, 3, seed=2)
     rows = Augmentation(
@@ -278,7 +281,7 @@ def test_clips_of_different_sizes_equal_themselves_alone(backend: str) -> None:
         assert torch.equal(together[b : b + 1], alone)
 
 
-def test_every_frame_has_the_same_draw(backend: str) -> None:
+def test_every_frame_has_the_same_parameters(backend: str) -> None:
     frames, rows = two_clips()
     frames[:] = frames[:, :1].clone()
     view = augment(frames, rows, (7, 7))
@@ -286,7 +289,10 @@ def test_every_frame_has_the_same_draw(backend: str) -> None:
 
 
 def test_blur_of_a_view_smaller_than_the_kernel(backend: str) -> None:
-    """A reflected border needs 6 pixels: at 6 kornia's class agrees, at 5 and fewer the border repeats."""
+    """A mirrored border needs 6 pixels.
+
+    With 6 pixels kornia's class agrees. With 5 or fewer the border pixel repeats.
+    """
     frames = video(1, 2, 6, 9, 3)
     rows = replace(neutral([(6, 9)]), sigma=torch.tensor([1.5]))
     expected = normalized(kornia_blur(images_of(frames[0]), 1.5))
@@ -294,7 +300,7 @@ def test_blur_of_a_view_smaller_than_the_kernel(backend: str) -> None:
 
     weights = np.exp(-(np.arange(-5.0, 6) ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
-    small = frames[:, :, 3:, 4:].contiguous()  # 3 x 5, of which some are noise
+    small = frames[:, :, 3:, 4:].contiguous()  # 3 x 5 pixels, some of them noise
     got = augment(small, replace(neutral([(3, 5)]), sigma=torch.tensor([1.5])), (3, 5))
     padded = np.pad(small[0].double().numpy() / 255, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="edge")
     rows_blurred = sum(weights[i] * padded[:, i : i + 3] for i in range(11))
@@ -326,13 +332,13 @@ def test_generate_views(backend: str, boundary: Boundary, T: int) -> None:
         d[:, :, 0] = d[:, :, 1]
     if backend == "reference":
         np.testing.assert_array_equal(views.dynamic, d)
-    else:  # on a GPU one rounding may be saved by a fused multiply-add
+    else:  # on a GPU a fused multiply-add may round once less
         np.testing.assert_allclose(views.dynamic, d, rtol=0, atol=ONE_OPERATION)
 
     for view in views:
         assert view.shape == (2, 3, T, 6, 9)
         assert view.is_contiguous(memory_format=torch.channels_last_3d)
-        assert view.stride(1) == 1  # channels innermost, which is_contiguous alone leaves open at T = 1
+        assert view.stride(1) == 1  # channels are innermost; is_contiguous does not decide this for T = 1
         assert not view.requires_grad
 
 
@@ -341,7 +347,7 @@ def test_bfloat16_is_float32_rounded_once(backend: str) -> None:
     stills, still_rows = video(2, 20, 26, 3, seed=9), neutral([(20, 26), (15, 11)])
     params = ViewParams(clip=rows, still=still_rows, size=(8, 7))
     exact = generate_views(frames, stills, params)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the arithmetic
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not change the arithmetic
         rounded = generate_views(frames, stills, params, dtype=torch.bfloat16)
     for got, expected in zip(rounded, exact, strict=True):
         assert got.dtype == torch.bfloat16
@@ -375,7 +381,7 @@ def test_params_move() -> None:
 def test_a_row_that_cannot_be_applied_is_named(field: str, value: object, message: str) -> None:
     frames = torch.zeros(2, 1, 32, 44, 3, dtype=torch.uint8)
     rows = neutral([WIDE, WIDE])
-    augment(frames, rows, (8, 8))  # fits before the change
+    augment(frames, rows, (8, 8))  # valid before the change
     getattr(rows, field)[1] = torch.as_tensor(value)
     with pytest.raises(ValueError, match=message):
         augment(frames, rows, (8, 8))
@@ -401,11 +407,11 @@ def test_other_errors(backend: str) -> None:
         generate_views(frames, frames[:, 0], params, boundary="mirror")  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------------------------- YUV
+# ---------------------------------------------------------------- YUV
 
 
 def yuv_video(H: int, W: int, B: int = 2, T: int = 2, seed: int = 0, bt709: bool = False, full: bool = True) -> Yuv420:
-    """Noise in all planes, far out of RGB's range too."""
+    """Return noise in all planes. Some of its colours are far outside the range of RGB."""
     rng = torch.Generator().manual_seed(seed)
     half = (B, T, (H + 1) // 2, (W + 1) // 2)
     y = torch.randint(0, 256, (B, T, H, W), generator=rng, dtype=torch.uint8)
@@ -414,7 +420,7 @@ def yuv_video(H: int, W: int, B: int = 2, T: int = 2, seed: int = 0, bt709: bool
 
 
 def numpy_rgb(frames: Yuv420, b: int) -> np.ndarray:
-    """Clip b in RGB, (T, H, W, 3) float64 in 0..1, by inverting the standards' matrix from RGB to Y, Cb, Cr."""
+    """Return clip b as RGB, (T, H, W, 3) float64 in 0..1. It inverts the standards' matrix from RGB to Y, Cb, Cr."""
     kr, kb = (0.2126, 0.0722) if frames.bt709[b] else (0.299, 0.114)
     luma = np.array([kr, 1 - kr - kb, kb])
     to_yuv = np.stack([luma, ([0, 0, 1] - luma) / (2 * (1 - kb)), ([1, 0, 0] - luma) / (2 * (1 - kr))])
@@ -441,7 +447,10 @@ def test_yuv(backend: str, bt709: bool, full: bool, H: int, W: int) -> None:
 
 
 def test_yuv_of_full_range_bt601_is_kornias() -> None:
-    """kornia's U and V are those of BT.470, 0.436 and 0.615 of full scale where Cb and Cr have 0.5; its matrix has three decimals."""
+    """kornia's U and V are those of BT.470. They reach 0.436 and 0.615, while Cb and Cr reach 0.5.
+
+    kornia's matrix has three decimals.
+    """
     frames = yuv_video(12, 16)
     uv = torch.stack([frames.u[0], frames.v[0]], dim=1).double() - 128  # (T, 2, 6, 8)
     scale = torch.tensor([0.436, 0.615]).double().view(2, 1, 1) * 2 / 255
@@ -451,7 +460,7 @@ def test_yuv_of_full_range_bt601_is_kornias() -> None:
 
 
 def test_yuv_goes_through_the_whole_chain(backend: str) -> None:
-    """Boxes at odd rows and columns, a matrix of each clip's own, stills of another size; the reference goes through float RGB."""
+    """The boxes begin at odd rows and columns, each clip has its own matrix, and the stills have another size."""
     frames, stills = yuv_video(21, 27, seed=3), yuv_video(15, 18, seed=4)
     frames.bt709[1], frames.full_range[0] = True, False
     stills = replace(stills.select(np.s_[:, 0]), full_range=~stills.full_range)
@@ -489,11 +498,11 @@ def test_yuv_refuses_by_name() -> None:
         generate_views(frames, torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ViewParams(rows, rows, (8, 8)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- Triton
+# ---------------------------------------------------------------- Triton
 
 
 def small_batch(T: int = 2) -> tuple[Tensor, Tensor, ViewParams]:
-    """Two clips with every operation, one of them blurred, and their stills."""
+    """Return two clips with every operation, one of them blurred, and their stills."""
     frames, rows = two_clips()
     stills, still_rows = video(2, 20, 26, 3, seed=9), neutral([(20, 26), (15, 11)])
     still_rows.sigma[0], still_rows.jitter[1] = 0.9, True
@@ -506,7 +515,7 @@ def small_batch(T: int = 2) -> tuple[Tensor, Tensor, ViewParams]:
     ("boundary", "size", "T"),
     [
         pytest.param("wrap", (8, 10), 2, id="usual"),
-        pytest.param("zero", (3, 120), 1, id="too low to mirror, wider than a program's columns"),
+        pytest.param("zero", (3, 120), 1, id="too few rows to mirror, wider than a program's columns"),
         pytest.param("replicate", (60, 2), 1, id="more rows than a program's, no second frame"),
     ],
 )
@@ -521,7 +530,7 @@ def test_triton_agrees_with_the_reference(boundary: Boundary, size: tuple[int, i
 
 
 def test_padding_is_not_seen_and_sums_are_in_a_fixed_order(backend: str) -> None:
-    """The same bits on a second run, with another padding."""
+    """A second run with other padding gives the same bits."""
     frames, stills, params = small_batch()
     expected = generate_views(frames, stills, params)
     poisoned = frames.clone()
@@ -534,7 +543,7 @@ def test_padding_is_not_seen_and_sums_are_in_a_fixed_order(backend: str) -> None
 
 @pytest.mark.usefixtures("triton")
 def test_a_row_that_is_not_checked_reads_within_the_buffer() -> None:
-    """The frame is the middle of a poisoned buffer: a tap outside it would show."""
+    """The frame lies in the middle of a white buffer, so a read outside the frame would show."""
     buffer = torch.full((3, 1, 6, 7, 3), 255, dtype=torch.uint8)
     buffer[1] = 0
     rows = replace(neutral([(6, 7)]), box=torch.tensor([[-50, 900, 70, -3]]))
@@ -603,7 +612,7 @@ def test_launches_do_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_record_the_tensors_and_the_table_agree() -> None:
-    """One declaration gives the NumPy record, the tensors and the kernels' columns: the same names, dtypes and widths."""
+    """The NumPy record, the tensors and the kernels' columns have the same names, dtypes and widths."""
     _, rows = two_clips()
     assert AUGMENTATION.names == tuple(field.name for field in fields(Augmentation))
     for name in AUGMENTATION.names:
@@ -629,7 +638,7 @@ def test_table_of_parameters_has_the_kernels_columns() -> None:
         assert torch.equal(table[:, column : column + values.shape[1]], values), name
     coefficients = yuv_coefficients(torch.tensor([False] * 2), torch.tensor([True] * 2))
     assert torch.equal(table[:, TABLE_COLUMNS["yuv"] :], coefficients)
-    # BT.601 in full range as ITU-T T.871 (JFIF) prints it, to five decimals.
+    # The coefficients of BT.601 in full range from ITU-T T.871 (JFIF), to five decimals.
     torch.testing.assert_close(
         coefficients[0], torch.tensor([0, 1, 1.402, -0.34414, -0.71414, 1.772]), rtol=0, atol=1e-5
     )
@@ -637,7 +646,7 @@ def test_table_of_parameters_has_the_kernels_columns() -> None:
 
 @pytest.mark.usefixtures("triton")
 def test_production_size() -> None:
-    """More than one strip of rows, 49 programs a clip, sums over many pixels."""
+    """This size has more than one strip of rows, 49 programs a clip, and sums over many pixels."""
     frames, stills = video(1, 1, 128, 171, 3, seed=5), video(1, 40, 50, 3, seed=6)
     rows = replace(
         neutral([(128, 171)]),
@@ -651,7 +660,8 @@ def test_production_size() -> None:
     expected = generate_views_reference(frames, stills, params)
     got = generate_views(frames, stills, params)
     for view, reference in zip(got, expected, strict=True):
-        # Source coordinates of up to 150 pixels round to 150 EPS of a pixel, and neighbours of noise differ by up to 1.
+        # Source coordinates of up to 150 have a rounding error of 150 EPS, and neighbouring pixels of noise differ by
+        # up to 1.
         torch.testing.assert_close(view, reference, rtol=0, atol=2 * 150 * EPS / min(STD))
 
 
