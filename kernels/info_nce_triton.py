@@ -523,7 +523,7 @@ def select_launch(candidates: Tensor, m: int) -> tuple[Launch, Tensor]:
     C = tiles * kept
     rows = torch.empty((R, B, m), dtype=torch.int64, device=candidates.device)
     block_c = min(triton.next_power_of_2(C), 2048)
-    arguments = {"candidates": candidates, "rows": rows, "C": C, "m": m}
+    arguments: dict[str, Tensor | int | float] = {"candidates": candidates, "rows": rows, "C": C, "m": m}
     return Launch(_select_kernel, (R * B,), arguments, {"BLOCK_C": block_c}, num_stages=1), rows
 
 
