@@ -29,7 +29,7 @@ from dclr.errors import UserError
 DESCRIPTIONS = {
     "accuracy": "top-1 and top-5 accuracy of a finetuned or linear classifier on the test split; confusion matrix",
     "retrieval": "nearest training videos of the test split's videos, by the features of a backbone",
-    "bias": "what frozen features tell of the motion and of the scene; actions on the backgrounds of other videos",
+    "bias": "how well frozen features predict the motion and the scene; actions on the backgrounds of other videos",
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command, description in DESCRIPTIONS.items():
         sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
         add_inputs(sub, command)
-        # Without --max-bad: a video that fails is left out of the results and listed.
+        # Without --max-bad: a video that fails is skipped and listed.
         clips = {f.name for f in dataclasses.fields(configuration.DataConfig)} - {"max_bad"}
         configuration.add_flags(sub, [configuration.DataConfig], only=clips)
         if command != "accuracy":

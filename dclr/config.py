@@ -125,7 +125,7 @@ class RunConfig(_Group):
     on_nonfinite: str = option(
         "stop",
         "what happens at a loss or gradient that is not finite. stop: the run ends and names the step, the loss terms "
-        "and the samples. Change it to skip to leave out such steps and count them",
+        "and the samples. Change it to skip to undo such steps and count them",
         choices=("stop", "skip"),
     )
 
@@ -148,7 +148,9 @@ class DataConfig(_Group):
         "Turn it on for lists that you trust",
     )
     clip_length: int = option(
-        16, "frames of a clip. Lower it for quick experiments. The backbones divide it by 8", at_least=1
+        16,
+        "frames of a clip. Lower it for quick experiments. The last feature map has an eighth of them (mc3_18: all)",
+        at_least=1,
     )
     clip_stride: int = option(
         2,
@@ -157,13 +159,15 @@ class DataConfig(_Group):
     )
     crop_size: int = option(
         112,
-        "height and width of a clip in pixels. Lower it for quick experiments. The backbones divide it by 16",
+        "height and width of a clip in pixels. Lower it for quick experiments. "
+        "The last feature map has a sixteenth of them",
         at_least=16,
     )
     workers: int = option(
         2,
-        "decoding processes of each training process. Raise it if the progress bar shows that training waits for data. "
-        "0 decodes in the training process: a video that crashes the decoder then ends the run, "
+        "decoding processes of each process of the run. "
+        "Raise it if the progress bar shows that the run waits for data. "
+        "0 decodes in the process itself: a video that crashes the decoder then ends the run, "
         "and a video on which the decoder hangs blocks the run",
         at_least=0,
         at_most=1024,
@@ -224,7 +228,7 @@ class MethodConfig(_Group):
     embedding_dim: int = option(128, "length D of an embedding. The published value is 128", choices=EMBEDDING_SIZES)
     queue_length: int = option(
         2048,
-        "negatives K that are kept for each pair of views. "
+        "number K of queue entries, which are the negatives of each pair. "
         "Raise it with the size of the data set: 2048 for UCF101, 16384 for Kinetics-400",
         at_least=1,
     )
@@ -233,7 +237,7 @@ class MethodConfig(_Group):
     )
     key_momentum: float = option(
         0.999,
-        "momentum of the key encoder. Lower it only with a short queue: "
+        "share of its old weights that the key encoder keeps in a step. Lower it only with a short queue: "
         "if keys change fast, the loss separates new keys from old keys instead of clips from clips",
         at_least=0,
         at_most=1,
@@ -256,7 +260,8 @@ class MethodConfig(_Group):
     )
     boundary: str = option(
         "wrap",
-        "frame before the first one, for frame differences. wrap: the last frame, as published. "
+        "first frame of the dynamic view, which has no frame before it. wrap: its difference from the last frame, "
+        "as published. zero: no difference. replicate: the same as the second frame. "
         "Change it for videos that do not loop",
         choices=("wrap", "zero", "replicate"),
     )
@@ -303,7 +308,7 @@ class OptimConfig(_Group):
         at_least=1,
     )
     batch_size: int = option(
-        40, "clips of a step, over all processes together. Raise it to fill a GPU, and raise --lr with it", at_least=1
+        40, "samples of a step, over all processes together. Raise it to fill a GPU, and raise --lr with it", at_least=1
     )
     lr: float = option(0.01, "learning rate of SGD. Lower it if the loss jumps", above=0)
     milestones: tuple[int, ...] = option(

@@ -5,8 +5,8 @@ positives, S auxiliary views. Small t h w are the sizes of a feature map.
 Source: Ding, Qian, Xiong, "Dual Contrastive Learning for Spatio-temporal Representation", ACM MM 2022
 (arXiv 2207.05340).
 
-The auxiliary views of a clip are its static and its dynamic view, S = 2 and P = 5. An ablation leaves one of them out,
-with its pairs and its activation map. Without both, S = 0 and P = 1, the method is MoCo (He et al., CVPR 2020,
+The auxiliary views of a clip are its static and its dynamic view, S = 2 and P = 5. An ablation removes one of them,
+together with its pairs and its activation map. Without both (S = 0 and P = 1) the method is MoCo (He et al., CVPR 2020,
 arXiv 1911.05722), the baseline.
 """
 
@@ -222,7 +222,7 @@ class DCLR(nn.Module):
         *by_view, by_all = mine_positives_by_each(mining, past, self.method.mined_positives)
         entries = {"v": by_all, **dict(zip(self.auxiliary, by_view, strict=True))}
         mined = torch.stack([entries[name.strip("v") or "v"] for name in self.pairs])
-        # On the device: a question to the host would stop the stream.
+        # The device decides: if the host asked, it would have to wait for the device.
         full = self.enqueued >= self.method.queue_length
         return torch.where(full, mined, -1)
 
@@ -237,7 +237,7 @@ class DCLR(nn.Module):
 
 
 def run_backbone(encoder: Encoder, views: Views, letters: str) -> ByLetter:
-    """Return the feature maps (B, C, t, h, w) of some views of a clip. They are one batch and share its statistics."""
+    """Return the feature maps (B, C, t, h, w) of some views. The views are one batch and share BatchNorm statistics."""
     stacked = torch.cat([getattr(views, VIEW_OF_LETTER[letter]) for letter in letters])
     return dict(zip(letters, encoder.backbone(stacked).chunk(len(letters)), strict=True))
 

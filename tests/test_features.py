@@ -52,7 +52,7 @@ def test_unreadable_videos_are_skipped_and_named(copied, capsys):
     assert found.labels.tolist() == copied.labels[kept].tolist()
     assert found.failures == {copied.path(index): "no such file" for index in deleted}
     said = capsys.readouterr().err
-    assert "it is left out of the figures" in said
+    assert "it is skipped in the figures" in said
     assert "next video" not in said
 
 

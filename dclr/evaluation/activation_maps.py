@@ -1,4 +1,4 @@
-"""Where a network responds to a clip, and how much of that lies in the moving region: `eval.py maps`.
+"""Activation maps, and the share of each map's sum that is inside the moving region: `eval.py maps`.
 
 Each test video gives its middle test clip. The activation maps A_v, A_s and A_d are the sums over channels of the
 backbone's last feature maps for the rgb, the static and the dynamic view. The static view repeats the clip's middle

@@ -1,6 +1,6 @@
 """Background bias: does a network recognise actions by their movement or by the scene? `eval.py bias`.
 
-The first part fits linear probes on frozen features: how well do the features tell the action, and how well the scene?
+The first part fits linear probes on frozen features: how well do the features predict the action and the scene?
 The second part classifies composites: test clips whose foreground is on the background of another class.
 
 Probes and nearest neighbours use the mean feature over a video's test clips. One video is one example, because its ten
@@ -68,7 +68,7 @@ def evaluate_background(
     Prints a table of each. With `foreground`, writes foreground.png to `folder`.
 
     Args:
-        seed: the seed of random weights, where `checkpoint` is the word random.
+        seed: the seed of random weights, used only if `checkpoint` is the word random.
 
     Raises:
         UserError: see load_network, open_data and open_videos. A data set without labels, or with other classes than
@@ -275,13 +275,11 @@ class Foreground:
     ordinary: float  # the videos as they are
     moving: float  # their foreground on the background of another class
     static: float  # the same, frozen to the middle frame
-    contrasted: (
-        float  # moving is correct and static is wrong; a network that fails on all still clips gains nothing here
-    )
+    # Moving is correct and static is wrong. A network that fails on all still clips gains nothing here.
+    contrasted: float
     mask_share: float  # mean share of a clip's pixels that are foreground
-    clips_without_motion: (
-        int  # clips without a foreground in the counted videos; their composites show a background only
-    )
+    # Clips without a foreground in the counted videos. Their composites show a background only.
+    clips_without_motion: int
     indices: list[int]  # positions in the VideoSet of the counted videos
     without_motion: list[str]  # paths of the videos without a foreground in any clip; they are not counted
     failures: dict[str, str]  # path -> reason: the videos that could not be read
@@ -356,7 +354,7 @@ def share(correct: Tensor) -> float:
 def plot_sheet(samples: CompositeClips, indices: Sequence[int], title: str, path: Path) -> None:
     """Plot composites of some videos, evenly spaced over `indices` and so over the classes.
 
-    Of each video's clips the one with the largest foreground is shown.
+    For each video, it shows the clip with the largest foreground.
     """
     videos = samples.videos
     ordinary = TestClips(videos, samples.config)

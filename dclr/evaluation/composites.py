@@ -7,9 +7,9 @@ The foreground mask is a threshold on the smoothed frame difference, as in FAME 
   the old background stays.
 - Colours do not refine the mask.
 
-The accuracy on moving composites, and on those only whose frozen version is classified wrongly, are the tests SCUBA and
-SCUFO of StillMix (Li et al., ICCV 2023, arXiv 2211.12883). StillMix takes masks from annotations and segmentation
-networks, and backgrounds from other pictures. The data sets here have neither.
+StillMix (Li et al., ICCV 2023, arXiv 2211.12883) has two such tests. SCUBA is the accuracy on moving composites. SCUFO
+counts only composites whose frozen version is classified wrongly. StillMix takes masks from annotations and
+segmentation networks, and backgrounds from other pictures. The data sets here have neither.
 
 The mask assumes a still camera. A moving camera makes the edges of the scene foreground too. Therefore report the
 mask's share of the picture with every result: it is 6 % on Weizmann's videos, and 11 to 50 % in the clips of four

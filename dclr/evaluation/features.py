@@ -1,4 +1,4 @@
-"""Run a network on the test clips of a split, and open what that needs: a checkpoint's backbone, labelled videos.
+"""Run a network on the test clips of a split, and open the backbone and the labelled videos for it.
 
 The test protocol is that of the released code: TEST_CLIPS = 10 clips per video, uniformly spaced, centre crop.
 
@@ -26,7 +26,7 @@ from kernels import augment
 
 VIDEOS_PER_BATCH = 2
 
-SKIPPED = "it is left out of the figures"
+SKIPPED = "it is skipped in the figures"
 """The consequence that the message about an unreadable video names."""
 
 

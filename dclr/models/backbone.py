@@ -216,7 +216,7 @@ def _in_space(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
 
 
 def _in_time(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
-    """Apply a (3, 1, 1) convolution as a 2-D convolution of pictures with time as height and all pixels as width."""
+    """Apply a (3, 1, 1) convolution as a 2-D convolution of images: time is the height, all pixels are the width."""
     rows = x.flatten(3)  # (B, C, T, H * W)
     rows = F.conv2d(rows, weight.squeeze(4), None, (conv.stride[0], 1), (int(conv.padding[0]), 0))
     return rows.unflatten(3, x.shape[3:])

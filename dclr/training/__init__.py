@@ -1,1 +1,1 @@
-"""Training: one loop, and what pretraining and finetuning put into it."""
+"""Training: the loop, pretraining, finetuning, checkpoints, and what keeps the ranks of a run consistent."""

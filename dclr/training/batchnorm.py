@@ -1,7 +1,8 @@
 """BatchNorm's running statistics on several ranks.
 
-Each rank keeps the statistics of its own clips, because training does not read them. A checkpoint holds both: the mean
-over ranks, which an evaluation uses, and each rank's own, so that a resumed run continues bit for bit.
+Training does not read the running statistics, so each rank keeps those of its own clips. A checkpoint holds the mean
+over ranks, which an evaluation uses. It also holds the statistics of each rank, so that a resumed run continues bit for
+bit.
 """
 
 import torch
@@ -46,5 +47,5 @@ def set_statistics(module: nn.Module, flat: Tensor) -> None:
 
 
 def average_statistics(module: nn.Module) -> None:
-    """Replace each rank's statistics by the mean over ranks. For a network whose training has ended."""
+    """Replace each rank's statistics by the mean over ranks. Call it when training has ended."""
     set_statistics(module, gather_statistics(module).mean(0))

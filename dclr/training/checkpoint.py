@@ -22,7 +22,7 @@ from dclr.errors import UserError
 from dclr.files import atomic_write
 
 KEPT = 2
-"""Number of newest checkpoints that are kept, next to the one with the lowest loss."""
+"""Number of newest checkpoints that are kept, in addition to the one with the lowest loss."""
 
 UNFINISHED = "unfinished"
 
@@ -33,7 +33,7 @@ _NAME = re.compile(r"step-(\d{7,})\.safetensors")
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the highest step under `folder`; None: there is none, or no such folder."""
+    """Return the complete checkpoint of the highest step in `folder`, or None if there is none or no such folder."""
     return max(_complete(folder), key=_step, default=None)
 
 
@@ -41,7 +41,8 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
     """Write the checkpoint of a step, then delete checkpoints that are neither among the newest nor the best.
 
     Args:
-        state: anything that JSON can hold. The best checkpoint has the lowest state["loss"]; None: no loss yet.
+        state: anything that JSON can hold. The best checkpoint has the lowest state["loss"]. None
+            stands for no loss.
 
     Returns:
         The file.

@@ -39,7 +39,7 @@ def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str]:
 def compile_backbone(backbone: Backbone) -> None:
     """Compile a backbone in place, so that parameter names stay.
 
-    Each input shape and mode is compiled at its first call. Anything that would break the graph is an error.
+    Each input shape and mode is compiled at its first call. Code that does not compile as one graph is an error.
     """
     backbone.compile(dynamic=False, fullgraph=True)
 

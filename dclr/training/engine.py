@@ -144,14 +144,14 @@ def resolve_precision(config: dict[str, Any], device: torch.device) -> str:
 class Engine:
     """A network under DeepSpeed with SGD.
 
-    One optimizer step takes `optim.batch_size` clips, over all ranks and micro-batches.
+    One optimizer step takes `optim.batch_size` samples, over all ranks and micro-batches.
 
     Attributes:
         module: the network.
-        device: where it is.
+        device: the network's device.
         sgd: torch's optimizer, which DeepSpeed wraps.
-        accumulation: micro-batches a step.
-        micro_batch: clips in a micro-batch.
+        accumulation: number of micro-batches in a step.
+        micro_batch: number of samples in a micro-batch.
 
     Raises:
         UserError: see micro_batch_size; DeepSpeed refuses its configuration.
@@ -222,7 +222,7 @@ class Engine:
 
     @property
     def overflowed(self) -> bool:
-        """True if ZeRO itself skipped the last step for a non-finite gradient. It looks only if it clips gradients."""
+        """True if ZeRO itself skipped the last step for a non-finite gradient, which it checks if it clips gradients."""
         return bool(getattr(self._optimizer, "overflow", False))
 
     def set_learning_rate(self, lr: float) -> None:
@@ -231,7 +231,7 @@ class Engine:
             group["lr"] = lr
 
     def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint of network and momentum. Both are stored whole, however they are sharded.
+        """Write a checkpoint of network and momentum. Both are stored whole, even if ZeRO shards them.
 
         Args:
             folder: where checkpoints are. See checkpoint.write.
@@ -263,9 +263,8 @@ class Engine:
     def resume(self, folder: Path) -> dict[str, Any]:
         """Load the newest checkpoint under `folder` into network and optimizer, and return its state.
 
-        The state includes `step`.
-
-        The number of processes and the ZeRO stage that wrote it may differ from this run's.
+        The state includes `step`. The run that wrote the checkpoint may have had another number of processes or another
+        ZeRO stage.
 
         Raises:
             UserError: on all ranks, there is no checkpoint, it is damaged, or it holds another network.
@@ -323,7 +322,7 @@ class Engine:
 
 
 def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:
-    """Return the clips in a micro-batch: batch_size / (ranks * gradient_accumulation_steps).
+    """Return the number of samples in a micro-batch: batch_size / (ranks * gradient_accumulation_steps).
 
     Raises:
         UserError: the division leaves a remainder, or `ds_config` names another batch size.

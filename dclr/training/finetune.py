@@ -88,7 +88,7 @@ class Finetuning:
         self.summary: dict[str, Any] = {}
 
     def begin_step(self, step: int) -> None:
-        """Seed dropout by the step, so that a resumed run drops what an uninterrupted run drops."""
+        """Seed dropout with the step, so that a resumed run drops the same features as an uninterrupted run."""
         torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
 
     def forward(

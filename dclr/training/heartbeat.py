@@ -2,8 +2,8 @@
 
 A killed process sends nothing, and the other ranks would wait for it in a collective operation: for ever with NCCL, and
 until a connection breaks with gloo, whose error names only a port. So a thread of each rank writes a heartbeat to the
-store that the ranks met at. Rank 0 watches all other ranks, and they watch rank 0. A rank that fails in Python leaves
-its error message in the store.
+TCPStore through which the ranks found each other. Rank 0 watches all other ranks, and the others watch rank 0. A rank
+that fails in Python leaves its error message in the store.
 """
 
 import json
@@ -70,7 +70,7 @@ class Heartbeat:
         if self._thread is None:
             return
         if error is None or isinstance(error, Stopped):
-            # Rank 0 may keep the store, so it must not leave before the other ranks have.
+            # Rank 0 may host the store, so it must not leave before the other ranks have left.
             distributed.gather_objects(None)
         else:
             if _lost_connection(error):
@@ -115,7 +115,7 @@ class Heartbeat:
                         last[rank] = heartbeat, time.monotonic()
                     elif time.monotonic() - last[rank][1] > self._timeout:
                         self._end(self._report_failed(rank, heartbeat), STATUS)
-            except RuntimeError:  # such as DistNetworkError: rank 0, or torchrun for it, keeps the store
+            except RuntimeError:  # such as DistNetworkError: rank 0, or torchrun for it, hosts the store
                 if not self._leaving.is_set():
                     self._end(
                         "rank 0 has failed: it was killed, or its machine cannot be reached; use --resume to continue",

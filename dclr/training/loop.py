@@ -1,6 +1,6 @@
 """The training loop. It owns the step, the learning rate, the log line, the checkpoint and the stop.
 
-pretrain.py and finetune.py supply a Task: what a micro-batch computes, and what is logged of it.
+pretrain.py and finetune.py supply a Task: what a micro-batch computes, and what is logged about it.
 """
 
 import math
@@ -44,7 +44,7 @@ class Task(Protocol):
     summary: dict[str, Any]
     """JSON values that checkpoints and report.json keep. A resumed run gets them back."""
     first_trained_step: int
-    """Number (from 1) of a step that is logged whatever --log-every says. 0: none."""
+    """Number (from 1) of a step that is always logged, also if --log-every would not log it. 0: no such step."""
 
     def begin_step(self, step: int) -> None:
         """Prepare for a step, counted from 0."""
@@ -65,14 +65,14 @@ class Task(Protocol):
         ...
 
     def after_update(self, watch: Stopwatch) -> None:
-        """Do what follows the optimizer's update."""
+        """Do the work that must follow the optimizer's update."""
 
     def metrics(self, lr: float, done: int, skipped: int, watch: Stopwatch) -> dict[str, float]:
         """Return the log line of the latest step: means over ranks. `skipped` of the `done` steps changed nothing."""
         ...
 
     def bar(self, metrics: dict[str, float]) -> dict[str, str]:
-        """Return what the progress bar has room for."""
+        """Return the few values that the progress bar shows, name -> text."""
         ...
 
     def picture(self) -> np.ndarray | None:
@@ -82,7 +82,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """What is known when training ends."""
+    """The result of `train`."""
 
     last: dict[str, float]  # the last log line
     skipped: int  # steps with a non-finite loss or gradient
@@ -90,7 +90,7 @@ class Trained:
     seconds: float  # of training, over all parts of a resumed run
 
     def report(self) -> dict[str, Any]:
-        """Return what report.json says of them."""
+        """Return the entries of report.json that hold these values."""
         return {"last": json_numbers(self.last), "skipped_steps": self.skipped}
 
 

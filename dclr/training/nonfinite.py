@@ -19,7 +19,8 @@ from dclr.errors import UserError
 from dclr.training.engine import Engine
 
 MOST_SKIPPED_IN_A_ROW = 20
-"""A bad video or batch makes one step non-finite. A diverged network makes every step so, and would do it for days."""
+"""Skipped steps in a row that end the run. A bad video makes one step non-finite. A diverged network makes every later
+step non-finite, and the run would skip steps for days."""
 
 NAMED_PARAMETERS = 3
 
@@ -32,7 +33,7 @@ class StepValues:
     terms: list[tuple[list[str], Tensor, Tensor]] = field(default_factory=list)
     """One entry a micro-batch: names of terms, their values, indices of the samples."""
     parameters: list[str] = field(default_factory=list)
-    """Names of the tensors that `norms` are of; "" for a flat tensor of ZeRO, which holds many parameters."""
+    """Names of the tensors that `norms` belong to; "" for a flat tensor of ZeRO, which holds many parameters."""
     norms: Tensor | None = None
     """(parameters,) largest magnitude in each gradient."""
     bad: Tensor | None = None
@@ -45,9 +46,9 @@ class StepValues:
 class NonfiniteGuard:
     """Prevent every update in which a loss or gradient of any rank is not finite, and report it.
 
-    The loop calls `begin`, then `see` before each `engine.step`, then `end`. The device decides in front of the
-    optimizer: fused SGD leaves weights and momentum alone where its `found_inf` is 1. The host learns of it up to two
-    steps later and never waits. Only `check` waits. The loop calls it before log lines and checkpoints.
+    The loop calls `begin`, then `see` before each `engine.step`, then `end`. The device decides before the optimizer
+    runs: fused SGD does not change weights and momentum if its `found_inf` is 1. The host learns the decision up to two
+    steps later, without waiting. Only `check` waits. The loop calls `check` before log lines and checkpoints.
 
     Args:
         mode: "stop": the first bad step raises UserError on all ranks. "skip": the step is undone, with batch
@@ -109,7 +110,7 @@ class NonfiniteGuard:
         return {"nonfinite/skipped_steps": float(self.skipped)} if self._skips else {}
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
-        """Look at the gradients that are about to be applied: whole or this rank's shard, after the mean over ranks."""
+        """Check the gradients that the optimizer will apply: whole or this rank's shard, after the mean over ranks."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
         self._values.parameters = [self._names.get(parameter, "") for parameter in parameters]

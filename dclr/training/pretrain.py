@@ -1,4 +1,4 @@
-"""Pretraining without labels: what one micro-batch of DCLR or MoCo computes, and what is logged of it."""
+"""Pretraining without labels: what one micro-batch of DCLR or MoCo computes, and what is logged about it."""
 
 import math
 from pathlib import Path
@@ -103,7 +103,7 @@ class Pretraining:
         return {"loss": f"{metrics['loss']:.3f}" if "loss" in metrics else "filling queue", **common_bar(metrics)}
 
     def picture(self) -> np.ndarray | None:
-        """Return the query's rgb, static and dynamic views, three rows a clip."""
+        """Return a picture of the query clips' rgb, static and dynamic views, three rows for each clip."""
         return None if self._query is None else view_grid(self._query, GRID_CLIPS)
 
 
@@ -126,7 +126,7 @@ def loss_terms(network: DCLR, output: Output) -> dict[str, Tensor]:
 
 
 def key_terms(network: DCLR, keys: Tensor) -> dict[str, Tensor]:
-    """Return one number per pair, finite if all of its keys (P, B, D) are: keys have length 1."""
+    """Return one number for each pair. It is finite if the keys (P, B, D) of the pair are: keys have length 1."""
     return by_pair("key", network, keys.float().sum((1, 2)))
 
 
@@ -147,7 +147,7 @@ def output_metrics(output: Output, network: DCLR) -> dict[str, float]:
     named = {name: value for name, value in terms.items() if value is not None}
     values = distributed.mean_over_ranks(torch.stack([value.float() for value in named.values()])).tolist()
     metrics = dict(zip(named, values, strict=True))
-    # The loss of a network that cannot tell any two clips apart.
+    # The loss of a network that cannot tell any two clips apart, without mined positives.
     metrics["pair_loss/ln_K_plus_1"] = math.log(network.method.queue_length + 1)
     if "alignment" in metrics:
         share = network.method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0

@@ -114,7 +114,7 @@ class Run:
         return asked > 0
 
     def finish_exchange(self) -> None:
-        """Wait for the last exchange between ranks. Call it before the processes part."""
+        """Wait for the last exchange between ranks. Call it before the processes disconnect."""
         self.exchange.finish()
 
     def write(self, work: Callable[[], None]) -> None:
@@ -138,7 +138,7 @@ class Run:
     def all_failures(self, failures: Failures) -> tuple[dict[str, str], int]:
         """Return the failed videos of all ranks (path -> reason) and the number of failed reads.
 
-        Rank 0 of a resumed run starts with those of the run's earlier parts.
+        Rank 0 of a resumed run starts with the failures from before it was resumed.
         """
         everyone = distributed.gather_objects((failures.reasons, failures.count))
         return {k: v for reasons, _ in everyone for k, v in reasons.items()}, sum(count for _, count in everyone)
@@ -256,7 +256,7 @@ def choose_algorithms(deterministic: bool) -> None:
 
 
 def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
-    """Return the train split's readable videos. One process a machine verifies them; the others read its cache.
+    """Return the train split's readable videos. One process on each machine verifies them; the others read its cache.
 
     Raises:
         UserError: on all ranks, see open_videos; the processes do not see the same videos.
