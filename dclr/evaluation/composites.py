@@ -7,8 +7,8 @@ The foreground mask is a threshold on the smoothed frame difference, as in FAME 
   the old background stays.
 - Colours do not refine the mask.
 
-StillMix (Li et al., ICCV 2023, arXiv 2211.12883) has two such tests. SCUBA is the accuracy on moving composites. SCUFO
-counts only composites whose frozen version is classified wrongly. StillMix takes masks from annotations and
+StillMix (Li et al., ICCV 2023, arXiv 2211.12883) has two such tests. SCUBA is the accuracy on moving composites.
+SCUFO counts only composites whose frozen version is classified wrongly. StillMix takes masks from annotations and
 segmentation networks, and backgrounds from other pictures. The data sets here have neither.
 
 The mask assumes a still camera. A moving camera makes the edges of the scene foreground too. Therefore report the

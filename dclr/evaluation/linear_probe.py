@@ -16,22 +16,22 @@ from torch import Tensor
 
 MAX_STEPS = 2000
 SMALLEST_GRADIENT = 1e-6
-"""Of the loss by video: where no derivative is larger, the probe has converged."""
+"""The probe has converged if no derivative of the mean loss by video is larger."""
 
 
 @dataclass(frozen=True)
 class Probe:
     """A fitted classifier; all tensors float64, on the CPU."""
 
-    mean: Tensor  # (D,) of the features it was fitted on
-    scale: Tensor  # (D,) their standard deviation; 1 where that is 0
+    mean: Tensor  # (D,) mean of the features that it was fitted to
+    scale: Tensor  # (D,) their standard deviation, or 1 if the deviation is 0
     weight: Tensor  # (C, D) for standardised features
     bias: Tensor  # (C,)
     steps: int
     converged: bool
 
     def logits(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, C) float64."""
+        """Return the logits (N, C) float64 of features (N, D)."""
         return F.linear((features.double() - self.mean) / self.scale, self.weight, self.bias)
 
 
@@ -40,8 +40,9 @@ def fit_probe(
     labels: Tensor,  # (N,) int64 in 0 to classes - 1
     classes: int,
 ) -> Probe:
-    """Deterministic: from zero weights, by L-BFGS with a line search, in float64. Classes without a video are
-    allowed.
+    """Fit a probe by L-BFGS with a line search, from zero weights, in float64. The result is deterministic.
+
+    Classes without a video are allowed.
     """
     features = features.double()
     mean, scale = features.mean(0), features.std(0, correction=0)
@@ -56,14 +57,14 @@ def fit_probe(
 
     def loss_by_video() -> Tensor:
         optimizer.zero_grad()
-        # Divided by N as a whole, which moves no minimum, so that the gradient's size does not depend on how many
-        # videos there are.
+        # The whole loss is divided by N, so that the size of the gradient does not depend on the number of videos. The
+        # division does not move the minimum.
         loss = F.cross_entropy(F.linear(x, weight, bias), labels) + weight.square().sum() / (2 * len(x))
         loss.backward()
         return loss
 
     optimizer.step(loss_by_video)
-    loss_by_video()  # the gradient where it stopped: the last that the line search looked at may be another point's
+    loss_by_video()  # computes the gradient at the solution, because the line search may have ended at another point
     gradient = max(parameter.grad.abs().max().item() for parameter in (weight, bias) if parameter.grad is not None)
     return Probe(
         mean=mean,

@@ -1,5 +1,4 @@
-"""Nearest-neighbour retrieval: `eval.py retrieval` finds the train videos whose features are nearest to each test
-video.
+"""Retrieval: find the train videos whose features are nearest to those of each test video. `eval.py retrieval`.
 
 A video's feature is the mean over its test clips, minus the mean of its split, scaled to length 1. Similarity is the
 cosine. The train split is the gallery; the test split gives the queries.
@@ -49,7 +48,7 @@ def evaluate_retrieval(
     Prints R@k for each k of RANKS and writes retrieval.png to `folder`.
 
     Args:
-        seed: the seed of random weights, where `checkpoint` is the word random.
+        seed: the seed of random weights, used only if `checkpoint` is the word random.
 
     Raises:
         UserError: see load_backbone, open_data and open_videos. A data set without labels.
@@ -108,8 +107,9 @@ def normalized(outputs: ClipOutputs) -> Tensor:
 
 
 def chance_of_hit(same_class: int, gallery: int, k: int) -> float:
-    """Return the probability that k videos, drawn from `gallery` videos without replacement, hold one of `same_class`
-    videos.
+    """Return the probability that a random choice of k gallery videos holds a video of the query's class.
+
+    `gallery` is the number of gallery videos, `same_class` the number of those with the query's class.
 
     With G = gallery and n = same_class: 1 - C(G - n, k) / C(G, k), where C is the binomial coefficient.
     """
@@ -125,9 +125,7 @@ def plot_sheet(
     title: str,
     path: Path,
 ) -> None:
-    """Plot some queries, evenly spaced over the test split and so over its classes, each with its nearest train
-    videos.
-    """
+    """Plot some queries, each with its nearest train videos. The queries are evenly spaced over the test split."""
     classes = gallery_videos.classes
     rows = []
     for row in evenly_spaced(len(queries.labels), SHEET_QUERIES):

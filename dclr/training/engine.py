@@ -222,7 +222,7 @@ class Engine:
 
     @property
     def overflowed(self) -> bool:
-        """True if ZeRO itself skipped the last step for a non-finite gradient, which it checks if it clips gradients."""
+        """True if ZeRO itself skipped the last step for a non-finite gradient, which it checks if it clips."""
         return bool(getattr(self._optimizer, "overflow", False))
 
     def set_learning_rate(self, lr: float) -> None:
