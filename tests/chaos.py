@@ -1,13 +1,15 @@
-"""Kills a run of two ranks at random moments, many of them inside the writing of a checkpoint, and starts it again each time.
+"""Kill a run of two ranks at random moments, often while it writes a checkpoint, and start it again each time.
 
     python tests/chaos.py --kills 100        about 10 minutes on two cores; `make chaos`
     python tests/chaos.py --kills 10         part of `make test`
 
-After every kill there must be a complete checkpoint, not older than the one before, and no more than one interval of steps lost. A run that
-has come to its end must have the weights, the momentum and the numbers of one that was never killed, bit for bit.
+After every kill this program checks the newest checkpoint. It must be complete and not older than the one before the
+kill. At most one checkpoint interval of steps may be lost. A run that reaches its end must equal an uninterrupted run
+bit for bit: the weights, the momentum and the logged metrics.
 
-Ranks are forked from a process that has imported everything, which saves ten seconds a start; they run train.py with the same command each
-time. The checks are this program's, and a failed one ends it with its reason and exit status 1. The last line is a summary as JSON.
+The ranks are forked from a process that has imported every module, which saves ten seconds per start. Each start runs
+train.py with the same command. A failed check ends this program with its reason and exit status 1. The last line of the
+output is a summary as JSON.
 """
 
 import argparse
@@ -39,16 +41,16 @@ from dclr.data.demo import render_demo  # noqa: E402
 from dclr.training import checkpoint, engine, pretrain  # noqa: E402, F401
 
 RANKS = 2
-INTERVAL = 4  # steps: an epoch of 16 videos
+INTERVAL = 4  # steps between checkpoints: one epoch of 16 videos
 EPOCHS = 10
-LONGEST = 60.0  # seconds until a run whose rank has died must be down
-TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
+LONGEST = 60.0  # seconds within which a run must end after one of its ranks has been killed
+TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # metrics that differ between equal runs
 
 engine.import_deepspeed()
 
 
 class Failed(Exception):
-    """A promise was not kept."""
+    """A check has failed."""
 
 
 def command(folder: Path, run: Path) -> list[str]:
@@ -61,7 +63,7 @@ def command(folder: Path, run: Path) -> list[str]:
 
 
 def start(arguments: list[str], log: Path) -> list[int]:
-    """The ranks' process ids. Each leads a session of its own, so that what it leaves behind can be found."""
+    """Start the ranks and return their process ids. Each leads a session, so that its workers can be found later."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -90,7 +92,7 @@ def start(arguments: list[str], log: Path) -> list[int]:
 
 
 def wait(processes: list[int], seconds: float, until: Callable[[], bool] = lambda: False) -> dict[int, int]:
-    """Statuses of those that have ended when all have, `until` is true, or the seconds are over."""
+    """Wait until all processes have ended, `until` is true or the time is over. Return the exit statuses so far."""
     ended: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     while len(ended) < len(processes) and not until() and time.monotonic() < deadline:
@@ -111,7 +113,7 @@ def kill(processes: list[int]) -> None:
 
 
 def left_behind(sessions: list[int]) -> list[str]:
-    """Processes of these sessions: workers that outlived their rank."""
+    """Return the ids of running processes of these sessions: workers that outlived their rank."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -125,7 +127,7 @@ def left_behind(sessions: list[int]) -> list[str]:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what is measured by the clock; a line that a kill cut short does not count."""
+    """Return the lines of metrics.jsonl without times and memory. A line that a kill cut short is skipped."""
     lines = []
     if (run / "metrics.jsonl").exists():
         for text in (run / "metrics.jsonl").read_text().splitlines():
@@ -137,7 +139,12 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 def check_after_kill(run: Path, before: int) -> int:
-    """The step of the newest checkpoint, which must be complete, not older than `before`, and within an interval of the last step."""
+    """Check the newest checkpoint and return its step, or 0 if there is none.
+
+    Raises:
+        Failed: the checkpoint has a non-finite value, is older than step `before`, or is more than INTERVAL steps
+            behind the last logged step.
+    """
     path = checkpoint.newest(run / "checkpoints")
     if path is None:
         step = 0
@@ -145,9 +152,9 @@ def check_after_kill(run: Path, before: int) -> int:
         tensors, state = checkpoint.read(path)
         step = state["step"]
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise Failed(f"{path} holds numbers that are not finite")
+            raise Failed(f"{path} holds non-finite values")
     if step < before:
-        raise Failed(f"the newest checkpoint is of step {step}, but step {before} was there before")
+        raise Failed(f"the newest checkpoint is of step {step}, but there was one of step {before} before")
     last = max((line["step"] for line in logged(run)), default=0)
     if last - step > INTERVAL:
         raise Failed(
@@ -157,7 +164,7 @@ def check_after_kill(run: Path, before: int) -> int:
 
 
 def check_end(run: Path, uninterrupted: Path) -> None:
-    """Weights, momentum, queue, statistics, numbers: as if nothing had happened."""
+    """Check that a killed run equals the uninterrupted one: weights, momentum, queue, batch statistics and metrics."""
     for name in ("backbone.safetensors",):
         ours, theirs = load_file(run / name), load_file(uninterrupted / name)
         different = [key for key in theirs if not torch.equal(ours[key], theirs[key])]
@@ -178,9 +185,9 @@ def check_end(run: Path, uninterrupted: Path) -> None:
 
 
 def attempt(folder: Path, run: Path, draw: random.Random, how: str, seconds: float) -> tuple[str, list[int]]:
-    """Start the run and kill it as `how` says; returns how it ended and its sessions."""
+    """Start the run and kill it as `how` says. Return a description of its end and its sessions."""
     unfinished = run / "checkpoints" / checkpoint.UNFINISHED
-    unfinished.unlink(missing_ok=True)  # an earlier kill's: the next one inside a write is to be recognised
+    unfinished.unlink(missing_ok=True)  # left by an earlier kill; a new file means that a write has started
     processes = start(command(folder, run), folder / "log")
     if how == "while writing":
         skipped = draw.randrange(2)  # the first or the second write of this attempt
@@ -210,22 +217,22 @@ def attempt(folder: Path, run: Path, draw: random.Random, how: str, seconds: flo
     ended = wait([survivor], LONGEST)
     if not ended:
         kill([survivor])
-        raise Failed(f"rank {processes.index(survivor)} did not end within {LONGEST:.0f} s of the other's death")
+        raise Failed(f"rank {processes.index(survivor)} did not end within {LONGEST:.0f} s of the other's kill")
     if ended[survivor] == 0:
-        raise Failed("one rank was killed and the other ended as if nothing had happened")
-    words = (folder / f"log.{processes.index(survivor)}").read_text()
-    if f"rank {processes.index(victim)} has failed" not in words:
+        raise Failed("one rank was killed and the other ended with status 0")
+    output = (folder / f"log.{processes.index(survivor)}").read_text()
+    if f"rank {processes.index(victim)} has failed" not in output:
         raise Failed(
             f"the other rank did not name the one that was killed: see {folder}/log.{processes.index(survivor)}"
         )
-    return f"one rank, the other down after {time.monotonic() - began:.0f} s", processes
+    return f"one rank, the other ended after {time.monotonic() - began:.0f} s", processes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--one-rank-every", type=int, default=10, help="this many kills hit one rank only")
+    parser.add_argument("--one-rank-every", type=int, default=10, help="one kill in this many hits one rank only")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -252,7 +259,7 @@ def main() -> None:
     kinds: Counter[str] = Counter()
     sessions: list[int] = []
     kills, finished, number, step = 0, 0, 0, 0
-    while kills < options.kills or step > 0:  # the last run comes to its end
+    while kills < options.kills or step > 0:  # the last run is not killed any more
         run = folder / f"run-{number}"
         if kills >= options.kills:
             how, seconds = "never", 10 * LONGEST
@@ -266,14 +273,14 @@ def main() -> None:
             check_end(run, uninterrupted)
             finished += 1
             number, step = number + 1, 0
-            print(f"run {number} came to its end, as if never killed", flush=True)
+            print(f"run {number} reached its end and equals the uninterrupted run", flush=True)
             continue
         kills += 1
         kinds[outcome.split(",")[0]] += 1
         step = check_after_kill(run, step)
-        print(f"kill {kills}: {outcome}; goes on from step {step}", flush=True)
+        print(f"kill {kills}: {outcome}; continues from step {step}", flush=True)
     if finished == 0:  # every kill came before the first checkpoint
-        raise Failed("no run came to its end")
+        raise Failed("no run reached its end")
     deadline = time.monotonic() + 20
     while (orphans := left_behind(sessions)) and time.monotonic() < deadline:
         time.sleep(0.5)

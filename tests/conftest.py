@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Without a GPU the kernels run in Triton's interpreter, which must be asked for before Triton is imported. Where there is one, they are
-# compiled, and the tests that need the interpreter are skipped (`make test` hides the GPU from them).
+# Without a GPU the kernels run in Triton's interpreter. TRITON_INTERPRET must be set before Triton is imported.
+# With a GPU the kernels are compiled, and tests that need the interpreter are skipped. `make test` hides the GPU.
 HAS_GPU = Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 os.environ.setdefault("TRITON_INTERPRET", "0" if HAS_GPU else "1")
 
@@ -26,17 +26,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_manifest_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Verified videos of the tests stay out of the user's cache; processes that tests start inherit this."""
+    """Keep the manifests of the tests out of the user's cache. Processes that tests start inherit the setting."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def parts_of_a_run_in_order() -> Iterator[None]:
-    """TensorBoard reads a run's files by name: second, process, how many it had made; so of one second "10" comes before "9".
+def event_files_in_order() -> Iterator[None]:
+    """Give TensorBoard's event files names that sort in the order of writing.
 
-    What a stopped and resumed run has written in the same second and process, as only tests do, would be taken in the wrong order.
+    A file name holds the second, the process id and a counter. TensorBoard sorts names as text, so "10" comes before
+    "9". Only tests stop and resume a run within one second and one process, where the counter decides the order.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10**6))
@@ -45,7 +46,10 @@ def parts_of_a_run_in_order() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def genuine() -> Path:
-    """The folder of genuine videos (UCF101, HMDB51, Kinetics, Weizmann and faulty files); they are not part of the repository."""
+    """Return the folder of genuine videos (UCF101, HMDB51, Kinetics, Weizmann and faulty files).
+
+    The videos are not part of the repository. Tests that need them are skipped if the folder does not exist.
+    """
     if not GENUINE.is_dir():
         pytest.skip(
             f"no genuine videos at {GENUINE}: set DCLR_TEST_VIDEOS to the folder that holds ucf101_sample, faulty, ..."
@@ -61,7 +65,7 @@ def genuine() -> Path:
     ]
 )
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where a test's tensors belong; functions of `kernels` run there by the implementation that the test's id names."""
+    """Return the device for a test's tensors. `kernels` uses the implementation that the test's id names."""
     import kernels
 
     implementation, name = request.param
@@ -74,11 +78,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture(scope="session")
 def one_process() -> torch.device:
-    """This process as a run of one rank, under DeepSpeed. For all tests together: DeepSpeed cannot start twice in a process."""
+    """Start DeepSpeed in this process as a run of one rank, and return the device.
+
+    All tests share this rank, because DeepSpeed cannot start twice in one process.
+    """
     from dclr.training.engine import start_processes, stop_processes
 
     device = start_processes()
-    # Networks this small gain nothing from a second thread, and threads that wait for a core other work holds cost 10 times as much.
+    # Networks this small gain nothing from a second thread. A thread that waits for a busy core makes a step
+    # 10 times as slow.
     torch.set_num_threads(1)
     yield device
     stop_processes()
@@ -86,14 +94,14 @@ def one_process() -> torch.device:
 
 @pytest.fixture(scope="session")
 def clean_environment() -> dict[str, str]:
-    """For processes that tests start: runs of their own, whatever this one has become."""
+    """Return the environment without a launcher's variables, so that a child process starts a run of its own."""
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in launched}
 
 
 @pytest.fixture(scope="session")
 def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small rendering of the demo videos: 8 classes, 2 training videos and 1 test video of each."""
+    """Render a small set of demo videos: 8 classes, each with 2 training videos and 1 test video. Return the folder."""
     from dclr.data.demo import render_demo
 
     folder = tmp_path_factory.mktemp("demo") / "videos"
@@ -102,7 +110,7 @@ def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ds_configs/zero1.json without autocast, so that results do not depend on the CPU's bfloat16."""
+    """Write ds_configs/zero1.json without autocast, so that results do not depend on the CPU's bfloat16."""
     config = json.loads((REPOSITORY / "ds_configs" / "zero1.json").read_text())
     config["torch_autocast"]["enabled"] = False
     path = tmp_path_factory.mktemp("ds_configs") / "float32.json"
@@ -112,7 +120,7 @@ def float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(demo_videos: Path, float32: Path) -> dict[str, Any]:
-    """Settings every command knows, for runs of a second: 4 steps an epoch."""
+    """Return settings that every command has, for runs of about one second: 4 steps per epoch."""
     return {
         "data": str(demo_videos),
         "ds_config": str(float32),
@@ -128,13 +136,16 @@ def tiny(demo_videos: Path, float32: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_pretrain(tiny: dict[str, Any]) -> dict[str, Any]:
-    """`tiny` with a queue that is full, and mined from then on, after five steps: one into the second epoch of two."""
+    """Return `tiny` with pretraining settings. The queue is full after 5 steps of 8, and mining starts then."""
     return {**tiny, "queue_length": 18, "embedding_dim": 32, "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9}
 
 
 @pytest.fixture
 def train_main(one_process: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`train.py COMMAND`, in this process: flags as keyword arguments (True: a flag without a value)."""
+    """Return a function that runs `train.py COMMAND` in this process, with flags as keyword arguments.
+
+    The value True stands for a flag without a value.
+    """
     import train
 
     monkeypatch.setattr("dclr.training.engine.start_processes", lambda: one_process)

@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Functions and settings that several test modules use."""
 
 import ctypes
 import json
@@ -24,7 +24,7 @@ from dclr.training.checkpoint import newest, read  # noqa: E402
 from dclr.training.engine import read_ds_config  # noqa: E402
 from kernels import Views  # noqa: E402
 
-TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # what differs from run to run
+TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # metrics that differ between equal runs
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 MODEL = ModelConfig(backbone="r2plus1d_10", width=4)
 METHOD = MethodConfig(queue_length=8, embedding_dim=32, mined_positives=2, key_momentum=0.5)
@@ -32,8 +32,10 @@ OPTIM = OptimConfig(batch_size=4, lr=0.1)
 
 
 def children(process: int | str = "self") -> list[int]:
-    """Processes that this one, or another, has started and that still run, whoever knows of them, and what those have started; without
-    multiprocessing's own helper, which stays for good once a test has spawned a process."""
+    """Return the ids of all running descendants of a process.
+
+    multiprocessing's resource tracker is not included. It starts with the first spawned process and runs until the end.
+    """
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         with suppress(OSError):
@@ -45,7 +47,7 @@ def children(process: int | str = "self") -> list[int]:
 
 
 def crash() -> None:
-    """As FFmpeg does on a file it cannot bear."""
+    """End this process with SIGSEGV, as FFmpeg does on some faulty files."""
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
@@ -55,12 +57,12 @@ def loop() -> None:
 
 
 def block() -> None:
-    """In C, with Python's lock held: no thread and no signal handler of the process gets a turn."""
+    """Sleep in C and hold Python's lock, so that no other thread and no signal handler of the process can run."""
     ctypes.PyDLL(None).usleep(100_000_000)
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings by field name -> command line."""
+    """Return the command line for settings by field name."""
     given = []
     for name, value in settings.items():
         flag = "--ds_config" if name == "ds_config" else ("--no-" if value is False else "--") + name.replace("_", "-")
@@ -70,7 +72,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 
 
 def read_store(folder: Path) -> Store:
-    """Open the packed store in a folder as a run does: read its index, then compare the sizes of its shards."""
+    """Open the packed store in a folder as a run does: read its index, then check the sizes of its shards."""
     opened = open_store(folder, load_index(folder))
     check_sizes(opened)
     return opened
@@ -84,7 +86,7 @@ def make_views(seed: int) -> Views:
     return Views(*(torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3)))
 
 
-def make_method(**settings: Any) -> DCLR:
+def make_network(**settings: Any) -> DCLR:
     torch.manual_seed(0)
     return DCLR(MODEL, replace(METHOD, **settings))
 
@@ -105,7 +107,7 @@ def free_port() -> int:
 
 
 def numbers(run: Path) -> list[dict]:
-    """metrics.jsonl without what is measured by the clock."""
+    """Return the lines of metrics.jsonl without times and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
 
@@ -119,7 +121,10 @@ def steps(run: Path) -> list[int]:
 
 
 def assert_same_end(run: Path, other: Path) -> None:
-    """Network, queue and pointer, batch statistics, momentum, numbers, TensorBoard: bit for bit."""
+    """Check that two runs ended bit for bit alike: last checkpoint, metrics and TensorBoard.
+
+    A checkpoint holds the network, the queue and its pointer, the batch statistics and the momentum.
+    """
     (ours, state), (theirs, other_state) = (read(newest(r / "checkpoints")) for r in (run, other))
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
@@ -133,10 +138,10 @@ def metrics(run: Path) -> list[dict]:
 
 
 def saved(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and state of the newest checkpoint."""
+    """Return the tensors and the state of the newest checkpoint."""
     return read(newest(run / "checkpoints"))
 
 
 def tensors_of(run: Path, name: str) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint: its `model` or its `momentum`."""
+    """Return the newest checkpoint's tensors under `model` or `momentum`, without that prefix."""
     return {key.removeprefix(name + "/"): tensor for key, tensor in saved(run)[0].items() if key.startswith(name + "/")}

@@ -1,4 +1,4 @@
-"""Ten kills of a run of two ranks. `make chaos` is the same program with a hundred."""
+"""Ten kills of a run of two ranks. `make chaos` runs the same program with 100 kills."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ from helpers import REPOSITORY
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_ten_times_ends_as_if_nothing_had_happened(clean_environment):
-    """Its own checks come after every kill (tests/chaos.py); here, that there were the kills that it is about."""
+def test_a_run_killed_ten_times_equals_an_uninterrupted_one(clean_environment):
+    """tests/chaos.py checks the run after every kill. This test checks that each kind of kill took place."""
     command = [sys.executable, "tests/chaos.py", "--kills", "10", "--seed", "1"]
     done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

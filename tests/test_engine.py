@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from helpers import CONFIGS, METHOD, MODEL, OPTIM, float32_config, free_port, make_method, make_views
+from helpers import CONFIGS, METHOD, MODEL, OPTIM, float32_config, free_port, make_network, make_views
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dclr.config import OptimConfig
@@ -29,20 +29,20 @@ def plain_steps(
     count: int, **settings: str
 ) -> tuple[list[list[float]], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """The same steps without DeepSpeed, on the whole batch: losses, first gradients, last parameters, queue."""
-    method = make_method(**settings).eval()
-    trained = list(method.query.parameters())
+    network = make_network(**settings).eval()
+    trained = list(network.query.parameters())
     optimizer = torch.optim.SGD(trained, lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay)
     losses, gradients = [], []
     for step in range(count):
         optimizer.zero_grad()
-        output = method(make_views(2 * step), make_views(2 * step + 1), step)
+        output = network(make_views(2 * step), make_views(2 * step + 1), step)
         loss = output.loss
         loss.backward()
         gradients = gradients or [p.grad.clone() for p in trained]
         optimizer.step()
-        method.update_key()
+        network.update_key()
         losses.append([loss.item(), hinted(output).item()])
-    return losses, gradients, [p.detach().clone() for p in trained], method.queue.clone()
+    return losses, gradients, [p.detach().clone() for p in trained], network.queue.clone()
 
 
 def hinted(output: Output) -> torch.Tensor:
@@ -59,8 +59,8 @@ def train_rank(
     device = start_processes()
     import deepspeed
 
-    method = make_method(**settings or {})
-    own = Engine(method, float32_config(stage), OPTIM, device)
+    network = make_network(**settings or {})
+    own = Engine(network, float32_config(stage), OPTIM, device)
     own.train(False)  # frozen BatchNorm: batch statistics would differ between one rank and two
     size = OPTIM.batch_size // ranks
     losses, gradients = [], []
@@ -72,14 +72,14 @@ def train_rank(
         output = own(query, key, step)
         own.backward(output.loss)
         if not gradients:
-            gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in method.query.parameters()]
+            gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in network.query.parameters()]
         own.step()
-        method.update_key()
+        network.update_key()
         total = torch.stack([output.loss.detach(), hinted(output)])
         torch.distributed.all_reduce(total)
         losses.append((total / ranks).tolist())
     if rank == 0:
-        torch.save((losses, gradients, [p.detach() for p in method.query.parameters()], method.queue), result)
+        torch.save((losses, gradients, [p.detach() for p in network.query.parameters()], network.queue), result)
     stop_processes()
 
 
@@ -108,7 +108,7 @@ def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stag
     plain_losses, plain_gradients, plain_parameters, plain_queue = plain_steps(3, **settings)
     assert torch.allclose(torch.tensor(losses), torch.tensor(plain_losses), rtol=1e-5)
     for name, found, expected in zip(
-        [n for n, _ in make_method(**settings).query.named_parameters()], gradients, plain_gradients, strict=True
+        [n for n, _ in make_network(**settings).query.named_parameters()], gradients, plain_gradients, strict=True
     ):
         # Half-batch means added in another order: a few float32 roundings of the largest element.
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), name
@@ -118,21 +118,21 @@ def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stag
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, one_process):
-    def run(own: Engine, method: DCLR, steps: range) -> list[float]:
+    def run(own: Engine, network: DCLR, steps: range) -> list[float]:
         losses = []
         for step in steps:
             output = own(make_views(2 * step), make_views(2 * step + 1), step)
             own.backward(output.loss)
             own.step()
-            method.update_key()
+            network.update_key()
             losses.append(output.loss.item())
         return losses
 
-    method = make_method()
-    own = Engine(method, float32_config(1), OPTIM, one_process)
-    run(own, method, range(2))
+    network = make_network()
+    own = Engine(network, float32_config(1), OPTIM, one_process)
+    run(own, network, range(2))
     own.save(tmp_path, 2, {"last": {"loss": 1.0}})
-    expected = run(own, method, range(2, 5))
+    expected = run(own, network, range(2, 5))
 
     torch.manual_seed(123)
     other = DCLR(MODEL, METHOD)  # other weights: all that matters must come from the checkpoint
@@ -140,9 +140,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, one_process):
     state = again.resume(tmp_path)
     assert (state["step"], state["last"]) == (2, {"loss": 1.0})
     assert run(again, other, range(2, 5)) == expected
-    assert torch.equal(other.queue, method.queue)
+    assert torch.equal(other.queue, network.queue)
     assert all(
-        torch.equal(a, b) for a, b in zip(other.state_dict().values(), method.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values(), strict=True)
     )
 
 
@@ -176,11 +176,11 @@ def test_accumulated_micro_batches_make_the_gradient_of_the_whole(one_process):
 def test_bfloat16_views_change_nothing_that_autocast_computes(one_process):
     """The first convolution rounds float32 views to bfloat16: they may as well be written so."""
     config = float32_config(1)
-    assert Engine(make_method(), config, OPTIM, one_process).view_dtype == torch.float32
+    assert Engine(make_network(), config, OPTIM, one_process).view_dtype == torch.float32
     config["torch_autocast"]["enabled"] = True
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        own = Engine(make_method(), config, OPTIM, one_process)
+        own = Engine(make_network(), config, OPTIM, one_process)
         assert own.view_dtype == torch.bfloat16
         query, key = (Views(*(view.to(dtype) for view in make_views(seed))) for seed in (0, 1))
         losses.append(own(query, key, 0).loss.item())
@@ -273,8 +273,8 @@ def test_nothing_in_a_step_makes_the_host_wait(one_process, file, accumulation, 
     """Forward, backward, the look at the numbers, optimizer, key network and queue, also once it is full and mined; with the shipped
     configurations. On a GPU the driver itself looks (tests/test_gpu.py)."""
     config = {**read_ds_config(CONFIGS / file), "gradient_accumulation_steps": accumulation}
-    method = make_method()
-    engine = Engine(method, config, OptimConfig(batch_size=4 * accumulation, lr=0.01), one_process)
+    network = make_network()
+    engine = Engine(network, config, OptimConfig(batch_size=4 * accumulation, lr=0.01), one_process)
     engine.train()
     finite = NonfiniteGuard(engine, on_nonfinite)
     waits = Waits()
@@ -290,8 +290,8 @@ def test_nothing_in_a_step_makes_the_host_wait(one_process, file, accumulation, 
                 engine.step()
         with waits:
             finite.end()
-            method.update_key()
-    assert method.enqueued.item() == 16 * accumulation > METHOD.queue_length
+            network.update_key()
+    assert network.enqueued.item() == 16 * accumulation > METHOD.queue_length
     assert waits.found == []
     with waits:
         assert output.loss.item() > 0

@@ -17,7 +17,7 @@ def make_views(batch: int, seed: int) -> Views:
     return Views(*(torch.randn(batch, 3, 8, 32, 32, generator=rng) for _ in range(3)))
 
 
-def make_method(**settings) -> DCLR:
+def make_network(**settings) -> DCLR:
     torch.manual_seed(0)
     return DCLR(MODEL, MethodConfig(**{"queue_length": 16, "embedding_dim": 32, "mined_positives": 2, **settings}))
 
@@ -35,19 +35,23 @@ def embed(encoder, name, features):
 
 
 def by_hand(
-    method: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray] | None, weigh: bool = True
+    network: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray] | None, weigh: bool = True
 ) -> dict[str, float]:
     """The five pair losses and the alignment term of the method's page, one clip at a time in float64, from its own feature maps."""
     features = {}
     with torch.no_grad():
-        for side, encoder, views in (("q", method.query, query), ("look", method.key, query), ("k", method.key, key)):
+        for side, encoder, views in (
+            ("q", network.query, query),
+            ("look", network.key, query),
+            ("k", network.key, key),
+        ):
             stacked = torch.cat(views if side != "look" else views[1:])
             maps = encoder.backbone(stacked).double().numpy()
             names = ("rgb", "static", "dynamic") if side != "look" else ("static", "dynamic")
             features |= {f"{side}.{n}": m for n, m in zip(names, np.split(maps, len(names)), strict=True)}
     maps = {n: features[n].sum(axis=1, keepdims=True) for n in features}
     sides = {}
-    for side, look, encoder in (("q", "look", method.query), ("k", "k", method.key)):
+    for side, look, encoder in (("q", "look", network.query), ("k", "k", network.key)):
         pooled = {
             "vv": weighted(features[f"{side}.rgb"]),
             "vs": weighted(features[f"{side}.rgb"], maps[f"{look}.static"] if weigh else None),
@@ -61,7 +65,7 @@ def by_hand(
         per_clip = []
         for b in range(len(sides["q"][name])):
             q, k = sides["q"][name][b], sides["k"][KEY_OF_PAIR[name]][b]
-            logits = np.concatenate([[q @ k], method.queue[p].double().numpy() @ q]) / method.method.temperature
+            logits = np.concatenate([[q @ k], network.queue[p].double().numpy() @ q]) / network.method.temperature
             exps = np.exp(logits - logits.max())
             chosen = {0} | ({1 + int(row) for row in mined[name][b]} if mined else set())
             per_clip.append(-np.log(sum(exps[list(chosen)]) / exps.sum()))
@@ -78,12 +82,12 @@ def by_hand(
     return losses
 
 
-def mined_by_hand(method: DCLR, query: Views, count: int) -> dict[str, np.ndarray]:
+def mined_by_hand(network: DCLR, query: Views, count: int) -> dict[str, np.ndarray]:
     with torch.no_grad():
-        maps = method.key.backbone(torch.cat([query.static, query.dynamic])).double().numpy()
+        maps = network.key.backbone(torch.cat([query.static, query.dynamic])).double().numpy()
     static, dynamic = (m.mean(axis=(2, 3, 4)) for m in np.split(maps, 2))
-    like_s = embed(method.key, "sv", static) @ method.queue[PAIRS.index("vs")].double().numpy().T
-    like_d = embed(method.key, "dv", dynamic) @ method.queue[PAIRS.index("vd")].double().numpy().T
+    like_s = embed(network.key, "sv", static) @ network.queue[PAIRS.index("vs")].double().numpy().T
+    like_d = embed(network.key, "dv", dynamic) @ network.queue[PAIRS.index("vd")].double().numpy().T
 
     def softmax(x):
         e = np.exp(x - x.max(axis=1, keepdims=True))
@@ -95,16 +99,16 @@ def mined_by_hand(method: DCLR, query: Views, count: int) -> dict[str, np.ndarra
 
 @pytest.mark.parametrize("full", [False, True], ids=["queue not full: no mining", "queue full: mined positives"])
 def test_losses_and_alignment_agree_with_a_float64_computation_by_hand(full):
-    method = make_method().eval()  # frozen statistics, so that clips can be looked at one by one
+    network = make_network().eval()  # frozen statistics, so that clips can be looked at one by one
     with torch.no_grad():  # networks that differ and tell clips apart: at initialisation all embeddings are nearly one
-        for p in [*method.query.heads.parameters(), *method.key.heads.parameters()]:
+        for p in [*network.query.heads.parameters(), *network.key.heads.parameters()]:
             p.copy_(torch.randn_like(p))
     query, key = make_views(3, 1), make_views(3, 2)
     if full:
-        method.enqueued.fill_(16)
-    mined = mined_by_hand(method, query, 2) if full else None
-    expected = by_hand(method, query, key, mined)
-    output = method(query, key, 0)
+        network.enqueued.fill_(16)
+    mined = mined_by_hand(network, query, 2) if full else None
+    expected = by_hand(network, query, key, mined)
+    output = network(query, key, 0)
     for name, value in zip(PAIRS, output.losses, strict=True):
         # Logits reach 1 / 0.07 = 14, so float32 leaves an absolute error of a few 14 * 2^-24.
         assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=5e-6), name
@@ -117,7 +121,7 @@ def test_losses_and_alignment_agree_with_a_float64_computation_by_hand(full):
 
 def test_a_full_queue_changes_the_loss_through_mining_only():
     query, key = make_views(3, 1), make_views(3, 2)
-    before, after, none = (make_method(mined_positives=m).eval() for m in (2, 2, 0))
+    before, after, none = (make_network(mined_positives=m).eval() for m in (2, 2, 0))
     after.enqueued.fill_(16)
     none.enqueued.fill_(16)
     plain, mined, without = (m(query, key, 0).losses for m in (before, after, none))
@@ -126,41 +130,41 @@ def test_a_full_queue_changes_the_loss_through_mining_only():
 
 
 def test_the_queue_is_a_ring_that_takes_any_batch_and_wraps():
-    method = make_method(queue_length=5)
+    network = make_network(queue_length=5)
     rows = F.normalize(torch.randn(5, 9, 32), dim=2)
-    method._enqueue(rows[:, :3])
-    method._enqueue(rows[:, 3:7])  # rows 3, 4, 0, 1
+    network._enqueue(rows[:, :3])
+    network._enqueue(rows[:, 3:7])  # rows 3, 4, 0, 1
     for row, source in {2: 2, 3: 3, 4: 4, 0: 5, 1: 6}.items():
-        assert torch.equal(method.queue[:, row], rows[:, source])
-    assert method.enqueued.item() == 7
+        assert torch.equal(network.queue[:, row], rows[:, source])
+    assert network.enqueued.item() == 7
     with pytest.raises(ValueError, match="keys: 6 at once"):
-        method._enqueue(torch.zeros(5, 6, 32))
+        network._enqueue(torch.zeros(5, 6, 32))
 
 
 def test_forward_writes_the_keys_of_each_pair_into_its_own_queue():
-    method = make_method().eval()
+    network = make_network().eval()
     key = make_views(2, 2)
-    method(make_views(2, 1), key, 0)
-    expected = make_method().eval()
+    network(make_views(2, 1), key, 0)
+    expected = make_network().eval()
     expected.fill(key, 0)
-    assert torch.equal(method.queue, expected.queue)
+    assert torch.equal(network.queue, expected.queue)
     with torch.no_grad():
-        static = method.key.heads["sv"](method.key.backbone(torch.cat(key))[2:4].mean((2, 3, 4)))
-    assert torch.allclose(method.queue[PAIRS.index("vs"), :2], static, atol=1e-6)  # vs is compared with sv keys
+        static = network.key.heads["sv"](network.key.backbone(torch.cat(key))[2:4].mean((2, 3, 4)))
+    assert torch.allclose(network.queue[PAIRS.index("vs"), :2], static, atol=1e-6)  # vs is compared with sv keys
 
 
 def test_gradient_reaches_the_whole_query_network_and_nothing_else():
-    method = make_method()
-    method(make_views(2, 1), make_views(2, 2), 0).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.query.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in method.key.parameters())
+    network = make_network()
+    network(make_views(2, 1), make_views(2, 2), 0).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.query.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in network.key.parameters())
 
 
 def test_alignment_term_has_a_gradient():
-    method = make_method(alignment_weight=1.0)
-    output = method(make_views(2, 1), make_views(2, 2), 0)
-    with_term = torch.autograd.grad(output.loss, method.query.backbone.layer4.parameters())
-    plain = make_method(alignment_weight=0.0)
+    network = make_network(alignment_weight=1.0)
+    output = network(make_views(2, 1), make_views(2, 2), 0)
+    with_term = torch.autograd.grad(output.loss, network.query.backbone.layer4.parameters())
+    plain = make_network(alignment_weight=0.0)
     without = torch.autograd.grad(
         plain(make_views(2, 1), make_views(2, 2), 0).loss, plain.query.backbone.layer4.parameters()
     )
@@ -178,24 +182,24 @@ def test_align_by_hand():
 
 def test_repelling_adds_the_cosine_of_static_and_dynamic_features():
     query, key = make_views(2, 1), make_views(2, 2)
-    plain, repelled = make_method().eval()(query, key, 0), make_method(repel_weight=2.0).eval()(query, key, 0)
+    plain, repelled = make_network().eval()(query, key, 0), make_network(repel_weight=2.0).eval()(query, key, 0)
     assert (repelled.loss - plain.loss).item() == pytest.approx(2 * plain.repel.item(), rel=1e-4)
     assert -1 <= plain.repel.item() <= 1
 
 
 def test_the_key_network_starts_equal_and_follows_by_momentum():
-    method = make_method(key_momentum=0.75)
-    before = [p.clone() for p in method.key.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(method.key.parameters(), method.query.parameters(), strict=True))
+    network = make_network(key_momentum=0.75)
+    before = [p.clone() for p in network.key.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(network.key.parameters(), network.query.parameters(), strict=True))
     with torch.no_grad():
-        for p in method.query.parameters():
+        for p in network.query.parameters():
             p.add_(1.0)
-    method.update_key()
-    assert all(torch.allclose(new, old + 0.25) for new, old in zip(method.key.parameters(), before, strict=True))
+    network.update_key()
+    assert all(torch.allclose(new, old + 0.25) for new, old in zip(network.key.parameters(), before, strict=True))
 
 
 def test_similarities_are_cosines():
-    output = make_method()(make_views(2, 1), make_views(2, 2), 0)
+    output = make_network()(make_views(2, 1), make_views(2, 2), 0)
     for values in (output.positive, output.hardest_negative):
         assert values.shape == (5,)
         assert (values.abs() <= 1 + 1e-5).all()
@@ -206,31 +210,31 @@ def test_similarities_are_cosines():
 
 def test_moco_contrasts_rgb_clips_alone():
     """He et al.'s loss clip by clip in float64: one queue, no positives but the key, nothing else."""
-    method = make_method(method="moco").eval()
+    network = make_network(method="moco").eval()
     with torch.no_grad():
-        for p in [*method.query.heads.parameters(), *method.key.heads.parameters()]:
+        for p in [*network.query.heads.parameters(), *network.key.heads.parameters()]:
             p.copy_(torch.randn_like(p))
-    method.enqueued.fill_(16)  # a full queue: DCLR would mine it
+    network.enqueued.fill_(16)  # a full queue: DCLR would mine it
     query, key = make_views(3, 1), make_views(3, 2)
     with torch.no_grad():
-        q = embed(method.query, "vv", weighted(method.query.backbone(query.rgb).double().numpy()))
-        k = embed(method.key, "vv", weighted(method.key.backbone(key.rgb).double().numpy()))
-    logits = np.concatenate([(q * k).sum(1, keepdims=True), q @ method.queue[0].double().numpy().T], axis=1) / 0.07
+        q = embed(network.query, "vv", weighted(network.query.backbone(query.rgb).double().numpy()))
+        k = embed(network.key, "vv", weighted(network.key.backbone(key.rgb).double().numpy()))
+    logits = np.concatenate([(q * k).sum(1, keepdims=True), q @ network.queue[0].double().numpy().T], axis=1) / 0.07
     expected = np.mean(np.log(np.exp(logits).sum(1)) - logits[:, 0])
 
-    output = method(query, key, 0)
-    assert method.pairs == ("vv",)
-    assert list(method.query.heads) == ["vv"]
-    assert method.queue.shape == (1, 16, 32)
+    output = network(query, key, 0)
+    assert network.pairs == ("vv",)
+    assert list(network.query.heads) == ["vv"]
+    assert network.queue.shape == (1, 16, 32)
     assert output.loss.item() == pytest.approx(expected, rel=1e-5)
     assert output.alignment is output.alignment_other_form is output.alignment_key_maps is output.repel is None
-    torch.testing.assert_close(method.queue[0, :3], torch.from_numpy(k).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(network.queue[0, :3], torch.from_numpy(k).float(), rtol=0, atol=1e-6)
 
 
 def test_moco_looks_at_nothing_but_rgb():
     query, key = make_views(2, 1), make_views(2, 2)
     nothing = torch.full_like(query.static, torch.nan)
-    output = make_method(method="moco")(Views(query.rgb, nothing, nothing), Views(key.rgb, nothing, nothing), 0)
+    output = make_network(method="moco")(Views(query.rgb, nothing, nothing), Views(key.rgb, nothing, nothing), 0)
     assert torch.isfinite(output.loss)
 
 
@@ -240,12 +244,12 @@ def test_moco_looks_at_nothing_but_rgb():
 )
 def test_a_part_left_out_takes_its_pairs_its_view_and_its_map_with_it(left_out, pairs, similar):
     """In evaluation mode the rest is what it is in the whole method with the same weights."""
-    whole, some = make_method().eval(), make_method(**{f"{left_out}_pairs": False}).eval()
+    whole, some = make_network().eval(), make_network(**{f"{left_out}_pairs": False}).eval()
     part = "dynamic" if left_out == "static" else "static"
     weights = {k: v for k, v in whole.state_dict().items() if k in some.state_dict() and k != "queue"}
     some.load_state_dict({**weights, "queue": whole.queue[[PAIRS.index(name) for name in pairs]]})
-    for method in (whole, some):
-        method.enqueued.fill_(16)
+    for network in (whole, some):
+        network.enqueued.fill_(16)
     query, key = make_views(3, 1), make_views(3, 2)
     nothing = torch.full_like(query.rgb, torch.nan)
     maps = {
@@ -268,13 +272,13 @@ def test_a_part_left_out_takes_its_pairs_its_view_and_its_map_with_it(left_out, 
 
 
 def test_without_activation_maps_the_parts_of_rgb_are_pooled_as_they_are():
-    method = make_method(activation_maps=False).eval()
+    network = make_network(activation_maps=False).eval()
     with torch.no_grad():
-        for p in [*method.query.heads.parameters(), *method.key.heads.parameters()]:
+        for p in [*network.query.heads.parameters(), *network.key.heads.parameters()]:
             p.copy_(torch.randn_like(p))
     query, key = make_views(3, 1), make_views(3, 2)
-    expected, weighed = (by_hand(method, query, key, None, weigh=weigh) for weigh in (False, True))
-    output = method(query, key, 0)
+    expected, weighed = (by_hand(network, query, key, None, weigh=weigh) for weigh in (False, True))
+    output = network(query, key, 0)
     for name, value in zip(PAIRS, output.losses, strict=True):
         assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=5e-6), name
         assert (name == "vv") == (expected[name] == pytest.approx(weighed[name], rel=1e-4)), name

@@ -152,8 +152,8 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
     """Steps 0 and 3 are bad, one filling the queue and one training; the other run has never heard of them."""
 
     def run(bad_steps: set[int], leave_out: bool) -> list[Tensor]:
-        method = DCLR(ModelConfig(backbone="r2plus1d_10", width=4), METHOD)
-        engine = make_engine(stage, accumulation, one_process, method)
+        network = DCLR(ModelConfig(backbone="r2plus1d_10", width=4), METHOD)
+        engine = make_engine(stage, accumulation, one_process, network)
         guard = NonfiniteGuard(engine, "skip")
         for step in range(5):
             if step in bad_steps and leave_out:
@@ -164,14 +164,14 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
                 if step in bad_steps and part == 0:
                     (query if of == "query" and step > 1 else key).rgb[1] = math.nan
                 if step < 2:
-                    guard.see(pretraining.key_terms(method, method.fill(key, step)), torch.arange(4))
+                    guard.see(pretraining.key_terms(network, network.fill(key, step)), torch.arange(4))
                     continue
                 output = engine(query, key, step)
-                guard.see(loss_terms(method, output), torch.arange(4))
+                guard.see(loss_terms(network, output), torch.arange(4))
                 engine.backward(output.loss)
                 engine.step()
             guard.end()
-            method.update_key()
+            network.update_key()
         assert guard.skipped == (0 if leave_out else len(bad_steps))
         return state_of(engine)
 

@@ -1,4 +1,4 @@
-"""Two ranks: they start alike and are told when they part, one that dies ends the run, and a checkpoint fits another number of ranks."""
+"""Runs of two ranks: equal replicas, a failed rank, signals, and checkpoints for another number of ranks."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ from helpers import (
     as_flags,
     assert_same_end,
     float32_config,
-    make_method,
+    make_network,
     make_views,
     numbers,
     steps,
@@ -51,7 +51,7 @@ def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: object)
 
 
 def on_two_ranks(work: Callable[..., None], *arguments: object) -> list[int | None]:
-    """Exit codes of two processes that run work(rank, ...)."""
+    """Run work(rank, ...) in two processes and return their exit codes."""
     context, port = multiprocessing.get_context("spawn"), free_port()
     processes = [context.Process(target=as_rank, args=(rank, port, work, *arguments)) for rank in range(2)]
     for process in processes:
@@ -61,18 +61,18 @@ def on_two_ranks(work: Callable[..., None], *arguments: object) -> list[int | No
     return [process.exitcode for process in processes]
 
 
-# ---------------------------------------------------------------- they start alike, and part
+# ---------------------------------------------------------------- equal and different replicas
 
 
 def train_with_own_statistics(rank: int, folder: Path) -> None:
     device = start_processes()
     torch.manual_seed(rank)  # other weights, queue and buffers on each rank
-    method = DCLR(MODEL, METHOD)
+    network = DCLR(MODEL, METHOD)
     with torch.no_grad():
-        for buffer in batchnorm.running_statistics(method).values():
+        for buffer in batchnorm.running_statistics(network).values():
             buffer.add_(rank)
-    own = Engine(method, float32_config(1), OPTIM, device)
-    start = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    own = Engine(network, float32_config(1), OPTIM, device)
+    start = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     own.train()
     for step in range(3):
         query, key = (
@@ -80,20 +80,20 @@ def train_with_own_statistics(rank: int, folder: Path) -> None:
         )
         own.backward(own(query, key, step).loss)
         own.step()
-        method.update_key()
-    check_replicas(method, 3)
+        network.update_key()
+    check_replicas(network, 3)
     exchange = distributed.DelayedSum()
     assert [exchange.add(rank, 1), exchange.add(5, 0), exchange.finish()] == [[0, 0], [1, 2], [10, 0]]
     own.save(folder, 3, {})
-    torch.save((start, {k: v.clone() for k, v in method.state_dict().items()}), folder / f"rank{rank}.pt")
+    torch.save((start, {k: v.clone() for k, v in network.state_dict().items()}), folder / f"rank{rank}.pt")
 
     with torch.no_grad():  # one bit of one weight of one rank
         if rank == 1:
-            method.key.backbone.get_parameter("layer2.0.conv1.0.0.weight").view(torch.int32).flatten()[7] ^= 1
+            network.key.backbone.get_parameter("layer2.0.conv1.0.0.weight").view(torch.int32).flatten()[7] ^= 1
     try:
-        check_replicas(method, 4)
+        check_replicas(network, 4)
     except UserError as error:
-        (folder / f"drift{rank}").write_text(str(error))
+        (folder / f"difference{rank}").write_text(str(error))
     stop_processes()
 
 
@@ -101,9 +101,9 @@ def test_ranks_start_alike_save_the_statistics_of_all_and_notice_one_flipped_bit
     assert on_two_ranks(train_with_own_statistics, tmp_path) == [0, 0]
     (start, end), (other_start, other_end) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert [name for name in start if not torch.equal(start[name], other_start[name])] == []
-    differ = {name for name in end if not torch.equal(end[name], other_end[name])}
-    names = set(batchnorm.running_statistics(make_method()))
-    assert differ == names  # what the ranks' own clips make differ, and nothing else
+    different = {name for name in end if not torch.equal(end[name], other_end[name])}
+    names = set(batchnorm.running_statistics(make_network()))
+    assert different == names  # each rank has its own clips, so only the batch statistics differ
 
     tensors, state = checkpoint.read(tmp_path / "step-0000003.safetensors")
     assert state["processes"] == 2
@@ -111,7 +111,7 @@ def test_ranks_start_alike_save_the_statistics_of_all_and_notice_one_flipped_bit
         expected = (end[name] + other_end[name]) / 2 if name in names else end[name]
         torch.testing.assert_close(tensors[f"model/{name}"], expected, rtol=1e-6, atol=1e-7)
 
-    messages = {(tmp_path / f"drift{rank}").read_text() for rank in range(2)}
+    messages = {(tmp_path / f"difference{rank}").read_text() for rank in range(2)}
     (message,) = messages  # both ranks stop
     assert message.startswith(
         "rank 1 no longer holds the network of rank 0 at step 4: key.backbone.layer2.0.conv1.0.0.weight differs. "
@@ -135,13 +135,17 @@ def test_a_checksum_changes_with_every_bit_of_every_kind_of_tensor():
 
 # ---------------------------------------------------------------- another number of ranks
 
-# A loss adds up differences of logits, cosines / 0.07, whose roundings do not get smaller as it does: at a loss of 3.4 they came to 4e-5
-# on one processor (docs/LOG.md, 2026-11-28). Momentum that is wrong by 0.1 % moves it by 1.5e-4.
+# A loss is a sum of differences of logits (cosines / 0.07). The rounding error of the logits does not shrink with the
+# loss: at a loss of 3.4 it was 4e-5 on one processor (docs/LOG.md, 2026-11-28). A momentum that is wrong by 0.1 %
+# changes the loss by 1.5e-4.
 NEAR = {"rel": 1e-5, "abs": 1e-4}
 
 
-def advance(own: Engine, method: DCLR, which: range) -> list[float]:
-    """Mean losses over ranks of these steps on the same global batches; BatchNorm frozen, since its batch is a rank's."""
+def advance(own: Engine, network: DCLR, which: range) -> list[float]:
+    """Train these steps on the same global batches for any number of ranks. Return each step's mean loss over ranks.
+
+    BatchNorm is frozen, because its batch is the share of one rank.
+    """
     own.train(False)
     rank, size, losses = distributed.rank(), OPTIM.batch_size // distributed.world_size(), []
     for step in which:
@@ -151,34 +155,34 @@ def advance(own: Engine, method: DCLR, which: range) -> list[float]:
         output = own(query, key, step)
         own.backward(output.loss)
         own.step()
-        method.update_key()
+        network.update_key()
         losses.append(distributed.mean_over_ranks(output.loss.detach()).item())
     return losses
 
 
 def two_ranks_write(rank: int, folder: Path, stage: int) -> None:
-    method = make_method_on(device := start_processes())
-    own = Engine(method, float32_config(stage), OPTIM, device)
-    advance(own, method, range(2))
+    network = make_network_on(device := start_processes())
+    own = Engine(network, float32_config(stage), OPTIM, device)
+    advance(own, network, range(2))
     own.save(folder, 2, {})
     stop_processes()
 
 
-def two_ranks_go_on(rank: int, folder: Path, stage: int) -> None:
+def two_ranks_resume(rank: int, folder: Path, stage: int) -> None:
     torch.manual_seed(9)
     device = start_processes()
-    method = DCLR(MODEL, METHOD)
-    own = Engine(method, float32_config(stage), OPTIM, device)
+    network = DCLR(MODEL, METHOD)
+    own = Engine(network, float32_config(stage), OPTIM, device)
     assert own.resume(folder)["processes"] == 1
     own.save(folder / "again", 2, {})
-    losses = advance(own, method, range(2, 5))
+    losses = advance(own, network, range(2, 5))
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
     stop_processes()
 
 
-def make_method_on(device: torch.device) -> DCLR:
-    return make_method().to(device)
+def make_network_on(device: torch.device) -> DCLR:
+    return make_network().to(device)
 
 
 def assert_same_momentum(first: Path, second: Path) -> None:
@@ -191,53 +195,53 @@ def assert_same_momentum(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 2)], ids=["ddp to zero1", "zero1 to zero2"])
-def test_a_checkpoint_of_one_rank_goes_on_with_two_momentum_included(tmp_path, one_process, before, after):
-    method = make_method()
-    own = Engine(method, float32_config(before), OPTIM, one_process)
-    advance(own, method, range(2))
+def test_a_checkpoint_of_one_rank_resumes_on_two_with_its_momentum(tmp_path, one_process, before, after):
+    network = make_network()
+    own = Engine(network, float32_config(before), OPTIM, one_process)
+    advance(own, network, range(2))
     own.save(tmp_path, 2, {})
     (tmp_path / "again").mkdir()
-    expected = advance(own, method, range(2, 5))
-    assert on_two_ranks(two_ranks_go_on, tmp_path, after) == [0, 0]
+    expected = advance(own, network, range(2, 5))
+    assert on_two_ranks(two_ranks_resume, tmp_path, after) == [0, 0]
     assert_same_momentum(tmp_path / "again" / "step-0000002.safetensors", tmp_path / "step-0000002.safetensors")
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(expected, **NEAR)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 0)], ids=["zero2 to zero1", "zero1 to ddp"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_momentum_included(tmp_path, one_process, before, after):
-    whole = make_method()
+def test_a_checkpoint_of_two_ranks_resumes_on_one_with_its_momentum(tmp_path, one_process, before, after):
+    whole = make_network()
     expected = advance(Engine(whole, float32_config(0), OPTIM, one_process), whole, range(5))
     assert on_two_ranks(two_ranks_write, tmp_path, before) == [0, 0]
     torch.manual_seed(9)
-    method = DCLR(MODEL, METHOD)
-    own = Engine(method, float32_config(after), OPTIM, one_process)
+    network = DCLR(MODEL, METHOD)
+    own = Engine(network, float32_config(after), OPTIM, one_process)
     assert own.resume(tmp_path)["processes"] == 2
     (tmp_path / "again").mkdir()
     own.save(tmp_path / "again", 2, {})
     assert_same_momentum(tmp_path / "again" / "step-0000002.safetensors", tmp_path / "step-0000002.safetensors")
-    assert advance(own, method, range(2, 5)) == pytest.approx(expected[2:], **NEAR)
+    assert advance(own, network, range(2, 5)) == pytest.approx(expected[2:], **NEAR)
 
 
-# ---------------------------------------------------------------- one that dies
+# ---------------------------------------------------------------- a failed rank
 
 
-def live(rank: int, folder: Path, fate: str) -> None:
-    """Two ranks that add up numbers until rank 1 (or 0) meets its fate."""
+def run_until_failure(rank: int, folder: Path, failure: str) -> None:
+    """Sum numbers over two ranks until rank 1 fails, or rank 0 for "killed, the first"."""
     sys.stderr = (folder / f"err{rank}").open("w", buffering=1)
     dist.init_process_group("gloo")
-    doomed = 0 if fate == "killed, the first" else 1
+    failing = 0 if failure == "killed, the first" else 1
     with Heartbeat(interval=0.2, timeout=3.0):
         for number in range(1_000_000):
-            if rank == doomed and number == 20:
-                if fate == "an error":
+            if rank == failing and number == 20:
+                if failure == "an error":
                     raise ValueError("a bug\nof two lines")
-                if fate == "refused":
+                if failure == "refused":
                     raise UserError("no such video")
-                if fate == "fine":
-                    time.sleep(4)  # longer than the limit: its thread lives
+                if failure == "fine":
+                    time.sleep(4)  # longer than the limit, but the heartbeat's thread still runs
                 else:
                     os.kill(os.getpid(), signal.SIGKILL)
-            if fate == "fine" and number == 30:
+            if failure == "fine" and number == 30:
                 break
             distributed.mean_over_ranks(torch.ones(1))
             time.sleep(0.01)
@@ -245,7 +249,7 @@ def live(rank: int, folder: Path, fate: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fate", "statuses", "said"),
+    ("failure", "statuses", "messages"),
     [
         ("killed", {0: 1, 1: -9}, {0: "rank 1 has failed: process "}),
         ("killed, the first", {0: -9, 1: 1}, {1: "rank 0 has failed: "}),
@@ -258,18 +262,18 @@ def live(rank: int, folder: Path, fate: str) -> None:
         ("fine", {0: 0, 1: 0}, {}),
     ],
 )
-def test_a_rank_that_dies_takes_the_run_down_and_is_named(tmp_path, fate, statuses, said):
+def test_a_failed_rank_ends_the_run_and_is_named(tmp_path, failure, statuses, messages):
     began = time.monotonic()
-    found = dict(enumerate(on_two_ranks(live, tmp_path, fate)))
+    found = dict(enumerate(on_two_ranks(run_until_failure, tmp_path, failure)))
     assert time.monotonic() - began < 60
     assert {rank: found[rank] for rank in statuses} == statuses
-    for rank, words in said.items():
+    for rank, message in messages.items():
         lines = [
             line for line in (tmp_path / f"err{rank}").read_text().splitlines() if line.startswith("train.py: error: ")
         ]
         assert len(lines) == 1
-        assert lines[0].startswith("train.py: error: " + words)
-    if not said:
+        assert lines[0].startswith("train.py: error: " + message)
+    if not messages:
         assert "train.py" not in (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
 
 
@@ -277,14 +281,15 @@ def test_a_rank_that_dies_takes_the_run_down_and_is_named(tmp_path, fate, status
 
 
 def two_process_run(flags: dict, environment: dict[str, str]) -> list[subprocess.Popen]:
-    """train.py on two ranks, without a launcher; each leads a process group."""
+    """Start train.py on two ranks without a launcher. Each rank leads a process group."""
     port, processes = str(free_port()), []
     for rank in range(2):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "train.py", "pretrain", *as_flags(flags)]
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command, cwd=REPOSITORY, env=own, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         processes.append(process)
     return processes
@@ -296,14 +301,14 @@ def wait_for_step(run: Path, step: int) -> None:
         if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in numbers(run)):
             return
         time.sleep(0.01)
-    pytest.fail(f"{run} did not come to step {step}")
+    pytest.fail(f"{run} did not reach step {step}")
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on_bit_for_bit(
+def test_a_signal_to_one_rank_stops_both_and_the_same_command_resumes_bit_for_bit(
     clean_environment, tiny_pretrain, tmp_path
 ):
-    """In the middle of an epoch; then Ctrl-C, which every process of a terminal gets, workers too."""
+    """The first signal comes in the middle of an epoch. The second is Ctrl-C, which workers get too."""
     flags = {**tiny_pretrain, "epochs": 10, "workers": 1, "resume": "auto"}
     whole = two_process_run({**flags, "out": tmp_path / "whole"}, clean_environment)
     assert [process.wait(200) for process in whole] == [0, 0]

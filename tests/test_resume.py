@@ -1,4 +1,4 @@
-"""A run that was stopped at any step, by any signal, goes on as if nothing had happened; or it says why it cannot."""
+"""A run that was stopped at any step by any signal resumes bit for bit, or says why it cannot."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ from dclr.training.signals import Stopped
 
 
 def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
-    """The process gets the signal while it computes that step (from 1)."""
+    """Send the signal to this process while it computes that step (counted from 1)."""
     real, calls = Stopwatch.step, []
 
     def counted(self):
@@ -36,12 +36,12 @@ def signal_at(monkeypatch, step: int, number: signal.Signals) -> None:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the run may catch it."""
+    """Stand-in for SIGKILL: nothing in the run may catch it."""
 
 
 @pytest.fixture(scope="module")
 def accumulating(float32, tmp_path_factory) -> Path:
-    """A configuration of two micro-batches a step."""
+    """Write a DeepSpeed configuration with two micro-batches per step."""
     path = tmp_path_factory.mktemp("ds") / "two.json"
     path.write_text(json.dumps({**json.loads(float32.read_text()), "gradient_accumulation_steps": 2}))
     return path
@@ -54,7 +54,7 @@ def flags(tiny_pretrain, accumulating) -> dict:
 
 @pytest.fixture(scope="module")
 def uninterrupted(demo_videos, accumulating, one_process, tmp_path_factory) -> Path:
-    """8 steps of two micro-batches, the first of which fills the queue; mined from step 5."""
+    """Run 8 steps of two micro-batches. Step 1 only fills the queue, and mining is on from step 5."""
     from dclr.config import make_config
 
     settings = {
@@ -65,14 +65,14 @@ def uninterrupted(demo_videos, accumulating, one_process, tmp_path_factory) -> P
     return pretraining.pretrain(make_config("pretrain", settings), "demo", one_process)
 
 
-# ---------------------------------------------------------------- exactly
+# ---------------------------------------------------------------- resume bit for bit
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 7])
-def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(
+def test_a_run_stopped_after_any_step_resumes_bit_for_bit(
     train_main, flags, uninterrupted, monkeypatch, tmp_path, step
 ):
-    """While the queue fills, in the middle of an epoch, before mining and after."""
+    """The stop comes while the queue fills, in the middle of an epoch, or before or after mining starts."""
     with monkeypatch.context() as patch:
         signal_at(patch, step, signal.SIGUSR1)
         with pytest.raises(
@@ -85,10 +85,10 @@ def test_a_run_stopped_after_any_step_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("kill_at", [11, 14])
-def test_a_run_killed_between_two_micro_batches_of_a_step_goes_on_bit_for_bit(
+def test_a_run_killed_between_two_micro_batches_of_a_step_resumes_bit_for_bit(
     train_main, flags, uninterrupted, monkeypatch, tmp_path, kill_at
 ):
-    """Its gradient is half summed then: it is summed anew, from the last checkpoint."""
+    """The kill comes when half of the gradient is summed. The resumed run repeats the step from the last checkpoint."""
     real, calls = pretraining.make_views, []
 
     def views(*arguments):
@@ -106,7 +106,7 @@ def test_a_run_killed_between_two_micro_batches_of_a_step_goes_on_bit_for_bit(
     assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def test_a_run_killed_before_its_first_checkpoint_is_begun_again_by_the_same_command(
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_the_same_command(
     train_main, flags, uninterrupted, monkeypatch, tmp_path
 ):
     with monkeypatch.context() as patch:
@@ -116,11 +116,11 @@ def test_a_run_killed_before_its_first_checkpoint_is_begun_again_by_the_same_com
     assert (tmp_path / "run" / "config.json").exists()
     train_main(**flags, out=tmp_path / "run", resume="auto")
     assert_same_end(tmp_path / "run", uninterrupted)
-    train_main(**flags, out=tmp_path / "run", resume="auto")  # done: there is nothing left to do
+    train_main(**flags, out=tmp_path / "run", resume="auto")  # the run is finished, so nothing is done
     assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def test_finetuning_with_dropout_goes_on_bit_for_bit(train_main, tiny, monkeypatch, tmp_path):
+def test_finetuning_with_dropout_resumes_bit_for_bit(train_main, tiny, monkeypatch, tmp_path):
     flags = {**tiny, "dropout": 0.5, "lr": 0.05}
     train_main("finetune", **flags, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -132,8 +132,8 @@ def test_finetuning_with_dropout_goes_on_bit_for_bit(train_main, tiny, monkeypat
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_deterministic_algorithms_exist_for_all_that_a_run_does(train_main, flags, uninterrupted, tmp_path):
-    """torch raises where there is none. On a GPU tests/test_gpu.py asks."""
+def test_every_operation_of_a_run_has_a_deterministic_algorithm(train_main, flags, uninterrupted, tmp_path):
+    """torch raises an error for an operation that has none. tests/test_gpu.py checks the same on a GPU."""
     try:
         train_main(**flags, out=tmp_path / "run", deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
@@ -142,7 +142,7 @@ def test_deterministic_algorithms_exist_for_all_that_a_run_does(train_main, flag
     assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def test_resume_auto_wants_a_folder_and_does_not_take_a_finished_runs(train_main, flags, tmp_path):
+def test_resume_auto_needs_a_folder_and_refuses_a_finished_run(train_main, flags, tmp_path):
     with pytest.raises(UserError, match=r"needs the run's folder: --resume auto --out RUN$"):
         train_main(resume="auto")
     train_main(**flags, out=tmp_path / "run")
@@ -156,10 +156,10 @@ def test_resume_auto_wants_a_folder_and_does_not_take_a_finished_runs(train_main
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags, monkeypatch, tmp_path, capsys, number):
-    """Ctrl-C comes twice, as under a launcher: the second changes nothing."""
+    """The signal comes twice, as Ctrl-C does under a launcher. The second signal changes nothing."""
     before = [signal.getsignal(n) for n in signals.SIGNALS]
     signal_at(monkeypatch, 2, number)
-    monkeypatch.setattr(pretraining, "average_statistics", lambda module: pytest.fail("went on"))
+    monkeypatch.setattr(pretraining, "average_statistics", lambda module: pytest.fail("the run continued"))
     real = os.replace
 
     def replace(source, target):
@@ -187,7 +187,9 @@ def test_a_signal_in_the_last_step_changes_nothing(train_main, flags, uninterrup
 # ---------------------------------------------------------------- disks and data that fail
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(train_main, flags, uninterrupted, monkeypatch, tmp_path):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_is_intact(
+    train_main, flags, uninterrupted, monkeypatch, tmp_path
+):
     real, calls = os.fsync, []
 
     def full(descriptor):
@@ -202,8 +204,9 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(train_main, flags
         with pytest.raises(UserError) as caught:
             train_main(**flags, out=tmp_path / "run")
     assert str(caught.value) == (
-        f"the checkpoint of step 8 cannot be written to {tmp_path / 'run' / 'checkpoints'} (No space left on device): the last "
-        "checkpoint, step-0000004.safetensors, is intact; free disk space or fix the folder's permissions, then use --resume"
+        f"the checkpoint of step 8 cannot be written to {tmp_path / 'run' / 'checkpoints'} (No space left on device): "
+        "the last checkpoint, step-0000004.safetensors, is intact; free disk space or fix the folder's permissions, "
+        "then use --resume"
     )
     train_main(resume=tmp_path / "run")
     assert_same_end(tmp_path / "run", uninterrupted)
@@ -211,7 +214,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_intact(train_main, flags
 
 @pytest.fixture
 def small_disk(tmp_path) -> Path:
-    """A file system of 4 MB, which needs root."""
+    """Mount a file system of 4 MB. This needs root."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True)
@@ -222,17 +225,17 @@ def small_disk(tmp_path) -> Path:
 
 
 def fill(path: Path) -> None:
-    """To the last byte of its file system."""
+    """Write to the file until its file system is full."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(512))
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only", "vanished"])
-def test_a_run_whose_folder_fails_says_so_in_one_line_and_can_go_on(
+def test_a_run_whose_folder_fails_says_so_in_one_line_and_can_resume(
     train_main, flags, uninterrupted, monkeypatch, small_disk, fault
 ):
-    """On a true file system: all that writes there may fail first, not the checkpoint alone."""
+    """On a real file system any write can fail first, not only that of a checkpoint."""
     run = small_disk / "run"
     real, calls = pretraining.make_views, []
 
@@ -267,7 +270,9 @@ def test_a_run_whose_folder_fails_says_so_in_one_line_and_can_go_on(
 
 
 @pytest.mark.parametrize("change", ["removed", "swapped", "replaced"])
-def test_a_data_set_that_changed_under_a_run_is_refused(train_main, flags, demo_videos, monkeypatch, tmp_path, change):
+def test_a_data_set_that_changed_since_the_run_started_is_refused(
+    train_main, flags, demo_videos, monkeypatch, tmp_path, change
+):
     data = tmp_path / "data"
     shutil.copytree(demo_videos, data)
     flags["data"] = str(data)
@@ -279,17 +284,17 @@ def test_a_data_set_that_changed_under_a_run_is_refused(train_main, flags, demo_
     first, second = (data / line.split()[0] for line in (data / "splits" / "train.txt").read_text().splitlines()[:2])
     if change == "removed":
         first.write_bytes(b"")
-        told = r"\(16 readable videos then, 15 now\)"
+        counts = r"\(16 readable videos then, 15 now\)"
     elif change == "swapped":
         first.rename(data / "aside")
         second.rename(first)
         (data / "aside").rename(second)
-        told = r"\(as many, but not the same\)"
+        counts = r"\(as many, but not the same\)"
     else:
         shutil.copy(data / (data / "splits" / "test.txt").read_text().split()[0], first)
-        told = r"\(as many, but not the same\)"
+        counts = r"\(as many, but not the same\)"
     with pytest.raises(
-        UserError, match=rf"are not those it was trained on {told}: restore them, or start another run$"
+        UserError, match=rf"are not those it was trained on {counts}: restore them, or start another run$"
     ):
         train_main(resume=tmp_path / "run", max_bad=100)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
