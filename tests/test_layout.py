@@ -1,0 +1,112 @@
+"""The layout of the code: which part imports which, held by the imports themselves.
+
+python tests/test_layout.py      prints the parts by level, with what each imports
+"""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("dclr", "kernels", "benchmarks", "experiments")
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the packages and the two entries, by name."""
+    files = [ROOT / "train.py", ROOT / "eval.py", *(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imports(name: str, known: dict[str, Path]) -> set[tuple[str, str]]:
+    """Return (module, name) of everything that a module imports from the others; the name is "" for a module."""
+    found = set()
+    for node in ast.walk(ast.parse(known[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                found.add((module, "") if module in known else (node.module, alias.name))
+    return {(module, what) for module, what in found if module in known and module != name}
+
+
+def part(module: str) -> str:
+    """Return the part of the project that a module belongs to: a folder, or a file directly under dclr/."""
+    words = module.split(".")
+    return ".".join(words[:2]) if words[0] == "dclr" and len(words) > 1 else words[0]
+
+
+def arrows(group=lambda module: module) -> dict[str, set[str]]:
+    """Return module (or part) -> the modules (or parts) that it imports."""
+    known = modules()
+    found: dict[str, set[str]] = {group(name): set() for name in known}
+    for name in known:
+        found[group(name)] |= {group(module) for module, _ in imports(name, known)} - {group(name)}
+    return found
+
+
+def levels() -> dict[str, int]:
+    """Return the level of each part: 1 if it imports no other part, else one more than the highest that it imports."""
+    graph, found = arrows(part), {}
+    for name in TopologicalSorter(graph).static_order():  # raises CycleError
+        found[name] = 1 + max((found[other] for other in graph[name]), default=0)
+    return found
+
+
+def test_no_module_and_no_part_imports_itself_over_others():
+    TopologicalSorter(arrows()).prepare()
+    TopologicalSorter(arrows(part)).prepare()
+
+
+def test_the_parts_of_dclr_are_few_and_lie_on_few_levels():
+    parts = {name: level for name, level in levels().items() if name.startswith("dclr.")}
+    assert len(parts) <= 11
+    own = {name: {other for other in arrows(part)[name] if other.startswith("dclr.")} for name in parts}
+    depth: dict[str, int] = {}
+    for name in TopologicalSorter(own).static_order():
+        depth[name] = 1 + max((depth[other] for other in own[name]), default=0)
+    assert max(depth.values()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("importer", "never"),
+    [
+        ("kernels", {"dclr", "benchmarks", "experiments"}),
+        ("dclr.data", {"dclr.distributed", "dclr.training", "dclr.evaluation", "dclr.models", "dclr.method"}),
+        ("dclr.models", {"dclr.data", "dclr.config", "dclr.method", "dclr.training", "dclr.evaluation"}),
+        ("dclr.method", {"dclr.data", "dclr.training", "dclr.evaluation"}),
+        ("dclr.evaluation", {"dclr.training", "dclr.method", "dclr.distributed"}),
+        ("dclr.training", {"dclr.evaluation"}),
+    ],
+)
+def test_a_part_does_not_import(importer, never):
+    names = {other for other in arrows(part)[importer] if other.split(".")[0] in never or other in never}
+    assert not names
+
+
+def test_no_module_imports_a_private_name_of_another():
+    known = modules()
+    private = {(name, what) for name in known for _, what in imports(name, known) if what.startswith("_")}
+    assert not private
+
+
+def test_one_module_each_imports_deepspeed_and_av():
+    """Both are large dependencies that change often. `encode` writes videos, `decode` reads them."""
+    importers: dict[str, set[str]] = {"deepspeed": set(), "av": set()}
+    for name, file in modules().items():
+        if not name.startswith("dclr"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for package in importers.keys() & {imported.split(".")[0] for imported in names}:
+                importers[package].add(name)
+    assert importers == {"deepspeed": {"dclr.training.engine"}, "av": {"dclr.data.decode", "dclr.data.encode"}}
+
+
+if __name__ == "__main__":
+    graph = arrows(part)
+    for name, level in sorted(levels().items(), key=lambda item: (-item[1], item[0])):
+        print(level, name, "imports", ", ".join(sorted(graph[name])))
