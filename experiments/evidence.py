@@ -3,17 +3,17 @@
     python -m experiments.evidence      writes the page and its plots again, from the committed results
 
 A result is a dictionary in results/DEVICE/NAME.json:
-    question, command       the question, and the command line that answered it seeds                   [0, 1, 2]
-    figures                 {figure: [title, "%" or "min"]}: the columns of the table, in order rows
-    {row: {figure: [one value for each seed]}}; a single number does not depend on the seed (chance) findings
-    [{"claim", "holds", "detail"}]: each pre-registered claim, and whether it holds panels                  of a plot
-    along training: [{"title", "ylabel", "lines", "levels"}]. A line is
-                            {"steps": [...], "values": [[one value for each step] for each seed]}; a level is one
-                            number.
-    ylabel                  of a bar plot, if it is not "share of test videos"
+    question, command       the question, and the command line that answered it
+    seeds                   [0, 1, 2]
+    figures                 {figure: [title, "%" or "min"]}: the columns of the table, in order
+    rows                    {row: {figure: [one value for each seed]}}; a single number does not depend on the seed
+    findings                [{"claim", "holds", "detail"}]: each pre-registered claim, and whether it holds
+    panels                  the panels of a plot along training: [{"title", "ylabel", "lines", "levels"}]. A line is
+                            {"steps": [...], "values": [[one value for each step] for each seed]}. A level is a number.
+    ylabel                  the label of a bar plot's axis, if it is not "share of test videos"
     recipe, environment     the settings and the machine; environment.commit names the commits of the runs
 
-A result file keeps the words of the day it was measured. The page computes the findings again from the rows, and shows
+A result file keeps the words that were used when it was measured. The page computes the findings again from the rows, and shows
 names as LABELS says.
 """
 
@@ -148,14 +148,14 @@ def publish(
     A quick run is never published. A result with fewer seeds or rows than the published one does not replace it.
 
     Args:
-        name: the experiment's.
-        result: without command, seeds and environment, which are added here.
-        chains: the commands that were run, for their commits.
-        options: the experiment's command line.
+        name: the name of the experiment.
+        result: the result without command, seeds and environment, which are added here.
+        chains: the commands that were run, whose commits are recorded.
+        options: the options of the experiment's command line.
         taken: the published result that some rows come from. Its commits are added.
 
     Returns:
-        Whether the result was published.
+        True if the result was published.
     """
     commits = {*runs.commits(chains), *(taken["environment"]["commit"].split(AND) if taken else ())}
     result = result | {

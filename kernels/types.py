@@ -79,7 +79,7 @@ def _row(dtype: type, *shape: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The augmentation of B clips: one row a clip in each tensor.
+    """The augmentation of B clips: one row for each clip in each tensor.
 
     The fields declare names, dtypes and shapes once. `AUGMENTATION` and `TABLE_COLUMNS` follow from this declaration.
     """
@@ -116,8 +116,8 @@ AUGMENTATION = np.dtype([(f.name, f.metadata["dtype"], f.metadata["shape"]) for 
 def _table_columns() -> dict[str, int]:
     """Return the first column of each field in the table that the Triton kernels read.
 
-    The table is (rows, C) float32, with one column a value. It has no column for `size`, because the kernels need only
-    the box.
+    The table is (rows, C) float32, one column for each value. It has no column for `size`, because the kernels need
+    only the box.
     """
     columns, end = {}, 0
     for name, width in [(f.name, int(np.prod(f.metadata["shape"]))) for f in fields(Augmentation) if f.name != "size"]:

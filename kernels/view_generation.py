@@ -1,7 +1,7 @@
 """Generation of the three views of a clip from decoded frames and drawn parameters.
 
     rgb      the clip, cropped, resized, coloured, flipped, blurred and normalised; all frames have the same parameters
-    static   one still of the same moment, augmented with its own parameters, repeated T times
+    static   one still frame, augmented with its own parameters, repeated T times
     dynamic  the frame difference of the finished rgb view, aligned with it pixel by pixel
 
 Frames are packed RGB or the planes of YUV 4:2:0 that a decoder gives. `generate_views` and `augment` use Triton
@@ -54,7 +54,7 @@ def generate_views(
 
     Args:
         frames: uint8 RGB or YUV 4:2:0. Clips of different sizes share a padded buffer.
-        stills: uint8 in the same form, one still a clip, with a padded buffer of their own.
+        stills: uint8 in the same form, one still for each clip, with a padded buffer of their own.
         params: One row for each clip and one for its still.
         boundary: See above.
         dtype: Dtype of the views. The arithmetic, including the frame difference, is in float32 and rounded once at the
@@ -107,7 +107,7 @@ def augment(
 
     Args:
         frames: uint8 RGB or YUV 4:2:0, each clip at the top left of the padded buffer.
-        augmentation: One row a clip, on the CPU or on the device of the frames.
+        augmentation: One row for each clip, on the CPU or on the device of the frames.
         size: Height and width of the view.
         dtype: Dtype of the view. The arithmetic is in float32, also under autocast.
         check_rows: True raises an error for a row that cannot be applied. By default only rows on the CPU outside

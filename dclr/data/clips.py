@@ -1,6 +1,6 @@
 """The frames of a sample: pure functions of (seed, epoch, index). So workers, ranks and a resume do not change them.
 
-Frames are numbered in decode order. A clip has T frames, `stride` apart, of a window of T * stride source frames.
+Frames are numbered in decode order. A clip has T frames, `stride` apart, from a window of T * stride source frames.
 """
 
 from dataclasses import dataclass

@@ -67,11 +67,11 @@ wanted frames."""
 
 _MOST_DATA = 4
 """Most bytes of a video's packets, as a multiple of the file's size. In all genuine videos it is at most 1.00, because
-packets are sections of the file. A demuxer that a damaged index sends in circles returns the same packets for ever.
+packets are sections of the file. With some damaged indexes, a demuxer returns the same packets for ever.
 Four leaves room for tables that list a section twice, and for containers that omit what each packet begins with."""
 
 _PLAYLISTS = ("concat", "hls", "dash")
-"""FFmpeg's names of formats that are no video but open other files, whatever the playlist's own name is."""
+"""FFmpeg's names of playlist formats, which open other files. FFmpeg recognises them under any file name."""
 
 
 class UnreadableVideo(Exception):
@@ -364,7 +364,7 @@ def _frames_by_count(path: Path, record: VideoRecord, goals: list[int]) -> Itera
 def _frames_by_time(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
     """Yield (number, frame) for each goal, found by its timestamp. Skips frames that no goal needs.
 
-    Only for files in which every packet holds one frame and its timestamp.
+    It works only for files in which every packet holds one frame and its timestamp.
     """
     every = set(record.pts.tolist())
     with _opened(path) as (container, stream):
@@ -457,7 +457,7 @@ def _yuv420(frame: VideoFrame, reformatter: VideoReformatter) -> tuple[VideoFram
             dst_color_range=range_, threads=1,
         )  # fmt: skip
         return frame, bt709, full_range
-    # Convert by way of RGB, which has no matrix.
+    # Convert through RGB, which has no matrix.
     rgb = VideoFrame.from_ndarray(_rgb(frame, reformatter), format="rgb24")
     frame = reformatter.reformat(
         rgb, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
@@ -605,5 +605,5 @@ def _check_size(frame: VideoFrame, number: int, height: int, width: int) -> None
 
 
 def _reason(error: Exception) -> str:
-    """Return FFmpeg's own words without the error number and the C function."""
+    """Return FFmpeg's message without the error number and the C function."""
     return str(getattr(error, "strerror", None) or error)

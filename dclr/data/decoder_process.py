@@ -120,8 +120,8 @@ class DecoderDied(Exception):
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the machine may have run out of memory. The kernel then kills processes with SIGKILL, whatever they
-        are reading."""
+        """True if the machine may have run out of memory. Linux then kills processes with SIGKILL, whatever they are
+        reading."""
         return self.status == -signal.SIGKILL
 
 

@@ -36,7 +36,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What is known of each requested video. A video is either in `records` or in `unreadable`, in the requested
+    """The findings about each requested video. A video is either in `records` or in `unreadable`, in the requested
     order."""
 
     root: Path
@@ -232,8 +232,8 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
 
 
 def _check_numbers(arrays: dict[str, np.ndarray]) -> None:
-    """Raise ValueError if numbers of the cache file contradict each other. By such a record, no frame could be
-    found."""
+    """Raise ValueError if numbers of the cache file contradict each other. Frames could not be
+    found with such a record."""
     frames, marks, sizes = arrays["frames"], arrays["keyframe_counts"], arrays["sizes"]
     count = np.count_nonzero(arrays["readable"])
     if not (

@@ -53,9 +53,9 @@ class Job:
     digest: bytes
     """SHA-256 of the plan, which the checksums of each shard refer to."""
     paths: list[str]
-    """By row."""
+    """The paths of the videos, by row."""
     records: dict[str, VideoRecord]
-    """By path."""
+    """The records of the readable videos, by path."""
 
     @property
     def compact(self) -> bool:

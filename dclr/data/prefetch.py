@@ -35,7 +35,7 @@ def batches_on(
 
 
 class DeviceBatches(Iterator[Any]):
-    """Copies batch n + 1 to the GPU on a stream of its own while the GPU computes batch n. The host waits for neither.
+    """Batches on the GPU: batch n + 1 is copied while the GPU computes batch n. The host waits for neither.
 
     There are two buffers on the device, and the batches must keep two slots valid on the host (hold = 2). Batches n - 1
     and n + 1 have the same buffer, so batch n + 1 is copied after the work that reads batch n - 1. The host waits only

@@ -1,6 +1,6 @@
 """A ring of shared memory for the frames of batches.
 
-Workers decode into it and batches are views of it. So a frame is written once and copied only to the device.
+Workers decode into the ring, and batches are views of it. So a frame is written once and copied only to the device.
 """
 
 import mmap

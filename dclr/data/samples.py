@@ -4,7 +4,7 @@ A training sample depends on (seed, epoch, index of the video) only. So the numb
 resume do not change it.
 
 Letters: B samples in a batch, T frames in a clip, H and W the largest height and width of the videos (in a test batch:
-of its own videos). A smaller frame fills the top left corner of its plane. The bytes beside and below the frame are
+of its own videos). A smaller frame fills the top left corner of its plane. The bytes to its right and below it are
 undefined and are never read: the augmentation of each clip holds the true size of the frame.
 """
 
@@ -112,7 +112,7 @@ class SampleInfo:
 
     index: int
     rows: np.ndarray
-    """As in Sample."""
+    """The same as in Sample."""
     bt709: bool
     full_range: bool
     failures: dict[str, str]

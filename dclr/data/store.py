@@ -301,7 +301,7 @@ def size_fault(folder: Path, compact: bool, number: int, rows: np.ndarray, sizes
     """Return what is wrong with the sizes of a shard's files, as the end of a sentence; empty if nothing is.
 
     Args:
-        rows: of the shard's videos.
+        rows: the rows of the shard's videos.
         sizes: (V,) int64, bytes of all videos of the store.
     """
     shard = folder / shard_name(number, compact)
@@ -344,8 +344,8 @@ def check_shard(path: Path, found: Arrays, sizes: np.ndarray | None, rows: int) 
     """Raise UserError, naming the array of a shard's checksums that is not valid.
 
     Args:
-        path: of the file of checksums.
-        found: its arrays.
+        path: the file of checksums, which messages name.
+        found: the arrays of the file.
         sizes: the planned sizes in bytes; None if the sizes were not planned (compact store).
         rows: number of videos in the shard.
     """
@@ -428,7 +428,7 @@ def _check_columns(
     """Validate that arrays exist and have the right type and shape.
 
     Args:
-        shape: of all these arrays; None stands for any length.
+        shape: the shape of all these arrays; None stands for any length.
         strings: names of arrays of strings, whose shape is (number of strings,).
         names: dtype -> names of arrays of this dtype.
     """

@@ -24,7 +24,7 @@ from dclr.errors import UserError
 
 
 class Source(Protocol):
-    """Reads the frames of N videos, by index."""
+    """A reader of the frames of N videos, by index."""
 
     @property
     def frames(self) -> np.ndarray:
