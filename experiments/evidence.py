@@ -6,15 +6,15 @@ A result is a dictionary in results/DEVICE/NAME.json:
     question, command       the question, and the command line that answered it
     seeds                   [0, 1, 2]
     figures                 {figure: [title, "%" or "min"]}: the columns of the table, in order
-    rows                    {row: {figure: [one value for each seed]}}; a single number does not depend on the seed
+    rows                    {row: {figure: [one value for each seed]}}; a single number does not depend on seeds
     findings                [{"claim", "holds", "detail"}]: each pre-registered claim, and whether it holds
     panels                  the panels of a plot along training: [{"title", "ylabel", "lines", "levels"}]. A line is
                             {"steps": [...], "values": [[one value for each step] for each seed]}. A level is a number.
     ylabel                  the label of a bar plot's axis, if it is not "share of test videos"
     recipe, environment     the settings and the machine; environment.commit names the commits of the runs
 
-A result file keeps the words that were used when it was measured. The page computes the findings again from the rows, and shows
-names as LABELS says.
+A result file keeps the words that were used when it was measured. The page computes the findings again from the rows,
+and shows names as plots.LABELS says.
 """
 
 import importlib
