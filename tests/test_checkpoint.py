@@ -1,4 +1,4 @@
-"""Checkpoint files: complete or not there, which are kept, and what is refused."""
+"""Checkpoint files: atomic writes, the files that are kept, and damaged files."""
 
 import errno
 import os
@@ -18,10 +18,10 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_was_written_is_read_and_the_newest_is_the_one_of_the_highest_step(tmp_path):
+def test_a_written_checkpoint_is_read_and_the_newest_has_the_highest_step(tmp_path):
     folder = tmp_path / "checkpoints"
     assert checkpoint.newest(folder) is None
-    for step in (9_999_999, 10_000_000):  # by number, not by name
+    for step in (9_999_999, 10_000_000):  # compared as numbers, not as names
         path = checkpoint.write(folder, step, TENSORS, {"last": {"loss": 0.1}, "loss": None})
         assert checkpoint.newest(folder) == path
     tensors, state = checkpoint.read(path)
@@ -43,7 +43,7 @@ def test_other_files_in_the_folder_are_neither_read_nor_deleted(tmp_path):
     for step in (1, 2, 3):
         checkpoint.write(tmp_path, step, TENSORS, {})
     assert checkpoint.newest(tmp_path).name == "step-0000003.safetensors"
-    # What a kill left of a write is written over by the next.
+    # The file "unfinished", which a kill during a write leaves, was overwritten by the next write.
     assert names(tmp_path) == [
         "notes.txt", "step-0000002.safetensors", "step-0000003.safetensors", "step-0000099.safetensors.tmp",
         "step-12.safetensors",
@@ -51,7 +51,7 @@ def test_other_files_in_the_folder_are_neither_read_nor_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, call):
+def test_a_failed_write_leaves_the_earlier_checkpoint_and_no_other_file(tmp_path, monkeypatch, call):
     checkpoint.write(tmp_path, 1, TENSORS, {})
     before = (tmp_path / "step-0000001.safetensors").read_bytes()
 
@@ -65,8 +65,8 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
     assert (tmp_path / "step-0000001.safetensors").read_bytes() == before
 
 
-def test_every_byte_is_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
-    """A rename that a loss of power keeps while it loses the bytes would name a torn checkpoint."""
+def test_every_byte_is_on_disk_before_the_file_gets_its_name(tmp_path, monkeypatch):
+    """After a power failure, a rename without its bytes on disk would give an incomplete checkpoint its final name."""
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -75,7 +75,7 @@ def test_every_byte_is_on_the_disk_before_the_file_has_its_name(tmp_path, monkey
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
-def test_a_folder_that_has_vanished_does_not_come_back(tmp_path):
+def test_a_missing_folder_is_not_created(tmp_path):
     with pytest.raises(FileNotFoundError):
         checkpoint.write(tmp_path / "run" / "checkpoints", 1, TENSORS, {})
     assert names(tmp_path) == []

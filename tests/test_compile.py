@@ -1,4 +1,4 @@
-"""torch.compile of the backbones: one graph a shape, no second compilation, the same numbers."""
+"""torch.compile of the backbones: one graph per shape, no recompilation, and the same results."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def fresh() -> None:
 def test_pretraining_compiles_each_shape_once_without_a_break(
     tiny_pretrain, one_process, tmp_path, monkeypatch, fresh, capfd
 ):
-    """By torch's tracer, without the slow generation of code after it: which graphs there are is decided before."""
+    """The backend "aot_eager" traces without generating code, which is slow. The tracer alone decides the graphs."""
 
     def traced(backbone):
         backbone.compile(dynamic=False, fullgraph=True, backend="aot_eager")
@@ -39,7 +39,8 @@ def test_pretraining_compiles_each_shape_once_without_a_break(
     assert counters["stats"]["unique_graphs"] == 0
     folder = pretrain(make_config("pretrain", {**settings, "out": str(tmp_path / "run")}), "demo", one_process)
     assert capfd.readouterr().out.count("compiled in") == 1
-    # The query network on three views; the key network on the query clip's two and on the key clip's three.
+    # The query encoder has one input shape: three views. The key encoder has two: two views of the query clip, and
+    # three views of the key clip.
     assert counters["stats"]["unique_graphs"] == 3
     assert not counters["graph_break"]
     assert not counters["recompiles"]
@@ -70,7 +71,7 @@ def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
         compiled(clip + 1)
 
 
-def test_what_runs_is_said_with_the_reason(monkeypatch):
+def test_the_message_says_if_backbones_are_compiled_and_why(monkeypatch):
     assert resolve_compile("auto", CPU) == (
         False,
         "backbones are not compiled: on a CPU that takes a minute and gains nothing (--compile on to try)",
@@ -80,14 +81,15 @@ def test_what_runs_is_said_with_the_reason(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
         UserError,
-        match=r"^--compile on: torch.compile needs no-such-compiler, which is not installed; install it, or pass --compile off$",
+        match=r"^--compile on: torch.compile needs no-such-compiler, which is not installed; "
+        r"install it, or pass --compile off$",
     ):
         resolve_compile("on", CPU)
 
 
 @pytest.mark.parametrize(("file", "tag"), [("ddp.json", "ZeRO 0"), ("zero1.json", "ZeRO 1"), ("zero2.json", "ZeRO 2")])
 def test_compiled_code_is_not_shared_between_stages(tiny_pretrain, one_process, tmp_path, monkeypatch, file, tag):
-    """Stages lay weights out differently, which torch's cache of compiled code does not see; its key has the tag."""
+    """ZeRO stages store weights differently. torch's compile cache ignores this, so its key needs a tag per stage."""
     from torch._inductor.codecache import FxGraphHashDetails
 
     monkeypatch.setattr(setup, "compile_backbone", lambda backbone: None)

@@ -1,4 +1,4 @@
-"""DeepSpeed against plain torch: steps, two ranks against one, checkpoints; and the configurations that are refused."""
+"""DeepSpeed compared with plain torch, two ranks compared with one, checkpoints, and refused configurations."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ from kernels import Views
 def plain_steps(
     count: int, **settings: str
 ) -> tuple[list[list[float]], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """The same steps without DeepSpeed, on the whole batch: losses, first gradients, last parameters, queue."""
+    """Train without DeepSpeed on the whole batch. Return losses, first gradients, last parameters and queue."""
     network = make_network(**settings).eval()
     trained = list(network.query.parameters())
     optimizer = torch.optim.SGD(trained, lr=OPTIM.lr, momentum=OPTIM.momentum, weight_decay=OPTIM.weight_decay)
@@ -41,19 +41,19 @@ def plain_steps(
         gradients = gradients or [p.grad.clone() for p in trained]
         optimizer.step()
         network.update_key()
-        losses.append([loss.item(), hinted(output).item()])
+        losses.append([loss.item(), key_map_alignment(output).item()])
     return losses, gradients, [p.detach().clone() for p in trained], network.queue.clone()
 
 
-def hinted(output: Output) -> torch.Tensor:
-    """The key clips' maps held against the query clips': they must have come back to the right clip."""
+def key_map_alignment(output: Output) -> torch.Tensor:
+    """Return the alignment with the key clips' maps, or 0 without maps. A map at the wrong clip changes the value."""
     return torch.zeros(()) if output.alignment_key_maps is None else output.alignment_key_maps
 
 
 def train_rank(
     rank: int, ranks: int, port: int, stage: int, count: int, result: str, settings: dict[str, str] | None = None
 ) -> None:
-    """One process of a run on its share of the batch; rank 0 saves what `plain_steps` returns."""
+    """Train one rank on its share of the batch. Rank 0 saves the values that `plain_steps` returns."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = start_processes()
@@ -75,7 +75,7 @@ def train_rank(
             gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in network.query.parameters()]
         own.step()
         network.update_key()
-        total = torch.stack([output.loss.detach(), hinted(output)])
+        total = torch.stack([output.loss.detach(), key_map_alignment(output)])
         torch.distributed.all_reduce(total)
         losses.append((total / ranks).tolist())
     if rank == 0:
@@ -89,12 +89,12 @@ def train_rank(
         pytest.param(0, {}, id="ddp"),
         pytest.param(1, {}, id="zero1"),
         pytest.param(2, {}, id="zero2"),
-        pytest.param(0, {"static_pairs": False}, id="one part: one map travels"),
-        pytest.param(0, {"method": "moco"}, id="moco: no map travels"),
+        pytest.param(0, {"static_pairs": False}, id="one auxiliary view: one map is exchanged"),
+        pytest.param(0, {"method": "moco"}, id="moco: no map is exchanged"),
     ],
 )
-def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stage, settings):
-    """First-step loss and gradients, and three whole steps, key shuffle and queue included, on frozen BatchNorm."""
+def test_two_ranks_compute_the_same_as_one_on_the_same_global_batch(tmp_path, stage, settings):
+    """Compare the first gradients, and the losses, parameters and queue of three steps, with frozen BatchNorm."""
     result, port = tmp_path / "result.pt", free_port()
     context = multiprocessing.get_context("spawn")
     arguments = [(rank, 2, port, stage, 3, str(result), settings) for rank in range(2)]
@@ -110,14 +110,14 @@ def test_two_ranks_compute_what_one_does_on_the_same_global_batch(tmp_path, stag
     for name, found, expected in zip(
         [n for n, _ in make_network(**settings).query.named_parameters()], gradients, plain_gradients, strict=True
     ):
-        # Half-batch means added in another order: a few float32 roundings of the largest element.
+        # Half-batch means are added in another order, so a few float32 rounding errors of the largest element remain.
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), name
     for found, expected in zip(parameters, plain_parameters, strict=True):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-7)
     assert torch.allclose(queue, plain_queue, atol=1e-5)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, one_process):
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, one_process):
     def run(own: Engine, network: DCLR, steps: range) -> list[float]:
         losses = []
         for step in steps:
@@ -135,7 +135,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, one_process):
     expected = run(own, network, range(2, 5))
 
     torch.manual_seed(123)
-    other = DCLR(MODEL, METHOD)  # other weights: all that matters must come from the checkpoint
+    other = DCLR(MODEL, METHOD)  # other weights, which the checkpoint must replace
     again = Engine(other, float32_config(1), OPTIM, one_process)
     state = again.resume(tmp_path)
     assert (state["step"], state["last"]) == (2, {"loss": 1.0})
@@ -146,7 +146,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, one_process):
     )
 
 
-def test_resuming_names_what_is_wrong(tmp_path, one_process):
+def test_resuming_without_a_fitting_checkpoint_names_the_reason(tmp_path, one_process):
     own = Engine(torch.nn.Linear(2, 2), float32_config(0), OPTIM, one_process)
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         own.resume(tmp_path)
@@ -155,7 +155,7 @@ def test_resuming_names_what_is_wrong(tmp_path, one_process):
         Engine(torch.nn.Linear(3, 2), float32_config(0), OPTIM, one_process).resume(tmp_path)
 
 
-def test_accumulated_micro_batches_make_the_gradient_of_the_whole(one_process):
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(one_process):
     config = {**float32_config(1), "gradient_accumulation_steps": 2}
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 2)
@@ -163,8 +163,8 @@ def test_accumulated_micro_batches_make_the_gradient_of_the_whole(one_process):
     own = Engine(network, config, OptimConfig(batch_size=4, lr=0.1, momentum=0.0, weight_decay=0.0), one_process)
     assert (own.micro_batch, own.accumulation) == (2, 2)
     x = torch.randn(4, 3)
-    for part in x.split(2):
-        own.backward(own(part).square().mean())
+    for micro_batch in x.split(2):
+        own.backward(own(micro_batch).square().mean())
         own.step()
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
     whole(x).square().mean().backward()
@@ -174,7 +174,7 @@ def test_accumulated_micro_batches_make_the_gradient_of_the_whole(one_process):
 
 
 def test_bfloat16_views_change_nothing_that_autocast_computes(one_process):
-    """The first convolution rounds float32 views to bfloat16: they may as well be written so."""
+    """The first convolution rounds float32 views to bfloat16, so the views can be written as bfloat16."""
     config = float32_config(1)
     assert Engine(make_network(), config, OPTIM, one_process).view_dtype == torch.float32
     config["torch_autocast"]["enabled"] = True
@@ -241,7 +241,7 @@ def test_batch_sizes_that_do_not_fit_are_refused():
 
 def test_shipped_configurations_differ_in_their_stage_only():
     configs = [json.loads((CONFIGS / name).read_text()) for name in ("ddp.json", "zero1.json", "zero2.json")]
-    # DeepSpeed's norm of the gradients makes the host wait in every step; stage 0 has none.
+    # DeepSpeed's norm of the gradients makes the host wait in every step. Stage 0 does not compute it.
     quiet = {"compute_grad_norm": False}
     assert [config.pop("zero_optimization") for config in configs] == [
         {"stage": 0},
@@ -252,7 +252,7 @@ def test_shipped_configurations_differ_in_their_stage_only():
 
 
 class Waits(TorchDispatchMode):
-    """Notes every operation whose result the host must know before it can go on: on a GPU each of them waits for the device."""
+    """Record every operation whose result the host needs before it continues. On a GPU the host waits for each."""
 
     OPERATIONS = frozenset({"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"})
 
@@ -270,26 +270,29 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("file", ["ddp.json", "zero1.json", "zero2.json"])
 def test_nothing_in_a_step_makes_the_host_wait(one_process, file, accumulation, on_nonfinite):
-    """Forward, backward, the look at the numbers, optimizer, key network and queue, also once it is full and mined; with the shipped
-    configurations. On a GPU the driver itself looks (tests/test_gpu.py)."""
+    """A step is forward, backward, the non-finite check, the optimizer, the key encoder and the queue.
+
+    The steps use the shipped configurations. In the last steps the queue is full and mined. tests/test_gpu.py checks
+    the same on a GPU with the CUDA driver's own detection.
+    """
     config = {**read_ds_config(CONFIGS / file), "gradient_accumulation_steps": accumulation}
     network = make_network()
     engine = Engine(network, config, OptimConfig(batch_size=4 * accumulation, lr=0.01), one_process)
     engine.train()
-    finite = NonfiniteGuard(engine, on_nonfinite)
+    guard = NonfiniteGuard(engine, on_nonfinite)
     waits = Waits()
     for step in range(4):
         with waits:
-            finite.begin(step + 1)
-        for part in range(accumulation):
+            guard.begin(step + 1)
+        for micro_batch in range(accumulation):
             query, key = make_views(2 * step), make_views(2 * step + 1)
             with waits:
-                output = engine(query, key, step * accumulation + part)
-                finite.see({"loss": output.loss}, torch.arange(4))
+                output = engine(query, key, step * accumulation + micro_batch)
+                guard.see({"loss": output.loss}, torch.arange(4))
                 engine.backward(output.loss)
                 engine.step()
         with waits:
-            finite.end()
+            guard.end()
             network.update_key()
     assert network.enqueued.item() == 16 * accumulation > METHOD.queue_length
     assert waits.found == []

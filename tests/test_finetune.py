@@ -1,4 +1,4 @@
-"""Finetuning and linear probing: runs of a second, what they train, and that they can be interrupted."""
+"""Finetuning and linear probing in runs of about one second: trained tensors, files, interruption and errors."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def run_tiny(tiny, one_process, tmp_path):
 
 @pytest.fixture
 def pretrained(tmp_path) -> Path:
-    """A backbone whose batch statistics are not the initial ones, as a file."""
+    """Write a backbone with changed batch statistics to a file, and return the file's folder."""
     torch.manual_seed(7)
     backbone = build_backbone("r2plus1d_10", 4)
     for _ in range(3):
@@ -40,7 +40,7 @@ def pretrained(tmp_path) -> Path:
     return tmp_path / "pretrained"
 
 
-def test_finetuning_trains_everything_and_leaves_every_file_of_the_contract(run_tiny, tmp_path):
+def test_finetuning_trains_all_weights_and_writes_every_documented_file(run_tiny, tmp_path):
     run = run_tiny("finetune")
     left = {path.relative_to(run).as_posix() for path in run.rglob("*")}
     files = {"config.json", "report.json", "metrics.jsonl", "backbone.safetensors", "classifier.safetensors"}
@@ -51,7 +51,9 @@ def test_finetuning_trains_everything_and_leaves_every_file_of_the_contract(run_
     lines = numbers(run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all({"loss", "train_top1", "lr"} <= line.keys() for line in lines)
-    assert lines[0]["loss"] == pytest.approx(np.log(8), rel=0.05)  # a classifier that knows nothing yet
+    assert lines[0]["loss"] == pytest.approx(
+        np.log(8), rel=0.05
+    )  # the loss of a classifier that guesses among 8 classes
 
     torch.manual_seed(0)
     initial, found = build_backbone("r2plus1d_10", 4).state_dict(), load_file(run / "backbone.safetensors")
@@ -59,7 +61,7 @@ def test_finetuning_trains_everything_and_leaves_every_file_of_the_contract(run_
 
 
 @pytest.mark.parametrize("command", ["finetune", "linear"])
-def test_the_classifier_comes_back_with_its_classes_and_the_backbone_beside_it(run_tiny, command):
+def test_the_classifier_loads_with_its_classes_and_equals_the_saved_backbone(run_tiny, command):
     run = run_tiny(command, epochs=1)
     classifier, classes = load_classifier(run)
     assert classes == CLASSES
@@ -88,10 +90,10 @@ def test_linear_without_pretrained_weights_says_that_its_features_are_random(run
 
 
 def test_finetuning_starts_from_the_pretrained_weights(run_tiny, pretrained, monkeypatch):
-    """With a learning rate too small to move a float32 weight, what it starts from is what it saves."""
+    """The learning rate is too small to change a float32 weight, so the run saves the weights it starts from."""
     run = run_tiny("finetune", pretrained=str(pretrained), lr=1e-30, epochs=1)
     before, after = (load_file(folder / "backbone.safetensors") for folder in (pretrained, run))
-    weights = [name for name in before if name.endswith("weight")]  # biases start from 0, which any step moves
+    weights = [name for name in before if name.endswith("weight")]  # biases start at 0, so any step changes them
     assert all(torch.equal(before[name], after[name]) for name in weights)
     assert any(not torch.equal(before[name], after[name]) for name in before if "running_mean" in name)
     scratch = load_file(run_tiny("finetune", "scratch", lr=1e-30, epochs=1) / "backbone.safetensors")
@@ -99,27 +101,27 @@ def test_finetuning_starts_from_the_pretrained_weights(run_tiny, pretrained, mon
 
 
 class Interrupted(Exception):
-    """Stands for a kill."""
+    """Stand-in for a kill."""
 
 
 @pytest.mark.parametrize("command", ["finetune", "linear"])
 def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     run_tiny, train_main, pretrained, monkeypatch, tmp_path, command
 ):
-    """Dropout included, and without the pretrained file, which is no longer needed."""
+    """The runs use dropout. The pretrained file is deleted before resuming, which no longer needs it."""
     settings = {"pretrained": str(pretrained), "dropout": 0.5, "momentum": 0.9}
     finished = run_tiny(command, "finished", **settings)
     real = finetuning.count_correct
     calls = []
 
-    def dies_at_step_7(*arguments):
+    def fail_at_step_7(*arguments):
         calls.append(1)
         if len(calls) == 7:
             raise Interrupted
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "count_correct", dies_at_step_7)
+        patch.setattr(finetuning, "count_correct", fail_at_step_7)
         with pytest.raises(Interrupted):
             run_tiny(command, "cut", **settings)
     cut = tmp_path / "cut"
@@ -154,7 +156,7 @@ def test_videos_without_labels_are_refused_before_a_folder_is_made(run_tiny, tmp
     [({"backbone": "r3d_10"}, "--backbone r2plus1d_10"), ({"width": 8}, "--width 4")],
     ids=["backbone", "width"],
 )
-def test_weights_of_another_network_are_refused_with_what_would_fit(run_tiny, pretrained, tmp_path, change, right):
+def test_weights_of_another_network_are_refused_with_the_flag_that_fits(run_tiny, pretrained, tmp_path, change, right):
     with pytest.raises(UserError) as caught:
         run_tiny("finetune", pretrained=str(pretrained), **change)
     assert right in str(caught.value)
@@ -162,7 +164,7 @@ def test_weights_of_another_network_are_refused_with_what_would_fit(run_tiny, pr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_by_its_step(run_tiny, monkeypatch, tmp_path):
+def test_a_nonfinite_loss_stops_the_run_at_its_step(run_tiny, monkeypatch, tmp_path):
     real = finetuning.augment
     calls = []
 

@@ -1,4 +1,4 @@
-"""DCLR on tiny networks: pairs, queue, mining, alignment and momentum, each against a computation of its own."""
+"""DCLR on tiny networks: pairs, queue, mining, alignment and momentum, each compared with a separate computation."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def make_network(**settings) -> DCLR:
 
 
 def weighted(features: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """(B, C, t, h, w) in float64: the mean, or the mean weighted by a map (B, 1, t, h, w)."""
+    """Return the mean (B, C) of float64 features (B, C, t, h, w), weighted by a map (B, 1, t, h, w) if there is one."""
     if weight is None:
         return features.mean(axis=(2, 3, 4))
     return (features * weight).sum(axis=(2, 3, 4)) / weight.sum(axis=(2, 3, 4))
@@ -37,7 +37,7 @@ def embed(encoder, name, features):
 def by_hand(
     network: DCLR, query: Views, key: Views, mined: dict[str, np.ndarray] | None, weigh: bool = True
 ) -> dict[str, float]:
-    """The five pair losses and the alignment term of the method's page, one clip at a time in float64, from its own feature maps."""
+    """Compute the pair losses and alignment terms of docs/method.md in float64, one clip at a time."""
     features = {}
     with torch.no_grad():
         for side, encoder, views in (
@@ -67,7 +67,7 @@ def by_hand(
             q, k = sides["q"][name][b], sides["k"][KEY_OF_PAIR[name]][b]
             logits = np.concatenate([[q @ k], network.queue[p].double().numpy() @ q]) / network.method.temperature
             exps = np.exp(logits - logits.max())
-            chosen = {0} | ({1 + int(row) for row in mined[name][b]} if mined else set())
+            chosen = {0} | ({1 + int(entry) for entry in mined[name][b]} if mined else set())
             per_clip.append(-np.log(sum(exps[list(chosen)]) / exps.sum()))
         losses[name] = float(np.mean(per_clip))
     relative = [
@@ -98,9 +98,10 @@ def mined_by_hand(network: DCLR, query: Views, count: int) -> dict[str, np.ndarr
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["queue not full: no mining", "queue full: mined positives"])
-def test_losses_and_alignment_agree_with_a_float64_computation_by_hand(full):
-    network = make_network().eval()  # frozen statistics, so that clips can be looked at one by one
-    with torch.no_grad():  # networks that differ and tell clips apart: at initialisation all embeddings are nearly one
+def test_losses_and_alignment_agree_with_a_separate_float64_computation(full):
+    network = make_network().eval()  # frozen statistics make each clip independent of the others
+    # At initialisation all embeddings are nearly equal. Random heads give each clip and each encoder other embeddings.
+    with torch.no_grad():
         for p in [*network.query.heads.parameters(), *network.key.heads.parameters()]:
             p.copy_(torch.randn_like(p))
     query, key = make_views(3, 1), make_views(3, 2)
@@ -129,13 +130,13 @@ def test_a_full_queue_changes_the_loss_through_mining_only():
     assert torch.equal(without, plain)
 
 
-def test_the_queue_is_a_ring_that_takes_any_batch_and_wraps():
+def test_the_queue_is_a_ring_buffer_for_any_batch_size():
     network = make_network(queue_length=5)
-    rows = F.normalize(torch.randn(5, 9, 32), dim=2)
-    network._enqueue(rows[:, :3])
-    network._enqueue(rows[:, 3:7])  # rows 3, 4, 0, 1
-    for row, source in {2: 2, 3: 3, 4: 4, 0: 5, 1: 6}.items():
-        assert torch.equal(network.queue[:, row], rows[:, source])
+    keys = F.normalize(torch.randn(5, 9, 32), dim=2)
+    network._enqueue(keys[:, :3])
+    network._enqueue(keys[:, 3:7])  # entries 3, 4, 0, 1
+    for entry, source in {2: 2, 3: 3, 4: 4, 0: 5, 1: 6}.items():
+        assert torch.equal(network.queue[:, entry], keys[:, source])
     assert network.enqueued.item() == 7
     with pytest.raises(ValueError, match="keys: 6 at once"):
         network._enqueue(torch.zeros(5, 6, 32))
@@ -153,7 +154,7 @@ def test_forward_writes_the_keys_of_each_pair_into_its_own_queue():
     assert torch.allclose(network.queue[PAIRS.index("vs"), :2], static, atol=1e-6)  # vs is compared with sv keys
 
 
-def test_gradient_reaches_the_whole_query_network_and_nothing_else():
+def test_gradient_reaches_the_whole_query_encoder_and_nothing_else():
     network = make_network()
     network(make_views(2, 1), make_views(2, 2), 0).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.query.parameters())
@@ -174,7 +175,7 @@ def test_alignment_term_has_a_gradient():
 def test_align_by_hand():
     ones = torch.ones(2, 1, 2, 2, 2)
     assert align(3 * ones, [ones, ones], relative=False).item() == 1.0  # (3 - 2)^2
-    assert align(3 * ones, [ones, 5 * ones], relative=True).item() == 0.0  # only the shape of a map counts
+    assert align(3 * ones, [ones, 5 * ones], relative=True).item() == 0.0  # a factor of a map changes nothing
     half = torch.cat([2 * ones[..., :1], 0 * ones[..., :1]], dim=-1)
     assert align(half, [ones, ones], relative=True).item() == pytest.approx(1.0)  # 2 - 1 and 0 - 1, squared
     assert torch.isfinite(align(0 * ones, [ones, 0 * ones], relative=True))
@@ -187,7 +188,7 @@ def test_repelling_adds_the_cosine_of_static_and_dynamic_features():
     assert -1 <= plain.repel.item() <= 1
 
 
-def test_the_key_network_starts_equal_and_follows_by_momentum():
+def test_the_key_encoder_starts_equal_and_follows_by_momentum():
     network = make_network(key_momentum=0.75)
     before = [p.clone() for p in network.key.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(network.key.parameters(), network.query.parameters(), strict=True))
@@ -205,11 +206,11 @@ def test_similarities_are_cosines():
         assert (values.abs() <= 1 + 1e-5).all()
 
 
-# ------------------------------------------------------------------------------------------- the baseline and the ablations
+# ---------------------------------------------------------------- the baseline and the ablations
 
 
 def test_moco_contrasts_rgb_clips_alone():
-    """He et al.'s loss clip by clip in float64: one queue, no positives but the key, nothing else."""
+    """Compare with the loss of He et al. in float64: one queue, the key as the only positive, no other term."""
     network = make_network(method="moco").eval()
     with torch.no_grad():
         for p in [*network.query.heads.parameters(), *network.key.heads.parameters()]:
@@ -231,7 +232,7 @@ def test_moco_contrasts_rgb_clips_alone():
     torch.testing.assert_close(network.queue[0, :3], torch.from_numpy(k).float(), rtol=0, atol=1e-6)
 
 
-def test_moco_looks_at_nothing_but_rgb():
+def test_moco_uses_the_rgb_view_only():
     query, key = make_views(2, 1), make_views(2, 2)
     nothing = torch.full_like(query.static, torch.nan)
     output = make_network(method="moco")(Views(query.rgb, nothing, nothing), Views(key.rgb, nothing, nothing), 0)
@@ -239,13 +240,13 @@ def test_moco_looks_at_nothing_but_rgb():
 
 
 @pytest.mark.parametrize(
-    ("left_out", "pairs", "similar"),
+    ("skipped", "pairs", "similar"),
     [("static", ("vv", "vd", "dv"), "dv"), ("dynamic", ("vv", "vs", "sv"), "sv")],
 )
-def test_a_part_left_out_takes_its_pairs_its_view_and_its_map_with_it(left_out, pairs, similar):
-    """In evaluation mode the rest is what it is in the whole method with the same weights."""
-    whole, some = make_network().eval(), make_network(**{f"{left_out}_pairs": False}).eval()
-    part = "dynamic" if left_out == "static" else "static"
+def test_without_an_auxiliary_view_its_pairs_and_its_map_are_not_used(skipped, pairs, similar):
+    """In evaluation mode the other losses equal those of the full method with the same weights."""
+    whole, some = make_network().eval(), make_network(**{f"{skipped}_pairs": False}).eval()
+    auxiliary = "dynamic" if skipped == "static" else "static"
     weights = {k: v for k, v in whole.state_dict().items() if k in some.state_dict() and k != "queue"}
     some.load_state_dict({**weights, "queue": whole.queue[[PAIRS.index(name) for name in pairs]]})
     for network in (whole, some):
@@ -254,24 +255,24 @@ def test_a_part_left_out_takes_its_pairs_its_view_and_its_map_with_it(left_out, 
     nothing = torch.full_like(query.rgb, torch.nan)
     maps = {
         "rgb": whole.query.backbone(query.rgb).sum(1, keepdim=True),
-        part: whole.key.backbone(getattr(query, part)).sum(1, keepdim=True),
+        auxiliary: whole.key.backbone(getattr(query, auxiliary)).sum(1, keepdim=True),
     }
-    rows = mined_by_hand(whole, query, 2)[similar]  # with one similarity, vv is mined by it too
+    entries = mined_by_hand(whole, query, 2)[similar]  # vv is mined by the only similarity too
 
-    expected = by_hand(whole, query, key, dict.fromkeys(PAIRS, rows))
-    output = some(query._replace(**{left_out: nothing}), key._replace(**{left_out: nothing}), 0)
+    expected = by_hand(whole, query, key, dict.fromkeys(PAIRS, entries))
+    output = some(query._replace(**{skipped: nothing}), key._replace(**{skipped: nothing}), 0)
     assert some.pairs == pairs
     assert set(some.query.heads) == set(pairs)
     for name, value in zip(pairs, output.losses, strict=True):
         assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=5e-6), name
-    one, other = (m / m.mean(dim=(2, 3, 4), keepdim=True) for m in (maps["rgb"], maps[part]))
+    one, other = (m / m.mean(dim=(2, 3, 4), keepdim=True) for m in (maps["rgb"], maps[auxiliary]))
     alignment = (one - other).square().mean().item()
     assert output.alignment.item() == pytest.approx(alignment, rel=2e-5)
     assert output.loss.item() == pytest.approx(sum(expected[n] for n in pairs) + 0.1 * alignment, rel=2e-5)
     assert output.repel is None
 
 
-def test_without_activation_maps_the_parts_of_rgb_are_pooled_as_they_are():
+def test_without_activation_maps_rgb_features_are_pooled_without_weights():
     network = make_network(activation_maps=False).eval()
     with torch.no_grad():
         for p in [*network.query.heads.parameters(), *network.key.heads.parameters()]:
@@ -282,4 +283,6 @@ def test_without_activation_maps_the_parts_of_rgb_are_pooled_as_they_are():
     for name, value in zip(PAIRS, output.losses, strict=True):
         assert value.item() == pytest.approx(expected[name], rel=1e-5, abs=5e-6), name
         assert (name == "vv") == (expected[name] == pytest.approx(weighed[name], rel=1e-4)), name
-    assert output.alignment.item() == pytest.approx(expected["alignment"], rel=2e-5)  # has a switch of its own
+    assert output.alignment.item() == pytest.approx(
+        expected["alignment"], rel=2e-5
+    )  # its own option, alignment_weight, controls it

@@ -1,4 +1,4 @@
-"""What a step with a non-finite loss, gradient or key leaves behind, on one process and on two."""
+"""Steps with a non-finite loss, gradient or key, in one process and in two: they stop the run or are skipped."""
 
 import copy
 import json
@@ -27,14 +27,18 @@ from kernels import Views
 
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2], ids=["ddp", "zero1", "zero2"])
 ACCUMULATIONS = pytest.mark.parametrize("accumulation", [1, 2])
-# A key network that stands still, so that a step left out changes nothing at all.
+# A key momentum of 1 keeps the key encoder constant, so that a skipped step changes nothing.
 METHOD = MethodConfig(queue_length=8, embedding_dim=32, mined_positives=2, key_momentum=1.0)
-GRADIENT_ALONE, LOSS_ALONE = (1.0, 0.0), (1.0, math.inf)  # as take_step is told
+GRADIENT_ALONE, LOSS_ALONE = (1.0, 0.0), (1.0, math.inf)  # values of `bad` in take_step
 ENDING = ". Nothing was updated and the last checkpoint is intact: lower --lr, or use --on-nonfinite skip"
 
 
 class Spoiled(nn.Module):
-    """A linear layer with batch statistics; a `root` of 0 has a finite value and an infinite gradient, one of infinity the opposite."""
+    """A linear layer with batch statistics.
+
+    A `root` of 0 gives a finite loss and an infinite gradient. A `root` of infinity gives an infinite loss and a finite
+    gradient.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,15 +62,15 @@ def make_engine(stage: int, accumulation: int, device: torch.device, network: nn
 def take_step(
     engine: Engine, guard: NonfiniteGuard, step: int, bad: dict[int, tuple[float, float]] | None = None
 ) -> None:
-    """One step on data of its own. bad: micro-batch -> (a value of its input, the root)."""
+    """Train one step on random data that depends on the step. bad: micro-batch -> (factor of one input value, root)."""
     guard.begin(step)
-    for part in range(engine.accumulation):
-        generator = torch.Generator().manual_seed(step * 2 + part)
+    for micro_batch in range(engine.accumulation):
+        generator = torch.Generator().manual_seed(step * 2 + micro_batch)
         x = torch.randn(4, 3, generator=generator).to(engine.device)
-        value, root = (bad or {}).get(part, (1.0, 1.0))
+        value, root = (bad or {}).get(micro_batch, (1.0, 1.0))
         x[0, 0] *= value
         loss = engine(x, root)
-        guard.see({"loss": loss}, torch.arange(4) + 10 * part + 100 * step)
+        guard.see({"loss": loss}, torch.arange(4) + 10 * micro_batch + 100 * step)
         engine.backward(loss)
         engine.step()
     guard.end()
@@ -79,7 +83,7 @@ def weights_and_momentum(engine: Engine) -> list[Tensor]:
 
 
 def state_of(engine: Engine) -> list[Tensor]:
-    """Everything a step changes."""
+    """Return all tensors that a step changes."""
     return weights_and_momentum(engine) + [buffer.clone() for buffer in engine.module.buffers()]
 
 
@@ -91,30 +95,30 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 @STAGES
 @ACCUMULATIONS
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), (math.inf, 1.0), LOSS_ALONE], ids=["nan", "inf", "loss alone"])
-def test_a_loss_that_is_not_finite_stops_before_weights_and_momentum_change(one_process, stage, accumulation, bad):
+def test_a_nonfinite_loss_stops_before_weights_and_momentum_change(one_process, stage, accumulation, bad):
     engine = make_engine(stage, accumulation, one_process)
     guard = NonfiniteGuard(engine, "stop")
     take_step(engine, guard, 1)
     before = weights_and_momentum(engine)
-    bad_part, value = accumulation - 1, "inf" if bad == LOSS_ALONE else "nan"
-    first = 200 + 10 * bad_part
+    bad_micro_batch, value = accumulation - 1, "inf" if bad == LOSS_ALONE else "nan"
+    first = 200 + 10 * bad_micro_batch
     samples = ", ".join(str(first + i) for i in range(4))
     with pytest.raises(UserError) as caught:
-        take_step(engine, guard, 2, {bad_part: bad})
+        take_step(engine, guard, 2, {bad_micro_batch: bad})
     assert str(caught.value) == f"non-finite values at step 2: loss {value} (samples {samples}){ENDING}"
     assert_same(weights_and_momentum(engine), before)
 
 
 @STAGES
 @ACCUMULATIONS
-def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(one_process, stage, accumulation):
+def test_a_nonfinite_gradient_stops_although_the_loss_is_finite(one_process, stage, accumulation):
     engine = make_engine(stage, accumulation, one_process)
     guard = NonfiniteGuard(engine, "stop")
     take_step(engine, guard, 1)
     before = weights_and_momentum(engine)
     named = "the gradient of layer.weight" if stage == 0 else "the gradient"
-    parts = [100 * 2 + 10 * part + i for part in range(accumulation) for i in range(4)]
-    samples = ", ".join(map(str, parts))
+    indices = [100 * 2 + 10 * micro_batch + i for micro_batch in range(accumulation) for i in range(4)]
+    samples = ", ".join(map(str, indices))
     with pytest.raises(UserError) as caught:
         take_step(engine, guard, 2, {0: GRADIENT_ALONE})
     assert str(caught.value) == f"non-finite values at step 2: {named} (a mean over samples {samples}){ENDING}"
@@ -125,8 +129,8 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(one_process, sta
 @ACCUMULATIONS
 @pytest.mark.parametrize("bad_step", [1, 3])
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), GRADIENT_ALONE, LOSS_ALONE], ids=["nan", "gradient", "loss"])
-def test_a_skipped_step_never_happened_bit_for_bit(one_process, stage, accumulation, bad_step, bad, capsys):
-    """Weights, momentum and batch statistics; also when it is the very first, before there is any momentum."""
+def test_a_skipped_step_changes_nothing_bit_for_bit(one_process, stage, accumulation, bad_step, bad, capsys):
+    """Weights, momentum and batch statistics stay, also when the first step is skipped, before any momentum exists."""
     engine, other = (make_engine(stage, accumulation, one_process) for _ in range(2))
     guard, expected = NonfiniteGuard(engine, "skip"), NonfiniteGuard(other, "skip")
     for step in range(1, 6):
@@ -148,20 +152,20 @@ def make_views(seed: int) -> Views:
 @STAGES
 @ACCUMULATIONS
 @pytest.mark.parametrize("of", ["query", "key"])
-def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(one_process, stage, accumulation, of):
-    """Steps 0 and 3 are bad, one filling the queue and one training; the other run has never heard of them."""
+def test_a_skipped_step_of_dclr_changes_neither_queue_nor_statistics(one_process, stage, accumulation, of):
+    """Step 0 fills the queue and step 3 trains. Both are non-finite. The other run does not have these steps."""
 
-    def run(bad_steps: set[int], leave_out: bool) -> list[Tensor]:
+    def run(bad_steps: set[int], omit: bool) -> list[Tensor]:
         network = DCLR(ModelConfig(backbone="r2plus1d_10", width=4), METHOD)
         engine = make_engine(stage, accumulation, one_process, network)
         guard = NonfiniteGuard(engine, "skip")
         for step in range(5):
-            if step in bad_steps and leave_out:
+            if step in bad_steps and omit:
                 continue
             guard.begin(step)
-            for part in range(accumulation):
-                query, key = make_views(10 * step + 2 * part), make_views(10 * step + 2 * part + 1)
-                if step in bad_steps and part == 0:
+            for micro_batch in range(accumulation):
+                query, key = make_views(10 * step + 2 * micro_batch), make_views(10 * step + 2 * micro_batch + 1)
+                if step in bad_steps and micro_batch == 0:
                     (query if of == "query" and step > 1 else key).rgb[1] = math.nan
                 if step < 2:
                     guard.see(pretraining.key_terms(network, network.fill(key, step)), torch.arange(4))
@@ -172,7 +176,7 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
                 engine.step()
             guard.end()
             network.update_key()
-        assert guard.skipped == (0 if leave_out else len(bad_steps))
+        assert guard.skipped == (0 if omit else len(bad_steps))
         return state_of(engine)
 
     torch.manual_seed(0)
@@ -183,20 +187,20 @@ def test_a_skipped_step_of_the_method_leaves_no_trace_in_queue_and_statistics(on
     assert_same(found, expected)
 
 
-def test_a_network_that_spoils_every_step_is_not_skipped_for_ever(one_process, capsys):
+def test_a_diverged_network_is_not_skipped_without_limit(one_process, capsys):
     engine = make_engine(0, 1, one_process)
     guard = NonfiniteGuard(engine, "skip")
     for step in range(MOST_SKIPPED_IN_A_ROW - 1):
         take_step(engine, guard, step, {0: (math.nan, 1.0)})
-    take_step(engine, guard, 50)  # one good step, and the count starts anew
+    take_step(engine, guard, 50)  # one finite step resets the count
     for step in range(60, 60 + MOST_SKIPPED_IN_A_ROW - 1):
         take_step(engine, guard, step, {0: (math.nan, 1.0)})
     with pytest.raises(UserError, match=r"at step 99: .* The 19 steps before were skipped for the same reason"):
         take_step(engine, guard, 99, {0: (math.nan, 1.0)})
 
 
-def test_steps_that_zero_itself_leaves_out_are_seen(one_process):
-    """Where a DeepSpeed configuration has the norm computed, ZeRO never reaches its optimizer."""
+def test_steps_that_zero_itself_skips_are_detected(one_process):
+    """If a DeepSpeed configuration makes ZeRO compute the norm, ZeRO skips its optimizer in a non-finite step."""
     config = {**float32_config(1), "gradient_clipping": 1.0}
     config["zero_optimization"] = {"stage": 1}
     torch.manual_seed(0)
@@ -208,8 +212,8 @@ def test_steps_that_zero_itself_leaves_out_are_seen(one_process):
 
 
 @STAGES
-def test_steps_are_those_of_plain_sgd(one_process, stage):
-    """The first of which, with the momentum that the guard made, too."""
+def test_steps_equal_those_of_plain_sgd(one_process, stage):
+    """This includes the first step, for which the guard created the momentum."""
     engine = make_engine(stage, 1, one_process)
     plain = copy.deepcopy(engine.module)
     optim = engine.optim
@@ -221,23 +225,23 @@ def test_steps_are_those_of_plain_sgd(one_process, stage):
         plain(torch.randn(4, 3, generator=torch.Generator().manual_seed(step * 2))).backward()
         optimizer.step()
     for found, expected in zip(engine.module.parameters(), plain.parameters(), strict=True):
-        # 5 steps, each rounded a few times, once less where the processor multiplies and adds in one go.
+        # Each of the 5 steps has a few rounding errors, and one less on a processor with fused multiply-add.
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def train_rank(rank: int, port: int, stage: int, mode: str, bad: tuple[float, float], folder: str) -> None:
-    """One of two processes, the second of which meets bad numbers in step 2; saves what it was told and what is left."""
+    """Train one of two ranks, with non-finite values on rank 1 in step 2. Save error, skipped steps and weights."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     engine = make_engine(stage, 1, start_processes())
-    guard, told = NonfiniteGuard(engine, mode), ""
+    guard, message = NonfiniteGuard(engine, mode), ""
     try:
         for step in (1, 2, 3):
             take_step(engine, guard, step, {0: bad} if rank == 1 and step == 2 else None)
     except UserError as error:
-        told = str(error)
+        message = str(error)
     weights = [parameter.detach() for parameter in engine.module.parameters()]
-    torch.save((told, guard.skipped, weights), Path(folder) / f"{rank}.pt")
+    torch.save((message, guard.skipped, weights), Path(folder) / f"{rank}.pt")
     stop_processes()
 
 
@@ -255,7 +259,7 @@ def run_two_ranks(stage: int, mode: str, bad: tuple[float, float], folder: Path)
 
 
 @STAGES
-def test_all_ranks_stop_for_one_and_name_it_with_its_samples(tmp_path, stage):
+def test_all_ranks_stop_for_one_rank_and_name_it_with_its_samples(tmp_path, stage):
     first, second = run_two_ranks(stage, "stop", LOSS_ALONE, tmp_path)
     message = f"non-finite values at step 2 on rank 1: loss inf (samples 200, 201, 202, 203){ENDING}"
     assert (first[0], second[0]) == (message, message)
@@ -267,7 +271,7 @@ def test_all_ranks_stop_for_a_gradient_that_only_one_holds_under_zero(tmp_path):
     assert first[0].startswith("non-finite values at step 2: the gradient (a mean over samples 200, 201,")
 
 
-def test_all_ranks_skip_for_one(tmp_path):
+def test_all_ranks_skip_for_one_rank(tmp_path):
     first, second = run_two_ranks(1, "skip", LOSS_ALONE, tmp_path)
     assert (first[:2], second[:2]) == (("", 1), ("", 1))
     assert_same(first[2], second[2])
@@ -284,7 +288,7 @@ def run_tiny(tiny_pretrain, one_process, tmp_path):
 
 
 def spoil_views(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, Views, Views], None]) -> None:
-    """spoil: called with the number of the micro-batch, from 1, and its views."""
+    """Call spoil(number of the micro-batch, counted from 1; its query views; its key views) on all views of a run."""
     real, calls = pretraining.make_views, []
 
     def spoiled(batch, boundary, dtype):
@@ -304,8 +308,8 @@ def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_skips_counts_and_reports_also_over_a_resume(run_tiny, train_main, monkeypatch, capsys):
-    """Steps 2, 7 and 8 of 8, the last of which ends the run; the first before the run is resumed at step 4."""
+def test_a_run_skips_counts_and_reports_steps_also_after_a_resume(run_tiny, train_main, monkeypatch, capsys):
+    """Steps 2, 7 and 8 of 8 are skipped. The run is resumed after step 4, and step 8 is its last."""
     with monkeypatch.context() as patch:
         spoil_views(patch, nan_at(2))
         run = run_tiny(epochs=1, on_nonfinite="skip")
@@ -320,9 +324,9 @@ def test_a_run_skips_counts_and_reports_also_over_a_resume(run_tiny, train_main,
     report = json.loads((run / "report.json").read_text())
     assert report["skipped_steps"] == 3
     assert report["last"]["loss"] is None
-    assert report["alignment_at_first_step"]["step"] == 3  # of the first that has one
-    told = re.findall(r"skipped: non-finite values at step (\d)", capsys.readouterr().err)
-    assert told == ["2", "7", "8"]
+    assert report["alignment_at_first_step"]["step"] == 3  # the first step with a finite loss
+    reported = re.findall(r"skipped: non-finite values at step (\d)", capsys.readouterr().err)
+    assert reported == ["2", "7", "8"]
     saved, _ = read(newest(run / "checkpoints"))
     assert all(tensor.isfinite().all() for tensor in saved.values())
     assert saved["model/enqueued"].item() == 5 * 4
@@ -335,7 +339,7 @@ def test_a_resumed_run_may_stop_where_it_skipped_before(run_tiny, train_main, mo
         train_main("pretrain", resume=run, epochs=2, on_nonfinite="stop")
 
 
-def test_keys_that_are_not_finite_stop_a_run_that_fills_its_queue(run_tiny, monkeypatch):
+def test_nonfinite_keys_stop_a_run_that_fills_its_queue(run_tiny, monkeypatch):
     spoil_views(monkeypatch, nan_at(2))
     keys = ", ".join(f"key/{pair} nan" for pair in PAIRS)
     with pytest.raises(UserError, match=rf"^non-finite values at step 2: {keys} \(samples "):
@@ -345,8 +349,8 @@ def test_keys_that_are_not_finite_stop_a_run_that_fills_its_queue(run_tiny, monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("file", ["ddp.json", "zero1.json", "zero2.json"])
 @pytest.mark.parametrize("bad", [(math.nan, 1.0), GRADIENT_ALONE], ids=["nan", "gradient"])
-def test_on_a_gpu_a_skipped_step_never_happened_and_the_host_waits_for_none(one_process, file, bad):
-    """It hears of a step two steps later, or when it asks."""
+def test_on_a_gpu_a_skipped_step_changes_nothing_and_the_host_never_waits(one_process, file, bad):
+    """The host learns of a skipped step two steps later, or when it calls check()."""
     config = read_ds_config(CONFIGS / file)
     config["torch_autocast"]["enabled"] = False
     engines = []

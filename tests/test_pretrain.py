@@ -1,4 +1,4 @@
-"""Pretraining runs of two short epochs: what they leave behind, that they repeat, and that they can be interrupted."""
+"""Pretraining runs of two short epochs: their files and metrics, repetition, interruption and failures."""
 
 import json
 import math
@@ -38,16 +38,16 @@ def run_tiny(tiny_pretrain, one_process, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(demo_videos, float32, one_process, tmp_path_factory) -> Path:
-    """One uninterrupted run: 8 steps, the first of which fills the queue."""
+    """Return an uninterrupted run of 8 steps. Step 1 only fills the queue."""
     settings = {
-        "data": str(demo_videos), "ds_config": str(float32), "width": 4, "clip_length": 8, "crop_size": 32, "batch_size": 4,
-        "epochs": 2, "workers": 2, "log_every": 1, "queue_length": 18, "embedding_dim": 32, "mined_positives": 2,
-        "fill_steps": 1, "key_momentum": 0.9, "out": str(tmp_path_factory.mktemp("pretrain") / "run"),
+        "data": str(demo_videos), "ds_config": str(float32), "width": 4, "clip_length": 8, "crop_size": 32,
+        "batch_size": 4, "epochs": 2, "workers": 2, "log_every": 1, "queue_length": 18, "embedding_dim": 32,
+        "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9, "out": str(tmp_path_factory.mktemp("pretrain") / "run"),
     }  # fmt: skip
     return pretrain(make_config("pretrain", settings), "demo", one_process)
 
 
-def test_a_run_leaves_every_file_of_the_contract(finished):
+def test_a_run_writes_every_documented_file(finished):
     left = {path.relative_to(finished).as_posix() for path in finished.rglob("*")}
     assert {"config.json", "report.json", "metrics.jsonl", "backbone.safetensors"} <= left
     assert [name for name in sorted(left) if name.startswith("checkpoints/")] == [
@@ -80,7 +80,7 @@ def test_its_backbone_is_the_query_networks_and_loads(finished):
     assert not torch.equal(saved["query.backbone.stem.0.weight"], saved["key.backbone.stem.0.weight"])
 
 
-def test_every_step_logs_the_promised_numbers(finished):
+def test_every_step_logs_the_documented_metrics(finished):
     lines = metrics(finished)
     assert [line["step"] for line in lines] == list(range(1, 9))
     fill, *trained = lines
@@ -93,10 +93,10 @@ def test_every_step_logs_the_promised_numbers(finished):
         for pair in PAIRS:
             assert -1 <= line[f"positive_similarity/{pair}"] <= 1 + 1e-6
             assert -1 <= line[f"hardest_negative/{pair}"] <= 1 + 1e-6
-        for part in ("data", "views", "forward", "backward", "optimizer", "key update", "total"):
-            assert line[f"milliseconds/{part}"] > 0
-        parts = sum(v for k, v in line.items() if k.startswith("milliseconds/")) - line["milliseconds/total"]
-        assert parts <= line["milliseconds/total"]
+        for section in ("data", "views", "forward", "backward", "optimizer", "key update", "total"):
+            assert line[f"milliseconds/{section}"] > 0
+        sections = sum(v for k, v in line.items() if k.startswith("milliseconds/")) - line["milliseconds/total"]
+        assert sections <= line["milliseconds/total"]
     for line in lines:
         assert 0 <= line["data_wait_share"] <= 1
         assert 0.05 < line["memory/peak_gib"] < 100
@@ -109,18 +109,18 @@ def test_every_step_logs_the_promised_numbers(finished):
 def test_twenty_steps_with_the_kernels_are_those_of_the_reference(run_tiny, monkeypatch):
     """In each step of a run the kernels compute what the reference computes from the same embeddings.
 
-    Training amplifies every rounding error, also that of the reference on another CPU (docs/LOG.md, 2026-11-27). Whole
-    curves therefore say little. Here each step goes on with the reference's numbers, and the kernels' losses,
-    similarities, gradients and mined entries of that step are compared. Mining is on from step 5. Embeddings of an
-    untrained network are nearly equal, so the kernels may mine another entry if it is as similar.
-    Views are kornia's: interpreted, the kernels' take half a minute a step.
+    Training amplifies every rounding error, also that of the reference on another CPU (docs/LOG.md, 2026-11-27).
+    Comparing whole loss curves therefore shows little. Here each step continues with the reference's results, and this
+    test compares the kernels' losses, similarities, gradients and mined entries of that step. Mining is on from step 5.
+    Embeddings of an untrained network are nearly equal, so the kernels may mine another entry that is as similar.
+    kornia makes the views, because the interpreted view kernels take half a minute per step.
     """
     if not kernels.backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     compared = {"contrast": 0, "mined": 0}
 
     def contrast_by_both(queries, *others, **options):
-        """The reference's result; the kernels' is as near to float64 as float32 logits of 1 / 0.07 allow."""
+        """Return the reference's result, and check that the kernels' result equals it within float32 rounding error."""
         inputs = [queries.detach().requires_grad_() for _ in range(2)]
         results = []
         for backend, own in zip(("reference", "triton"), inputs, strict=True):
@@ -130,9 +130,10 @@ def test_twenty_steps_with_the_kernels_are_those_of_the_reference(run_tiny, monk
         kernels.set_backend("reference")
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
-        # Two means of unit vectors over T B are subtracted; each is off by the rounding error of the logits, EPS / T.
+        # The gradient is a difference of two means of unit vectors, divided by T B. The rounding error of the logits,
+        # EPS / T, makes each mean inexact.
         rounding = torch.finfo(torch.float32).eps / (0.07**2 * queries.shape[1])
-        assert rounding < 1e-4 * inputs[0].grad.abs().max()  # so a gradient that is wrong by 0.1 % fails
+        assert rounding < 1e-4 * inputs[0].grad.abs().max()  # a gradient that is wrong by 0.1 % fails
         torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=0, atol=rounding)
         compared["contrast"] += 1
         return kernels.contrast(queries, *others, **options)
@@ -156,7 +157,7 @@ def test_twenty_steps_with_the_kernels_are_those_of_the_reference(run_tiny, monk
 
 
 def test_the_second_loss_after_an_update_by_the_kernels_is_the_references(run_tiny, monkeypatch):
-    """Of two runs, one with the kernels: a gradient that is wrong by 1 % moves the second loss by 7e-4 or more."""
+    """A gradient that is wrong by 1 % changes the second loss by 7e-4 or more."""
     if not kernels.backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     monkeypatch.setattr("dclr.training.pretrain.generate_views", generate_views_reference)
@@ -170,7 +171,10 @@ def test_the_second_loss_after_an_update_by_the_kernels_is_the_references(run_ti
 
 @pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
 def test_training_from_a_store_is_training_from_its_videos(finished, demo_videos, run_tiny, tmp_path, compact):
-    """The demo's videos are small enough to be stored as they are, so that all numbers are the same; re-encoded, nearly."""
+    """The demo's videos are small enough to be stored at full size, so all losses are equal.
+
+    A compact store encodes the videos again, so its losses are only close.
+    """
     pack(DataConfig(data=str(demo_videos)), out=str(tmp_path / "store"), compact=compact)
     run = run_tiny(data=str(tmp_path / "store"))
     of_videos, of_store = ([line for line in metrics(folder) if "loss" in line] for folder in (finished, run))
@@ -186,7 +190,7 @@ def test_training_from_a_store_is_training_from_its_videos(finished, demo_videos
     assert report["data"]["layout"] == "list file (packed)"
 
 
-def test_moco_logs_one_pair_and_nothing_of_parts_that_it_has_not(run_tiny, train_main, capfd):
+def test_moco_logs_one_pair_and_no_metric_of_auxiliary_views(run_tiny, train_main, capfd):
     run = run_tiny(method="moco", epochs=2)
     assert "moco: rgb clips contrasted with rgb\n" in capfd.readouterr().out
     last = metrics(run)[-1]
@@ -205,7 +209,7 @@ def test_jitter_reaches_the_samples(run_tiny):
     assert metrics(plain)[-1]["loss"] != metrics(strong)[-1]["loss"]
 
 
-def test_the_start_says_which_kernels_run(run_tiny, capfd):
+def test_the_first_lines_name_the_kernels_that_run(run_tiny, capfd):
     run_tiny("auto", epochs=1)
     assert "kernels: reference (plain torch and kornia; the device is cpu)" in capfd.readouterr().out
     run_tiny("reference", epochs=1, kernels="reference")
@@ -228,7 +232,7 @@ def test_kernels_that_cannot_run_are_refused(run_tiny, monkeypatch):
     kernels.set_backend("auto")
 
 
-def test_tensorboard_holds_the_same_numbers_and_a_picture_of_the_views(finished):
+def test_tensorboard_has_the_same_metrics_and_images_of_the_views(finished):
     board = EventAccumulator(str(finished / "tensorboard")).Reload()
     expected: dict[str, list] = {}
     for line in metrics(finished):
@@ -250,8 +254,8 @@ def test_the_report_says_how_much_of_the_first_trained_loss_is_alignment(finishe
     assert report["alignment_at_first_step"] == {"step": 2, **{name: line[name] for name in names}}
 
 
-def test_steps_that_fill_the_queue_train_nothing_but_fill_it(run_tiny, tiny_pretrain, monkeypatch):
-    """One epoch of four fill steps and one more epoch: at its start the query network is still as initialised."""
+def test_fill_steps_fill_the_queue_and_train_nothing(run_tiny, tiny_pretrain, monkeypatch):
+    """The first of two epochs has four fill steps. After it the query encoder still has its initial weights."""
     states = {}
     real = Engine.save
 
@@ -277,7 +281,7 @@ def test_steps_that_fill_the_queue_train_nothing_but_fill_it(run_tiny, tiny_pret
 
 
 def test_a_run_repeats_bit_for_bit_and_another_seed_differs(finished, run_tiny):
-    """`finished` decodes in two processes, the repetition in none."""
+    """`finished` has two data workers, the repetition has none."""
     again = run_tiny("again")
     assert numbers(again) == numbers(finished)
     other = run_tiny("other", seed=1, epochs=1)
@@ -285,11 +289,11 @@ def test_a_run_repeats_bit_for_bit_and_another_seed_differs(finished, run_tiny):
 
 
 class Interrupted(Exception):
-    """Stands for a kill."""
+    """Stand-in for a kill."""
 
 
 def interrupt_at(monkeypatch, step):
-    """The run dies while it computes the metrics of a step, as a kill would leave it."""
+    """Make the run raise Interrupted while it computes the metrics of that step."""
     real = Pretraining.metrics
 
     def metrics(task, lr, done, *others):
@@ -310,14 +314,14 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit
             run_tiny("cut", workers=workers)
     run = tmp_path / "cut"
     assert newest(run / "checkpoints").stem == "step-0000004"
-    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]  # two steps will be done once more
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]  # the resumed run repeats steps 5 and 6
     assert not (run / "backbone.safetensors").exists()
 
     train_main("pretrain", resume=run)
     assert numbers(run) == numbers(finished)
     ours, theirs = saved(run)[0], saved(finished)[0]
     assert ours.keys() == theirs.keys()
-    # Both networks, their batch statistics, queue and pointer, momentum.
+    # The tensors are both encoders, their batch statistics, the queue and its pointer, and the momentum.
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert all(tensor.abs().sum() > 0 for tensor in tensors_of(run, "momentum").values())
     files = [load_file(r / "backbone.safetensors") for r in (run, finished)]
@@ -353,7 +357,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run_tiny, train_main):
 
 
 def test_videos_that_cannot_be_read_are_listed_in_the_report(demo_videos, run_tiny, monkeypatch, tmp_path, capsys):
-    """One that the manifest leaves out, and one that fails while training, once an epoch."""
+    """The manifest skips one video. Another video fails while training, once per epoch."""
     data = tmp_path / "data"
     shutil.copytree(demo_videos, data)
     listed = (data / "splits" / "train.txt").read_text().splitlines()
@@ -392,7 +396,7 @@ def test_failures_before_an_interruption_stay_in_the_report(demo_videos, run_tin
         patch.setattr(PairSamples, "read", read)
         with pytest.raises(Interrupted):
             run_tiny(data=str(data), max_bad=100.0)
-    path.write_bytes(content)  # a disk that came back
+    path.write_bytes(content)  # the video is readable again
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     train_main("pretrain", resume=tmp_path / "run")
     report = json.loads((tmp_path / "run" / "report.json").read_text())["data"]
@@ -401,10 +405,10 @@ def test_failures_before_an_interruption_stay_in_the_report(demo_videos, run_tin
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_not_finite_stops_the_run_by_its_step_and_spares_the_checkpoints(
+def test_a_nonfinite_loss_stops_the_run_at_its_step_and_reaches_no_checkpoint(
     run_tiny, monkeypatch, tmp_path, log_every
 ):
-    """Also between two log lines: no checkpoint may hold what such a step left behind."""
+    """This also holds for a step between two log lines: no checkpoint may contain non-finite values."""
     real = pretraining.make_views
     calls = []
 
@@ -447,13 +451,14 @@ def test_accumulated_micro_batches_log_one_step_each(run_tiny, float32, tmp_path
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 0), (0, 1)])
-def test_a_run_resumed_under_another_zero_stage_goes_on_with_its_momentum(
+def test_a_run_resumed_under_another_zero_stage_keeps_its_momentum(
     run_tiny, train_main, float32, tmp_path, before, after
 ):
-    """Against the stage it began under, which rounds otherwise (0) or not (2).
+    """The resumed run is compared with a run that keeps its first stage.
 
-    At lr 1e-3 such a rounding can turn a ReLU over in eight steps and move a gradient by a fiftieth (docs/LOG.md, 2026-11-28). At
-    1e-4 losses stay within 1e-7, and a momentum that is wrong by 0.1 % moves the second one after resuming by 3e-5.
+    Stage 0 rounds differently from stage 1, and stage 2 does not. At lr 1e-3 one rounding error can flip a ReLU within
+    eight steps and change a gradient by 2 % (docs/LOG.md, 2026-11-28). At lr 1e-4 the losses differ by at most 1e-7.
+    A momentum that is wrong by 0.1 % changes the second loss after resuming by 3e-5.
     """
     config = json.loads(float32.read_text())
     for stage in (before, after):
@@ -471,7 +476,7 @@ def test_a_run_resumed_under_another_zero_stage_goes_on_with_its_momentum(
 
 
 def test_a_run_stops_once_more_than_max_bad_of_the_videos_have_failed(demo_videos, run_tiny, monkeypatch, tmp_path):
-    """One of 16 is 6.25 %: with a limit of 7 % the second is one too many. The checkpoint before is intact."""
+    """One of 16 videos is 6.25 %, so the second failure exceeds a limit of 7 %. The checkpoint before it is intact."""
     data = tmp_path / "data"
     shutil.copytree(demo_videos, data)
     listed = [line.split()[0] for line in (data / "splits" / "train.txt").read_text().splitlines()]

@@ -60,7 +60,8 @@ def uninterrupted(demo_videos, accumulating, one_process, tmp_path_factory) -> P
     settings = {
         "data": str(demo_videos), "ds_config": str(accumulating), "width": 4, "clip_length": 8, "crop_size": 32,
         "batch_size": 4, "epochs": 2, "workers": 0, "log_every": 1, "queue_length": 18, "embedding_dim": 32,
-        "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9, "out": str(tmp_path_factory.mktemp("whole") / "run"),
+        "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9,
+        "out": str(tmp_path_factory.mktemp("whole") / "run"),
     }  # fmt: skip
     return pretraining.pretrain(make_config("pretrain", settings), "demo", one_process)
 
