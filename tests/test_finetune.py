@@ -51,9 +51,8 @@ def test_finetuning_trains_all_weights_and_writes_every_documented_file(run_tiny
     lines = numbers(run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all({"loss", "train_top1", "lr"} <= line.keys() for line in lines)
-    assert lines[0]["loss"] == pytest.approx(
-        np.log(8), rel=0.05
-    )  # the loss of a classifier that guesses among 8 classes
+    # A classifier that guesses among 8 classes has this loss.
+    assert lines[0]["loss"] == pytest.approx(np.log(8), rel=0.05)
 
     torch.manual_seed(0)
     initial, found = build_backbone("r2plus1d_10", 4).state_dict(), load_file(run / "backbone.safetensors")

@@ -42,7 +42,8 @@ def finished(demo_videos, float32, one_process, tmp_path_factory) -> Path:
     settings = {
         "data": str(demo_videos), "ds_config": str(float32), "width": 4, "clip_length": 8, "crop_size": 32,
         "batch_size": 4, "epochs": 2, "workers": 2, "log_every": 1, "queue_length": 18, "embedding_dim": 32,
-        "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9, "out": str(tmp_path_factory.mktemp("pretrain") / "run"),
+        "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9,
+        "out": str(tmp_path_factory.mktemp("pretrain") / "run"),
     }  # fmt: skip
     return pretrain(make_config("pretrain", settings), "demo", one_process)
 
