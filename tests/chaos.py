@@ -217,7 +217,7 @@ def attempt(folder: Path, run: Path, draw: random.Random, how: str, seconds: flo
     ended = wait([survivor], LONGEST)
     if not ended:
         kill([survivor])
-        raise Failed(f"rank {processes.index(survivor)} did not end within {LONGEST:.0f} s of the other's kill")
+        raise Failed(f"rank {processes.index(survivor)} did not end within {LONGEST:.0f} s after the other was killed")
     if ended[survivor] == 0:
         raise Failed("one rank was killed and the other ended with status 0")
     output = (folder / f"log.{processes.index(survivor)}").read_text()
