@@ -90,7 +90,7 @@ def sharding_table(result: Result, gpu: bool) -> str:
         ]
         for name, row in result["rows"].items()
     ]
-    return harness.table(["provider", "time of a step relative to DDP", "by round", "peak memory of a process"], lines)
+    return harness.table(["variant", "time of a step relative to DDP", "by round", "peak memory of a process"], lines)
 
 
 def goals_table(result: Result, gpu: bool) -> str:
