@@ -160,7 +160,7 @@ class DataConfig(_Group):
     crop_size: int = option(
         112,
         "height and width of a clip in pixels. Lower it for quick experiments. "
-        "The last feature map has a sixteenth of them",
+        "The last feature map has a sixteenth of each",
         at_least=16,
     )
     workers: int = option(
