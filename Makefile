@@ -1,11 +1,11 @@
-# make demo       everything once on the built-in demo videos, from installation to a table of figures: about 8 minutes on two cores
+# make demo       everything once on the built-in demo videos, from installation to a table: about 8 minutes on two cores
 # make test       lint, types and all tests but the slow ones: at most 8 minutes on two cores after installation
 # make test-slow  the slow tests: kills, damaged videos, launchers, compiled backbones
 # make setup      the environment only
-# make evidence   checks the controlled set, then compares DCLR with MoCo on it, one seed: about half an hour on two cores; resumable
-# make chaos      kills a run of two ranks a hundred times and compares its end with an uninterrupted run: about 12 minutes
+# make evidence   checks the controlled set, then compares DCLR with MoCo on it, one seed: half an hour; resumable
+# make chaos      kills a run of two ranks a hundred times and checks that it ends as without kills: 12 minutes
 # make soak       a run of one hour: memory, open files and threads must not grow; DATA=DIR
-# make gpu        the tests that need a CUDA device, then the benchmarks, by $(PYTHON), which needs the packages; DATA=DIR
+# make gpu        the tests that need a CUDA device, then the benchmarks; $(PYTHON) needs the packages; DATA=DIR
 
 PYTHON ?= python3
 VENV = .venv
@@ -39,7 +39,8 @@ demo: setup
 
 # The demo with two processes, too short to learn anything. It checks that every command runs.
 demo-quick:
-	$(MAKE) demo DEMO=runs/demo-quick PROCESSES="--num_accelerators 2" PRETRAIN_FLAGS="--epochs 3" FINETUNE_FLAGS="--epochs 1"
+	$(MAKE) demo DEMO=runs/demo-quick PROCESSES="--num_accelerators 2" \
+		PRETRAIN_FLAGS="--epochs 3" FINETUNE_FLAGS="--epochs 1"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -99,8 +99,7 @@ def main(arguments: list[str]) -> None:
         )
     settings = settings_of(checkpoint, flags)
     data = pick(configuration.DataConfig, settings)
-    model, seed = pick(configuration.ModelConfig, settings), pick(configuration.RunConfig, settings).seed
-    boundary = pick(configuration.MethodConfig, settings).boundary
+    model, seed = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
     folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
 
     import torch
@@ -125,6 +124,7 @@ def main(arguments: list[str]) -> None:
     elif command == "bias":
         result = evaluate_background(checkpoint, data, model, seed, device, pictures, foreground)
     else:
+        boundary = pick(configuration.MethodConfig, settings).boundary
         result = evaluate_activation_maps(checkpoint, data, model, seed, boundary, device, pictures)
     content = {
         "command": command,

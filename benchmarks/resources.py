@@ -1,6 +1,6 @@
 """How many registers, how much shared memory and how many spills does each Triton kernel have? It needs no GPU.
 
-    python -m benchmarks.resources            print a table and write results/resources.json: about a minute on two cores
+    python -m benchmarks.resources            print a table, write results/resources.json: a minute on two cores
     python -m benchmarks.resources --check    print only
 
 Kernels are compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200) in every configuration that their launchers

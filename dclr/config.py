@@ -621,7 +621,10 @@ def _read_toml(path: Path) -> tuple[str, str, dict[str, Any]]:
         raise UserError(f"--config {path}: {error.strerror}; give a TOML file or a run's config.json") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is not a TOML file: {error!s:.200}") from None
-    command, preset = str(content.pop("command", "")), str(content.pop("preset", ""))
+    command, preset = content.pop("command", ""), content.pop("preset", "")
+    for name, value in (("command", command), ("preset", preset)):
+        if not isinstance(value, str):
+            raise UserError(f"--config {path}: {name} is {_shown(value)}, but must be a text")
     settings: list[tuple[str, Any]] = []
     for key, value in content.items():
         if not isinstance(value, dict):
@@ -652,8 +655,16 @@ def _typed(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the file with lists as tuples. Raises UserError for a value of a wrong type."""
     for name, value in values.items():
         if name in FIELDS and not _is_alike(value, FIELDS[name].default):
-            raise UserError(f"{path}: {name} is {value!r:.80}, but must be {_KINDS[type(FIELDS[name].default)]}")
+            raise UserError(f"{path}: {name} is {_shown(value)}, but must be {_KINDS[type(FIELDS[name].default)]}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _shown(value: Any) -> str:
+    """Return at most 80 characters of a value from a file."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):  # Python prints no whole number of more than 4,300 digits
+        return f"a value of type {type(value).__name__} that cannot be printed"
 
 
 def _is_alike(value: Any, default: Any) -> bool:

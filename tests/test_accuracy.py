@@ -14,7 +14,7 @@ def outputs(values, labels) -> ClipOutputs:
 
 
 def test_accuracy_of_four_videos_counted_by_hand():
-    """Two clips a video, three classes. Video 1's clips disagree, and their mean follows the surer one, which is wrong."""
+    """Two clips a video, three classes. Video 1's clips disagree; their mean follows the surer clip, which is wrong."""
     result = accuracy(
         outputs(
             [

@@ -28,7 +28,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def walkers(tmp_path_factory) -> Path:
-    """Two classes of one video each, of different sizes: a textured square that moves right, and one that moves left."""
+    """Two classes of one video each, of different sizes: a textured square moves right in one and left in the other."""
     folder = tmp_path_factory.mktemp("walkers")
     rng = np.random.default_rng(0)
     frames = np.repeat(rng.integers(40, 90, (1, 60, 120)), 24, axis=0)

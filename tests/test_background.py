@@ -46,7 +46,9 @@ def measure(out: Path, **flags) -> dict:
 
 @pytest.fixture(scope="module")
 def crossed(demo_videos: Path, tmp_path_factory) -> Path:
-    """The demo videos in other splits. Each class has three videos, of three scenes that all classes share: classes 0 to 3 are tested on
+    """The demo videos in other splits.
+
+    Each class has three videos, of three scenes that all classes share: classes 0 to 3 are tested on
     the last and 4 to 7 on the first, which the other half of the classes train on."""
     folder = tmp_path_factory.mktemp("crossed") / "data"
     shutil.copytree(demo_videos, folder)
@@ -151,7 +153,7 @@ def test_moving_static_and_contrasted_of_predictors_that_look_at_one_thing(cross
         assert found.mask_share == samples.shares.mean()
         assert 0.02 < found.mask_share < 0.5
 
-    # Each figure takes its own features: the ordinary videos' here say that they move, or do not; 8 is no class of the data.
+    # Each figure takes its own features. Those of the ordinary videos say whether they move. The data has no class 8.
     for values, expected in ((ordinary.values, eighth), (ordinary.values * 0, 0)):
         found = evaluate_foreground(if_moving(2, 8), moves, samples, replace(ordinary, values=values), CPU)
         assert (found.ordinary, found.moving, found.static, found.contrasted) == (expected, eighth, 0, eighth)

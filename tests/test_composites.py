@@ -1,4 +1,4 @@
-"""What moves, put on other backgrounds: against loops in numpy, pictures whose parts are known, and colours converted by hand."""
+"""Composites, compared with loops in numpy, pictures with known content, and colours converted by hand."""
 
 import math
 import shutil
@@ -45,7 +45,7 @@ def grey(frames: np.ndarray, bt709: bool = False, full_range: bool = False) -> Y
 
 
 def walker(T: int = 8, H: int = 60, W: int = 80, side: int = 14) -> tuple[np.ndarray, np.ndarray]:
-    """Luma of a textured square that walks 4 pixels a frame over a texture that stands still, and where the square is: (T, H, W) each."""
+    """Return the luma of a textured square that moves 4 pixels a frame over a texture, and its mask: (T, H, W) each."""
     rng = np.random.default_rng(0)
     frames = np.repeat(rng.integers(40, 90, (1, H, W)), T, axis=0)
     square, inside = rng.integers(130, 230, (side, side)), np.zeros((T, H, W), bool)
@@ -194,7 +194,7 @@ def mean_and_frozen(clip: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def two_sizes(tmp_path_factory) -> Path:
-    """Two classes of one test video each, of different sizes: a square that walks right over dark, and one that walks left over bright."""
+    """Two classes of one test video each, of different sizes: a square moves right over dark or left over bright."""
     folder = tmp_path_factory.mktemp("two")
     frames, _ = walker(T=24, W=120)
     for name, pixels in (("right", frames), ("left", (255 - frames[:, :40, ::-1]))):

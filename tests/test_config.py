@@ -48,7 +48,8 @@ PUBLISHED_PRETRAINING = {
     "weight_decay": 1e-4,
 }
 PUBLISHED_FINETUNE = {
-    **PUBLISHED_CLIPS, "dropout": 0.7, "lr": 0.1, "weight_decay": 1e-4, "batch_size": 64, "epochs": 10, "milestones": (6, 8)
+    **PUBLISHED_CLIPS, "dropout": 0.7, "lr": 0.1, "weight_decay": 1e-4, "batch_size": 64, "epochs": 10,
+    "milestones": (6, 8),
 }  # fmt: skip
 PUBLISHED_LINEAR = {
     **PUBLISHED_CLIPS, "lr": 5.0, "weight_decay": 0.0, "batch_size": 128, "epochs": 10, "milestones": (6, 8)
@@ -442,6 +443,11 @@ def test_a_configuration_of_an_earlier_version_can_be_repeated(tmp_path):
         (["epochs = '3'"], "{file}: epochs is '3', but must be a whole number below 2 ** 31"),
         (["epochs = 3.0"], "{file}: epochs is 3.0, but must be a whole number below 2 ** 31"),
         (["epochs = 2147483648"], "{file}: epochs is 2147483648, but must be a whole number below 2 ** 31"),
+        (
+            ["epochs = 0x" + 5000 * "f"],
+            "{file}: epochs is a value of type int that cannot be printed, but must be a whole number",
+        ),
+        (["preset = 3"], "--config {file}: preset is 3, but must be a text"),
         (["lr = true"], "{file}: lr is True, but must be a number"),
         (["lr = 1979-05-27"], "{file}: lr is datetime.date(1979, 5, 27), but must be a number"),
         (["data = 3"], "{file}: data is 3, but must be a text"),
@@ -452,7 +458,7 @@ def test_a_configuration_of_an_earlier_version_can_be_repeated(tmp_path):
         (["lr = nan"], "--lr is nan, but must be above 0"),
         (["lr = -1"], "--lr is -1, but must be above 0"),
         (["preset = 'ucf'"], "--preset is ucf, but must be one of demo, ucf101, kinetics400"),
-        (["preset = []"], "--preset is [], but must be one of demo, ucf101, kinetics400"),
+        (["preset = []"], "--config {file}: preset is [], but must be a text"),
         (
             ["command = 'linear'"],
             "--config {file} is for linear, but the command is pretrain: run linear, or give another file",

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import block, children, crash, loop
 
 from dclr.config import DataConfig
 from dclr.data import decoder_process, pack
-from dclr.data.decoder_process import TICK, DecoderDied, DecoderProcess, Progress, RemoteTraceback
+from dclr.data.decoder_process import TICK, DecoderDied, DecoderProcess, Progress, RemoteTraceback, answers
 from dclr.errors import UserError
 
 
@@ -148,6 +149,15 @@ def test_waiting_between_requests_is_no_stall(child):
     result(child, Call(os.getpid))
     time.sleep(1.5)
     assert result(child, Call(beats, 1, 0.3)) == "done"
+
+
+def test_a_busy_process_that_reads_no_video_is_killed_too_unless_only_reading_is_limited():
+    calls = [Call(time.sleep, 3.0)]
+    found = [answer for _, answer in answers(lambda call: call(), deque(calls), workers=1, limit=0.5)]
+    assert [type(answer) for answer in found] == [DecoderDied]
+    waited = answers(lambda call: call(), deque(calls), workers=1, limit=0.5, only_while_reading=True)
+    assert [answer for _, answer in waited] == [None]
+    assert children() == []
 
 
 def test_time_in_which_nobody_looked_does_not_count(monkeypatch):

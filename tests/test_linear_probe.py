@@ -36,7 +36,7 @@ def test_at_the_fitted_probe_no_derivative_of_the_loss_is_left():
 
 
 def test_two_classes_on_one_feature_have_the_weight_that_a_bisection_finds():
-    """n videos at x = -1 are class 0 and n at +1 are class 1: by symmetry weights -w and w, with w = 2 n / (1 + exp(2 w))."""
+    """n videos at x = -1 are class 0, n at +1 are class 1. The weights are -w and w, w = 2 n / (1 + exp(2 w))."""
     n = 5
     probe = fit(np.repeat([[3.0], [9.0]], n, axis=0), np.repeat([0, 1], n), 2)  # -1 and 1 when standardised
     low, high = 0.0, 10.0

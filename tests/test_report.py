@@ -158,7 +158,10 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
         return np.full((24, 32, 3), value, np.uint8)
 
     rows = [
-        ((frame((0, 0, 200)), "query: a"), [(frame((90, 90, 90)), "a 0.9", True), (frame((120, 120, 120)), "b 0.5", False)]),
+        (
+            (frame((0, 0, 200)), "query: a"),
+            [(frame((90, 90, 90)), "a 0.9", True), (frame((120, 120, 120)), "b 0.5", False)],
+        ),
         ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", False)]),
     ]  # fmt: skip
     figures.plot_retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
@@ -172,7 +175,7 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
         near = np.abs(pixels - colour).sum(2) < 12
         return {
             (row, column) for row in range(2) for column in range(3)
-            if near[row * height // 2 : (row + 1) * height // 2, column * width // 3 : (column + 1) * width // 3].sum() > 80
+            if near[row * height // 2 :, column * width // 3 :][: height // 2, : width // 3].sum() > 80
         }  # fmt: skip
 
     green, red = (44, 160, 44), (214, 39, 40)  # matplotlib's tab:green and tab:red
@@ -212,7 +215,8 @@ def test_the_table_of_the_demo_has_chance_next_to_each_figure_and_names_all_file
     assert lines[0].split() == ["figure", "here", "chance"]
     numbers = [line.split()[-2:] for line in lines[1:11]]
     assert numbers[:6] == [
-        ["50.0%", "12.5%"], ["75.0%", "62.5%"], ["43.8%", "12.5%"], ["25.0%", "12.5%"], ["75.0%", "62.5%"], ["43.8%", "12.5%"]
+        ["50.0%", "12.5%"], ["75.0%", "62.5%"], ["43.8%", "12.5%"],
+        ["25.0%", "12.5%"], ["75.0%", "62.5%"], ["43.8%", "12.5%"],
     ]  # fmt: skip
     assert numbers[6:] == [["37.5%", "12.5%"], ["68.8%", "49.0%"], ["18.8%", "12.5%"], ["68.8%", "49.0%"]]
     text = "\n".join(lines)

@@ -377,8 +377,8 @@ def test_no_code_of_a_malicious_file_in_a_checkpoint_is_run(workspace, originals
     "change",
     [
         {"step": -1}, {"step": "1"}, {"step": 10**9}, {"processes": None}, {"processes": 10**12}, {"videos": "16"},
-        {"fingerprint": None}, {"summary": []}, {"last": None}, {"failures": []}, {"failures": [[], 1]}, {"failures": {}},
-        {"seconds": "1"}, {"skipped": None},
+        {"fingerprint": None}, {"summary": []}, {"last": None}, {"failures": []}, {"failures": [[], 1]},
+        {"failures": {}}, {"seconds": "1"}, {"skipped": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -409,8 +409,9 @@ def test_no_file_of_the_project_unpickles():
 
 
 RUNS_WHAT_IT_READS = {
-    "pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "torch.hub.load", "joblib.load", "marshal.load",
-    "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system", "os.popen",
+    "pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "torch.hub.load", "joblib.load",
+    "marshal.load", "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load",
+    "eval", "exec", "os.system", "os.popen",
 }  # fmt: skip
 
 

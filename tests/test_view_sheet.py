@@ -33,7 +33,7 @@ def test_a_picture_of_a_video(demo_videos, tmp_path, capfd, monkeypatch):
 
 
 def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path, monkeypatch):
-    """The sheet gets the views that training would make of the same draws from RGB, but for the conversion of colours."""
+    """The sheet gets the views that training makes of the same draws from RGB, except for the conversion of colours."""
     seen = []
     monkeypatch.setattr("dclr.evaluation.view_sheet.plot_view_sheet", lambda *arguments: seen.append(arguments))
     video = next(iter(sorted(demo_videos.rglob("*.mp4"))))

@@ -207,6 +207,7 @@ def answers(
     workers: int,
     limit: float,
     tick: Callable[[], None] = lambda: None,
+    only_while_reading: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (request, answer) for each request, as they are finished by `workers` decoder processes.
 
@@ -216,8 +217,9 @@ def answers(
     Args:
         serve: answers a request, in a decoder process.
         requests: taken from the left until it is empty. The caller may append to it while this runs.
-        limit: seconds without progress after which a process that reads a video is killed.
+        limit: seconds without progress after which a busy process is killed.
         tick: called every TICK or more often.
+        only_while_reading: apply `limit` only while a process reads a video. Writing may take longer than reading.
     """
     idle = [DecoderProcess(serve, limit) for _ in range(min(workers, len(requests)))]
     busy: dict[DecoderProcess, Any] = {}
@@ -231,7 +233,7 @@ def answers(
             tick()
             for process, request in list(busy.items()):
                 if process.connection not in ready:
-                    if process.video is not None:
+                    if process.video is not None or not only_while_reading:
                         process.end_if_stalled()
                     continue
                 try:

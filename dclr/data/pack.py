@@ -508,15 +508,23 @@ def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> Non
         def show() -> None:
             bar.update(int(written.sum()) - bar.n)
 
-        for _, death in decoder_process.answers(write, deque(todo), workers, timeout, tick=show):
-            if isinstance(death, DecoderDied):
-                raise UserError(_fault(job, death))
+        answers = decoder_process.answers(write, deque(todo), workers, timeout, tick=show, only_while_reading=True)
+        try:
+            for _, death in answers:
+                if isinstance(death, DecoderDied):
+                    raise UserError(_fault(job, death))
+        except MemoryError:
+            raise UserError(f"a worker process ran out of memory; {_again(job)} fewer --workers") from None
         show()
 
 
 def _fault(job: Job, death: DecoderDied) -> str:
     """Return what to tell the user about a decoder process that died while it wrote a shard."""
-    again = f"finished shards in {job.folder} stay: run the same command again, perhaps with"
+    again = _again(job)
     if death.status == decoder_process.STALLED and death.video is not None:
         return f"{job.root / job.paths[death.video]}: {death}, though it did before; {again} a higher --video-timeout"
     return f"a worker process died while it packed into {job.folder} (out of memory?); {again} fewer --workers"
+
+
+def _again(job: Job) -> str:
+    return f"finished shards in {job.folder} stay: run the same command again, perhaps with"

@@ -15,8 +15,8 @@ The mask assumes a still camera. A moving camera makes the edges of the scene fo
 mask's share of the picture with every result: it is 6 % on Weizmann's videos, and 11 to 50 % in the clips of four
 UCF101 videos.
 
-Letters: B clips, C channels, N videos, T frames, H, W pixels of a frame, h, w pixels of its chroma planes (half of H and
-W, rounded up).
+Letters: B clips, C channels, N videos, T frames, H, W pixels of a frame, h, w pixels of its chroma planes (half of H
+and W, rounded up).
 """
 
 import numpy as np

@@ -87,7 +87,12 @@ class Trained:
     last: dict[str, float]  # the last log line
     skipped: int  # steps with a non-finite loss or gradient
     failures: Failures
-    seconds: float  # of training, over all parts of a resumed run
+    began: float  # time.time() at the start, set back by the training time of earlier parts of a resumed run
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the start until now, over all parts of a resumed run."""
+        return time.time() - self.began
 
     def report(self) -> dict[str, Any]:
         """Return the entries of report.json that hold these values."""
@@ -172,7 +177,7 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
     if log:
         log.close()
     run.finish_exchange()
-    return Trained(last, guard.skipped, failures, time.time() - began)
+    return Trained(last, guard.skipped, failures, began)
 
 
 def learning_rate(optim: OptimConfig, epoch: int) -> float:
