@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers import REPOSITORY, as_flags  # noqa: E402
 from tensorboard.summary.writer import event_file_writer  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# Forked processes share tqdm's default lock. A test that kills such a process in the middle of a progress bar would
+# leave the lock taken, and the next bar of this process would wait for ever. A lock of threads is not shared.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "shared" / "data"))
 
