@@ -14,13 +14,13 @@ def outputs(values, labels) -> ClipOutputs:
 
 
 def test_accuracy_of_four_videos_counted_by_hand():
-    """Two clips a video, three classes. Video 1's clips disagree; their mean follows the surer clip, which is wrong."""
+    """Two clips per video, three classes. The clips of video 1 disagree, and the mean follows the wrong clip."""
     result = accuracy(
         outputs(
             [
                 [[9, 0, 0], [9, 0, 0]],  # class 0, both clips right
-                [[1, 0, 0], [0, 0, 9]],  # class 0, one clip right, by video 2
-                [[0, 5, 0], [1, 0, 0]],  # class 1, one clip right, by video right
+                [[1, 0, 0], [0, 0, 9]],  # class 0, one clip right, predicted as class 2
+                [[0, 5, 0], [1, 0, 0]],  # class 1, one clip right, the video right
                 [[0, 1, 0], [0, 1, 0]],  # class 2, never right
             ],
             [0, 0, 1, 2],

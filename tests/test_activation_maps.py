@@ -45,7 +45,7 @@ def walkers(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("size", [(2, 7, 7), (1, 2, 3), (3, 5, 4)])
-def test_the_energy_share_is_a_sum_over_pixels_and_a_flat_maps_is_the_masks_own(size):
+def test_the_energy_share_is_a_sum_over_pixels_and_a_flat_map_gives_the_masks_share(size):
     rng = np.random.default_rng(5)
     mask = rng.random((8, 23, 30)) < 0.3
     assert energy_share(np.full(size, 0.7, np.float32), mask) == pytest.approx(mask.mean(), rel=1e-12)
@@ -53,7 +53,7 @@ def test_the_energy_share_is_a_sum_over_pixels_and_a_flat_maps_is_the_masks_own(
     activation = rng.random(size)
     inside = whole = 0.0
     for t, y, x in np.ndindex(*mask.shape):
-        # The cell that holds the middle of the pixel.
+        # The cell that contains the centre of the pixel.
         cell = [
             math.floor((p + 0.5) / fine * coarse) for p, fine, coarse in zip((t, y, x), mask.shape, size, strict=True)
         ]
@@ -62,7 +62,7 @@ def test_the_energy_share_is_a_sum_over_pixels_and_a_flat_maps_is_the_masks_own(
     assert energy_share(activation, mask) == pytest.approx(inside / whole, rel=1e-12)
 
 
-def test_a_map_that_lies_on_what_moves_has_all_its_energy_there():
+def test_a_map_inside_the_mask_has_all_its_energy_there():
     activation, mask = np.zeros((1, 2, 2)), np.zeros((4, 10, 10), bool)
     activation[0, 1, 0] = 3
     mask[:, 5:, :5] = True
@@ -79,7 +79,7 @@ def measured(command: list[str], out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
-def test_maps_tell_their_share_on_what_moves_beside_an_untrained_network_and_a_flat_map(walkers, tmp_path, capsys):
+def test_maps_report_shares_for_the_run_an_untrained_network_and_a_flat_map(walkers, tmp_path, capsys):
     settings = {"width": 4, "clip_length": 8, "crop_size": 32, "workers": 0, "seed": 3}
     (tmp_path / "run").mkdir()
     write_config(tmp_path / "run" / "config.json", "pretrain", "demo", make_config("pretrain", settings))
@@ -91,12 +91,12 @@ def test_maps_tell_their_share_on_what_moves_beside_an_untrained_network_and_a_f
     assert list(result["figures"]) == list(result["deviations"]) == ["flat", *names]
     assert (result["videos"], result["map_size"], result["without_motion"]) == (2, [1, 2, 2], [])
     assert all(0 < share < 0.5 for share in result["figures"].values())
-    assert len(set(result["figures"].values())) == 7  # no map is another one, nor that of the untrained network
+    assert len(set(result["figures"].values())) == 7  # all maps differ
     assert re.search(r"A_d untrained +\d+\.\d%\n", capsys.readouterr().out)
     with Image.open(tmp_path / "out" / "pictures" / "maps.png") as image:
         assert image.width > 1200
 
-    # Random weights are those that the run began with: its seed, network and clips, here by flags.
+    # `random` gives the run's untrained weights, with the run's seed, network and clips as flags.
     flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0", "--seed", "3"]
     untrained = measured([*command, "random", *flags], tmp_path / "random")["figures"]
     assert untrained == {"flat": result["figures"]["flat"]} | {
@@ -104,7 +104,7 @@ def test_maps_tell_their_share_on_what_moves_beside_an_untrained_network_and_a_f
     }
 
 
-def test_maps_of_videos_in_which_nothing_moves_and_of_those_that_cannot_be_read(walkers, tmp_path):
+def test_maps_skip_videos_without_motion_and_unreadable_videos(walkers, tmp_path):
     shutil.copytree(walkers, tmp_path / "data")
     flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0"]
     command = ["maps", "--data", str(tmp_path / "data"), "--checkpoint", "random", *flags]

@@ -1,4 +1,4 @@
-"""eval.py bias: through its command line on tiny videos, and its parts on features whose answers are known."""
+"""`eval.py bias`: its command line on small videos, and its functions on features with a known answer."""
 
 import contextlib
 import io
@@ -46,10 +46,11 @@ def measure(out: Path, **flags) -> dict:
 
 @pytest.fixture(scope="module")
 def crossed(demo_videos: Path, tmp_path_factory) -> Path:
-    """The demo videos in other splits.
+    """The demo videos with other splits, whose test scenes are train scenes of other classes.
 
-    Each class has three videos, of three scenes that all classes share: classes 0 to 3 are tested on
-    the last and 4 to 7 on the first, which the other half of the classes train on."""
+    Each class has three videos of the same three scenes. Classes 0 to 3 are tested on the last scene and classes 4 to 7
+    on the first one.
+    """
     folder = tmp_path_factory.mktemp("crossed") / "data"
     shutil.copytree(demo_videos, folder)
     lines = [
@@ -65,10 +66,10 @@ def crossed(demo_videos: Path, tmp_path_factory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- the parts
+# ---------------------------------------------------------------- functions
 
 
-def test_probe_and_nearest_are_right_where_the_features_say_the_label_and_at_chance_where_they_do_not():
+def test_probe_and_nearest_are_right_on_separable_features_and_at_chance_on_noise():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 30)
 
@@ -79,23 +80,23 @@ def test_probe_and_nearest_are_right_where_the_features_say_the_label_and_at_cha
         return ClipOutputs(clips, torch.tensor(labels), torch.arange(len(labels)), {})
 
     corners = 5 * np.eye(4)
-    told = evaluate_features(outputs(corners[labels], labels), outputs(corners[labels[::3]], labels[::3]), 4)
-    assert (told.probe, told.nearest) == (1, 1)
-    assert told.chance == pytest.approx(1 / 4)
-    assert told.fitted.converged
+    separable = evaluate_features(outputs(corners[labels], labels), outputs(corners[labels[::3]], labels[::3]), 4)
+    assert (separable.probe, separable.nearest) == (1, 1)
+    assert separable.chance == pytest.approx(1 / 4)
+    assert separable.fitted.converged
     noise = evaluate_features(
         outputs(rng.normal(size=(120, 4)), labels), outputs(rng.normal(size=(400, 4)), labels[np.arange(400) % 120]), 4
     )
-    # Within three standard deviations of 400 guesses of chance 1/4.
+    # Within three standard deviations of the mean of 400 guesses that are right with probability 1/4.
     for score in (noise.probe, noise.nearest):
         assert abs(score - 1 / 4) < 3 * math.sqrt(3 / 16 / 400)
 
 
-def test_mutual_information_is_0_of_independent_labels_and_1_of_equal_ones():
+def test_mutual_information_is_0_for_independent_labels_and_1_for_equal_labels():
     classes, scenes = np.repeat(np.arange(8), 8).tolist(), [f"scene{i}" for i in range(8)] * 8
     assert mutual_information(classes, scenes) == pytest.approx(0, abs=1e-12)
     assert mutual_information(classes, [f"only{label}" for label in classes]) == pytest.approx(1)
-    # The class, 3 bits, tells the half that it is of, 1 bit, and nothing else is shared: 2 * 1 / (3 + 1).
+    # The class (3 bits) determines which half it is in (1 bit), and they share nothing else: 2 * 1 / (3 + 1).
     assert mutual_information(classes, [label < 4 for label in classes]) == pytest.approx(1 / 2)
     assert mutual_information([0, 0], ["a", "a"]) == 0
     rng = np.random.default_rng(1)
@@ -109,7 +110,7 @@ def test_mutual_information_is_0_of_independent_labels_and_1_of_equal_ones():
     assert mutual_information(a, b) == pytest.approx(2 * shared / (entropy(a) + entropy(b)))
 
 
-def test_scenes_are_measured_where_test_groups_are_known_and_tell_no_class():
+def test_scenes_are_scored_if_test_groups_are_train_groups_of_several_classes():
     assert why_no_scenes("aabb", [0, 1, 0, 1], "ab") == ""
     assert why_no_scenes(["a", ""], [0, 1], ["a"]).startswith("the data set does not say")
     assert why_no_scenes("aabb", [0, 1, 0, 1], ["a", ""]).startswith("the data set does not say")
@@ -119,11 +120,11 @@ def test_scenes_are_measured_where_test_groups_are_known_and_tell_no_class():
     assert why_no_scenes("aabb", [0, 1, 1, 1], "ab").startswith(
         "1 of the 2 test groups have train videos of one class only, for example b"
     )
-    assert why_no_scenes("aabb", [0, 1, 1, 1], "a") == ""  # b is not asked for
+    assert why_no_scenes("aabb", [0, 1, 1, 1], "a") == ""  # b is not a test group
 
 
-def test_moving_static_and_contrasted_of_predictors_that_look_at_one_thing(crossed):
-    """One feature, whether the clip moves; who predicts turns that into a class, and each class has one test video."""
+def test_moving_static_and_contrasted_for_predictors_that_use_motion_only(crossed):
+    """The only feature is whether the clip moves. Each predictor maps the feature to a class with one test video."""
     videos = open_videos(open_catalog(crossed), "test", workers=1, progress=False)
 
     def moves(clip: torch.Tensor) -> torch.Tensor:
@@ -139,11 +140,9 @@ def test_moving_static_and_contrasted_of_predictors_that_look_at_one_thing(cross
     samples = CompositeClips(videos, CONFIG)
     eighth = 1 / 8
     for predict, expected in (
-        (always(2), (eighth, eighth, eighth, 0)),  # static predictions alone
-        (
-            if_moving(2, 5),
-            (eighth, eighth, eighth, eighth),
-        ),  # right on class 2 for its motion, and on class 5 for its stillness
+        (always(2), (eighth, eighth, eighth, 0)),
+        # Right on the moving clips of class 2 and on the static clips of class 5.
+        (if_moving(2, 5), (eighth, eighth, eighth, eighth)),
         (if_moving(2, 2), (eighth, eighth, eighth, 0)),
     ):
         found = evaluate_foreground(predict, moves, samples, ordinary, CPU)
@@ -153,35 +152,36 @@ def test_moving_static_and_contrasted_of_predictors_that_look_at_one_thing(cross
         assert found.mask_share == samples.shares.mean()
         assert 0.02 < found.mask_share < 0.5
 
-    # Each figure takes its own features. Those of the ordinary videos say whether they move. The data has no class 8.
+    # Each score uses its own features. Here those of the ordinary videos say that all move, or that none does. No video
+    # is of class 8.
     for values, expected in ((ordinary.values, eighth), (ordinary.values * 0, 0)):
         found = evaluate_foreground(if_moving(2, 8), moves, samples, replace(ordinary, values=values), CPU)
         assert (found.ordinary, found.moving, found.static, found.contrasted) == (expected, eighth, 0, eighth)
 
 
-# ---------------------------------------------------------------- as it is called
+# ---------------------------------------------------------------- command line
 
 
 @pytest.fixture(scope="module")
 def untrained(crossed, tmp_path_factory) -> tuple[dict, str, Path]:
-    """Report, what was printed, and the folder, of random weights."""
+    """The report, the printed text and the output folder of random weights."""
     folder, shown = tmp_path_factory.mktemp("untrained") / "out", io.StringIO()
     with contextlib.redirect_stdout(shown):
         report = measure(folder, checkpoint="random", data=crossed)
     return report, shown.getvalue(), folder
 
 
-def test_bias_reports_motion_scene_and_foreground_beside_chance_and_draws_a_sheet(untrained):
+def test_bias_reports_motion_scene_foreground_and_chance_and_writes_a_picture(untrained):
     report, shown, folder = untrained
     figures = report["figures"]
     assert list(figures) == PROBES + SCENES + FOREGROUND
     assert figures["motion_chance"] == pytest.approx(1 / 8)
-    assert figures["scene_chance"] == pytest.approx(4 / 16)  # four of sixteen train videos are of either test scene
+    assert figures["scene_chance"] == pytest.approx(4 / 16)  # four of sixteen train videos show each test scene
     for name, value in figures.items():
         assert name == "scene_chance" or value * 8 == round(value * 8)  # shares of eight videos
     assert figures["foreground_ordinary"] == figures["motion_probe"]
     assert figures["foreground_contrasted"] <= figures["foreground_moving"]
-    assert report["independence"] == pytest.approx(1 / 2)  # the half of the classes tells the scene
+    assert report["independence"] == pytest.approx(1 / 2)  # the half of the classes determines the scene
     assert (report["train"], report["test"], report["left_out"], report["no_scene_scores"]) == (16, 8, {}, None)
     assert report["foreground"]["predicted_by"] == "the motion probe"
     assert (report["foreground"]["videos"], report["foreground"]["without_motion"]) == (8, [])
@@ -198,23 +198,23 @@ def test_bias_reports_motion_scene_and_foreground_beside_chance_and_draws_a_shee
         assert image.width > 800
 
 
-def test_the_same_command_gives_the_same_figures_and_another_network_the_same_clips(untrained, crossed, tmp_path):
+def test_the_same_command_gives_the_same_scores_and_another_network_gets_the_same_clips(untrained, crossed, tmp_path):
     again = measure(tmp_path / "again", checkpoint="random", data=crossed)
     assert again["figures"] == untrained[0]["figures"]
     other = measure(tmp_path / "other", checkpoint="random", data=crossed, seed=1)
-    assert other["foreground"] == untrained[0]["foreground"]  # the mask's share to the last bit
+    assert other["foreground"] == untrained[0]["foreground"]  # among them the mask's share, bit for bit
     assert other["weights"] != untrained[0]["weights"]
 
 
-def test_without_the_foreground_only_probes_are_measured(crossed, tmp_path):
+def test_no_foreground_runs_only_the_probes(crossed, tmp_path):
     report = measure(tmp_path / "out", checkpoint="random", data=crossed, foreground=False)
     assert list(report["figures"]) == PROBES + SCENES
     assert "foreground" not in report
     assert list((tmp_path / "out" / "pictures").iterdir()) == []
 
 
-def test_scene_scores_that_would_mean_nothing_are_left_out_with_the_reason(demo_videos, tmp_path, capsys):
-    """The demo as the tests render it: two train videos a class, and the test videos' scene is a third."""
+def test_meaningless_scene_scores_are_omitted_with_the_reason(demo_videos, tmp_path, capsys):
+    """The demo videos of the tests: each class has two train videos, and a test video of a third scene."""
     report = measure(tmp_path / "out", checkpoint="random", data=demo_videos, foreground=False)
     assert list(report["figures"]) == PROBES
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no scene")]
@@ -223,7 +223,7 @@ def test_scene_scores_that_would_mean_nothing_are_left_out_with_the_reason(demo_
     assert report["independence"] == 0
 
 
-def test_a_classifiers_run_predicts_by_itself_and_its_backbone_gives_the_probes(crossed, tmp_path):
+def test_a_classifier_predicts_the_composites_and_its_backbone_gives_the_probes(crossed, tmp_path):
     torch.manual_seed(3)
     classifier = Classifier(build_backbone("r2plus1d_10", 2), 8)
     torch.nn.init.normal_(classifier.fc.weight, std=30)
@@ -241,7 +241,7 @@ def test_a_classifiers_run_predicts_by_itself_and_its_backbone_gives_the_probes(
     accuracy = json.loads((tmp_path / "c" / "report.json").read_text())["figures"]
     assert by_classifier["figures"]["foreground_ordinary"] == accuracy["top1_video"]
 
-    # One that knows a single answer: right on the frozen clip whenever it is on the moving one.
+    # A classifier with a constant answer is right on the static clip whenever it is right on the moving clip.
     torch.nn.init.zeros_(classifier.fc.weight)
     classifier.fc.bias.data[5] = 1
     save_classifier(classifier, classes, file)
@@ -250,19 +250,19 @@ def test_a_classifiers_run_predicts_by_itself_and_its_backbone_gives_the_probes(
 
 
 def still(path: Path) -> None:
-    """A video of noise that does not move."""
+    """Write a video of noise that does not move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
     write_video(path, np.repeat(picture, 40, axis=0))
 
 
-def test_a_video_in_which_nothing_moves_is_left_out_of_the_foreground_figures_and_named(crossed, tmp_path, capsys):
+def test_a_video_without_motion_is_skipped_in_the_foreground_scores_and_named(crossed, tmp_path, capsys):
     shutil.copytree(crossed, tmp_path / "data")
     path = (tmp_path / "data" / "splits" / "test.txt").read_text().split()[0]
     (tmp_path / "data" / path).unlink()
     still(tmp_path / "data" / path)
     report = measure(tmp_path / "out", checkpoint="random", data=tmp_path / "data")
-    assert report["test"] == 8  # the probes are scored on it
+    assert report["test"] == 8  # the probes count it
     assert (report["foreground"]["videos"], report["foreground"]["without_motion"]) == (7, [path])
     assert report["foreground"]["clips_without_motion"] == 0  # of the seven
     for name in FOREGROUND:
@@ -270,7 +270,7 @@ def test_a_video_in_which_nothing_moves_is_left_out_of_the_foreground_figures_an
     assert "skipped, because nothing moves in them: 1 videos" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_is_refused_in_one_line(crossed, tmp_path, monkeypatch):
+def test_what_cannot_be_evaluated_is_refused_in_one_line(crossed, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "dclr.data.datasets.render_demo", lambda folder: pytest.fail("rendered the demo for a wrong input")
     )

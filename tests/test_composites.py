@@ -1,4 +1,4 @@
-"""Composites, compared with loops in numpy, pictures with known content, and colours converted by hand."""
+"""Composites: masks against loops in numpy, clips with a known foreground, and colours converted by hand."""
 
 import math
 import shutil
@@ -37,7 +37,7 @@ def one_thread():
 
 
 def grey(frames: np.ndarray, bt709: bool = False, full_range: bool = False) -> YuvFrames:
-    """Luma (T, H, W) without colour."""
+    """Return frames with this luma (T, H, W) and no colour."""
     planes = empty_planes(*frames.shape)
     for plane, values in zip(planes, (frames, 128, 128), strict=True):
         plane[...] = values
@@ -45,30 +45,33 @@ def grey(frames: np.ndarray, bt709: bool = False, full_range: bool = False) -> Y
 
 
 def walker(T: int = 8, H: int = 60, W: int = 80, side: int = 14) -> tuple[np.ndarray, np.ndarray]:
-    """Return the luma of a textured square that moves 4 pixels a frame over a texture, and its mask: (T, H, W) each."""
+    """Return the luma of a textured square that moves 4 pixels per frame over a still texture, and the square's mask.
+
+    Both are (T, H, W).
+    """
     rng = np.random.default_rng(0)
     frames = np.repeat(rng.integers(40, 90, (1, H, W)), T, axis=0)
     square, inside = rng.integers(130, 230, (side, side)), np.zeros((T, H, W), bool)
     for t in range(T):
-        place = np.s_[t, 20 : 20 + side, 10 + 4 * t : 10 + 4 * t + side]
-        frames[place], inside[place] = square, True
+        region = np.s_[t, 20 : 20 + side, 10 + 4 * t : 10 + 4 * t + side]
+        frames[region], inside[region] = square, True
     return frames.astype(np.uint8), inside
 
 
 # ---------------------------------------------------------------- the mask
 
 
-def test_the_mask_holds_what_walks_at_each_time_and_little_beside_it():
+def test_the_mask_follows_a_moving_square_and_holds_little_else():
     frames, inside = walker()
     mask = foreground_mask(grey(frames))
     assert mask[inside].mean() > 0.9  # all but corners
     assert mask[~inside].mean() < 0.1
-    for t in range(len(frames)):  # it goes along; at the ends, which have one neighbour, half a step towards that one
+    for t in range(len(frames)):  # the first and last frame have one neighbour, so their mask is half a step off
         off = np.argwhere(mask[t]).mean(0)[1] - (10 + 4 * t + 6.5)
         assert off == pytest.approx({0: 2, 7: -2}.get(t, 0), abs=0.5)
 
 
-def test_the_mask_is_the_one_that_loops_in_numpy_give_also_for_odd_sizes():
+def test_the_mask_equals_loops_in_numpy_also_for_odd_sizes():
     rng = np.random.default_rng(1)
     T, H, W = 4, 31, 45
     h, w = 16, 23
@@ -96,7 +99,7 @@ def test_the_mask_is_the_one_that_loops_in_numpy_give_also_for_odd_sizes():
                     row, column = np.clip(y + dy, 0, h - 1), np.clip(x + dx, 0, w - 1)
                     smooth[:, y, x] += a * b / total * difference[:, row, column]
     threshold = 0.2 * smooth.max()
-    assert np.abs(smooth - threshold).min() > 1e-4  # no pixel is a matter of rounding
+    assert np.abs(smooth - threshold).min() > 1e-4  # so rounding errors decide no pixel
     expected = np.array(
         [[[smooth[t, y // 2, x // 2] > threshold for x in range(W)] for y in range(H)] for t in range(T)]
     )
@@ -106,20 +109,20 @@ def test_the_mask_is_the_one_that_loops_in_numpy_give_also_for_odd_sizes():
     assert 0.1 < mask.mean() < 0.6
 
 
-def test_nothing_moves_in_a_still_a_single_frame_and_the_noise_of_coding():
+def test_a_still_a_single_frame_and_coding_noise_have_no_foreground():
     still = np.repeat(np.random.default_rng(2).integers(0, 256, (1, 32, 32)), 6, axis=0)
     noisy = still + np.random.default_rng(3).integers(-1, 2, still.shape)
     for frames in (still, still[:1], noisy.clip(0, 255)):
         mask = foreground_mask(grey(frames.astype(np.uint8)))
         assert mask.shape == frames.shape
         assert not mask.any()
-    # As much as is looked for, over a part large enough that smoothing leaves it: then something moves.
+    # A difference just above the threshold is found, in a region that is large enough to survive the smoothing.
     still[::2, 8:24, 8:24] = 100
     still[1::2, 8:24, 8:24] = 100 + math.ceil(LEAST_DIFFERENCE) + 1
     assert foreground_mask(grey(still.astype(np.uint8))).any()
 
 
-def test_colours_that_move_without_brightness_are_foreground():
+def test_a_change_of_colour_alone_is_foreground():
     frames = grey(np.full((4, 32, 32), 120, np.uint8))
     frames.v[1, 4:10, 4:10] = 180
     mask = foreground_mask(frames)
@@ -130,7 +133,7 @@ def test_colours_that_move_without_brightness_are_foreground():
 # ---------------------------------------------------------------- backgrounds
 
 
-def test_whoever_walks_through_vanishes_from_the_background():
+def test_a_square_that_moves_through_the_picture_is_not_in_the_background():
     frames, _ = walker(T=20, W=120)
     planes = grey(frames)
 
@@ -139,24 +142,24 @@ def test_whoever_walks_through_vanishes_from_the_background():
         return YuvFrames(planes.y[wanted], planes.u[wanted], planes.v[wanted], True, False)
 
     still = background_of(SimpleNamespace(frames=[0, 0, 0, 20], read=read), 3)
-    scene = np.random.default_rng(0).integers(40, 90, (1, 60, 120))  # what `walker` draws first
+    scene = np.random.default_rng(0).integers(40, 90, (1, 60, 120))  # the first draw of `walker`
     assert np.array_equal(still.y, scene)
     assert (still.u == 128).all()
     assert (still.bt709, still.full_range) == (True, False)
 
 
-def test_each_video_is_given_another_class_every_time_the_same_one_and_all_take_part():
+def test_each_video_gets_a_background_of_another_class_and_always_the_same():
     labels = np.repeat(np.arange(5), 12)
     drawn = draw_backgrounds(labels)
     assert (labels[drawn] != labels).all()
     assert np.array_equal(drawn, draw_backgrounds(labels))
-    assert len(set(drawn.tolist())) > 30  # 60 draws from 60 leave 1/e of them out: 38 are expected
-    # Videos that are added do not move the draws' order, and of two classes the choice is the other.
+    assert len(set(drawn.tolist())) > 30  # 60 draws from 60 miss a share of 1/e, so about 38 are expected
+    # With two classes, and one video in the first, the background of the second class is that video.
     assert set(draw_backgrounds(np.array([0, 1, 1]))[1:].tolist()) == {0}
 
 
 def rgb_of_colour(y, u, v, bt709: bool, full_range: bool) -> np.ndarray:
-    """ITU-R BT.601 and BT.709, by their defining equations."""
+    """Convert by the defining equations of ITU-R BT.601 and BT.709: (3,) RGB from 0 to 255."""
     red, blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
     luma = y / 255 if full_range else (y - 16) / 219
     u, v = ((c - 128) / (255 if full_range else 224) for c in (u, v))
@@ -179,9 +182,9 @@ def test_a_background_of_another_size_and_colour_space_keeps_its_colours_and_the
         assert np.array_equal(plane[inside], old[inside])
         assert len(set(plane[~inside].tolist())) == 1
     found = (int(plane[0, -1, -1]) for plane in (frames.y, frames.u, frames.v))
-    # A level of chroma is up to 2 of blue, and each of two conversions rounds three planes.
+    # One level of chroma changes blue by up to 2 levels, and both conversions round all three planes.
     assert np.abs(rgb_of_colour(*found, False, False) - rgb_of_colour(*colour, *space)).max() < 4
-    if space != (False, False):  # which those bytes would fail, had they been taken over as they are
+    if space != (False, False):  # without conversion the same bytes would fail
         assert np.abs(rgb_of_colour(*colour, False, False) - rgb_of_colour(*colour, *space)).max() > 4
 
 
@@ -194,7 +197,7 @@ def mean_and_frozen(clip: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def two_sizes(tmp_path_factory) -> Path:
-    """Two classes of one test video each, of different sizes: a square moves right over dark or left over bright."""
+    """Two classes of one video each, of different sizes: a bright square moves right, a dark square moves left."""
     folder = tmp_path_factory.mktemp("two")
     frames, _ = walker(T=24, W=120)
     for name, pixels in (("right", frames), ("left", (255 - frames[:, :40, ::-1]))):
@@ -204,25 +207,25 @@ def two_sizes(tmp_path_factory) -> Path:
     return folder
 
 
-def test_clips_are_the_ordinary_ones_where_something_moves_and_the_other_background_elsewhere(two_sizes):
+def test_clips_show_the_ordinary_foreground_on_the_other_background(two_sizes):
     videos = open_videos(open_catalog(two_sizes), "test", workers=1, progress=False)
     samples = CompositeClips(videos, CONFIG)
     assert samples.backgrounds.tolist() == [1, 0]
     for index in range(2):
-        ordinary, put = TestClips(videos, CONFIG).read(index), samples.read(index)
-        assert put.y.shape == (TEST_CLIPS * 6, videos.heights[index], videos.widths[index])
+        ordinary, composed = TestClips(videos, CONFIG).read(index), samples.read(index)
+        assert composed.y.shape == (TEST_CLIPS * 6, videos.heights[index], videos.widths[index])
         other = background_of(videos, 1 - index).y[0]
         for number in range(TEST_CLIPS):
-            place = slice(6 * number, 6 * number + 6)
-            mask = foreground_mask(YuvFrames(ordinary.y[place], ordinary.u[place], ordinary.v[place], False, False))
+            own = slice(6 * number, 6 * number + 6)
+            mask = foreground_mask(ordinary.select(own))
             assert samples.shares[index, number] == mask.mean() > 0.02
-            assert np.array_equal(put.y[place][mask], ordinary.y[place][mask])
-            outside = put.y[place][~mask]
-            assert np.abs(outside.mean() - other.mean()) < 3  # dark is bright now, and the other way about
-            assert np.abs(outside.mean() - ordinary.y[place][~mask].mean()) > 60
+            assert np.array_equal(composed.y[own][mask], ordinary.y[own][mask])
+            outside = composed.y[own][~mask]
+            assert np.abs(outside.mean() - other.mean()) < 3  # dark became bright, or bright dark
+            assert np.abs(outside.mean() - ordinary.y[own][~mask].mean()) > 60
 
 
-def test_a_worker_process_gives_the_same_clips_and_shares_as_this_one(two_sizes):
+def test_a_worker_process_gives_the_same_clips_and_shares(two_sizes):
     videos = open_videos(open_catalog(two_sizes), "test", workers=1, progress=False)
     found = []
     for workers in (0, 1):
@@ -235,7 +238,7 @@ def test_a_worker_process_gives_the_same_clips_and_shares_as_this_one(two_sizes)
     assert (found[0][1] > 0).all()
 
 
-def test_a_video_whose_background_cannot_be_read_is_left_out_with_the_name_of_both(two_sizes, tmp_path):
+def test_a_video_whose_background_cannot_be_read_is_skipped_and_both_are_named(two_sizes, tmp_path):
     shutil.copytree(two_sizes, tmp_path / "data")
     shutil.copytree(tmp_path / "data" / "test" / "left", tmp_path / "data" / "test" / "third")
     shutil.copytree(tmp_path / "data" / "test" / "left", tmp_path / "data" / "train" / "third")

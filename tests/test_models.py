@@ -1,4 +1,4 @@
-"""dclr/models: backbones against torchvision's networks, heads by hand, weights through every kind of file."""
+"""dclr/models: backbones against torchvision's networks, heads against numbers by hand, every kind of weight file."""
 
 import pickle
 from collections.abc import Callable
@@ -27,13 +27,13 @@ from dclr.models.backbone import BatchNorm
 
 
 def authors_network(classes: int = 400) -> nn.Module:
-    """What DCLR's authors call r2plus1d_18, put together by torchvision."""
+    """Build the network that the DCLR authors call r2plus1d_18 from torchvision's blocks."""
     return resnet.VideoResNet(
         resnet.BasicBlock, [resnet.Conv2Plus1D] * 4, [1, 1, 1, 1], resnet.R2Plus1dStem, num_classes=classes
     )
 
 
-# ours -> the same network with a classifier, by torchvision
+# our name -> the same network with a classifier, built by torchvision
 TORCHVISION: dict[str, Callable[[], nn.Module]] = {
     "r2plus1d_10": authors_network,
     "r2plus1d_18": video.r2plus1d_18,
@@ -43,7 +43,7 @@ TORCHVISION: dict[str, Callable[[], nn.Module]] = {
 
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch normalisation as after some training; as initialised, it would hide parameters that went astray."""
+    """Set batch normalisation to random values, so that the initial ones do not hide wrong parameters."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
@@ -89,7 +89,7 @@ def test_backbone_is_torchvisions(name: str) -> None:
     ("name", "parameters"),
     [
         ("r2plus1d_10", 12_487_005),  # 12.7 M with a classifier of 400 classes
-        ("r2plus1d_18", 31_505_325 - 513 * 400),  # torchvision's published counts, less their classifier
+        ("r2plus1d_18", 31_505_325 - 513 * 400),  # torchvision's published counts without the classifier
         ("r3d_18", 33_371_472 - 513 * 400),
         ("mc3_18", 11_695_440 - 513 * 400),
     ],
@@ -108,7 +108,7 @@ def test_narrow_backbone(name: str) -> None:
     assert list(backbone.state_dict()) == list(build_backbone(name).state_dict())
     first = backbone.stem[0]
     assert isinstance(first, nn.Conv3d)
-    assert first.out_channels == (5 if name.startswith("r2plus1d") else 8)  # torchvision's 45 or 64, an eighth of it
+    assert first.out_channels == (5 if name.startswith("r2plus1d") else 8)  # an eighth of torchvision's 45 or 64
     blocks = 1 if name.endswith("_10") else 2
     assert [len(getattr(backbone, f"layer{i}")) for i in range(1, 5)] == [blocks] * 4
 
@@ -140,7 +140,7 @@ def test_batch_normalisation_on_a_cpu_is_as_exact_as_float32_allows() -> None:
 
 
 def gradients(network: nn.Module, clip: Tensor) -> dict[str, Tensor]:
-    """Of a loss that no feature can leave out, in training mode."""
+    """Return the gradients of a loss that depends on every feature, in training mode."""
     features = network.train()(clip)
     weight = torch.randn(features.shape, generator=torch.Generator().manual_seed(2), dtype=features.dtype)
     (features * weight).sum().backward()
@@ -156,9 +156,10 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("multiple", [1, 8, 16])
 @pytest.mark.parametrize("name", ["r2plus1d_10", "r2plus1d_18"])
 def test_gradients_and_statistics_are_torchvisions_also_with_padded_channels(name: str, multiple: int) -> None:
-    """In float64, where a wrong channel cannot pass for rounding; torchvision convolves in 3-D, ours as pictures."""
+    """In float64 a rounding error cannot hide a wrong channel. torchvision convolves in 3-D, our networks in 2-D."""
     theirs = randomized(TORCHVISION[name]()).double()
-    theirs.avgpool, theirs.fc, theirs.flatten = nn.Identity(), nn.Identity(), nn.Identity()  # its features
+    # Identities, so that it returns features.
+    theirs.avgpool, theirs.fc, theirs.flatten = nn.Identity(), nn.Identity(), nn.Identity()
     ours = build_backbone(name).double()
     ours.load_state_dict(without_fc(theirs), strict=True)
     ours.pad_channels(multiple)
@@ -166,7 +167,7 @@ def test_gradients_and_statistics_are_torchvisions_also_with_padded_channels(nam
     clip = torch.randn(2, 3, 8, 24, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert_close(gradients(ours, clip), gradients(theirs, clip))
     assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-    with torch.no_grad():  # running statistics in use
+    with torch.no_grad():  # evaluation mode uses the running statistics
         torch.testing.assert_close(ours.eval()(clip), theirs.eval()(clip))
 
 
@@ -230,7 +231,8 @@ def test_activation_map_and_pool_by_hand() -> None:
     assert pool(features).tolist() == [[2.0, 6.0]]
     # A = (6, 10), A / mean(A) = (0.75, 1.25): channel 0: (0.75 * 1 + 1.25 * 3) / 2 = 2.25, channel 1: (3.75 + 8.75) / 2
     assert pool(features, activation_map(features)).tolist() == [[2.25, 6.25]]
-    assert pool(features, 100 * activation_map(features)).tolist() == [[2.25, 6.25]]  # only the map's shape matters
+    # Only the map's relative values matter.
+    assert pool(features, 100 * activation_map(features)).tolist() == [[2.25, 6.25]]
 
 
 def test_pool_divides_each_clip_by_its_own_mean() -> None:
@@ -296,7 +298,10 @@ def test_projection_head_has_length_one_in_float32_under_autocast() -> None:
 
 
 def authors_checkpoint(network: nn.Module) -> dict:
-    """The layout of the authors' checkpoint_*.pth.tar: both encoders with five heads each, queues, optimizer."""
+    """Return a checkpoint with the layout of the authors' checkpoint_*.pth.tar.
+
+    The layout has both encoders with five heads each, the queues and the optimizer.
+    """
     state = {}
     for encoder, scale in (("encoder_q", 1), ("encoder_k", 0)):
         for name, tensor in without_fc(network).items():
@@ -314,13 +319,13 @@ def test_save_and_load(tmp_path: Path) -> None:
     randomized(saved)
     path = tmp_path / "run" / "backbone.safetensors"
     save_backbone(saved, path)
-    save_backbone(saved, path)  # over itself
+    save_backbone(saved, path)  # overwrites the file
     assert [file.name for file in path.parent.iterdir()] == ["backbone.safetensors"]
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "dclr", "backbone": "r2plus1d_10", "width": "8"}
         assert sorted(file.keys()) == sorted(authors_network().state_dict().keys() - {"fc.weight", "fc.bias"})
 
-    for given in (path, path.parent):  # the file, or its run's folder
+    for given in (path, path.parent):  # the file, or the folder of its run
         loaded = build_backbone("r2plus1d_10", width=8)
         assert load_backbone(given, loaded) == f"{path}: r2plus1d_10 (width 8), written by dclr"
         assert_equal_states(loaded.state_dict(), saved.state_dict())
@@ -381,7 +386,7 @@ def test_load_foreign_safetensors_and_old_files_without_step_counters(tmp_path: 
 
 
 def refused(path: Path, message: str, name: str = "r3d_10", width: int = 8) -> None:
-    """load_backbone raises a one-line UserError that names the path, and leaves the backbone as it was."""
+    """Check that load_backbone raises a one-line UserError that names the path, and does not change the backbone."""
     backbone = build_backbone(name, width)
     before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     with pytest.raises(UserError, match=message) as caught:
@@ -420,13 +425,13 @@ def test_weights_of_no_known_network(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, path)
     refused(path, r"it lacks stem.0.weight \(and \d+ more differences\)")
 
-    # In a file of our own nothing is left out: a classifier there is a mistake.
+    # In files that dclr wrote no parameter is ignored, so a classifier in one is an error.
     ours = tmp_path / "backbone.safetensors"
     save_file({**state, "fc.bias": torch.zeros(3)}, ours, {"format": "dclr", "backbone": "r3d_10", "width": "8"})
     refused(ours, "it has an unknown fc.bias")
 
 
-def test_files_that_are_not_there_or_not_weights(tmp_path: Path) -> None:
+def test_missing_files_and_files_without_weights(tmp_path: Path) -> None:
     refused(tmp_path / "nothing.pth", "no such file")
     refused(tmp_path, "holds no backbone.safetensors")
 
@@ -447,7 +452,7 @@ def test_files_that_are_not_there_or_not_weights(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Unpickling this calls Path(target).touch()."""
+    """An object that calls Path(target).touch() when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -466,4 +471,4 @@ def test_a_malicious_file_is_refused_and_not_run(legacy: bool, tmp_path: Path) -
     assert not target.exists()
 
     pickle.loads(pickle.dumps(Bomb(target)))
-    assert target.exists()  # the bomb is live
+    assert target.exists()  # so the test file does contain working code

@@ -1,4 +1,4 @@
-"""Retrieval against numpy, and chance against a count of every possible draw."""
+"""Retrieval against numpy, and chance against a count of all possible draws."""
 
 import itertools
 import math
@@ -31,15 +31,15 @@ def test_retrieval_agrees_with_numpy_on_random_features():
     nearest = np.argsort(-cosines, axis=1)
     assert np.array_equal(result.nearest, nearest)
     assert np.allclose(result.similarity, np.take_along_axis(cosines, nearest, 1), atol=1e-6)
-    assert list(result.recall) == list(result.chance) == [1, 5, 10, 20]  # 50 of 30 would mean nothing
+    assert list(result.recall) == list(result.chance) == [1, 5, 10, 20]  # no R@50 with 30 videos
     for k in result.recall:
         hits = [label in gallery_labels[row[:k]] for row, label in zip(nearest, query_labels, strict=True)]
         assert result.recall[k] == pytest.approx(np.mean(hits))
     assert 0 < result.recall[1] < result.recall[5] < 1
 
 
-def test_each_split_loses_its_own_mean():
-    """Features that a constant shifts, by another one in each split, retrieve as before."""
+def test_each_split_is_centred_on_its_own_mean():
+    """A constant added to all features of a split changes nothing, even if it differs between the splits."""
     rng = np.random.default_rng(2)
     features = rng.normal(size=(9, 2, 5))
     found = normalized(outputs(features, range(9)))
@@ -50,16 +50,16 @@ def test_each_split_loses_its_own_mean():
     assert result.recall[1] == 1
 
 
-@pytest.mark.parametrize(("of_class", "gallery"), [(0, 5), (1, 5), (2, 6), (3, 7), (5, 5)])
-def test_chance_is_the_share_of_all_draws_that_hold_one_of_the_class(of_class, gallery):
+@pytest.mark.parametrize(("same_class", "gallery"), [(0, 5), (1, 5), (2, 6), (3, 7), (5, 5)])
+def test_chance_is_the_share_of_all_draws_that_contain_the_class(same_class, gallery):
     for k in range(1, gallery + 1):
         draws = list(itertools.combinations(range(gallery), k))
-        share = sum(any(video < of_class for video in draw) for draw in draws) / len(draws)
-        assert chance_of_hit(of_class, gallery, k) == pytest.approx(share, abs=1e-12)
+        share = sum(any(video < same_class for video in draw) for draw in draws) / len(draws)
+        assert chance_of_hit(same_class, gallery, k) == pytest.approx(share, abs=1e-12)
 
 
-def test_chance_averages_over_queries_of_classes_that_differ_in_size():
-    """A gallery of 4: three of class 0, one of class 1; queries of class 0, 1 and 2, which the gallery lacks."""
+def test_chance_averages_over_queries_same_classes_that_differ_in_size():
+    """The gallery has three videos of class 0 and one of class 1. The queries are of class 0, 1 and 2."""
     features = np.random.default_rng(3).normal(size=(7, 1, 4))
     result = retrieval(outputs(features[:4], [0, 0, 0, 1]), outputs(features[4:], [0, 1, 2]))
     assert result.chance == {1: pytest.approx((3 / 4 + 1 / 4 + 0) / 3)}

@@ -1,4 +1,4 @@
-"""The picture of a training sample, and its command line."""
+"""The picture of a training sample, and the command that writes it."""
 
 import numpy as np
 import pytest
@@ -29,11 +29,11 @@ def test_a_picture_of_a_video(demo_videos, tmp_path, capfd, monkeypatch):
     picture = plt.imread(out)
     assert picture.shape[0] > 1000
     assert picture.shape[1] > 1000
-    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 1000  # colours: frames are in it
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 1000  # it shows frames, not a blank page
 
 
 def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path, monkeypatch):
-    """The sheet gets the views that training makes of the same draws from RGB, except for the conversion of colours."""
+    """The sheet gets the views that RGB frames and the same draws give, up to the conversion of colours."""
     seen = []
     monkeypatch.setattr("dclr.evaluation.view_sheet.plot_view_sheet", lambda *arguments: seen.append(arguments))
     video = next(iter(sorted(demo_videos.rglob("*.mp4"))))
@@ -54,8 +54,8 @@ def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path,
         assert (row == expected[0]).all()
         assert (still_row == expected[1]).all()
         params = ViewParams(augmentation.to_augmentation([row]), augmentation.to_augmentation([still_row]), (112, 112))
-        made = generate_views(torch.from_numpy(source)[None], torch.from_numpy(still)[None], params)
-        for picture, by_rgb in zip(pictures, augmentation.to_pixels(made, 0), strict=True):
+        views = generate_views(torch.from_numpy(source)[None], torch.from_numpy(still)[None], params)
+        for picture, by_rgb in zip(pictures, augmentation.to_pixels(views, 0), strict=True):
             assert np.abs(picture.astype(int) - by_rgb).mean() < 4
 
 
@@ -70,7 +70,7 @@ def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path,
         (["--video", "VIDEO", "--seed", "-1"], "--seed is -1, but must be at least 0"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(demo_videos, capfd, monkeypatch, arguments, message):
+def test_what_cannot_be_plotted_is_refused_in_one_line(demo_videos, capfd, monkeypatch, arguments, message):
     video = str(next(iter(sorted(demo_videos.rglob("*.mp4")))))
     status, _, error = run_module(capfd, monkeypatch, *(video if a == "VIDEO" else a for a in arguments))
     assert status == 2

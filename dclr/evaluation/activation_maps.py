@@ -21,13 +21,12 @@ from dclr.data import augmentation, clips
 from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo, YuvFrames, rgb_of
 from dclr.data.failures import Failures
-from dclr.data.samples import TEST_CLIPS
+from dclr.data.samples import TEST_CLIPS, stack_frames
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures
 from dclr.evaluation.composites import foreground_mask
 from dclr.evaluation.features import SKIPPED, evenly_spaced, load_features, open_split
-from dclr.evaluation.view_sheet import to_yuv420
 from dclr.models import Backbone, activation_map
 from kernels import ViewParams, generate_views
 
@@ -140,7 +139,7 @@ def read_clip(videos: VideoSet, index: int, data: DataConfig) -> Clip:
 @torch.no_grad()
 def compute_maps(backbone: Backbone, clip: Clip, size: int, boundary: Any, device: torch.device) -> np.ndarray:
     """Return A_v, A_s and A_d of a clip that is resized to `size` x `size` pixels: (3, T', H', W') float32."""
-    frames = to_yuv420([clip.frames]).to(device)
+    frames = stack_frames([clip.frames]).to(device)
     middle = frames.y.shape[1] // 2
     still = frames.select(np.s_[:, middle])
     row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:])])

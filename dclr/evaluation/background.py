@@ -302,7 +302,7 @@ def evaluate_foreground(
     """
     outputs = run_on_samples(
         lambda clip: torch.stack([features(clip), features(frozen(clip))], 1), samples, device, "foreground"
-    )  # fmt: skip
+    )
     row_of = {index: row for row, index in enumerate(ordinary.indices.tolist())}
     read = [(row, index) for row, index in enumerate(outputs.indices.tolist()) if index in row_of]
     kept = [(row, index) for row, index in read if samples.shares[index].any()]

@@ -156,8 +156,7 @@ class CompositeClips(TestClips):
 
 def split_clips(frames: YuvFrames, length: int) -> list[YuvFrames]:
     """Split frames of consecutive clips of `length` frames into one YuvFrames per clip, as views."""
-    parts = [slice(first, first + length) for first in range(0, len(frames.y), length)]
-    return [YuvFrames(frames.y[p], frames.u[p], frames.v[p], frames.bt709, frames.full_range) for p in parts]
+    return [frames.select(slice(first, first + length)) for first in range(0, len(frames.y), length)]
 
 
 def frozen(clip: Tensor) -> Tensor:

@@ -16,22 +16,22 @@ from torch import Tensor
 
 MAX_STEPS = 2000
 SMALLEST_GRADIENT = 1e-6
-"""The probe has converged if no derivative of the mean loss by video is larger."""
+"""A probe has converged if no derivative of the mean loss per video is larger than this in absolute value."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted classifier; all tensors float64, on the CPU."""
+    """A fitted classifier. All tensors are float64 on the CPU."""
 
-    mean: Tensor  # (D,) mean of the features that it was fitted to
-    scale: Tensor  # (D,) their standard deviation, or 1 if the deviation is 0
-    weight: Tensor  # (C, D) for standardised features
+    mean: Tensor  # (D,) mean of the features that the probe was fitted to
+    scale: Tensor  # (D,) their standard deviation, or 1 where the deviation is 0
+    weight: Tensor  # (C, D), for standardised features
     bias: Tensor  # (C,)
     steps: int
     converged: bool
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the logits (N, C) float64 of features (N, D)."""
+        """Compute logits: (N, D) -> (N, C) float64."""
         return F.linear((features.double() - self.mean) / self.scale, self.weight, self.bias)
 
 
@@ -40,9 +40,9 @@ def fit_probe(
     labels: Tensor,  # (N,) int64 in 0 to classes - 1
     classes: int,
 ) -> Probe:
-    """Fit a probe by L-BFGS with a line search, from zero weights, in float64. The result is deterministic.
+    """Fit a probe by L-BFGS with a line search, in float64, from zero weights. The result is deterministic.
 
-    Classes without a video are allowed.
+    A class may have no video.
     """
     features = features.double()
     mean, scale = features.mean(0), features.std(0, correction=0)
@@ -51,20 +51,24 @@ def fit_probe(
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=MAX_STEPS, max_eval=2 * MAX_STEPS, history_size=20,
-        tolerance_grad=SMALLEST_GRADIENT, tolerance_change=0, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+        [weight, bias],
+        max_iter=MAX_STEPS,
+        max_eval=2 * MAX_STEPS,
+        history_size=20,
+        tolerance_grad=SMALLEST_GRADIENT,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
-    def loss_by_video() -> Tensor:
+    def loss_per_video() -> Tensor:
         optimizer.zero_grad()
-        # The whole loss is divided by N, so that the size of the gradient does not depend on the number of videos. The
-        # division does not move the minimum.
+        # Dividing the loss by N keeps the solution, and makes SMALLEST_GRADIENT independent of the number of videos.
         loss = F.cross_entropy(F.linear(x, weight, bias), labels) + weight.square().sum() / (2 * len(x))
         loss.backward()
         return loss
 
-    optimizer.step(loss_by_video)
-    loss_by_video()  # computes the gradient at the solution, because the line search may have ended at another point
+    optimizer.step(loss_per_video)
+    loss_per_video()  # computes the gradient at the solution: the line search may have ended with another point
     gradient = max(parameter.grad.abs().max().item() for parameter in (weight, bias) if parameter.grad is not None)
     return Probe(
         mean=mean,

@@ -4,7 +4,6 @@ python -m dclr.evaluation.view_sheet --video FILE --out views.png
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,10 @@ import torch
 
 from dclr.config import DataConfig, Parser
 from dclr.data import augmentation, clips, decode
+from dclr.data.samples import stack_frames
 from dclr.errors import UserError
 from dclr.evaluation.figures import plot_view_sheet
-from kernels import ViewParams, Yuv420, describe, generate_views
-
-
-def to_yuv420(clips_of_frames: Sequence[decode.YuvFrames]) -> Yuv420:
-    """Stack the frames of B clips of one size, T frames each, into a batch."""
-    y, u, v = (torch.from_numpy(np.stack([getattr(clip, plane) for clip in clips_of_frames])) for plane in "yuv")
-    bt709, full_range = (
-        torch.tensor([getattr(clip, flag) for clip in clips_of_frames]) for flag in ("bt709", "full_range")
-    )
-    return Yuv420(y, u, v, bt709, full_range)
+from kernels import ViewParams, describe, generate_views
 
 
 def write_view_sheet(video: Path, out: Path, seed: int) -> str:
@@ -49,14 +40,8 @@ def write_view_sheet(video: Path, out: Path, seed: int) -> str:
     # In the order of the data loader: query clip, its still, key clip, its still.
     rows = [augmentation.draw_augmentation(rng, record.height, record.width, augmentation.PRETRAIN) for _ in range(4)]
 
-    def frames_at(numbers: slice) -> decode.YuvFrames:
-        return decode.YuvFrames(
-            planes.y[numbers], planes.u[numbers], planes.v[numbers], planes.bt709, planes.full_range
-        )
-
-    frames = to_yuv420([frames_at(slice(0, length)), frames_at(slice(length, 2 * length))])
-    stills = to_yuv420([frames_at(slice(2 * length, 2 * length + 1)), frames_at(slice(2 * length + 1, None))])
-    stills = stills.select(np.s_[:, 0])
+    frames = stack_frames([planes.select(slice(0, length)), planes.select(slice(length, 2 * length))])
+    stills = stack_frames([planes.select([2 * length]), planes.select([2 * length + 1])]).select(np.s_[:, 0])
     params = ViewParams(augmentation.to_augmentation(rows[0::2]), augmentation.to_augmentation(rows[1::2]), size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = generate_views(frames.to(device), stills.to(device), params)
