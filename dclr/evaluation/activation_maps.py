@@ -109,7 +109,10 @@ def evaluate_activation_maps(
         print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
     rows = [sheet_row(moving[position], maps[position]) for position in evenly_spaced(len(moving), SHEET_CLIPS)]
     # The name of the run without the folders above it, because pictures are published.
-    title = f"{checkpoint.resolve().name}, {network.name} (width {network.width})"
+    title = (
+        f"{checkpoint.resolve().name}, {network.name} (width {network.width})\n"
+        "Activation maps of the rgb (A_v), static (A_s) and dynamic view (A_d), from blue (smallest) to red (largest)"
+    )
     figures.plot_activation_maps(rows, title, folder / "maps.png")
     return {
         "weights": loaded,

@@ -165,7 +165,7 @@ def plot_activation_maps(
             every row. The colours of each map go from its own smallest value (blue) to its own largest value (red).
     """
     columns = 2 + len(rows[0][3])
-    figure, grid = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.7 * len(rows) + 0.6), squeeze=False)
+    figure, grid = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.75 * len(rows) + 0.8), squeeze=False)
     for line, (name, frame, mask, maps) in zip(grid, rows, strict=True):
         height, width = mask.shape
         for axes, picture, caption in zip(line, (frame, mask), (name, "foreground"), strict=False):

@@ -68,7 +68,10 @@ def evaluate_retrieval(
     print("".join([f"{'':10}", *(f"{f'R@{k}':>8}" for k in result.recall)]))
     for name, shares in (("retrieval", result.recall), ("chance", result.chance)):
         print("".join([f"{name:10}", *(f"{value:8.1%}" for value in shares.values())]))
-    title = f"{loaded}: R@1 {result.recall[1]:.1%}"
+    title = (
+        f"{loaded}: R@1 {result.recall[1]:.1%}\n"
+        "Each query and its nearest train videos, with cosine similarity. Green: the query's class. Red: another class."
+    )
     plot_sheet(result, gallery, queries, gallery_videos, query_videos, title, folder / "retrieval.png")
     return {
         "weights": loaded,
