@@ -146,7 +146,7 @@ def peak_extra_memory(call: Call, device: torch.device) -> int | None:
     """Return the most bytes that one call holds beyond what was allocated before, with its result. None on a CPU."""
     if device.type != "cuda":
         return None
-    call()  # what stays allocated after a first call (cuBLAS's workspace) is no cost of a call
+    call()  # a first call also allocates what later calls reuse, such as cuBLAS's workspace
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -62,7 +62,7 @@ DS_CONFIGS = {"DDP": "ddp.json", "stage 0": "ddp.json", "ZeRO-1": "zero1.json", 
 ROUNDS = 3
 WARMUP, CHECKED_STEPS = 3, 8
 LOSS_TOLERANCE = 1e-4
-"""Relative, in float32. Providers add gradients up in different orders, and rounding errors grow from step to step."""
+"""Relative, in float32. Providers sum gradients in different orders, and rounding errors grow from step to step."""
 
 
 @dataclass(frozen=True, kw_only=True)

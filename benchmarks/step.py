@@ -471,7 +471,7 @@ def goal_milliseconds(rows: Sequence[Row], device: torch.device) -> float | None
 
 
 def convolutions(device: torch.device) -> dict[str, Any]:
-    """Return the settings of convolutions. "as released" and "eager bf16" let cuDNN search whatever stands here."""
+    """Return the settings of convolutions. "as released" and "eager bf16" always let cuDNN search."""
     return {
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,

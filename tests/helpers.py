@@ -103,6 +103,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launcher_command(launcher: str) -> list[str]:
+    """Return the command by which deepspeed or torchrun starts pretraining in two processes.
+
+    deepspeed starts it without a subcommand and torchrun with one, so that both ways are tested.
+    """
+    program = str(Path(sys.executable).parent / launcher)
+    processes = "--num_accelerators" if launcher == "deepspeed" else "--nproc_per_node"
+    subcommand = [] if launcher == "deepspeed" else ["pretrain"]
+    return [program, processes, "2", "--master_port", str(free_port()), "train.py", *subcommand]
+
+
 # ---------------------------------------------------------------- runs
 
 

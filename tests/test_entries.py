@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, as_flags, free_port, numbers
+from helpers import REPOSITORY, as_flags, launcher_command, numbers
 from PIL import Image
 
 import eval as evaluation
@@ -19,8 +19,6 @@ import train
 from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.models import build_backbone, save_backbone
-
-BIN = Path(sys.executable).parent
 
 
 def run(command: list[str], environment: dict[str, str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -89,18 +87,7 @@ def test_two_processes_make_one_run_and_one_process_resumes_it(
     clean_environment, train_main, tiny_pretrain, tmp_path, launcher
 ):
     flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
-    if launcher == "deepspeed":
-        start = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "train.py"]
-    else:
-        start = [
-            str(BIN / "torchrun"),
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            str(free_port()),
-            "train.py",
-            "pretrain",
-        ]
+    start = launcher_command(launcher)
     done = run([*start, *flags], clean_environment)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -121,7 +108,7 @@ def test_two_processes_make_one_run_and_one_process_resumes_it(
 @pytest.mark.slow
 @pytest.mark.launcher
 def test_a_wrong_input_under_the_launcher_exits_with_status_2_and_one_line_for_all_ranks(clean_environment):
-    start = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "train.py"]
+    start = launcher_command("deepspeed")
     done = run([*start, "--data", "no/such/folder"], clean_environment)
     assert done.returncode == 2
     output = done.stdout + done.stderr

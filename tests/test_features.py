@@ -8,10 +8,11 @@ import torch
 
 from dclr.config import DataConfig
 from dclr.data.catalog import open_catalog
+from dclr.data.clips import evenly_spaced
 from dclr.data.samples import TEST_CLIPS
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
-from dclr.evaluation.features import evenly_spaced, run_on_clips
+from dclr.evaluation.features import run_on_clips
 
 CONFIG = DataConfig(clip_length=4, crop_size=32, workers=0)
 CPU = torch.device("cpu")

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from helpers import (
     as_flags,
     assert_same_end,
     float32_config,
+    free_port,
+    launcher_command,
     make_network,
     make_views,
     numbers,
@@ -36,12 +37,6 @@ from dclr.training.engine import Engine, start_processes, stop_processes
 from dclr.training.heartbeat import Heartbeat
 from dclr.training.replicas import check_replicas, checksums
 from kernels import Views
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: object) -> None:
@@ -341,19 +336,7 @@ def test_each_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint_within_3
     clean_environment, tiny_pretrain, tmp_path, launcher, number
 ):
     flags = as_flags({**tiny_pretrain, "epochs": 200, "out": tmp_path / "run", "checkpoint_every": 100})
-    folder = Path(sys.executable).parent
-    if launcher == "deepspeed":
-        start = [str(folder / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "train.py"]
-    else:
-        start = [
-            str(folder / "torchrun"),
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            str(free_port()),
-            "train.py",
-            "pretrain",
-        ]
+    start = launcher_command(launcher)
     process = subprocess.Popen(
         [*start, *flags], cwd=REPOSITORY, env={**clean_environment, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

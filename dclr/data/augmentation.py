@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from dclr.data.clips import evenly_spaced
 from kernels import Augmentation, Views
 from kernels.types import AUGMENTATION, MEAN, STD
 
@@ -147,22 +148,21 @@ def _draw_box(rng: np.random.Generator, height: int, width: int, recipe: Augment
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+GRID_FRAMES = 8
+"""Most frames of a clip that a picture of the views shows."""
+
+
 def view_grid(views: Views, clips: int) -> np.ndarray:
     """Return a picture of the views of the first clips, (3 * clips * h, columns * w, 3) uint8.
 
     Each clip has three rows: rgb, static and dynamic view. The columns are up to 8 evenly spaced frames.
     """
-    shown = spread(views.rgb.shape[2])
+    shown = evenly_spaced(views.rgb.shape[2], GRID_FRAMES)
     rows = []
     for b in range(min(clips, views.rgb.shape[0])):
         # (T, h, w, 3) -> (h, columns * w, 3)
         rows += [np.concatenate(list(pixels[shown]), axis=1) for pixels in to_pixels(views, b)]
     return np.concatenate(rows)
-
-
-def spread(T: int) -> list[int]:
-    """Return up to 8 of T frame numbers, evenly spaced from the first to the last."""
-    return np.linspace(0, T - 1, min(T, 8)).round().astype(int).tolist()
 
 
 def to_pixels(views: Views, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -61,3 +61,8 @@ def uniform_clips(frames: int, count: int, length: int, stride: int) -> np.ndarr
     last = max(frames - length * stride, 0)
     starts = np.linspace(0, last, count).round().astype(np.int64)
     return np.stack([window(int(start), frames, length, stride) for start in starts])
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return up to `most` positions below `count`, evenly spaced from the first to the last."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()

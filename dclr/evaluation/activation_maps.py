@@ -18,6 +18,7 @@ import torch
 
 from dclr.config import DataConfig, ModelConfig
 from dclr.data import augmentation, clips
+from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo, YuvFrames, rgb_of
 from dclr.data.failures import Failures
@@ -26,7 +27,7 @@ from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures
 from dclr.evaluation.composites import foreground_mask
-from dclr.evaluation.features import SKIPPED, evenly_spaced, load_features, open_split
+from dclr.evaluation.features import SKIPPED, load_features, open_split
 from dclr.models import Backbone, activation_map
 from kernels import ViewParams, generate_views
 

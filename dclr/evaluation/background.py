@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
+from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
 from dclr.data.samples import TestClips
@@ -39,7 +40,6 @@ from dclr.evaluation.composites import (
 from dclr.evaluation.features import (
     ClipOutputs,
     check_classes,
-    evenly_spaced,
     load_features,
     open_labelled,
     run_on_clips,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -129,8 +128,3 @@ def check_classes(checkpoint: Path, classes: tuple[str, ...], catalog: Catalog) 
             f"--checkpoint {checkpoint} knows {len(classes)} classes and {catalog.root} has {len(catalog.classes)}; "
             f"they must be the same ({', '.join(different[:3]) or 'their order differs'})"
         )
-
-
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return up to `most` positions below `count`, evenly spaced from the first to the last."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dclr.config import DataConfig, ModelConfig
+from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
-from dclr.evaluation.features import ClipOutputs, evenly_spaced, load_features, open_labelled, run_on_clips
+from dclr.evaluation.features import ClipOutputs, load_features, open_labelled, run_on_clips
 from dclr.models import pool
 
 RANKS = (1, 5, 10, 20, 50)

@@ -56,7 +56,7 @@ def write_view_sheet(video: Path, out: Path, seed: int) -> str:
         f"{video.name}: {record.frames} frames of {record.width} x {record.height}, YUV 4:2:0 ({space}); seed {seed}"
     )
     try:
-        plot_view_sheet(samples, augmentation.spread(length), title, out)
+        plot_view_sheet(samples, clips.evenly_spaced(length, augmentation.GRID_FRAMES), title, out)
     except (OSError, ValueError) as error:  # ValueError: not the suffix of a picture
         raise UserError(f"--out {out}: cannot write it ({error}); name a .png file in a folder that exists") from None
     return f"views by {describe(device)}\nwrote {out}"
