@@ -24,8 +24,9 @@ from benchmarks.harness import RELEASED, NotAvailable
 from dclr.config import DataConfig
 from dclr.data import clips
 from dclr.data.augmentation import PRETRAIN
-from dclr.data.catalog import Catalog, open_catalog
+from dclr.data.catalog import Catalog
 from dclr.data.clips import ClipPair
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import NO_PTS, VideoRecord, YuvFrames
 from dclr.data.loader import BatchSampler, TrainBatches
 from dclr.data.manifest import load_manifest

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import harness
 from benchmarks.harness import ROOT, Row
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 
 WAIT_GOAL = 0.02  # share of the time, with 16 cores
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import eval as evaluation
 from dclr.config import DataConfig
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.encode import write_video
 from dclr.data.videos import open_videos
 from dclr.errors import UserError

@@ -18,7 +18,7 @@ from benchmarks.harness import NotAvailable
 from benchmarks.loader import Round
 from benchmarks.loader_providers import Source
 from benchmarks.train import Case
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import NO_PTS, YuvFrames
 from dclr.data.encode import write_video
 from dclr.data.loader import BatchSampler

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dclr.config import DataConfig
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import YuvFrames, empty_planes
 from dclr.data.encode import write_video
 from dclr.data.samples import TEST_CLIPS, TestClips

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dclr.data import demo
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import read_planes, rgb_of, verify_video
 from dclr.data.demo import BACKGROUNDS, CLASSES, FRAMES, SIZE, render_demo, render_video
 from dclr.errors import UserError
@@ -24,7 +24,7 @@ def test_the_catalog_opens_it(folder: Path) -> None:
     catalog = open_catalog(folder)
     assert catalog.layout == "list file"
     assert catalog.classes == CLASSES
-    assert catalog.missing == ()
+    assert catalog.missing == {}
     for split, per_class in {"train": TRAIN, "test": TEST}.items():
         assert Counter(video.label for video in catalog.videos(split)) == dict.fromkeys(range(8), per_class)
     paths = [video.path for split in catalog.splits.values() for video in split]

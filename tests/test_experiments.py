@@ -15,7 +15,7 @@ import torch
 import eval as evaluation
 import train
 from benchmarks.harness import plt
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.errors import UserError
 from experiments import activation_maps, controlled, controlled_set, evidence, plots, precision, runs, weizmann
 from experiments.runs import Job

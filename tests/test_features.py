@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dclr.config import DataConfig
-from dclr.data.catalog import open_catalog
 from dclr.data.clips import evenly_spaced
+from dclr.data.datasets import open_catalog
 from dclr.data.samples import TEST_CLIPS
 from dclr.data.videos import open_videos
 from dclr.errors import UserError

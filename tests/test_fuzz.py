@@ -15,7 +15,7 @@ from helpers import REPOSITORY, children
 
 from dclr.config import DataConfig
 from dclr.data import clips, decode
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import UnreadableVideo, read_planes, verify_video
 from dclr.data.loader import BatchSampler, TrainBatches
 from dclr.data.samples import ClipSamples, PairSamples

@@ -19,7 +19,7 @@ from helpers import block, children, crash, loop
 
 from dclr.config import DataConfig
 from dclr.data import clips, loader
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import empty_planes
 from dclr.data.decoder_process import shared_array
 from dclr.data.encode import write_video

@@ -21,7 +21,8 @@ import pytest
 from helpers import children
 
 from dclr.config import DataConfig
-from dclr.data.catalog import Video, open_catalog
+from dclr.data.catalog import Video
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import VideoRecord, empty_planes
 from dclr.data.decoder_process import freeze_inherited_objects
 from dclr.data.loader import BatchSampler, TrainBatches

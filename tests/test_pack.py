@@ -22,7 +22,7 @@ from PIL import Image
 import train
 from dclr.config import DataConfig
 from dclr.data import clips, pack, store
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import (
     UnreadableVideo,
     YuvFrames,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dclr.config import DataConfig
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.loader import BatchSampler, TrainBatches
 from dclr.data.prefetch import DeviceBatches, batches_on
 from dclr.data.samples import ClipSamples, PairSamples

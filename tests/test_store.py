@@ -19,7 +19,7 @@ from helpers import read_store
 import train
 from dclr.config import DataConfig
 from dclr.data import pack, store, string_array
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import UnreadableVideo, empty_planes
 from dclr.data.encode import write_video
 from dclr.data.store import Selection, Store, load_arrays, save_arrays
@@ -434,6 +434,10 @@ def at(place: int, value: int):
     return change
 
 
+MISSING = {"missing_split": np.array([0]), "missing_label": np.array([-1])}
+"""The further columns of one missing video."""
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -465,8 +469,17 @@ def at(place: int, value: int):
         ({"paths": string_array.pack_strings(["a"])}, "paths must be of shape (5,), not (1,)"),
         ({"paths": at(-1, 65)}, "paths must be strings, each with a null character behind it"),
         (
-            {"missing": string_array.pack_strings(["a"]), "missing_number": np.array([2])},
+            {"missing": string_array.pack_strings(["a"]), "missing_number": np.array([2]), **MISSING},
             "missing_number must be one of the numbers",
+        ),
+        (
+            {
+                "missing": string_array.pack_strings(["a"]),
+                "missing_number": np.array([1]),
+                **MISSING,
+                "missing_split": np.array([3]),
+            },
+            "missing_split must be 0 to 2",
         ),
         ({"layout": string_array.pack_strings([])}, "layout must be of shape (1,), not (0,)"),
         ({"crc32": np.zeros(5, np.int64)}, "crc32 must be an array of uint32"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 from dclr.config import DataConfig
 from dclr.data import pack, store
-from dclr.data.catalog import open_catalog
+from dclr.data.datasets import open_catalog
 from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.evaluation import demo_table, view_sheet

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from dclr.config import DataConfig
-from dclr.data.catalog import Video, open_catalog
+from dclr.data.catalog import Video
 from dclr.data.clips import draw_pair, sample_rng
+from dclr.data.datasets import open_catalog
 from dclr.data.decode import UnreadableVideo, VideoRecord, empty_planes, read_planes
 from dclr.data.encode import write_video
 from dclr.data.manifest import load_manifest

@@ -109,6 +109,5 @@ def describe_unreadable(unreadable: Mapping[str, str]) -> list[str]:
 
 def describe_missing(catalog: Catalog) -> list[str]:
     """Return lines with the videos that the lists name and the disk does not hold; none if there are no such videos."""
-    if not catalog.missing:
-        return []
-    return [f"listed but not on disk: {len(catalog.missing)}", *(f"  {path}" for path in catalog.missing)]
+    paths = list(dict.fromkeys(video.path for videos in catalog.missing.values() for video in videos))
+    return [f"listed but not on disk: {len(paths)}", *(f"  {path}" for path in paths)] if paths else []

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from dclr.config import DataConfig
 from dclr.data import decoder_process, store
-from dclr.data.catalog import catalog_arrays, official_splits, open_catalog
-from dclr.data.datasets import DEMO_VIDEOS, make_demo
+from dclr.data.catalog import catalog_arrays
+from dclr.data.datasets import DEMO_VIDEOS, make_demo, official_splits, open_catalog
 from dclr.data.decode import UnreadableVideo, VideoRecord, YuvFrames, resized_planes, verify_video
 from dclr.data.decoder_process import DecoderDied
 from dclr.data.encode import compact_record, compact_video
@@ -296,10 +296,11 @@ def difference_of(before: Arrays, now: Arrays) -> str:
             if changed := [path for path, *pair in zip(paths, old, new, strict=True) if not np.array_equal(*pair)]:
                 more = f", as in {len(changed) - 1} more" if len(changed) > 1 else ""
                 return f"another {changed[0]} (its {what} has changed{more})"
-    lists = ("layout", "classes", "paths", "numbers", "missing", "missing_number")
-    if not all(np.array_equal(before[name], now[name]) for name in now if name in lists or name.startswith("entry_")):
+    lists = [name for name in now if name in ("layout", "classes", "paths", "numbers", "missing", "missing_number")]
+    lists += [name for name in now if name.startswith("entry_")]
+    if not all(np.array_equal(before[name], now[name]) for name in lists):
         return "other lists of classes or splits"
-    if not all(np.array_equal(before[name], now[name]) for name in now if name != "source"):
+    if not all(np.array_equal(before[name], now[name]) for name in now if name in before and name != "source"):
         return "another division into shards"
     return ""
 

@@ -367,16 +367,21 @@ def _check_lists(path: Path, index: Arrays) -> None:
     entries, missing = index["entry_row"].shape, index["missing_number"].shape
     _check_columns(path, index, entries, int64=["entry_number", "entry_split", "entry_label"], strings=["entry_group"])
     _check_columns(path, index, missing, strings=["missing"])
+    if "missing_split" in index:  # stores of older versions have neither
+        _check_columns(path, index, missing, int64=["missing_split", "missing_label"])
     by_video = ["heights", "widths", "sizes", "shards", "offsets"]
     _check_columns(path, index, (videos,), int64=by_video, strings=["paths", "reasons"])
     _check_columns(path, index, (videos, 2), int64=["stamps"])
 
     paths, shards, stored = unpack_strings(index["paths"]), index["shards"], index["shards"] >= 0
     short_sides = np.minimum(index["heights"], index["widths"])
+    no_entries = np.empty(0, dtype=np.int64)
     least = stored.astype(np.int64)  # a video that is in no shard has no frames and no size
     for name, right, rule in (
         ("numbers", 0 < len(numbers) == len(set(numbers.tolist()) & {1, 2, 3}), "some of 1, 2 and 3, each once"),
         ("missing_number", np.isin(index["missing_number"], numbers), "one of the numbers"),
+        ("missing_split", _between(index.get("missing_split", no_entries), 0, 2), "0 to 2"),
+        ("missing_label", _between(index.get("missing_label", no_entries), -1, classes - 1), f"-1 to {classes - 1}"),
         ("entry_number", np.isin(index["entry_number"], numbers), "one of the numbers"),
         ("entry_split", _between(index["entry_split"], 0, 2), "0 to 2"),
         ("entry_row", _between(index["entry_row"], 0, videos - 1), f"0 to {videos - 1}"),

@@ -197,7 +197,8 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
         run.write_config()
     run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
     if catalog.missing:
-        run.say(f"  {len(catalog.missing)} listed videos are not on disk: train.py check names them")
+        count = len({video.path for missing in catalog.missing.values() for video in missing})
+        run.say(f"  {count} listed videos are not on disk: train.py check names them")
     if videos.unreadable:
         run.say(
             f"  {len(videos.unreadable)} videos cannot be read and are skipped: "
