@@ -1,6 +1,9 @@
 """dclr/models: backbones against torchvision's networks, heads against numbers by hand, every kind of weight file."""
 
+import gzip
 import pickle
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +18,15 @@ from torchvision.models.video import resnet
 from dclr.errors import UserError
 from dclr.models import (
     BACKBONES,
+    Classifier,
     ProjectionHead,
     activation_map,
     build_backbone,
     load_backbone,
+    load_classifier,
     pool,
     save_backbone,
+    save_classifier,
 )
 from dclr.models import backbone as backbone_module
 from dclr.models.backbone import BatchNorm
@@ -360,7 +366,9 @@ def test_load_the_authors_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_0199.pth.tar"
     torch.save(authors_checkpoint(theirs), path)
     backbone = build_backbone("r2plus1d_10")
-    assert load_backbone(path, backbone) == f"{path}: r2plus1d_10 (width 64), the query encoder of a MoCo checkpoint"
+    line = "r2plus1d_10 (width 64), the query encoder of a MoCo checkpoint"
+    prefix = "state_dict/module.encoder_q."
+    assert load_backbone(path, backbone) == f"{path}: {line} (names without the prefix {prefix})"
     assert_equal_states(backbone.state_dict(), without_fc(theirs))
 
 
@@ -440,15 +448,178 @@ def test_missing_files_and_files_without_weights(tmp_path: Path) -> None:
     (tmp_path / "torn.pth").write_bytes((tmp_path / "torn.pth").read_bytes()[:5000])
     refused(tmp_path / "torn.pth", "cannot be read by torch.load")
     (tmp_path / "empty.pth").touch()
-    refused(tmp_path / "empty.pth", "cannot be read by torch.load")
+    refused(tmp_path / "empty.pth", "is empty")
     (tmp_path / "text.pth").write_text("not weights")
-    refused(tmp_path / "text.pth", "not a file of plain tensors")
+    refused(tmp_path / "text.pth", "is a text file, not weights: it begins with 'not weights'")
     (tmp_path / "torn.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
     refused(tmp_path / "torn.safetensors", "cannot be read as safetensors")
 
     for content in ([torch.zeros(1)], {"state_dict": 3}, {"epoch": 3}, {1: torch.zeros(1)}):
         torch.save(content, tmp_path / "other.pth")
         refused(tmp_path / "other.pth", "holds no state dict")
+
+
+OTHER_FILES = {
+    "page.pth": (b"\n<!DOCTYPE html>\n<html lang='en'><head>", "is an HTML page, not weights: the download failed"),
+    "old-page.pth": (b"<HTML><BODY>404</BODY></HTML>", "is an HTML page"),
+    "page.safetensors": (b"<!-- saved --><html>", "is an HTML page"),
+    "error.pth": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is an XML document"),
+    "error.json.pth": (b'{"error": "Repository not found"}', "is JSON text"),
+    "pointer.safetensors": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n",
+        "is a Git LFS pointer, not weights: run git lfs pull",
+    ),
+    "utf-16.pth": ("Zugriff verweigert".encode("utf-16"), "is a text file"),
+    "text.pth": ("Fehler: Datei nicht gefunden, \u00fc".encode(), "is a text file"),
+    "packed.pth": (gzip.compress(b"weights"), "is compressed by gzip: unpack it"),
+    "packed.pth.tar": (tarfile.TarInfo("weights.pth").tobuf(), "is a tar archive: unpack it"),
+    "keras.h5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "is an HDF5 file"),
+    "array.npy": (b"\x93NUMPY\x01\x00" + bytes(100), "is a numpy array"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_of_another_kind_is_called_by_its_name(name: str, tmp_path: Path) -> None:
+    content, message = OTHER_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, message)
+    with pytest.raises(UserError, match=message):
+        load_classifier(tmp_path / name)
+
+
+def test_a_zip_archive_of_something_else_is_called_that(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bundle.pth", "w") as archive:
+        archive.writestr("weights/r3d.pth", b"")
+    refused(tmp_path / "bundle.pth", r"is a zip archive that holds weights/r3d\.pth, not weights")
+    torch.jit.trace(nn.Linear(1, 1), torch.zeros(1)).save(str(tmp_path / "program.pt"))
+    refused(tmp_path / "program.pt", "is a TorchScript program, not weights")
+
+
+def test_the_content_decides_how_a_file_of_weights_is_read(tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=8))
+    torch.save(theirs.state_dict(), tmp_path / "torch.safetensors")
+    save_backbone(theirs, tmp_path / "safetensors.pth")
+    for name in ("torch.safetensors", "safetensors.pth"):
+        backbone = build_backbone("r3d_10", width=8)
+        load_backbone(tmp_path / name, backbone)
+        assert_equal_states(backbone.state_dict(), theirs.state_dict())
+
+
+PREFIXES = (
+    "backbone.", "model.", "module.", "module.module.", "_orig_mod.", "encoder.", "encoder_q.", "encoder_q.0.", "net.",
+    "model.backbone.", "_orig_mod.module.backbone.", "some_name_nobody_knows.", "teacher.backbone.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_prefix_of_foreign_weights_is_removed_and_named(prefix: str, suffix: str, tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=4))
+    state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
+    state |= {prefix + "fc.weight": torch.zeros(3, 32)}
+    if prefix != "_orig_mod.":
+        state |= {"cls_head.fc_cls.weight": torch.zeros(3, 32)}
+    path = tmp_path / f"foreign{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    backbone = build_backbone("r3d_10", width=4)
+    line = load_backbone(path, backbone)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
+    assert all(name in line for name in prefix.split("_orig_mod.")), line
+    assert ("_orig_mod." in line) == ("_orig_mod." in prefix)
+
+    wider = {"r3d_10": 8, "r3d_18": 4}
+    for name, width in wider.items():
+        refused(path, r"holds r3d_10 \(width 4\), but .* \(names without the prefix .*\)$", name, width)
+
+
+@pytest.mark.parametrize(
+    "containers", [["model"], ["model_state"], ["net"], ["student"], ["state", "model_state_dict"]]
+)
+def test_weights_inside_dictionaries_are_found(containers: list[str], tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=4))
+    content: dict = {"module." + name: tensor for name, tensor in theirs.state_dict().items()}
+    for container in containers:
+        content = {container: content, "epoch": 3, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}
+    torch.save(content, tmp_path / "nested.pth")
+    backbone = build_backbone("r3d_10", width=4)
+    assert containers[0] + "/module." in load_backbone(tmp_path / "nested.pth", backbone)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
+
+
+def test_wrappers_inside_names_are_removed(tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=4))
+    inner = {
+        name.replace("layer1.", "layer1._checkpoint_wrapped_module."): t for name, t in theirs.state_dict().items()
+    }
+    torch.save(inner, tmp_path / "wrapped.pth")
+    backbone = build_backbone("r3d_10", width=4)
+    load_backbone(tmp_path / "wrapped.pth", backbone)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("average", ["encoder_k.", "teacher.", "model_ema/", "target_encoder.", "key.backbone."])
+def test_of_a_network_and_its_moving_average_the_trained_one_is_loaded(average: str, tmp_path: Path) -> None:
+    theirs, other = (randomized(build_backbone("r3d_10", width=4), seed) for seed in (0, 1))
+    state = {average + name: tensor for name, tensor in other.state_dict().items()}
+    state |= {"trained." + name: tensor for name, tensor in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "both.pth")
+    backbone = build_backbone("r3d_10", width=4)
+    assert "prefix trained." in load_backbone(tmp_path / "both.pth", backbone)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
+
+
+def test_a_file_with_two_networks_that_fit_is_refused(tmp_path: Path) -> None:
+    rgb, flow = (randomized(build_backbone("r3d_10", width=8), seed) for seed in (0, 1))
+    state = {"rgb." + name: tensor for name, tensor in rgb.state_dict().items()}
+    state |= {"flow." + name: tensor for name, tensor in flow.state_dict().items()}
+    torch.save(state, tmp_path / "two.pth")
+    refused(tmp_path / "two.pth", r"holds 2 networks that fit, under the prefixes rgb\. and flow\.: give a file")
+    same = {"other_name." + name: tensor.clone() for name, tensor in rgb.state_dict().items()}
+    torch.save(
+        {name: tensor for name, tensor in state.items() if name.startswith("rgb.")} | same, tmp_path / "same.pth"
+    )
+    assert "prefix rgb." in load_backbone(tmp_path / "same.pth", build_backbone("r3d_10", width=8))
+
+
+def test_the_first_name_of_a_foreign_network_is_told(tmp_path: Path) -> None:
+    torch.save({"backbone.conv1.conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    refused(tmp_path / "other.pth", "it lacks stem.0.weight .* its first tensor is backbone.conv1.conv.weight")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    network = randomized(build_backbone("r3d_10", width=8))
+    network.state_dict()["layer1.0.conv1.0.weight"].flatten()[:3] = value
+    torch.save({"model": network.state_dict()}, tmp_path / "weights.pth")
+    save_backbone(network, tmp_path / "backbone.safetensors")
+    message = r"layer1\.0\.conv1\.0\.weight holds 3 values that are not finite: the run diverged"
+    refused(tmp_path / "weights.pth", message)
+    refused(tmp_path / "backbone.safetensors", message)
+
+
+def test_variances_below_zero_and_numbers_that_are_no_float32_are_refused(tmp_path: Path) -> None:
+    path, state = tmp_path / "weights.pth", randomized(build_backbone("r3d_10", width=8)).state_dict()
+    name = "layer2.0.conv1.1.running_var"
+    torch.save({**state, name: state[name] - 100}, path)
+    refused(path, rf"{name} holds 16 negative variances")
+    torch.save({**state, name: torch.zeros(16)}, path)
+    load_backbone(path, build_backbone("r3d_10", width=8))  # the variance of a dead channel is 0
+    torch.save({**state, name: torch.full((16,), 1e300, dtype=torch.float64)}, path)
+    refused(path, rf"{name} holds 16 values that are not finite")
+    torch.save({**state, name: state[name].to(torch.int8)}, path)
+    refused(path, rf"{name} holds int8 numbers, not floats")
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "fc.bias", "layer4.0.conv2.1.running_mean"])
+def test_a_classifier_that_is_not_finite_is_refused(name: str, tmp_path: Path) -> None:
+    classifier = Classifier(build_backbone("r3d_10", width=4), classes=2)
+    save_classifier(classifier, ("a", "b"), tmp_path / "classifier.safetensors")
+    load_classifier(tmp_path)
+    state = {**classifier.backbone.state_dict(), **{f"fc.{k}": v for k, v in classifier.fc.state_dict().items()}}
+    state[name].flatten()[0] = torch.nan
+    save_classifier(classifier, ("a", "b"), tmp_path / "classifier.safetensors")
+    with pytest.raises(UserError, match=f"{name} holds 1 values that are not finite"):
+        load_classifier(tmp_path)
 
 
 class Bomb:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone, build_backbone
 from dclr.models.heads import pool
-from dclr.models.weights import check_fits, read_safetensors, write_safetensors
+from dclr.models.tensor_file import read_tensors, write_safetensors
+from dclr.models.weights import check_finite, check_fits
 
 FILE_NAME = "classifier.safetensors"
 """The name of the classifier's file in a run's folder."""
@@ -62,12 +63,12 @@ def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
     have its shapes.
 
     Raises:
-        UserError: the file does not exist, or `save_classifier` did not write it.
+        UserError: the file does not exist, `save_classifier` did not write it, or its weights are not finite.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"--checkpoint: no {file}; give the folder of a finetune or linear run, or its {FILE_NAME}")
-    tensors, metadata = read_safetensors(file)
+    tensors, metadata = read_tensors(file)
     head = {name.removeprefix("fc."): tensor for name, tensor in tensors.items() if name.startswith("fc.")}
     body = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
     try:
@@ -84,6 +85,7 @@ def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
         raise UserError(
             f"--checkpoint {file}: not a classifier written by train.py finetune or linear ({error})"
         ) from None
+    check_finite(file, tensors)
     classifier = Classifier(build_backbone(backbone.name, backbone.width), len(classes))
     classifier.fc.load_state_dict(head)
     classifier.backbone.load_state_dict(body, strict=False)  # not strict: see load_backbone

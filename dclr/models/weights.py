@@ -1,26 +1,22 @@
-"""Files of a backbone's weights: written as safetensors, read from four kinds of file.
+"""Files of a backbone's weights: written as safetensors, read from files of other projects too.
 
     a run's folder, or its backbone.safetensors    as `save_backbone` writes it
     torchvision's weights, .pth                    a state dict; `fc` is ignored
-    a checkpoint that contains a state dict        under "state_dict", names with or without "module."
+    a checkpoint of any project with this network  safetensors or torch.save; the backbone's names may have any prefix
     the DCLR authors' checkpoint_*.pth.tar         the query encoder "module.encoder_q."; its heads are ignored
 
-All but safetensors are read with torch.load(weights_only=True), so no file can run code.
+Weights that are not finite are refused: every figure from them would be meaningless.
 """
 
-import pickle
-import zipfile
-from contextlib import suppress
+import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from dclr.errors import UserError
-from dclr.files import atomic_write
 from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone
+from dclr.models.tensor_file import read_tensors, write_safetensors
 
 FILE_NAME = "backbone.safetensors"
 """The name of the query backbone's file in a run's folder."""
@@ -29,6 +25,15 @@ FILE_NAME = "backbone.safetensors"
 _CLASSIFIER = ("fc.",)
 _AUTHORS_HEADS = ("fc.", "fvv.", "fvs.", "fvd.", "fsv.", "fdv.")
 
+_FIRST_NAME = "stem.0.weight"
+"""A name that every backbone has. What stands before it in a file is the prefix of the backbone's names."""
+
+# torch adds these to names, anywhere, when it compiles, shards or checkpoints a module.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+_AVERAGE = re.compile(r"(^|[._/])(k|m|key|teacher|target|momentum|ema)([._/]|$)")
+"""A part of a prefix that marks a moving average of another network in the file, such as encoder_k."""
+
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
     """Write a backbone as safetensors under torchvision's parameter names, with its name and width as metadata."""
@@ -36,21 +41,15 @@ def save_backbone(backbone: Backbone, path: Path) -> None:
     write_safetensors(backbone.state_dict(), metadata, path)
 
 
-def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Write tensors and metadata as safetensors. The write is atomic: `path` never holds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(content, metadata))
-
-
 def load_backbone(path: Path, backbone: Backbone) -> str:
-    """Load weights from one of the four kinds of file into `backbone`. An error leaves the backbone as it was.
+    """Load weights from a run's folder or a file into `backbone`. An error leaves the backbone as it was.
 
     Returns:
-        one line that says which weights were loaded, and from which file.
+        one line that says which weights were loaded, from which file, and which prefix of their names was removed.
 
     Raises:
-        UserError: the file does not exist, cannot be read, needs unsafe unpickling, or holds another network.
+        UserError: the file does not exist, cannot be read, needs unsafe unpickling, holds another network, several
+            networks that fit, or weights that are not finite.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
@@ -58,83 +57,96 @@ def load_backbone(path: Path, backbone: Backbone) -> str:
             raise UserError(f"{path} holds no {FILE_NAME}: give the folder of a run that has one, or a file")
         raise UserError(f"no such file: {path}")
 
-    if file.suffix == ".safetensors":
-        tensors, metadata = read_safetensors(file)
-        kind = "written by dclr"
-        if metadata.get("format") != "dclr":
-            tensors, kind = _without(tensors, _CLASSIFIER), "a state dict"
-    else:
-        tensors, kind = _read_torch(file)
-    check_fits(file, tensors, backbone)
+    tensors, metadata = read_tensors(file)
+    kind, removed = "written by dclr", ""
+    if metadata.get("format") != "dclr":
+        prefix, wrappers, tensors = _find_backbone(file, tensors, backbone)
+        kind = "the query encoder of a MoCo checkpoint" if "encoder_q." in prefix else "a state dict"
+        prefixes = [*wrappers, prefix] if prefix else wrappers
+        removed = f" (names without the prefix {' and '.join(prefixes)})" if prefixes else ""
+    check_fits(file, tensors, backbone, removed)
+    check_finite(file, tensors)
     # Not strict, because `check_fits` accepts files without BatchNorm's step counters.
     backbone.load_state_dict(tensors, strict=False)
-    return f"{file}: {backbone.name} (width {backbone.width}), {kind}"
+    return f"{file}: {backbone.name} (width {backbone.width}), {kind}{removed}"
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file. The tensors are at most as large as the file.
+def _find_backbone(
+    file: Path, tensors: dict[str, Tensor], backbone: Backbone
+) -> tuple[str, list[str], dict[str, Tensor]]:
+    """Find the backbone in a foreign file.
+
+    Returns:
+        the prefix of its names, the wrappers that torch added to them, and its tensors under their names without
+        prefix and wrappers. If no network of the file fits, those of the first.
 
     Raises:
-        UserError: the file is damaged or is not safetensors.
+        UserError: several networks fit.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118  (not a dict)
-    except Exception as error:  # a damaged file can cause any error in the reader
-        raise UserError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
-
-
-def _read_torch(file: Path) -> tuple[dict[str, Tensor], str]:
-    if zipfile.is_zipfile(file):
-        with suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise UserError(f"{file} is compressed, which torch.save never does: it could fill the memory")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    wrappers = [wrapper for wrapper in _WRAPPERS if any(wrapper in name for name in tensors)]
+    bare = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
+    if len(bare) == len(tensors):
+        tensors = bare
+    prefixes = [
+        prefix
+        for name in tensors
+        if name.endswith(_FIRST_NAME) and (prefix := name.removesuffix(_FIRST_NAME))[-1:] in ("", ".", "/")
+    ]
+    networks = {prefix: _below(tensors, prefix) for prefix in prefixes or [""]}
+    expected = _shapes(backbone.state_dict())
+    fitting = [prefix for prefix in networks if _shapes(networks[prefix]) == expected]
+    candidates = fitting or list(networks)
+    first, *others = [prefix for prefix in candidates if not _AVERAGE.search(prefix)] or candidates
+    different = [prefix for prefix in others if not _equal(networks[first], networks[prefix])]
+    if fitting and different:
         raise UserError(
-            f"{file} is not a file of plain tensors, and reading other objects could run code: "
-            "give a file that holds only a state dict"
-        ) from error
-    except Exception as error:  # a damaged file can cause any error in the reader
-        raise UserError(f"{file} cannot be read by torch.load: {_first_line(error)}") from error
-
-    if isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items()
-    ):
-        raise UserError(
-            f"{file} holds no state dict: give a dictionary of tensors, or a dictionary with one under state_dict"
+            f"{file} holds {len(different) + 1} networks that fit, under the prefixes {first or 'none'} and "
+            f"{', '.join(different)}: give a file that holds only one"
         )
-
-    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    query = {name.removeprefix("encoder_q."): t for name, t in tensors.items() if name.startswith("encoder_q.")}
-    if query:
-        return _without(query, _AUTHORS_HEADS), "the query encoder of a MoCo checkpoint"
-    return _without(tensors, _CLASSIFIER), "a state dict"
+    return first, wrappers, networks[first]
 
 
-def _is_plain(value: object) -> bool:
-    """Return whether `value` is a dense tensor in memory. Files may also hold sparse, quantized and meta tensors."""
-    if not isinstance(value, Tensor):
-        return False
-    return (
-        value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized and not value.is_nested
-    )
+def _without_wrappers(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without the prefix and without the known heads."""
+    heads = _AUTHORS_HEADS if "encoder_q." in prefix else _CLASSIFIER
+    below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in below.items() if not name.startswith(heads)}
 
 
-def _without(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
 
 
-def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
-    """Raise UserError unless names and shapes of the tensors are the backbone's. The error names the likely network."""
+def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError for a weight that is not a finite float32 number, and for a negative variance of BatchNorm."""
+    faults = []
+    for name, tensor in tensors.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if not tensor.is_floating_point():
+            faults.append(f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, not floats")
+        elif wrong := int((~torch.isfinite(tensor.float())).sum()):
+            faults.append(
+                f"{name} holds {wrong} values that are not finite: the run diverged; give an earlier checkpoint"
+            )
+        elif name.endswith("running_var") and (wrong := int((tensor < 0).sum())):
+            faults.append(f"{name} holds {wrong} negative variances: the file is damaged; give an earlier checkpoint")
+    if faults:
+        more = f" (the same file has {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
+        raise UserError(f"{file}: {faults[0]}{more}")
+
+
+def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, removed: str = "") -> None:
+    """Raise UserError unless names and shapes of the tensors are the backbone's. The error names the likely network.
+
+    `removed` says at the end of the message which prefix the names no longer have.
+    """
     expected = _shapes(backbone.state_dict())
     found = _shapes(tensors)
     if found == expected:
@@ -147,7 +159,7 @@ def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> No
             problem = f"--backbone is {backbone.name}: pass --backbone {name}"
         else:
             problem = f"--width is {backbone.width}: pass --width {width}"
-        raise UserError(f"{file} holds {name} (width {width}), but {problem}")
+        raise UserError(f"{file} holds {name} (width {width}), but {problem}{removed}")
 
     differences = [f"lacks {name}" for name in expected if name not in found]
     differences += [f"has an unknown {name}" for name in found if name not in expected]
@@ -157,7 +169,10 @@ def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> No
         if name in found and found[name] != expected[name]
     ]
     more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
-    raise UserError(f"{file} does not hold {backbone.name} (width {backbone.width}): it {differences[0]}{more}")
+    foreign = "" if found.keys() & expected.keys() or not found else f"; its first tensor is {next(iter(found))}"
+    raise UserError(
+        f"{file} does not hold {backbone.name} (width {backbone.width}): it {differences[0]}{more}{foreign}{removed}"
+    )
 
 
 def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
