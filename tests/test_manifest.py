@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,8 +164,13 @@ def cut(file: Path) -> None:
 
 
 def flip(file: Path) -> None:
+    """Change a byte of the timestamps. Some bytes of the archive's own headers have no meaning."""
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        after = archive.infolist()[names.index("pts_steps.npy") + 1].header_offset
+        inside = after - archive.getinfo("pts_steps.npy").compress_size // 2
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    content[inside] ^= 0xFF
     file.write_bytes(content)
 
 

@@ -14,7 +14,8 @@ this record. Its frames are byte for byte those of a decode from frame 0.
 only in files for which a trial has shown that the wanted frames stay the same. In all other files it decodes from the
 start and counts.
 
-Rotation metadata is not applied: frames are returned as they are coded.
+Frames are returned as they are coded, together with what the file says about showing them (`dclr.data.display`).
+Interlaced frames are returned as they are coded too: both fields stay in one frame.
 """
 
 import zlib
@@ -29,12 +30,14 @@ import av
 import numpy as np
 from av import Packet
 from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.video.frame import PictureType, VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from dclr.data.decoder_process import report_progress
+from dclr.data.display import AS_CODED, Display, orientation_of
 
 NO_PTS = np.iinfo(np.int64).min
 """Replaces the timestamp of a frame that has none (FFmpeg's own AV_NOPTS_VALUE)."""
@@ -99,6 +102,12 @@ class VideoRecord:
     """True if there are keyframes after frame 0, and a trial seek to each of them gave exactly its frames."""
     skippable: bool
     """True if there are B-frames, and a trial that skipped unneeded frames gave exactly the others."""
+    display: Display = AS_CODED
+    """How the first frame is to be shown. It counts for all frames."""
+    oblique: bool = False
+    """True if the file turns its frames by an angle that is not a multiple of 90 degrees. `display` has the nearest."""
+    interlaced: bool = False
+    """True if a frame is marked as interlaced."""
 
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -119,6 +128,8 @@ class YuvFrames:
     """The matrix is BT.709's; otherwise BT.601's."""
     full_range: bool
     """All planes use 0..255; otherwise y uses 16..235, and u and v use 16..240."""
+    display: Display = AS_CODED
+    """How the frames are to be shown."""
 
     def select(self, index: Any) -> "YuvFrames":
         """Return the frames at `index`, which is applied to the first dimension of each plane. Slices give views."""
@@ -151,7 +162,8 @@ def verify_video(path: Path) -> VideoRecord:
     pts: list[int] = []
     keyframes: list[int] = []
     checksums: dict[int, int] = {}  # frame number -> crc32, for the frames that a trial will compare
-    b_frames = False
+    b_frames = interlaced = oblique = False
+    display = AS_CODED
     height = width = 0
     reformatter = VideoReformatter()
     with _opened(path) as (container, stream):
@@ -160,11 +172,13 @@ def verify_video(path: Path) -> VideoRecord:
         for number, frame in enumerate(_decoded(container, stream, first=0)):
             if number == 0:
                 height, width = frame.height, frame.width
+                display, oblique = _display_of(stream, frame)
             _check_size(frame, number, height, width)
             pts.append(_pts(frame))
             if frame.key_frame:
                 keyframes.append(number)
             b_frames = b_frames or frame.pict_type == PictureType.B
+            interlaced = interlaced or frame.interlaced_frame
             after_seek = keyframes and keyframes[-1] > 0 and number < keyframes[-1] + _TRIAL_FRAMES
             if after_seek or (may_skip and _in_skipping_trial(number)):
                 checksums[number] = _checksum(frame, reformatter)
@@ -180,6 +194,9 @@ def verify_video(path: Path) -> VideoRecord:
         keyframes=np.array(keyframes, dtype=np.int64),
         seekable=False,
         skippable=False,
+        display=display,
+        oblique=oblique,
+        interlaced=interlaced,
     )
     if pts[0] == NO_PTS or any(earlier >= later for earlier, later in pairwise(pts)):
         return record
@@ -286,7 +303,7 @@ def read_planes(
         for target, plane in zip((y, u, v), _plane_views(frame), strict=True):
             for position in positions:
                 target[position] = plane
-    return YuvFrames(y, u, v, bt709, full_range)
+    return YuvFrames(y, u, v, bt709, full_range, record.display)
 
 
 def check_frame_numbers(wanted: np.ndarray | Sequence[int], frames: int) -> np.ndarray:
@@ -321,7 +338,7 @@ def resized_planes(path: Path, record: VideoRecord, height: int, width: int) -> 
                     interpolation=_BICUBIC, threads=1,
                 )  # fmt: skip
             y, u, v = _plane_views(frame)
-            yield YuvFrames(y[None], u[None], v[None], bt709, full_range)
+            yield YuvFrames(y[None], u[None], v[None], bt709, full_range, record.display)
     if decoded < record.frames:
         raise UnreadableVideo(f"ends before frame {decoded} of the {record.frames} verified: the file changed")
 
@@ -401,7 +418,7 @@ def _runs(record: VideoRecord, goals: list[int]) -> list[tuple[int, list[int]]]:
 
 def rgb_of(frames: YuvFrames) -> np.ndarray:
     """Return frames as (N, H, W, 3) uint8 RGB by FFmpeg's conversion, for figures. It is the RGB of the video if that
-    is in 4:2:0."""
+    is in 4:2:0. The frames stay as coded: `display.shown` turns them upright."""
     count, height, width = frames.y.shape
     rgb = np.empty((count, height, width, 3), dtype=np.uint8)
     image, reformatter = VideoFrame(width, height, "yuv420p"), VideoReformatter()
@@ -429,7 +446,7 @@ def converted(frames: YuvFrames, height: int, width: int, bt709: bool, full_rang
         )  # fmt: skip
         for target, plane in zip(planes, _plane_views(image), strict=True):
             target[number] = plane
-    return YuvFrames(*planes, bt709, full_range)
+    return YuvFrames(*planes, bt709, full_range, frames.display)
 
 
 def plain_frame(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> VideoFrame:
@@ -586,6 +603,18 @@ def _seek(container: InputContainer, stream: VideoStream, keyframe: int, record:
         container.seek(int(record.pts[keyframe]), stream=stream)
     except av.error.FFmpegError as error:
         raise UnreadableVideo(f"cannot seek to frame {keyframe}: {_reason(error)}") from error
+
+
+def _display_of(stream: VideoStream, frame: VideoFrame) -> tuple[Display, bool]:
+    """Return how a frame is to be shown, and whether it is turned by an angle that is not a multiple of 90 degrees."""
+    aspect = stream.sample_aspect_ratio
+    pixel = aspect.as_integer_ratio() if aspect and aspect > 0 else (1, 1)
+    try:
+        matrices = [bytes(data) for data in frame.side_data if data.type == Type.DISPLAYMATRIX]
+    except ValueError:  # the frame has other data that PyAV cannot name, such as EXIF; this angle knows no mirroring
+        return Display(round(-frame.rotation / 90) % 4, *pixel), frame.rotation % 90 != 0
+    orientation, exact = orientation_of(np.frombuffer(matrices[0], np.int32)) if matrices else (0, True)
+    return Display(orientation, *pixel), not exact
 
 
 def _pts(timed: VideoFrame | Packet) -> int:

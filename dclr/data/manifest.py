@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from dclr.data.decode import MOST_PIXELS, UnreadableVideo, VideoRecord, verify_video
 from dclr.data.decoder_process import TIMEOUT, DecoderDied, answers, report_video
+from dclr.data.display import Display, are_displays
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 
-_VERSION = 2
+_VERSION = 3
 """Version of the cache file's format and of what `verify_video` finds: raise it when either changes."""
 
 _SAVE_EVERY = 300.0
@@ -169,6 +170,9 @@ def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
         "sizes": np.array([(record.height, record.width) for record in readable], dtype=np.int64).reshape(-1, 2),
         "seekable": np.array([record.seekable for record in readable], dtype=bool),
         "skippable": np.array([record.skippable for record in readable], dtype=bool),
+        "displays": np.array([record.display for record in readable], dtype=np.int64).reshape(-1, 3),
+        "oblique": np.array([record.oblique for record in readable], dtype=bool),
+        "interlaced": np.array([record.interlaced for record in readable], dtype=bool),
         "frames": np.array([record.frames for record in readable], dtype=np.int64),
         "pts_steps": np.concatenate([*pts_steps, np.empty(0, dtype=np.int64)]),
         "keyframe_counts": np.array([len(record.keyframes) for record in readable], dtype=np.int64),
@@ -219,6 +223,9 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
             keyframes=keyframes[row],
             seekable=bool(arrays["seekable"][row]),
             skippable=bool(arrays["skippable"][row]),
+            display=Display(*arrays["displays"][row].tolist()),
+            oblique=bool(arrays["oblique"][row]),
+            interlaced=bool(arrays["interlaced"][row]),
         )
         for row in range(len(arrays["frames"]))
     )
@@ -238,7 +245,9 @@ def _check_numbers(arrays: dict[str, np.ndarray]) -> None:
     count = np.count_nonzero(arrays["readable"])
     if not (
         frames.shape == marks.shape == arrays["declared"].shape == arrays["seekable"].shape == (count,)
-        and arrays["skippable"].shape == (count,)
+        and arrays["skippable"].shape == arrays["oblique"].shape == arrays["interlaced"].shape == (count,)
+        and arrays["displays"].shape == (count, 3)
+        and are_displays(arrays["displays"])
         and sizes.shape == (count, 2)
         and all(array.dtype.kind in "iub" for array in arrays.values())
         and (frames > 0).all()

@@ -26,6 +26,7 @@ from dclr.data.catalog import catalog_arrays
 from dclr.data.datasets import DEMO_VIDEOS, make_demo, official_splits, open_catalog
 from dclr.data.decode import UnreadableVideo, VideoRecord, YuvFrames, resized_planes, verify_video
 from dclr.data.decoder_process import DecoderDied
+from dclr.data.display import AS_CODED, Display, collect_displays
 from dclr.data.encode import compact_record, compact_video
 from dclr.data.manifest import load_manifest
 from dclr.data.store import Arrays, checksums_name, frame_bytes, shard_name
@@ -150,6 +151,10 @@ def make_plan(
     paths = unpack_strings(lists["paths"])
     frames, heights, widths, sizes, shards, offsets = np.zeros((6, len(paths)), dtype=np.int64)
     stamps = np.zeros((len(paths), 2), dtype=np.int64)
+    displays = collect_displays(
+        (record.display, record.oblique, record.interlaced) if record else (AS_CODED, False, False)
+        for record in map(records.get, paths)
+    )
     shard, filled = 0, 0
     for row, path in enumerate(paths):
         if reasons[row]:
@@ -159,7 +164,7 @@ def make_plan(
         status = (root / path).stat()
         stamps[row] = status.st_size, status.st_mtime_ns
         frames[row] = record.frames
-        heights[row], widths[row] = small_size(record.height, record.width, short_side)
+        heights[row], widths[row] = small_size(record.height, record.width, short_side, record.display)
         sizes[row] = record.frames * frame_bytes(heights[row], widths[row])
         if filled and filled + sizes[row] > SHARD_BYTES:
             shard, filled = shard + 1, 0
@@ -179,15 +184,24 @@ def make_plan(
         "sizes": sizes,
         "shards": shards,
         "offsets": offsets,
+        "displays": displays.values,
+        "oblique": displays.oblique,
+        "interlaced": displays.interlaced,
     }
 
 
-def small_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Return the height and width in which a video is stored. A video is never enlarged.
+def small_size(height: int, width: int, short_side: int, display: Display = AS_CODED) -> tuple[int, int]:
+    """Return the height and width in which a video is stored, as coded. A video is never enlarged.
 
-    The longer side is rounded to an even number. Then the chroma planes have exactly half its size, and colours do not
-    shift against brightness.
+    The shorter side of the shown frame becomes `short_side`. The longer side is rounded to an even number. Then the
+    chroma planes have exactly half its size, and colours do not shift against brightness. If pixels are not square,
+    both sides are rounded to even numbers.
     """
+    if display.aspect != 1:
+        scale = short_side / min(display.size(height, width))
+        if scale >= 1:
+            return height, width
+        return max(2, 2 * round(height * scale / 2)), max(2, 2 * round(width * scale / 2))
     short, long = min(height, width), max(height, width)
     if short <= short_side:
         return height, width
@@ -289,7 +303,14 @@ def difference_of(before: Arrays, now: Arrays) -> str:
     if odd := sorted(set(paths) ^ set(paths_now)):
         return f"{len(paths)} videos, not {len(paths_now)} (such as {odd[0]})"
     if paths == paths_now:
-        for name, what in (("stamps", "size or date"), ("frames", "number of frames"), ("reasons", "readability")):
+        for name, what in (
+            ("stamps", "size or date"),
+            ("frames", "number of frames"),
+            ("reasons", "readability"),
+            ("displays", "rotation or pixel aspect"),
+            ("oblique", "rotation"),
+            ("interlaced", "interlacing"),
+        ):
             old, new = before[name], now[name]
             if name == "reasons":
                 old, new = np.array(unpack_strings(old)), np.array(unpack_strings(new))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, check_frame_numbers, empty_planes
+from dclr.data.display import AS_CODED, Displays, are_displays
 from dclr.data.encode import compact_record
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
@@ -86,6 +87,8 @@ class Store:
     """(V,) bool."""
     full_range: np.ndarray
     """(V,) bool."""
+    displays: Displays
+    """How the V videos are to be shown. Frames are stored as they are coded."""
     unreadable: dict[str, str]
     """Path of the source -> why it is not in the store."""
     packed_paths: np.ndarray
@@ -112,7 +115,7 @@ class Store:
                 planes = decode.read_planes(file, compact_record(frames, height, width), wanted, into)
             except UnreadableVideo as reason:
                 raise UnreadableVideo(f"{file.relative_to(self.folder)}: {reason}") from reason
-            return replace(planes, bt709=bt709, full_range=full_range)
+            return replace(planes, bt709=bt709, full_range=full_range, display=self.displays[row])
 
         numbers = check_frame_numbers(wanted, frames)
         stored = self._planes(row)
@@ -124,7 +127,7 @@ class Store:
                 view[positions] = plane[run]
             views.append(view)
         y, u, v = views
-        return YuvFrames(y, u, v, bt709, full_range)
+        return YuvFrames(y, u, v, bt709, full_range, self.displays[row])
 
     def _planes(self, row: int) -> Planes:
         """Return y (frames, H, W), u and v of a whole video as views of the mapped file."""
@@ -162,6 +165,10 @@ class Selection:
     @property
     def widths(self) -> np.ndarray:
         return self.store.widths[self.rows]
+
+    @property
+    def displays(self) -> Displays:
+        return self.store.displays.select(self.rows)
 
     def read_planes(self, index: int, wanted: np.ndarray | Sequence[int], into: Planes | None = None) -> YuvFrames:
         """Return frames of video `index` of the selection by `Store.read_planes`."""
@@ -214,6 +221,7 @@ def load_index(folder: Path) -> Arrays:
         plan, _ = load_plan(folder)
         raise UserError(f"{folder} is an unfinished store: run `{pack_command(folder, plan)}` to finish it")
     index, _ = load_arrays(folder / INDEX)
+    index = with_displays(index)
     check_index(folder / INDEX, index)
     return index
 
@@ -221,8 +229,17 @@ def load_index(folder: Path) -> Arrays:
 def load_plan(folder: Path) -> tuple[Arrays, bytes]:
     """Read and validate the plan. Returns the plan and its digest. Raises UserError as `load_index` does."""
     plan, digest = load_arrays(folder / PLAN)
+    plan = with_displays(plan)
     check_plan(folder / PLAN, plan)
     return plan, digest
+
+
+def with_displays(index: Arrays) -> Arrays:
+    """Return a plan or an index with the arrays of `Displays`. A store from before version 1 had them lacks them: its
+    videos are shown as coded."""
+    videos = len(index.get("frames", ()))
+    no = np.zeros(videos, dtype=bool)
+    return {"displays": np.tile(np.array(AS_CODED, np.int64), (videos, 1)), "oblique": no, "interlaced": no, **index}
 
 
 def open_store(folder: Path, index: Arrays) -> Store:
@@ -232,6 +249,7 @@ def open_store(folder: Path, index: Arrays) -> Store:
         folder=folder,
         compact=bool(index["compact"]),
         **{name: index[name] for name in ("frames", "heights", "widths", "shards", "offsets", *FOUND)},
+        displays=Displays(index["displays"], index["oblique"], index["interlaced"]),
         unreadable={path: reason for path, reason in reasons if reason},
         packed_paths=index["paths"],
         shard=lru_cache(_OPEN_SHARDS)(partial(_mapped, folder)),
@@ -371,7 +389,9 @@ def _check_lists(path: Path, index: Arrays) -> None:
         _check_columns(path, index, missing, int64=["missing_split", "missing_label"])
     by_video = ["heights", "widths", "sizes", "shards", "offsets"]
     _check_columns(path, index, (videos,), int64=by_video, strings=["paths", "reasons"])
+    _check_columns(path, index, (videos,), bool=["oblique", "interlaced"])
     _check_columns(path, index, (videos, 2), int64=["stamps"])
+    _check_columns(path, index, (videos, 3), int64=["displays"])
 
     paths, shards, stored = unpack_strings(index["paths"]), index["shards"], index["shards"] >= 0
     short_sides = np.minimum(index["heights"], index["widths"])
@@ -394,6 +414,7 @@ def _check_lists(path: Path, index: Arrays) -> None:
         ("frames", _between(index["frames"], least, least * MAX_FRAMES), f"1 to {MAX_FRAMES:,}, or 0 in no shard"),
         ("heights", _between(index["heights"], least, least * MAX_SIDE), f"1 to {MAX_SIDE:,}, or 0 in no shard"),
         ("widths", _between(index["widths"], least, least * MAX_SIDE), f"1 to {MAX_SIDE:,}, or 0 in no shard"),
+        ("displays", are_displays(index["displays"]), "orientations 0 to 7 and pixels of positive size"),
         ("short_side", np.max(short_sides, initial=1) <= index["short_side"], "at least that of every video"),
         ("sizes", _between(index["sizes"], 0, MAX_BYTES), f"0 to {MAX_BYTES:,}"),
         ("offsets", _between(index["offsets"], 0, MAX_BYTES), f"0 to {MAX_BYTES:,}"),

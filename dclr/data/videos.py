@@ -17,6 +17,7 @@ import numpy as np
 from dclr.data import decoder_process
 from dclr.data.catalog import Catalog
 from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, read_planes
+from dclr.data.display import AS_CODED, Displays, collect_displays
 from dclr.data.manifest import load_manifest
 from dclr.data.store import Selection, check_sizes, open_store
 from dclr.data.string_array import StringArray
@@ -43,6 +44,11 @@ class Source(Protocol):
 
     def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
         """Return the wanted frames of a video, like `decode.read_planes`. Raises UnreadableVideo."""
+        ...
+
+    @property
+    def displays(self) -> Displays:
+        """How the N videos are to be shown."""
         ...
 
     def identity(self) -> list[np.ndarray]:
@@ -115,7 +121,10 @@ class VideoSet:
         """Return a SHA-256 of the list of videos and of all that is known of their content without reading them
         again."""
         paths = self.paths.packed[self.paths.packed != 0]  # without the null characters between them
-        own = (paths, self.labels, self.frames, self.heights, self.widths, *self.source.identity())
+        own = [paths, self.labels, self.frames, self.heights, self.widths, *self.source.identity()]
+        displays = self.source.displays.values
+        if (displays != AS_CODED).any():  # otherwise the digest is that of checkpoints from before displays were known
+            own.append(displays)
         digest = hashlib.sha256()
         for array in own:
             digest.update(np.ascontiguousarray(array).data)
@@ -130,9 +139,9 @@ class VideoFiles:
     ) -> None:
         """`sizes`: bytes of the files."""
         self._root, self._paths, self._sizes = root, paths, np.array(sizes, np.int64)
-        self._columns = {
-            field.name: _column([getattr(r, field.name) for r in records]) for field in fields(VideoRecord)
-        }
+        names = [field.name for field in fields(VideoRecord) if field.name not in ("display", "oblique", "interlaced")]
+        self._columns = {name: _column([getattr(record, name) for record in records]) for name in names}
+        self.displays = collect_displays((record.display, record.oblique, record.interlaced) for record in records)
         self.frames, self.heights, self.widths = (
             np.array([getattr(record, name) for record in records], np.int64) for name in ("frames", "height", "width")
         )
@@ -140,13 +149,21 @@ class VideoFiles:
     def record(self, index: int) -> VideoRecord:
         """Return the record of a video's verification."""
         row: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
-        return VideoRecord(**{name: v.item() if isinstance(v, np.generic) else v for name, v in row.items()})
+        row = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+        displays = self.displays
+        return VideoRecord(
+            **row,
+            display=displays[index],
+            oblique=bool(displays.oblique[index]),
+            interlaced=bool(displays.interlaced[index]),
+        )
 
     def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
         return read_planes(self._root / self._paths[index], self.record(index), wanted, into)
 
     def identity(self) -> list[np.ndarray]:
-        """Return the sizes of the files, and the timestamps, keyframes and all else that verification found."""
+        """Return the sizes of the files, and the timestamps, keyframes and all else that verification found, without
+        how the videos are shown."""
         columns = self._columns.values()
         return [self._sizes, *(column.values if isinstance(column, RaggedArray) else column for column in columns)]
 
