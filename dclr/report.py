@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from dclr.errors import UserError
 from dclr.files import atomic_write
+from dclr.progress import ProgressBar, write_line
 
 
 def say(message: str) -> None:
     """Print a line, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    write_line(message, sys.stdout)
 
 
 def open_run(out: str, command: str) -> Path:
@@ -182,19 +181,11 @@ class RunLog:
                 ]
             atomic_write(self._lines, "".join(line + "\n" for line in kept).encode())
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            desc=title,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1.0,
-            file=sys.stdout,
-        )
+        self._bar = ProgressBar(total_steps, title, "step", start=start_step, file=sys.stdout)
 
     def advance(self) -> None:
         """Advance the progress bar by one step."""
-        self._bar.update()
+        self._bar.advance()
 
     def write(self, step: int, metrics: dict[str, float], shown: dict[str, str]) -> None:
         """Write all `metrics` to the files, and show the texts `shown` on the progress bar."""
@@ -203,7 +194,7 @@ class RunLog:
                 file.write(json.dumps({"step": step, **json_numbers(metrics)}) + "\n")
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.show(shown)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Write an image, (H, W, 3) uint8, to TensorBoard."""

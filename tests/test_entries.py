@@ -96,7 +96,7 @@ def test_two_processes_make_one_run_and_one_process_resumes_it(
     assert steps == [1, 2, 3, 4]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert done.stdout.count("2 process(es) on cpu") == 1
-    assert len(re.findall(r"^pretrain:.*100%", done.stdout.replace("\r", "\n"), re.MULTILINE)) >= 1
+    assert len(re.findall(r"^pretrain: .*\(100 %\)", done.stdout, re.MULTILINE)) >= 1
 
     train_main("pretrain", resume=tmp_path / "run", epochs=2)  # resumes in one process
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -15,10 +15,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dclr.data.encode import write_video
 from dclr.errors import UserError
+from dclr.progress import ProgressBar
 
 SIZE = 64
 """Height and width in pixels."""
@@ -60,7 +60,7 @@ def render_demo(
     per_class = train_per_class + test_per_class
     try:
         done.unlink(missing_ok=True)
-        with tqdm(total=len(CLASSES) * per_class, desc="rendering demo videos", disable=not progress) as bar:
+        with ProgressBar(len(CLASSES) * per_class, "rendering demo videos", "video", shown=progress) as bar:
             for label, name in enumerate(CLASSES):
                 (folder / "videos" / name).mkdir(parents=True, exist_ok=True)
                 for index in range(per_class):
@@ -69,7 +69,7 @@ def render_demo(
                     rng = np.random.default_rng([seed, 2, label, index])
                     write_video(folder / path, render_video(name, scenes[scene], rng), fps=FPS)
                     lists["train" if index < train_per_class else "test"].append(f"{path} {label} scene{scene:02d}\n")
-                    bar.update()
+                    bar.advance()
         (folder / "splits").mkdir(exist_ok=True)
         for split, lines in lists.items():
             (folder / "splits" / f"{split}.txt").write_text("".join(lines))

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dclr.data.decode import MOST_PIXELS, UnreadableVideo, VideoRecord, verify_video
 from dclr.data.decoder_process import TIMEOUT, DecoderDied, answers, report_video
 from dclr.data.display import Display, are_displays
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
+from dclr.progress import ProgressBar
 
 _VERSION = 3
 """Version of the cache file's format and of what `verify_video` finds: raise it when either changes."""
@@ -125,13 +125,14 @@ def _verify(
 ) -> Iterator[tuple[str, Finding | DecoderDied]]:
     """Yield (path, finding) for each path, in the order in which they are finished."""
     waiting, tried_twice = deque(paths), set[str]()
-    with tqdm(total=len(paths), desc="verifying videos", unit="video", disable=not (progress and paths)) as bar:
-        for path, finding in answers(lambda path: _find(root / path), waiting, workers, timeout):
+    with ProgressBar(len(paths), "verifying videos", "video", shown=bool(progress and paths)) as bar:
+        findings = answers(lambda path: _find(root / path), waiting, workers, timeout, tick=lambda: bar.advance(0))
+        for path, finding in findings:
             if isinstance(finding, DecoderDied) and finding.out_of_memory and path not in tried_twice:
                 tried_twice.add(path)
                 waiting.append(path)  # last, when the other processes may have freed their memory
                 continue
-            bar.update()
+            bar.advance()
             yield path, finding
 
 

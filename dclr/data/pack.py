@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dclr.config import DataConfig
 from dclr.data import decoder_process, store
@@ -33,6 +32,7 @@ from dclr.data.store import Arrays, checksums_name, frame_bytes, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 from dclr.files import sync_folder
+from dclr.progress import ProgressBar
 
 SHARD_BYTES = 2**30
 """Most bytes of planes in a shard, also of a compact store. A worker that is killed loses less than a minute of work
@@ -525,10 +525,10 @@ def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> Non
     def write(number: int) -> None:
         write_shard(job, number, written[number : number + 1])
 
-    with tqdm(total=frames, desc="packing", unit="frame", unit_scale=True, disable=not todo) as bar:
+    with ProgressBar(frames, "packing", "frame", shown=bool(todo)) as bar:
 
         def show() -> None:
-            bar.update(int(written.sum()) - bar.n)
+            bar.advance(int(written.sum()) - bar.count)
 
         answers = decoder_process.answers(write, deque(todo), workers, timeout, tick=show, only_while_reading=True)
         try:

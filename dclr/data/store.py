@@ -26,7 +26,6 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, check_frame_numbers, empty_planes
@@ -35,6 +34,7 @@ from dclr.data.encode import compact_record
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 from dclr.files import atomic_write
+from dclr.progress import ProgressBar
 
 INDEX, PLAN = "dclr-index.npz", "dclr-plan.npz"
 
@@ -287,11 +287,11 @@ def damaged_shards(store: Store, workers: int, progress: bool = True) -> dict[st
     find = partial(_fault, store, unpack_strings(store.packed_paths))
     with (
         ThreadPoolExecutor(workers) as threads,  # checksums are computed without Python's lock
-        tqdm(total=len(shards), desc="checking shards", unit="shard", disable=not progress) as bar,
+        ProgressBar(len(shards), "checking shards", "shard", shown=progress) as bar,
     ):
         damaged = {}
         for number, fault in enumerate(threads.map(find, range(len(shards)), shards)):
-            bar.update()
+            bar.advance()
             if fault:
                 damaged[shard_name(number, store.compact)] = fault
     return damaged

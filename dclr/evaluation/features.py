@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
@@ -21,6 +20,7 @@ from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone, build_backbone, load_backbone
+from dclr.progress import ProgressBar
 from kernels import augment
 
 VIDEOS_PER_BATCH = 2
@@ -70,10 +70,10 @@ def run_on_samples(
     loader = test_loader(samples, VIDEOS_PER_BATCH, config.workers, pin=device.type == "cuda")
     size, failures = (config.crop_size, config.crop_size), Failures(SKIPPED)
     values, labels, indices = [], [], []
-    with tqdm(total=len(videos), desc=title, unit="video", dynamic_ncols=True, mininterval=1.0) as bar:
+    with ProgressBar(len(videos), title, "video") as bar:
         for batch in loader:
             failures.add(batch.failures)
-            bar.update(VIDEOS_PER_BATCH)
+            bar.advance(min(VIDEOS_PER_BATCH, len(videos) - bar.count))
             if len(batch.labels) == 0:
                 continue
             clip = augment(batch.frames.to(device, non_blocking=True), batch.augmentation, size)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
-from tqdm import tqdm
 
 from dclr import distributed
 from dclr.errors import UserError
+from dclr.progress import write_line
 from dclr.training.engine import Engine
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -146,7 +146,7 @@ class NonfiniteGuard:
                 "has diverged; resume from the last checkpoint with a lower --lr"
             )
         if distributed.rank() == 0:
-            tqdm.write(f"skipped: {found}", file=sys.stderr)
+            write_line(f"skipped: {found}", sys.stderr)
 
 
 def describe(values: StepValues) -> str:
