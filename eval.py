@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> None:
     pictures = folder / "pictures"
     report.make_writable(pictures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    began = time.time()
+    began = time.monotonic()
     if not data.data:
         make_demo()
     if command == "accuracy":
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
         "checkpoint": str(checkpoint),
         **result,
         "clips": dataclasses.asdict(data),
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(time.monotonic() - began, 1),
         "environment": report.environment(device),
     }
     report.write_json(folder / "report.json", content)

@@ -158,6 +158,7 @@ def main(arguments: list[str]) -> None:
 
 def train(command: str, flags: dict[str, Any]) -> None:
     """Run pretrain, finetune or linear, in this process and in the others of its launcher."""
+    replace = flags.get("resume") == "auto"
     config, preset, folder = resolve(command, flags)
     from dclr.training import engine
     from dclr.training.finetune import finetune
@@ -168,9 +169,9 @@ def train(command: str, flags: dict[str, Any]) -> None:
     try:
         with Heartbeat():
             if isinstance(config, configuration.PretrainConfig):
-                pretrain(config, preset, device, folder)
+                pretrain(config, preset, device, folder, replace)
             else:
-                finetune(command, config, preset, device, folder)
+                finetune(command, config, preset, device, folder, replace)
     finally:
         engine.stop_processes()
 
@@ -232,8 +233,6 @@ def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
     if resume == "auto" and checkpoint.newest(folder / "checkpoints") is None:
         if (folder / "report.json").exists():
             raise UserError(f"--resume auto: {folder} holds a finished run without checkpoints: give another --out")
-        # A run that never wrote a checkpoint left this file. A new run may replace it.
-        (folder / "config.json").unlink(missing_ok=True)
         return None
     return folder
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dclr.errors import UserError
-from dclr.files import atomic_write
+from dclr.files import atomic_write, folder_lock
 from dclr.progress import ProgressBar, write_line
 
 
@@ -29,23 +29,47 @@ def say(message: str) -> None:
     write_line(message, sys.stdout)
 
 
-def open_run(out: str, command: str) -> Path:
-    """Create and return the folder of a new run: `out`, or the next free runs/COMMAND-N if `out` is empty.
+@contextmanager
+def open_run(out: str, command: str, resume: Path | None = None, replace: bool = False) -> Iterator[Path]:
+    """Create the folder of a new run, or open that of the run to resume. Inside, no other process writes there.
 
-    Raises UserError if the folder already holds a run or cannot be written.
+    A new run gets the folder `out`, or the next free runs/COMMAND-N if `out` is empty. A new folder in which nothing
+    was written is deleted at the end. So a refused command leaves nothing behind.
+
+    Args:
+        replace: a run in `out` that has no checkpoint may be replaced.
+
+    Raises:
+        UserError: another process writes there; the folder already holds a run, or cannot be written.
     """
-    if out:
-        folder = Path(out)
-        if (folder / "config.json").exists():
-            raise UserError(
-                f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both"
-            )
-    else:
-        number = 1
-        while (folder := Path("runs") / f"{command}-{number}").exists():
-            number += 1
-    make_writable(folder)
+    folder = resume or (Path(out) if out else _free_folder(command))
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, created)
+        make_writable(folder)
+        stack.enter_context(folder_lock(folder))
+        if resume is None and (folder / "config.json").exists():
+            if not replace or any((folder / "checkpoints").glob("step-*")):
+                raise UserError(
+                    f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both"
+                )
+            (folder / "config.json").unlink()
+        yield folder
+
+
+def _free_folder(command: str) -> Path:
+    """Return the next free runs/COMMAND-N."""
+    number = 1
+    while (folder := Path("runs") / f"{command}-{number}").exists():
+        number += 1
     return folder
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Delete these folders, from the innermost on, up to one that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def make_writable(folder: Path) -> None:

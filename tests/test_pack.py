@@ -1,7 +1,6 @@
 """train.py pack: a store gives the same windows as the videos, an interrupted pack continues, and errors are clear."""
 
 import errno
-import fcntl
 import multiprocessing
 import os
 import re
@@ -16,7 +15,7 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import VideoFrame
-from helpers import read_store
+from helpers import children, read_store
 from PIL import Image
 
 import train
@@ -35,6 +34,7 @@ from dclr.data.manifest import load_manifest
 from dclr.data.store import Selection, shard_name
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
+from dclr.files import folder_lock
 
 
 def write_coded(path: Path, planes: YuvFrames, codec: str = "libx264", **options: str) -> None:
@@ -321,17 +321,6 @@ def wait_for(what: Any, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def unlocked(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
 @pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
 def test_a_killed_pack_goes_on_to_the_bytes_of_an_uninterrupted_one(videos, tmp_path, monkeypatch, compact):
     whole = content(pack_small(videos, tmp_path / "whole", workers=1, compact=compact))
@@ -344,9 +333,10 @@ def test_a_killed_pack_goes_on_to_the_bytes_of_an_uninterrupted_one(videos, tmp_
         process.start()
         wait_for(lambda: list(out.glob("shard-*.npz")))
         wait_for(lambda: list(out.glob("shard-*.part")))
+        decoders = children(process.pid)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    wait_for(lambda: unlocked(out), 5)  # its decoder processes end with it
+    wait_for(lambda: not any(Path(f"/proc/{decoder}").exists() for decoder in decoders), 5)  # they end with it
     assert not (out / store.INDEX).exists()
     with pytest.raises(UserError, match=r"is an unfinished store: run `train\.py pack --data"):
         open_catalog(out)
@@ -607,12 +597,8 @@ def test_a_worker_that_dies_is_one_line(videos, tmp_path, monkeypatch):
 
 def test_a_second_pack_into_the_same_folder_is_refused(videos, tmp_path):
     out = pack_small(videos, tmp_path / "out")
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        assert refused(videos, out) == f"another train.py pack is writing to {out}: wait until it has ended"
-    finally:
-        os.close(descriptor)
+    with folder_lock(out):
+        assert refused(videos, out).startswith(f"{out} is being written by process {os.getpid()} on ")
     pack_small(videos, out)
 
 

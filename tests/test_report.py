@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 
 import numpy as np
@@ -15,30 +16,56 @@ from dclr.errors import UserError
 from dclr.evaluation import demo_table, figures
 
 
+def opened(*arguments, **flags):
+    """Open a run, write a file into its folder, and return the folder."""
+    with report.open_run(*arguments, **flags) as folder:
+        (folder / "file").touch()
+    return folder
+
+
 def test_runs_without_a_name_take_the_next_free_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [str(report.open_run("", command)) for command in ("pretrain", "pretrain", "linear", "pretrain")]
+    names = [str(opened("", command)) for command in ("pretrain", "pretrain", "linear", "pretrain")]
     assert names == ["runs/pretrain-1", "runs/pretrain-2", "runs/linear-1", "runs/pretrain-3"]
     assert all((tmp_path / name).is_dir() for name in names)
-    assert not any((tmp_path / names[0]).iterdir())  # the file that tested write permission is gone
+    # The file that tested write permission is gone, and so is the lock.
+    assert os.listdir(tmp_path / names[0]) == ["file"]
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_both_alternatives(tmp_path):
-    report.open_run(str(tmp_path / "a" / "run"), "pretrain")
-    report.open_run(str(tmp_path / "a" / "run"), "pretrain")  # an empty folder may be used again
-    (tmp_path / "a" / "run" / "config.json").write_text("{}")
-    with pytest.raises(UserError) as caught:
-        report.open_run(str(tmp_path / "a" / "run"), "pretrain")
     folder = tmp_path / "a" / "run"
-    assert str(caught.value) == (
-        f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both"
-    )
+    opened(str(folder), "pretrain")
+    opened(str(folder), "pretrain")  # a folder without a run may be used again
+    (folder / "config.json").write_text("{}")
+    message = f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both"
+    with pytest.raises(UserError) as caught:
+        opened(str(folder), "pretrain")
+    assert str(caught.value) == message
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-0000001.safetensors").touch()
+    with pytest.raises(UserError) as caught:
+        opened(str(folder), "pretrain", replace=True)
+    assert str(caught.value) == message
+    assert (folder / "config.json").exists()
+    (folder / "checkpoints" / "step-0000001.safetensors").unlink()
+    opened(str(folder), "pretrain", replace=True)
+    assert not (folder / "config.json").exists()
+
+
+def test_a_new_folder_in_which_nothing_was_written_is_deleted(tmp_path):
+    with report.open_run(str(tmp_path / "a" / "b"), "pretrain") as folder:
+        assert folder.is_dir()
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "old").mkdir()
+    with report.open_run(str(tmp_path / "old"), "pretrain"):
+        pass
+    assert os.listdir(tmp_path) == ["old"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--out .*/file/run: cannot write there \(Not a directory\); choose a folder"):
-        report.open_run(str(tmp_path / "file" / "run"), "pretrain")
+        opened(str(tmp_path / "file" / "run"), "pretrain")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -16,6 +16,7 @@ from helpers import as_flags, assert_same_end, steps
 import train
 from dclr import files
 from dclr.errors import UserError
+from dclr.files import folder_lock
 from dclr.report import Stopwatch
 from dclr.training import pretrain as pretraining
 from dclr.training import signals
@@ -150,6 +151,30 @@ def test_resume_auto_needs_a_folder_and_refuses_a_finished_run(train_main, flags
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match=r"holds a finished run without checkpoints: give another --out$"):
         train_main(**flags, out=tmp_path / "run", resume="auto")
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(train_main, flags, tmp_path):
+    """The first run has written its configuration and no checkpoint yet."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    with folder_lock(run):
+        for resume in ({}, {"resume": "auto"}):
+            with pytest.raises(UserError, match=rf"^{run} is being written by process {os.getpid()} on .*, since 20"):
+                train_main(**flags, out=run, **resume)
+    assert (run / "config.json").read_text() == "{}"
+    assert os.listdir(run) == ["config.json"]
+
+
+def test_a_refused_run_leaves_nothing_behind(train_main, flags, tmp_path):
+    """DeepSpeed refuses its configuration after the data set is open and the network is built."""
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "no_such_setting": True}}))
+    with pytest.raises(UserError, match="DeepSpeed refuses it"):
+        train_main(**{**flags, "ds_config": tmp_path / "ds.json"}, out=tmp_path / "runs" / "run")
+    assert os.listdir(tmp_path) == ["ds.json"]
 
 
 # ---------------------------------------------------------------- signals

@@ -299,9 +299,9 @@ def freeze_inherited_objects() -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore SIGINT, SIGTERM and SIGUSR1, which a terminal or a scheduler sends to all processes of a run.
+    """Ignore the signals that a terminal or a scheduler sends to all processes of a run.
 
     The training process decides what to do. It may need more batches until it has saved a checkpoint.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -7,7 +7,6 @@ of the finished store is the same as without the interruption.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
@@ -31,7 +30,7 @@ from dclr.data.manifest import load_manifest
 from dclr.data.store import Arrays, checksums_name, frame_bytes, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
-from dclr.files import sync_folder
+from dclr.files import folder_lock, sync_folder
 from dclr.progress import ProgressBar
 
 SHARD_BYTES = 2**30
@@ -110,7 +109,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
         print("nothing is written yet: give --out STORE, and --compact if it should be the smaller one")
         return
 
-    with writable(folder), locked(folder):
+    with writable(folder), folder_lock(folder):
         digest = write_plan(folder, plan)
         job = Job(root, folder, plan, digest, paths, manifest.records)
         todo = [number for number in range(len(job.shards)) if finished(job, number) is None]
@@ -251,25 +250,6 @@ def writable(folder: Path) -> Iterator[None]:
             f"cannot write to {folder}: {error.strerror}; finished shards stay: fix the cause, "
             "then run the same command again"
         ) from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Allow one pack per folder at a time. Raises UserError: another one is running.
-
-    Decoder processes inherit the lock. So it also waits for those of a killed process.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another train.py pack is writing to {folder}: wait until it has ended") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_plan(folder: Path, plan: Arrays) -> bytes:

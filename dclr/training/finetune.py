@@ -28,12 +28,19 @@ from kernels import augment
 
 
 def finetune(
-    command: str, config: FinetuneConfig, preset: str, device: torch.device, resume: Path | None = None
+    command: str,
+    config: FinetuneConfig,
+    preset: str,
+    device: torch.device,
+    resume: Path | None = None,
+    replace: bool = False,
 ) -> Path:
     """Train a classifier and return the run's folder, which then holds classifier.safetensors.
 
     Args:
         command: "finetune" trains the whole network; "linear" trains a linear classifier on the frozen backbone.
+        resume: folder of the run to continue; None begins a run.
+        replace: the new run may replace a run in --out that has no checkpoint.
 
     Raises:
         UserError: see start_run, load_backbone, Engine and train; a data set without labels.
@@ -41,24 +48,23 @@ def finetune(
     """
     torch.manual_seed(config.run.seed)
     backbone, start = make_backbone(command, config, resume)
-    run = start_run(command, preset, config, device, resume)
-    run.say(f"  start: {start}")
-    run.prepare(backbone)
-    classes = run.videos.classes
-    dropout = config.transfer.dropout if command == "finetune" else 0.0
-    classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
-    engine = Engine(classifier, run.ds_config, config.optim, device)
-    task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed))
-    trained = train(run, task, engine)
+    with start_run(command, preset, config, device, resume, replace) as run:
+        run.say(f"  start: {start}")
+        run.prepare(backbone)
+        classes = run.videos.classes
+        dropout = config.transfer.dropout if command == "finetune" else 0.0
+        classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
+        engine = Engine(classifier, run.ds_config, config.optim, device)
+        task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed))
+        trained = train(run, task, engine)
 
-    average_statistics(classifier)
-    run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors"))
-    run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
-    run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
-    run.say(
-        f"done: {run.folder / 'classifier.safetensors'}; evaluate it: python eval.py accuracy --checkpoint {run.folder}"
-    )
-    return run.folder
+        average_statistics(classifier)
+        run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors"))
+        run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
+        run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
+        written = run.folder / "classifier.safetensors"
+        run.say(f"done: {written}; evaluate it: python eval.py accuracy --checkpoint {run.folder}")
+        return run.folder
 
 
 def make_backbone(command: str, config: FinetuneConfig, resume: Path | None) -> tuple[Backbone, str]:

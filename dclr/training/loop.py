@@ -87,12 +87,12 @@ class Trained:
     last: dict[str, float]  # the last log line
     skipped: int  # steps with a non-finite loss or gradient
     failures: Failures
-    began: float  # time.time() at the start, set back by the training time of earlier parts of a resumed run
+    began: float  # time.monotonic() at the start, set back by the training time of earlier parts of a resumed run
 
     @property
     def seconds(self) -> float:
         """Seconds from the start until now, over all parts of a resumed run."""
-        return time.time() - self.began
+        return time.monotonic() - self.began
 
     def report(self) -> dict[str, Any]:
         """Return the entries of report.json that hold these values."""
@@ -111,13 +111,14 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
     start, last, task.summary = state["step"], state["last"], state["summary"]
     sampler = run.batch_sampler(start)
     batches = run.batches(task.samples, sampler)
+    run.write_config()
     log = RunLog(run.folder, run.command, sampler.stop, start) if run.main else None
     watch, mean_loss, failures = Stopwatch(device), MeanLoss(device), Failures()
     guard = NonfiniteGuard(engine, config.run.on_nonfinite, state["skipped"])
     if run.main:
         failures.reasons, failures.count = state["failures"]
     engine.train()
-    began = time.time() - state["seconds"]
+    began = time.monotonic() - max(state["seconds"], 0.0)  # negative after a clock change, in runs of earlier versions
 
     with StopRequest() as request:
         for step in range(start, sampler.stop):
@@ -165,7 +166,7 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
                     "summary": task.summary,
                     "last": last,
                     "skipped": guard.skipped,
-                    "seconds": time.time() - began,
+                    "seconds": time.monotonic() - began,
                 }
                 save(run, engine, done, moving, failures, mean_loss.take() if saves else None)
             if stops and done < sampler.stop:
@@ -234,7 +235,6 @@ def load_state(run: Run, engine: Engine) -> dict[str, Any]:
         raise UserError(
             f"--resume {run.folder}: it is at step {state['step']}, beyond the {stop} of --epochs: raise --epochs"
         )
-    run.write_config()
     run.say(f"  resumed at step {state['step']}")
     return state
 

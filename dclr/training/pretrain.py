@@ -25,28 +25,35 @@ GRID_CLIPS = 4
 """Clips in the picture of the three views."""
 
 
-def pretrain(config: PretrainConfig, preset: str, device: torch.device, resume: Path | None = None) -> Path:
+def pretrain(
+    config: PretrainConfig, preset: str, device: torch.device, resume: Path | None = None, replace: bool = False
+) -> Path:
     """Pretrain a backbone and return the run's folder, which then holds backbone.safetensors.
+
+    Args:
+        resume: folder of the run to continue; None begins a run.
+        replace: the new run may replace a run in --out that has no checkpoint.
 
     Raises:
         UserError: see start_run, Engine and train.
         Stopped: a signal asked the run to stop. A checkpoint is written.
     """
-    run = start_run("pretrain", preset, config, device, resume)
-    torch.manual_seed(config.run.seed)
-    network = DCLR(config.model, config.method, seed=config.run.seed)
-    run.say(f"  {config.method.method}: rgb clips contrasted with {', '.join(('rgb', *config.method.auxiliary_views))}")
-    run.prepare(network.query.backbone, network.key.backbone)
-    engine = Engine(network, run.ds_config, config.optim, device)
-    samples = PairSamples(run.videos, config.data, config.run.seed, pretrain_recipe(config.method.jitter))
-    task = Pretraining(network, engine, config, samples)
-    trained = train(run, task, engine)
+    with start_run("pretrain", preset, config, device, resume, replace) as run:
+        torch.manual_seed(config.run.seed)
+        network = DCLR(config.model, config.method, seed=config.run.seed)
+        partners = ", ".join(("rgb", *config.method.auxiliary_views))
+        run.say(f"  {config.method.method}: rgb clips contrasted with {partners}")
+        run.prepare(network.query.backbone, network.key.backbone)
+        engine = Engine(network, run.ds_config, config.optim, device)
+        samples = PairSamples(run.videos, config.data, config.run.seed, pretrain_recipe(config.method.jitter))
+        task = Pretraining(network, engine, config, samples)
+        trained = train(run, task, engine)
 
-    average_statistics(network.query.backbone)
-    run.write(lambda: save_backbone(network.query.backbone, run.folder / "backbone.safetensors"))
-    run.write_report({**task.summary, **trained.report()}, trained.failures, trained.seconds)
-    run.say(f"done: {run.folder / 'backbone.safetensors'}")
-    return run.folder
+        average_statistics(network.query.backbone)
+        run.write(lambda: save_backbone(network.query.backbone, run.folder / "backbone.safetensors"))
+        run.write_report({**task.summary, **trained.report()}, trained.failures, trained.seconds)
+        run.say(f"done: {run.folder / 'backbone.safetensors'}")
+        return run.folder
 
 
 class Pretraining:

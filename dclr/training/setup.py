@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Run:
             report.say(message)
 
     def write_config(self) -> None:
-        """Write config.json. A resumed run first loads its checkpoint, so a refused flag changes nothing."""
+        """Write config.json. Call this when nothing can be refused any more: a refused run leaves nothing behind."""
         path = self.folder / "config.json"
         self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
 
@@ -173,11 +174,29 @@ class Run:
         self.write(lambda: report.write_json(self.folder / "report.json", content))
 
 
-def start_run(command: str, preset: str, config: Config, device: torch.device, resume: Path | None) -> Run:
-    """Check all settings, open the videos, create the run's folder and print what runs.
+@contextmanager
+def start_run(
+    command: str, preset: str, config: Config, device: torch.device, resume: Path | None, replace: bool = False
+) -> Iterator[Run]:
+    """Open the run's folder, check all settings, open the videos and print what runs.
+
+    Inside the context, no other process writes to the folder. See report.open_run for `resume` and `replace`.
 
     Raises:
         UserError: on all ranks, a setting, the data set or the folder is wrong.
+    """
+    with ExitStack() as stack:
+        folder = distributed.on_rank_zero(
+            lambda: stack.enter_context(report.open_run(config.run.out, command, resume, replace))
+        )
+        yield prepare_run(command, preset, config, folder, device, resume is not None)
+
+
+def prepare_run(command: str, preset: str, config: Config, folder: Path, device: torch.device, resumed: bool) -> Run:
+    """Check all settings, open the videos and print what runs.
+
+    Raises:
+        UserError: on all ranks, a setting or the data set is wrong.
     """
     ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(Path(config.run.ds_config)))
     engine.micro_batch_size(ds_config, config.optim.batch_size)
@@ -191,10 +210,7 @@ def start_run(command: str, preset: str, config: Config, device: torch.device, r
     videos = open_videos_once(catalog, config.data)
     check_videos(command, config, catalog, videos)
 
-    folder = distributed.on_rank_zero(lambda: resume or report.open_run(config.run.out, command))
-    run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resume is not None)
-    if not run.resumed:
-        run.write_config()
+    run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resumed)
     run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
     if catalog.missing:
         count = len({video.path for missing in catalog.missing.values() for video in missing})
