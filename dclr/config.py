@@ -184,6 +184,13 @@ class DataConfig(_Group):
         at_least=0,
         at_most=100,
     )
+    max_missing: float = option(
+        1.0,
+        "percent of the listed videos of a split that may be missing. In training, missing means not on disk. "
+        "In eval.py, unreadable videos count too. Raise it for a data set that is known to be incomplete",
+        at_least=0,
+        at_most=100,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,7 +542,7 @@ def resolve(
 
 # Settings that may change when a run is resumed. Any other change would alter the samples or the network.
 FREE_ON_RESUME = {
-    "data", "workers", "video_timeout", "max_bad",
+    "data", "workers", "video_timeout", "max_bad", "max_missing",
     "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",

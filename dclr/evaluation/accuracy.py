@@ -12,7 +12,9 @@ import torch
 
 from dclr.config import DataConfig
 from dclr.data.datasets import open_data
+from dclr.errors import UserError
 from dclr.evaluation import figures
+from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.features import ClipOutputs, check_classes, open_split, run_on_clips
 from dclr.models import count_correct, load_classifier
 
@@ -37,13 +39,18 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
     Prints a table and writes confusion.png to `folder`.
 
     Raises:
-        UserError: see load_classifier, open_data and open_videos. The data set has other classes than the classifier.
+        UserError: see load_classifier, open_data, open_videos and Benchmark. The data set has other classes than the
+            classifier, or a test video without a label.
     """
     classifier, classes = load_classifier(checkpoint)
     catalog = open_data(data)
     check_classes(checkpoint, classes, catalog)
     videos = open_split(catalog, "test", data)
+    if (videos.labels < 0).any():
+        raise UserError(f"--data {catalog.root}: some test videos have no label, which accuracy needs")
+    benchmark = Benchmark(catalog, data, test=videos)
     outputs = run_on_clips(classifier.to(device).eval(), videos, data, device, "accuracy")
+    benchmark.add_failures(outputs.failures)
     result = accuracy(outputs)
 
     clips = outputs.values.shape[1]
@@ -55,6 +62,7 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
         ("chance", result.chance_top1, result.chance_top5),
     ):
         print(f"{name:14}{top1:8.1%}{top5:8.1%}")
+    benchmark.print_faults()
     title = f"{checkpoint}: top-1 by video {result.top1_video:.1%} of {result.videos} (chance {result.chance_top1:.1%})"
     figures.plot_confusion_matrix(result.confusion, classes, title, folder / "confusion.png")
     return {
@@ -70,6 +78,7 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
         },
         "videos": result.videos,
         "left_out": {**videos.unreadable, **outputs.failures},
+        **benchmark.report(),
         "classes": list(classes),
         "confusion": result.confusion.tolist(),
     }

@@ -26,6 +26,7 @@ from dclr.data.samples import TEST_CLIPS, stack_frames
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures
+from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.composites import foreground_mask
 from dclr.evaluation.features import SKIPPED, load_features, open_split
 from dclr.models import Backbone, activation_map
@@ -70,7 +71,8 @@ def evaluate_activation_maps(
         boundary: how the dynamic view treats the first frame, see kernels.generate_views.
 
     Raises:
-        UserError: see load_backbone, open_data and open_videos; no test clip has a foreground.
+        UserError: see load_backbone, open_data, open_videos and Benchmark; no test clip has a foreground; a map is zero
+            everywhere or not finite.
     """
     network, loaded = load_features(checkpoint, model, seed)
     networks = {"": network}
@@ -78,12 +80,14 @@ def evaluate_activation_maps(
         networks = {"untrained": load_features(Path("random"), model, seed)[0], **networks}
     catalog = open_data(data)
     videos = open_split(catalog, "test", data)
+    benchmark = Benchmark(catalog, data, test=videos)
     read, failures = [], Failures(SKIPPED)
     for index in evenly_spaced(len(videos), MAX_VIDEOS):
         try:
             read.append(read_clip(videos, index, data))
         except UnreadableVideo as error:
             failures.add({videos.path(index): str(error)})
+    benchmark.add_failures(failures.reasons)
     moving = [clip for clip in read if clip.mask.any()]
     if not moving:
         raise UserError(f"--data {catalog.root}: nothing moves in any of {len(read)} test clips")
@@ -108,6 +112,7 @@ def evaluate_activation_maps(
     print(f"\n{loaded}\non {catalog.root}: {counts}")
     for name, values in shares.items():
         print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
+    benchmark.print_faults()
     rows = [sheet_row(moving[position], maps[position]) for position in evenly_spaced(len(moving), SHEET_CLIPS)]
     # The name of the run without the folders above it, because pictures are published.
     title = (
@@ -125,6 +130,7 @@ def evaluate_activation_maps(
         "map_size": list(size),
         "without_motion": [clip.path for clip in read if not clip.mask.any()],
         "left_out": {**videos.unreadable, **failures.reasons},
+        **benchmark.report(),
     }
 
 

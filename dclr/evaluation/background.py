@@ -29,6 +29,7 @@ from dclr.data.samples import TestClips
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures
+from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.composites import (
     CompositeClips,
     background_of,
@@ -71,12 +72,14 @@ def evaluate_background(
         seed: the seed of random weights, used only if `checkpoint` is the word random.
 
     Raises:
-        UserError: see load_network, open_data and open_videos. A data set without labels, or with other classes than
-            the classifier. With `foreground`: all test videos are of one class, or none of them has a foreground.
+        UserError: see load_network, open_data, open_videos and Benchmark. A data set without labels, or with other
+            classes than the classifier. With `foreground`: all test videos are of one class, or none of them has a
+            foreground.
     """
     backbone, classifier, loaded = load_network(checkpoint, model, seed)
     catalog = open_data(data)
     train_videos, test_videos = open_labelled(catalog, data, "bias")
+    benchmark = Benchmark(catalog, data, train=train_videos, test=test_videos)
     if classifier:
         check_classes(checkpoint, classifier[1], catalog)
     if foreground and len(np.unique(test_videos.labels)) < 2:
@@ -93,6 +96,7 @@ def evaluate_background(
         run_on_clips(features, videos, data, device, title)
         for videos, title in ((train_videos, "train"), (test_videos, "test"))
     )
+    benchmark.add_failures({**train.failures, **test.failures})
     train_groups, test_groups = (
         groups_of(catalog, "train", train_videos, train),
         groups_of(catalog, "test", test_videos, test),
@@ -149,7 +153,9 @@ def evaluate_background(
             "without_motion": tested.without_motion,
         }
         result["left_out"] |= tested.failures
-    return result
+        benchmark.add_failures(tested.failures)
+    benchmark.print_faults()
+    return {**result, **benchmark.report()}
 
 
 def load_network(

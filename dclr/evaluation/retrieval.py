@@ -22,6 +22,7 @@ from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
+from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.features import ClipOutputs, load_features, open_labelled, run_on_clips
 from dclr.models import pool
 
@@ -52,16 +53,18 @@ def evaluate_retrieval(
         seed: the seed of random weights, used only if `checkpoint` is the word random.
 
     Raises:
-        UserError: see load_backbone, open_data and open_videos. A data set without labels.
+        UserError: see load_backbone, open_data, open_videos and Benchmark. A data set without labels.
     """
     backbone, loaded = load_features(checkpoint, model, seed)
     catalog = open_data(data)
     gallery_videos, query_videos = open_labelled(catalog, data, "retrieval")
+    benchmark = Benchmark(catalog, data, train=gallery_videos, test=query_videos)
     backbone.to(device).eval()
     gallery, queries = (
         run_on_clips(lambda clip: pool(backbone(clip)), videos, data, device, title)
         for videos, title in ((gallery_videos, "gallery"), (query_videos, "queries"))
     )
+    benchmark.add_failures({**gallery.failures, **queries.failures})
     result = retrieval(gallery, queries)
 
     counts = f"{len(queries.labels)} test videos looked up among {len(gallery.labels)} train videos"
@@ -69,6 +72,7 @@ def evaluate_retrieval(
     print("".join([f"{'':10}", *(f"{f'R@{k}':>8}" for k in result.recall)]))
     for name, shares in (("retrieval", result.recall), ("chance", result.chance)):
         print("".join([f"{name:10}", *(f"{value:8.1%}" for value in shares.values())]))
+    benchmark.print_faults()
     title = (
         f"{loaded}: R@1 {result.recall[1]:.1%}\n"
         "Each query and its nearest train videos, with cosine similarity. Green: the query's class. Red: another class."
@@ -85,6 +89,7 @@ def evaluate_retrieval(
         "gallery": len(gallery.labels),
         "queries": len(queries.labels),
         "left_out": {**gallery_videos.unreadable, **query_videos.unreadable, **gallery.failures, **queries.failures},
+        **benchmark.report(),
     }
 
 
