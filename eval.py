@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command, description in DESCRIPTIONS.items():
         sub = commands.add_parser(command, help=description, description=description, allow_abbrev=False)
         add_inputs(sub, command)
-        # Without --max-bad: a video that fails is skipped and listed.
+        # Without --max-bad: a video that fails is skipped and listed, and --max-missing counts it.
         clips = {f.name for f in dataclasses.fields(configuration.DataConfig)} - {"max_bad"}
         configuration.add_flags(sub, [configuration.DataConfig], only=clips)
         if command != "accuracy":
@@ -143,7 +143,7 @@ def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
 
     The sources are the preset, the config.json in the folder of the checkpoint, the file given to --config, and the
     flags. A later source overrides an earlier one. A checkpoint may come from anywhere, so its config.json does not
-    decide the data set or the permission to read videos outside of the data folder.
+    decide the data set, the permission to read videos outside of the data folder, or how many videos may be missing.
 
     Raises UserError if the checkpoint was trained on a data set and none is given.
     """
@@ -160,7 +160,8 @@ def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"--data is needed: {checkpoint} was trained on {stored['data']}; name the data set to evaluate it on"
         )
-    stored.pop("allow_outside", None)
+    for permission in ("allow_outside", "max_missing"):
+        stored.pop(permission, None)
     return {**(configuration.PRESETS[named]["pretrain"] if named else {}), **stored, **given}
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,6 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for train.py and eval.py
 
 from dclr.config import MethodConfig, ModelConfig, OptimConfig  # noqa: E402
+from dclr.data.encode import write_video  # noqa: E402
 from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
 from dclr.method import DCLR  # noqa: E402
 from dclr.training.checkpoint import newest, read  # noqa: E402
@@ -156,3 +158,20 @@ def saved(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def tensors_of(run: Path, name: str) -> dict[str, torch.Tensor]:
     """Return the newest checkpoint's tensors under `model` or `momentum`, without that prefix."""
     return {key.removeprefix(name + "/"): tensor for key, tensor in saved(run)[0].items() if key.startswith(name + "/")}
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def make_list(folder: Path, **splits: list[tuple[str, int]]) -> Path:
+    """Write list files of (path, label), and a video of noise for each path that does not begin with "lost"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = dict.fromkeys(path for entries in splits.values() for path, _ in entries)
+    for seed, path in enumerate(paths):
+        if not path.startswith("lost"):
+            frames = np.random.default_rng(seed).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+            write_video(folder / path, frames)
+    for split, entries in splits.items():
+        (folder / f"{split}.txt").write_text("".join(f"{path} {label}\n" for path, label in entries))
+    (folder / "classes.txt").write_text("run\njump\nsit\n")
+    return folder

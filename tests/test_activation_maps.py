@@ -107,6 +107,7 @@ def test_maps_report_shares_for_the_run_an_untrained_network_and_a_flat_map(walk
 def test_maps_skip_videos_without_motion_and_unreadable_videos(walkers, tmp_path):
     shutil.copytree(walkers, tmp_path / "data")
     flags = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0"]
+    flags += ["--max-missing", "50"]
     command = ["maps", "--data", str(tmp_path / "data"), "--checkpoint", "random", *flags]
     right, left = (tmp_path / "data" / "test" / name / f"{name}.mp4" for name in ("right", "left"))
     write_video(right, np.full((24, 60, 80, 3), 90, np.uint8))

@@ -329,7 +329,11 @@ def test_videos_that_cannot_be_read_are_left_out_of_the_figures_and_listed(finet
     shutil.copytree(demo_videos, tmp_path / "data")
     lost = (tmp_path / "data" / "splits" / "test.txt").read_text().split()[0]
     (tmp_path / "data" / lost).write_bytes(b"")
-    evaluation.main(["accuracy", "--data", str(tmp_path / "data"), "--checkpoint", str(finetuned), "--workers", "0"])
+    command = ["accuracy", "--data", str(tmp_path / "data"), "--checkpoint", str(finetuned), "--workers", "0"]
+    message = refused(evaluation.main, command)
+    assert "7 of 8 listed test videos (1 unreadable)" in message
+    assert message.endswith(f"the first is {lost}: complete the data set, or raise --max-missing")
+    evaluation.main([*command, "--max-missing", "15"])
     report = json.loads((finetuned / "accuracy" / "report.json").read_text())
     assert (report["videos"], report["left_out"]) == (7, {lost: "empty file"})
 

@@ -8,7 +8,9 @@ import numpy as np
 
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, Video
+from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import make_demo, open_data
+from dclr.data.duplicates import find_duplicates
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.data.store import Arrays, Store, damaged_shards, open_store, pack_command
 from dclr.errors import UserError
@@ -26,14 +28,16 @@ def check(data: DataConfig) -> None:
         check_store(catalog, catalog.index, workers)
         return
     manifest = load_manifest(catalog.root, sorted(videos_of(catalog)), workers=workers, timeout=data.video_timeout)
-    print("\n".join([*describe_catalog(catalog), *describe_videos(catalog, manifest), *describe_missing(catalog)]))
+    lines = [*describe_catalog(catalog), *describe_videos(catalog, manifest), *describe_missing(catalog)]
+    print("\n".join([*lines, *describe_faults(catalog, manifest.unreadable)]))
 
 
 def check_store(catalog: Catalog, index: Arrays, workers: int) -> None:
     """Compare every checksum of a packed store and print the findings. Raises UserError, naming the damaged shards."""
     store = open_store(catalog.root, index)
     damaged = damaged_shards(store, workers)
-    print("\n".join([*describe_catalog(catalog), *describe_store(store), *describe_missing(catalog)]))
+    lines = [*describe_catalog(catalog), *describe_store(store), *describe_missing(catalog)]
+    print("\n".join([*lines, *describe_faults(catalog, store.unreadable)]))
     for shard, fault in damaged.items():
         print(f"  {shard} {fault}")
     if damaged:
@@ -105,6 +109,13 @@ def describe_unreadable(unreadable: Mapping[str, str]) -> list[str]:
         f"unreadable: {len(unreadable)}",
         *(f"  {path}: {reason}" for path, reason in sorted(unreadable.items())),
     ]
+
+
+def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str]:
+    """Return a line for each fault that spoils training or figures: missing videos, empty classes and duplicates."""
+    gaps = [coverage(catalog, split, unreadable).sentence() for split in catalog.splits]
+    lines = [*filter(None, gaps), *class_warnings(catalog), *find_duplicates(catalog, unreadable).lines()]
+    return [f"warning: {line}" for line in lines]
 
 
 def describe_missing(catalog: Catalog) -> list[str]:

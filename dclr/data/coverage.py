@@ -64,8 +64,8 @@ class Coverage:
         if share > max_missing:
             first = [*self.missing, *self.unreadable][0]
             raise UserError(
-                f"{self.root}: {self.sentence()}; {share:.3g} % are missing and --max-missing allows "
-                f"{max_missing:g} %; the first is {first}: complete the data set, or raise --max-missing"
+                f"{self.root}: {self.sentence()}; {share:.3g} % are not there, and --max-missing "
+                f"allows {max_missing:g} %; the first is {first}: complete the data set, or raise --max-missing"
             )
 
     def report(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ checksums in its index, without reading videos.
 import hashlib
 import os
 import stat
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -63,11 +62,6 @@ class Duplicates:
                 f"{self.root}: {self.two_labels[0]}{more}: one video cannot have two labels; correct the lists or "
                 "delete the wrong file"
             )
-
-    def warn(self) -> None:
-        """Print one line on stderr for each kind of duplicate."""
-        for line in self.lines():
-            print(f"warning: {line}", file=sys.stderr)
 
     def report(self) -> dict[str, Any]:
         """Return the entry of report.json."""

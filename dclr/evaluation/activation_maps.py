@@ -28,7 +28,7 @@ from dclr.errors import UserError
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.composites import foreground_mask
-from dclr.evaluation.features import SKIPPED, load_features, open_split
+from dclr.evaluation.features import SKIPPED, check_outputs, load_features, open_split
 from dclr.models import Backbone, activation_map
 from kernels import ViewParams, generate_views
 
@@ -102,6 +102,8 @@ def evaluate_activation_maps(
         }
         for clip in moving
     ]
+    for clip, of_clip in zip(moving, maps, strict=True):
+        check_maps(clip.path, of_clip)
     shares = {"flat": [float(clip.mask.mean()) for clip in moving]}
     for name in maps[0]:
         shares[name] = [energy_share(of_clip[name], clip.mask) for of_clip, clip in zip(maps, moving, strict=True)]
@@ -155,6 +157,14 @@ def compute_maps(backbone: Backbone, clip: Clip, size: int, boundary: Any, devic
     row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:])])
     views = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
     return activation_map(backbone(torch.cat(views)))[:, 0].cpu().numpy()
+
+
+def check_maps(path: str, maps: dict[str, np.ndarray]) -> None:
+    """Raise UserError for a map of a video that is not finite or is zero everywhere."""
+    for name, values in maps.items():
+        check_outputs(torch.from_numpy(values)[None], [path])
+        if not values.any():
+            raise UserError(f"the map {name} of {path} is zero everywhere, so no share of it is on moving regions")
 
 
 def energy_share(activation: np.ndarray, mask: np.ndarray) -> float:

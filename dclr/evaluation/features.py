@@ -5,7 +5,7 @@ The test protocol is that of the released code: TEST_CLIPS = 10 clips per video,
 Letters: B clips in a batch, N videos, T frames per clip, h, w pixels of the crop, D outputs of the network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,10 @@ from dclr.progress import ProgressBar
 from kernels import augment
 
 VIDEOS_PER_BATCH = 2
+
+LARGEST_OUTPUT = 1e15
+"""The largest absolute output of a network that figures are computed from. The squares of larger outputs can overflow
+float32. A trained network's outputs are below 1,000."""
 
 SKIPPED = "it is skipped in the figures"
 """The consequence that the message about an unreadable video names."""
@@ -49,7 +53,7 @@ def run_on_clips(
     """Return the outputs of `network` on the test clips of every readable video. `title` labels the progress bar.
 
     Raises:
-        UserError: no video can be read.
+        UserError: no video can be read, or an output is not finite.
     """
     return run_on_samples(network, TestClips(videos, config), device, title)
 
@@ -64,7 +68,7 @@ def run_on_samples(
     """Do what `run_on_clips` does, for a TestClips object that may change the clips, such as composites.CompositeClips.
 
     Raises:
-        UserError: no video can be read.
+        UserError: no video can be read, or an output is not finite.
     """
     videos, config = samples.videos, samples.config
     loader = test_loader(samples, VIDEOS_PER_BATCH, config.workers, pin=device.type == "cuda")
@@ -78,6 +82,7 @@ def run_on_samples(
                 continue
             clip = augment(batch.frames.to(device, non_blocking=True), batch.augmentation, size)
             output = network(clip).float().cpu()
+            check_outputs(output, [videos.path(index) for index in batch.indices.tolist()])
             values.append(output.unflatten(0, (-1, TEST_CLIPS)))
             labels.append(batch.labels[::TEST_CLIPS])
             indices.append(batch.indices[::TEST_CLIPS])
@@ -86,6 +91,16 @@ def run_on_samples(
             f"{videos.root}: not one of {len(videos)} videos can be read any more; was the folder moved or unmounted?"
         )
     return ClipOutputs(torch.cat(values), torch.cat(labels), torch.cat(indices), failures.reasons)
+
+
+def check_outputs(outputs: Tensor, paths: Sequence[str]) -> None:
+    """Raise UserError unless all outputs are finite and at most LARGEST_OUTPUT. `paths`: the video of each output."""
+    for output, path in zip(outputs, paths, strict=True):
+        if not (output.abs() <= LARGEST_OUTPUT).all():  # also if it is NaN
+            raise UserError(
+                f"the network's output for {path} is not finite or above {LARGEST_OUTPUT:g}, so there are no figures: "
+                "the run diverged; give an earlier checkpoint"
+            )
 
 
 def load_features(checkpoint: Path, model: ModelConfig, seed: int) -> tuple[Backbone, str]:

@@ -1,6 +1,7 @@
 """The start of every training run: kernels, precision, data set, folder and configuration, checked on all ranks."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from dclr import config as configuration
 from dclr import distributed, report
 from dclr.config import Config, DataConfig, PretrainConfig
 from dclr.data.catalog import Catalog
+from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import make_demo, open_data
+from dclr.data.duplicates import find_duplicates
 from dclr.data.failures import Failures, check_bad
 from dclr.data.loader import BatchSampler
 from dclr.data.prefetch import batches_on
@@ -45,6 +48,8 @@ class Run:
     compile_time_reported: bool = False
     failed_videos: int = 0
     """Videos that had failed on all ranks together when `any_rank_stops` last looked."""
+    listed: dict[str, Any] = field(default_factory=dict)
+    """Entries of report.json about listed videos that are missing or are listed twice, see `check_listed`."""
 
     @property
     def main(self) -> bool:
@@ -161,6 +166,7 @@ class Run:
                 "unreadable": self.videos.unreadable,
                 "failed_while_training": reasons,
                 "failed_reads": failed_reads,
+                **self.listed,
             },
             "processes": distributed.world_size(),
             "precision": self.precision,
@@ -209,8 +215,10 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     catalog = distributed.on_all_ranks(lambda: open_data(config.data))
     videos = open_videos_once(catalog, config.data)
     check_videos(command, config, catalog, videos)
+    listed = check_listed(command, catalog, videos, config.data.max_missing)
 
     run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resumed)
+    run.listed = listed
     run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
     if catalog.missing:
         count = len({video.path for missing in catalog.missing.values() for video in missing})
@@ -246,6 +254,31 @@ def check_videos(command: str, config: Config, catalog: Catalog, videos: VideoSe
             f"--fill-steps is {config.method.fill_steps}, but must be below the run's {steps} steps, "
             "or nothing is trained: lower it, or raise --epochs"
         )
+
+
+def check_listed(command: str, catalog: Catalog, videos: VideoSet, max_missing: float) -> dict[str, Any]:
+    """Check that the listed train videos are on disk, and look for videos that are listed twice.
+
+    Rank 0 prints a warning for each fault. Pretraining does not use labels, so it accepts a video with two labels.
+
+    Returns:
+        entries of report.json.
+
+    Raises:
+        UserError: on all ranks, too many videos are missing, or a video has two labels and the command needs labels.
+    """
+    coverage(catalog, "train", {}).check(max_missing)
+    with distributed.without_timeout():
+        duplicates = distributed.on_rank_zero(lambda: find_duplicates(catalog, videos.unreadable))
+    if command != "pretrain":
+        duplicates.check_labels()
+    covered = coverage(catalog, "train", videos.unreadable)
+    if distributed.rank() == 0:
+        gaps = [covered.sentence()] if command != "pretrain" or covered.used < covered.listed else []
+        labels = class_warnings(catalog) if command != "pretrain" else []
+        for line in filter(None, [*gaps, *labels, *duplicates.lines()]):
+            print(f"warning: {line}", file=sys.stderr)
+    return {"coverage": {"train": covered.report()}, "duplicates": duplicates.report()}
 
 
 def choose_kernels(backend: str, device: torch.device) -> None:

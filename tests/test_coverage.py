@@ -1,0 +1,111 @@
+"""Missing videos, empty classes and --max-missing, in a catalog and in eval.py and train.py."""
+
+import json
+
+import pytest
+from helpers import make_list
+
+import eval as evaluation
+from dclr.config import DataConfig
+from dclr.data.check import check
+from dclr.data.coverage import class_warnings, coverage
+from dclr.data.datasets import open_catalog
+from dclr.data.pack import pack
+from dclr.errors import UserError
+
+SMALL = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0"]
+TRAIN = [("a.mp4", 0), ("b.mp4", 1), ("c.mp4", 2), ("d.mp4", 0)]
+
+
+def test_coverage_counts_listed_used_missing_and_unreadable_videos_by_class(tmp_path):
+    test = [("e.mp4", 0), ("f.mp4", 1), ("lost1.mp4", 1), ("lost2.mp4", 2), ("g.mp4", 0)]
+    catalog = open_catalog(make_list(tmp_path / "data", train=TRAIN, test=test))
+    found = coverage(catalog, "test", {"g.mp4": "empty file", "a.mp4": "of another split"})
+    assert (found.listed, found.used, found.missing) == (5, 2, ("lost1.mp4", "lost2.mp4"))
+    assert found.unreadable == {"g.mp4": "empty file"}
+    assert found.classes == {"run": (2, 1), "jump": (2, 1), "sit": (1, 0)}
+    assert found.sentence() == "2 of 5 listed test videos (2 not on disk, 1 unreadable); class sit has none"
+    assert found.report()["classes"]["sit"] == {"listed": 1, "used": 0}
+    found.check(60)
+    with pytest.raises(UserError, match=r"60 % are not there, and --max-missing allows 59 %; the first is lost1\.mp4"):
+        found.check(59)
+    complete = coverage(catalog, "train", {})
+    assert complete.sentence() == ""
+    complete.check(0)
+
+
+def test_a_class_without_listed_videos_is_named(tmp_path):
+    catalog = open_catalog(make_list(tmp_path / "data", train=TRAIN[:2], test=[("e.mp4", 2), ("f.mp4", 0)]))
+    assert coverage(catalog, "test", {}).sentence() == "2 of 2 listed test videos; class jump has none"
+    assert class_warnings(catalog) == ["class sit has test videos but no train video"]
+    assert coverage(catalog, "train", {"a.mp4": "cut off"}).sentence() == (
+        "1 of 2 listed train videos (1 unreadable); 2 classes have none: run, sit"
+    )
+
+
+def test_a_packed_store_keeps_the_missing_videos_of_each_split(tmp_path, capsys):
+    test = [("e.mp4", 0), ("lost.mp4", 1), ("g.mp4", 2)]
+    data = make_list(tmp_path / "data", train=[*TRAIN, ("lost0.mp4", 0)], test=test)
+    pack(DataConfig(data=str(data), workers=1), str(tmp_path / "store"), 32)
+    catalog = open_catalog(tmp_path / "store")
+    assert coverage(catalog, "test", {}).sentence() == "2 of 3 listed test videos (1 not on disk); class jump has none"
+    assert coverage(catalog, "train", {}).missing == ("lost0.mp4",)
+    capsys.readouterr()
+    check(DataConfig(data=str(tmp_path / "store"), workers=1))
+    shown = capsys.readouterr().out
+    assert "warning: 2 of 3 listed test videos (1 not on disk); class jump has none\n" in shown
+
+
+def test_check_names_gaps_of_each_split(tmp_path, capsys):
+    test = [("e.mp4", 0), ("lost.mp4", 1)]
+    check(DataConfig(data=str(make_list(tmp_path / "data", train=TRAIN[:2], test=test)), workers=1))
+    shown = capsys.readouterr().out
+    assert "warning: 1 of 2 listed test videos (1 not on disk); 2 classes have none: jump, sit\n" in shown
+    assert "warning: 2 of 2 listed train videos; class sit has none\n" in shown
+
+
+def test_an_evaluation_is_refused_beyond_max_missing_and_says_what_it_covers(tmp_path, capsys):
+    test = [("e.mp4", 0), ("f.mp4", 2), ("lost.mp4", 1)]
+    data = make_list(tmp_path / "data", train=TRAIN, test=test)
+    command = ["retrieval", "--data", str(data), "--checkpoint", "random", "--out", str(tmp_path / "out"), *SMALL]
+    with pytest.raises(UserError, match=r"2 of 3 listed test videos \(1 not on disk\); class jump has none; 33\.3 %"):
+        evaluation.main(command)
+    capsys.readouterr()
+    evaluation.main([*command, "--max-missing", "34"])
+    shown = capsys.readouterr()
+    sentence = "these figures are of 2 of 3 listed test videos (1 not on disk); class jump has none\n"
+    assert f"\n{sentence}" in shown.out
+    assert f"warning: {sentence}" in shown.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["coverage"]["test"]["missing"] == ["lost.mp4"]
+    assert report["coverage"]["test"]["classes"]["jump"] == {"listed": 1, "used": 0}
+    assert report["coverage"]["train"]["used"] == 4
+
+
+def test_max_missing_of_a_run_does_not_hold_for_its_evaluation(train_main, tiny, tmp_path):
+    data = make_list(tmp_path / "data", train=TRAIN, test=[("e.mp4", 0), ("lost.mp4", 1)])
+    flags = {**tiny, "data": str(data), "epochs": 1, "batch_size": 2, "max_missing": 50.0}
+    train_main("finetune", **flags, out=tmp_path / "run")
+    with pytest.raises(UserError, match="--max-missing allows 1 %"):
+        evaluation.main(["accuracy", "--data", str(data), "--checkpoint", str(tmp_path / "run"), "--workers", "0"])
+
+
+def test_training_is_refused_beyond_max_missing(train_main, tiny, tmp_path, capsys):
+    data = make_list(tmp_path / "data", train=[*TRAIN, ("lost.mp4", 1)], test=[("e.mp4", 0)])
+    flags = {**tiny, "data": str(data), "epochs": 1, "batch_size": 2, "out": tmp_path / "run"}
+    with pytest.raises(UserError, match=r"4 of 5 listed train videos \(1 not on disk\); 20 % are not there"):
+        train_main("finetune", **flags)
+    assert not (tmp_path / "run").exists()
+    train_main("finetune", **flags, max_missing=20.0)
+    assert "warning: 4 of 5 listed train videos (1 not on disk)" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["data"]["coverage"]["train"]["missing"] == ["lost.mp4"]
+
+
+def test_finetuning_warns_of_a_class_without_train_videos_and_accuracy_too(train_main, tiny, tmp_path, capsys):
+    data = make_list(tmp_path / "data", train=[("a.mp4", 0), ("b.mp4", 1)], test=[("e.mp4", 0), ("f.mp4", 2)])
+    train_main("finetune", **{**tiny, "data": str(data), "epochs": 1, "batch_size": 2}, out=tmp_path / "run")
+    warning = "warning: class sit has test videos but no train video\n"
+    assert warning in capsys.readouterr().err
+    evaluation.main(["accuracy", "--data", str(data), "--checkpoint", str(tmp_path / "run"), "--workers", "0"])
+    assert warning in capsys.readouterr().err
