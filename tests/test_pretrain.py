@@ -60,6 +60,9 @@ def test_a_run_writes_every_documented_file(finished):
 
     report = json.loads((finished / "report.json").read_text())
     assert (report["command"], report["preset"], report["steps"], report["processes"]) == ("pretrain", "demo", 8, 1)
+    listed = {name: report["data"].pop(name) for name in ("coverage", "duplicates")}
+    assert listed["coverage"]["train"]["used"] == listed["coverage"]["train"]["listed"] == 16
+    assert not any(listed["duplicates"].values())
     assert report["data"] == {
         "folder": json.loads((finished / "config.json").read_text())["data"]["data"],
         "layout": "list file", "videos": 16, "unreadable": {}, "failed_while_training": {}, "failed_reads": 0,
