@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dclr import config as configuration
+from dclr import progress
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
@@ -171,6 +172,7 @@ def pick(group: type, settings: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
+    progress.protect_output()
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -21,12 +21,14 @@ Without a subcommand, train.py pretrains. `train.py SUBCOMMAND --help` explains 
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from dclr import config as configuration
+from dclr import progress
 from dclr.distributed import launched_rank
 from dclr.errors import UserError
 from dclr.training import checkpoint, signals
@@ -131,12 +133,25 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
     Without a subcommand, the command is pretrain.
     """
-    # The deepspeed launcher (0.19.8) puts --local_rank=N before the other arguments. LOCAL_RANK holds the same number.
-    given = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    given = without_local_rank(arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["pretrain", *given]
     configuration.refuse_old_switches(given)
     return vars(make_parser().parse_args(given))
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """Return the arguments without --local_rank N, --local-rank N, and both with "=".
+
+    deepspeed and torch.distributed.launch add one of them. The variable LOCAL_RANK holds the same number.
+    """
+    given, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in ("--local_rank", "--local-rank"):
+            next(rest, None)
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            given.append(argument)
+    return given
 
 
 def main(arguments: list[str]) -> None:
@@ -165,15 +180,17 @@ def train(command: str, flags: dict[str, Any]) -> None:
     from dclr.training.heartbeat import Heartbeat
     from dclr.training.pretrain import pretrain
 
-    device = engine.start_processes()
-    try:
-        with Heartbeat():
-            if isinstance(config, configuration.PretrainConfig):
-                pretrain(config, preset, device, folder, replace)
-            else:
-                finetune(command, config, preset, device, folder, replace)
-    finally:
-        engine.stop_processes()
+    with signals.LauncherWatch() as launcher:
+        device = engine.start_processes()
+        try:
+            # The inner context ends first: a rank that leaves must not be asked to stop again.
+            with Heartbeat(), contextlib.closing(launcher):
+                if isinstance(config, configuration.PretrainConfig):
+                    pretrain(config, preset, device, folder, replace)
+                else:
+                    finetune(command, config, preset, device, folder, replace)
+        finally:
+            engine.stop_processes()
 
 
 def resolve(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, str, Path | None]:
@@ -214,6 +231,11 @@ def resolve_resumed(
     if Path(out) != folder:
         raise UserError(f"--out is {out}, but --resume continues the run in {folder}: leave --out out")
     configuration.check_resume(folder, flags, stored)
+    if "data" not in flags and stored.get("data") and not Path(stored["data"]).exists():
+        raise UserError(
+            f"--resume {folder}: its data set, {stored['data']}, is neither in the folder that the run was started in, "
+            f"nor in {Path.cwd()}, nor next to the run: give --data"
+        )
     return configuration.resolve(command, preset_of_run, flags, resumed={**stored, "out": str(folder)}), preset_of_run
 
 
@@ -268,4 +290,5 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    progress.protect_output()
     sys.exit(run(sys.argv[1:]))

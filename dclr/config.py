@@ -565,19 +565,24 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def write_config(path: Path, command: str, preset: str, config: Config) -> None:
-    """Write the resolved configuration as JSON, one object for each group. `read_config` reads this file."""
-    text = json.dumps({"command": command, "preset": preset, **dataclasses.asdict(config)}, indent=2)
+    """Write the resolved configuration as JSON, one object for each group. `read_config` reads this file.
+
+    The file also names the working folder, from which relative paths start.
+    """
+    head = {"command": command, "preset": preset, "started_in": str(Path.cwd())}
+    text = json.dumps({**head, **dataclasses.asdict(config)}, indent=2)
     atomic_write(path, (text + "\n").encode())
 
 
 def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
-    """Return (command, preset, flat values) of a run's config.json.
+    """Return (command, preset, flat values) of a run's config.json. Its relative paths hold in the working folder now.
 
     Raises UserError if the file is missing or is not the configuration of a run, or if a value has a wrong type.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         command, preset = str(stored.pop("command")), str(stored.pop("preset"))
+        started_in = str(stored.pop("started_in", ""))
         values = {name: value for group in stored.values() for name, value in group.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
@@ -587,7 +592,29 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
         # Runs of earlier versions hold "yes" and "no" for true and false.
         if isinstance(f.default, bool) and values.get(name) in ("yes", "no"):
             values[name] = values[name] == "yes"
-    return command, preset, _typed(path, values)
+    values = _typed(path, values)
+    for name in PATHS & values.keys():
+        values[name] = _find(values[name], started_in, path)
+    return command, preset, values
+
+
+PATHS = {"data", "pretrained", "ds_config"}
+"""Settings that are paths of files that a run reads."""
+
+
+def _find(value: str, started_in: str, config: Path) -> str:
+    """Return a path of a config.json, absolute if it does not hold in the working folder.
+
+    A relative path is looked for where the run was started, in the working folder, and in the folders above `config`.
+    The configurations of earlier versions do not say where the run was started.
+    """
+    if not value or Path(value).is_absolute():
+        return value
+    here = Path.cwd()
+    for folder in [*([Path(started_in)] if started_in else []), here, *config.resolve().parents]:
+        if (folder / value).exists():
+            return value if folder == here else str(folder / value)
+    return value
 
 
 def read_settings(path: Path, command: str | None = None) -> tuple[str, dict[str, Any]]:

@@ -114,7 +114,7 @@ def _take(path: Path) -> int:
                 own = {
                     "host": socket.gethostname(),
                     "process": os.getpid(),
-                    "started": _start_time(os.getpid()),
+                    "started": start_time(os.getpid()),
                     "machine": _machine(),
                     "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
                 }
@@ -209,18 +209,19 @@ def _machine() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _start_time(process: int) -> str:
-    """Return when a process started, in clock ticks since the boot; "" if there is no such process.
+def start_time(process: int) -> str:
+    """Return when a process started, in clock ticks since the boot; "" if it is not running.
 
     Process ids are used again. The id together with this time is unique.
     """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[19]
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] in "ZX" else fields[19]  # Z and X: the process has ended
 
 
 def _is_running(owner: dict[str, Any]) -> bool:
     """Return whether the process that a lock file names is running on this machine."""
-    started = _start_time(owner.get("process", 0))
+    started = start_time(owner.get("process", 0))
     return bool(started) and (owner.get("machine"), owner.get("started")) == (_machine(), started)

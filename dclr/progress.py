@@ -39,6 +39,13 @@ class SafeFile:
             self._file.flush()
 
 
+def protect_output() -> None:
+    """Make every later `print` of this process, also of other packages, survive the end of its terminal or pipe."""
+    for name in ("stdout", "stderr"):
+        if (file := getattr(sys, name)) is not None and not isinstance(file, SafeFile):
+            setattr(sys, name, SafeFile(file))
+
+
 def write_line(message: str, file: TextIO | None) -> None:
     """Write a line to stdout or stderr, above the progress bar if there is one. None, a closed stdout, is ignored."""
     if file is None:

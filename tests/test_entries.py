@@ -21,10 +21,12 @@ from dclr.errors import UserError
 from dclr.models import build_backbone, save_backbone
 
 
-def run(command: list[str], environment: dict[str, str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    """Run a program in the repository, on one thread."""
+def run(
+    command: list[str], environment: dict[str, str], timeout: float = 200, folder: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a folder, on one thread."""
     environment = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout)
 
 
 def error_lines(text: str, program: str) -> list[str]:
@@ -103,6 +105,83 @@ def test_two_processes_make_one_run_and_one_process_resumes_it(
     assert (report["processes"], report["steps"]) == (1, 8)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+def test_the_run_starts_and_resumes_from_other_folders(
+    clean_environment, train_main, tiny_pretrain, demo_videos, tmp_path, monkeypatch
+):
+    """Its data set is a relative path. The default --ds_config is not in the working folder."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    (first / "videos").symlink_to(demo_videos)
+    del tiny_pretrain["ds_config"]
+    flags = {**tiny_pretrain, "data": "videos", "epochs": 1, "out": "runs/a"}
+    monkeypatch.chdir(first)
+    train_main(**flags)
+    monkeypatch.chdir(second)
+    config = first / "runs" / "a" / "config.json"
+    assert json.loads(config.read_text())["started_in"] == str(first)
+    train_main(resume=first / "runs" / "a", epochs=2)
+    assert len(numbers(first / "runs" / "a")) == 8
+    assert json.loads(config.read_text())["data"]["data"] == str(first / "videos")
+    assert os.listdir(second) == []
+    train_main(config=config, out=first / "runs" / "b", epochs=1)
+    assert numbers(first / "runs" / "b") == numbers(first / "runs" / "a")[:4]
+
+
+@pytest.mark.parametrize("where", ["in the working folder", "above the run", "nowhere"])
+def test_a_run_of_an_earlier_version_finds_its_data_set_or_says_where_it_looked(
+    train_main, tiny_pretrain, demo_videos, tmp_path, monkeypatch, where
+):
+    """The config.json does not say where the run was started."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.chdir(first)
+    (first / "videos").symlink_to(demo_videos)
+    train_main(**{**tiny_pretrain, "data": "videos", "epochs": 1, "out": "runs/a"})
+    config = first / "runs" / "a" / "config.json"
+    old = json.loads(config.read_text())
+    del old["started_in"]
+    config.write_text(json.dumps(old))
+    monkeypatch.chdir(second)
+    if where != "above the run":
+        (first / "videos").rename((second if where == "in the working folder" else tmp_path) / "gone")
+        if where == "in the working folder":
+            (second / "gone").rename(second / "videos")
+    if where == "nowhere":
+        message = refused(train_main, resume=first / "runs" / "a", epochs=2)
+        assert message == (
+            f"--resume {first / 'runs' / 'a'}: its data set, videos, is neither in the folder that the run was started "
+            f"in, nor in {second}, nor next to the run: give --data"
+        )
+        train_main(resume=first / "runs" / "a", epochs=2, data=tmp_path / "gone")
+    else:
+        train_main(resume=first / "runs" / "a", epochs=2)
+    assert len(numbers(first / "runs" / "a")) == 8
+
+
+def test_the_program_runs_from_another_folder_and_takes_the_rank_of_other_launchers(
+    clean_environment, tiny_pretrain, tmp_path
+):
+    """`python train.py --local-rank 0` by hand is a run of one process."""
+    del tiny_pretrain["ds_config"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--local-rank", "0"]
+    flags = as_flags({**tiny_pretrain, "epochs": 1, "out": "run"})
+    done = run([*command, *flags], clean_environment, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [["--local-rank=1"], ["--local-rank", "1"], ["--local_rank=1"], ["--local_rank", "1"]]
+)
+def test_the_rank_that_a_launcher_adds_is_accepted_everywhere(given):
+    words = ["finetune", "--data", "videos", "--epochs", "3"]
+    for position in (0, 1, 3, 5):
+        assert train.parse([*words[:position], *given, *words[position:]]) == train.parse(words)
+    assert train.parse(given) == train.parse([])
 
 
 @pytest.mark.slow

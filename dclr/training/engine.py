@@ -4,7 +4,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -260,16 +260,17 @@ class Engine:
 
         distributed.on_rank_zero(write)
 
-    def resume(self, folder: Path) -> dict[str, Any]:
+    def resume(self, folder: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Load the newest checkpoint under `folder` into network and optimizer, and return its state.
 
         The state includes `step`. The run that wrote the checkpoint may have had another number of processes or another
-        ZeRO stage.
+        ZeRO stage. `check` gets the state before anything is loaded, and may raise UserError.
 
         Raises:
-            UserError: on all ranks, there is no checkpoint, it is damaged, or it holds another network.
+            UserError: on all ranks, there is no checkpoint, it is damaged, `check` refuses it, or it holds another
+                network.
         """
-        tensors, state = distributed.on_all_ranks(lambda: self._read(folder))
+        tensors, state = distributed.on_all_ranks(lambda: self._read(folder, check))
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         for name, parameter in trained.items():
             self._set_momentum(parameter, tensors[f"momentum/{name}"].to(self.device))
@@ -277,17 +278,21 @@ class Engine:
             batchnorm.set_statistics(self.module, tensors[RANKS][distributed.rank()].to(self.device))
         return state
 
-    def _read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _read(
+        self, folder: Path, check: Callable[[dict[str, Any]], None] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Load the newest checkpoint into the network; return its tensors and its state."""
         path = checkpoint.newest(folder)
         if path is None:
             raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from")
         tensors, state = checkpoint.read(path)
+        if check is not None:
+            check(state)
         expected = {f"momentum/{name}": p.shape for name, p in self.module.named_parameters() if p.requires_grad}
         found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("momentum/")}
         try:
             if found != expected:
-                raise RuntimeError("its momentum belongs to other parameters")
+                raise RuntimeError(_difference(expected, found))
             if tensors[RANKS].shape != (state["processes"], batchnorm.count_statistics(self.module)):
                 raise RuntimeError("its batch statistics belong to other layers")
             self.module.load_state_dict(
@@ -319,6 +324,13 @@ class Engine:
             safe_set_full_optimizer_state(parameter, momentum, MOMENTUM)
         else:
             self.sgd.state[parameter][MOMENTUM].copy_(momentum)
+
+
+def _difference(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> str:
+    """Return how the shapes of a checkpoint's momentum differ from those of the network, by name."""
+    name = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
+    there, here = ("x".join(map(str, of[name])) if name in of else "absent" for of in (found, expected))
+    return f"{name.removeprefix('momentum/')} is {there} there, and {here} in the network of these settings"
 
 
 def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:

@@ -211,17 +211,31 @@ def load_state(run: Run, engine: Engine) -> dict[str, Any]:
     """Load the newest checkpoint into `engine` and return its state; for a new run, return the state at step 0.
 
     Raises:
-        UserError: see Engine.resume; the state is not a training run's; the videos have changed; the run is already
-            beyond --epochs.
+        UserError: see Engine.resume; the state is not a training run's; the classes or the videos have changed; the run
+            is already beyond --epochs.
     """
     if not run.resumed:
         return {"step": 0, "summary": {}, "last": {}, "failures": ({}, 0), "seconds": 0.0, "skipped": 0}
-    state = engine.resume(run.folder / "checkpoints")
+    state = engine.resume(run.folder / "checkpoints", lambda state: check_state(run, state))
+    run.say(f"  resumed at step {state['step']}")
+    return state
+
+
+def check_state(run: Run, state: dict[str, Any]) -> None:
+    """Check that a checkpoint's state fits the run. Raises UserError, see load_state."""
     wrong = [name for name, types in STATE_TYPES.items() if not isinstance(state.get(name), types)]
     if wrong or [type(entry) for entry in state["failures"]] != [dict, int]:
         raise UserError(
             f"--resume {run.folder}: its checkpoint is not one of a training run "
             f"({(wrong or ['failures'])[0]} is wrong)"
+        )
+    then, now = state.get("classes"), run.classes
+    if isinstance(then, list) and now is not None and then != now:
+        changes = [f"{name} is new" for name in now if name not in then]
+        changes += [f"{name} is gone" for name in then if name not in now]
+        raise UserError(
+            f"--resume {run.folder}: {len(now)} classes now, {len(then)} then "
+            f"({', '.join(changes[:3]) or 'in another order'}): restore the data set, or start another run"
         )
     videos, stop = len(run.videos), run.batch_sampler().stop
     if (state["videos"], state["fingerprint"]) != (videos, run.videos.fingerprint()):
@@ -235,8 +249,6 @@ def load_state(run: Run, engine: Engine) -> dict[str, Any]:
         raise UserError(
             f"--resume {run.folder}: it is at step {state['step']}, beyond the {stop} of --epochs: raise --epochs"
         )
-    run.say(f"  resumed at step {state['step']}")
-    return state
 
 
 def save(run: Run, engine: Engine, step: int, moving: dict[str, Any], failures: Failures, loss: float | None) -> None:
@@ -250,6 +262,7 @@ def save(run: Run, engine: Engine, step: int, moving: dict[str, Any], failures: 
         "failures": run.all_failures(failures),
         "videos": len(run.videos),
         "fingerprint": run.videos.fingerprint(),
+        "classes": run.classes,
         "loss": loss,
     }
     engine.save(run.folder / "checkpoints", step, state)

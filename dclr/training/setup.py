@@ -56,6 +56,11 @@ class Run:
         """True on rank 0."""
         return distributed.rank() == 0
 
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes that the network tells apart; None in pretraining, which uses no labels."""
+        return None if self.command == "pretrain" else list(self.videos.classes)
+
     def say(self, message: str) -> None:
         """Print one line, on rank 0."""
         if self.main:
@@ -204,7 +209,7 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     Raises:
         UserError: on all ranks, a setting or the data set is wrong.
     """
-    ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(Path(config.run.ds_config)))
+    ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(find_ds_config(Path(config.run.ds_config))))
     engine.micro_batch_size(ds_config, config.optim.batch_size)
     precision = engine.resolve_precision(ds_config, device)
     choose_kernels(config.run.kernels, device)
@@ -236,6 +241,12 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     run.say(f"  {compiling}")
     run.say(f"  writing to {folder}")
     return run
+
+
+def find_ds_config(path: Path) -> Path:
+    """Return the path, or that of the file next to train.py if the working folder does not have it."""
+    own = Path(__file__).parents[2] / path
+    return own if own.exists() and not path.exists() else path
 
 
 def check_videos(command: str, config: Config, catalog: Catalog, videos: VideoSet) -> None:

@@ -1,0 +1,166 @@
+"""What asks a run to stop: signals, a terminal that goes away, and the end of the launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY, as_flags, children, launcher_command, numbers, steps
+
+from dclr.training.signals import LauncherWatch, StopRequest, find_launchers
+
+
+@pytest.fixture
+def hangup():
+    """Restore the reaction to SIGHUP after the test. The tests may run under nohup."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_hangup_asks_to_stop_but_stays_ignored_under_nohup(hangup):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert request.asked
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not request.asked
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# ---------------------------------------------------------------- the launcher
+
+RANK = """
+import signal, sys, time
+from dclr.training.signals import LauncherWatch, StopRequest
+with StopRequest() as request, LauncherWatch():
+    print("ready", flush=True)
+    while not request.asked:
+        time.sleep(0.01)
+print("asked", flush=True)
+"""
+
+LAUNCHER = """
+import os, subprocess, sys, time
+child = subprocess.Popen(sys.argv[2:])
+os.closerange(0, 3)  # only the rank holds the output
+time.sleep(60)
+"""
+
+
+def start_rank(*launchers: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a rank below processes whose command lines hold these words, from the outermost on."""
+    command = [sys.executable, "-c", RANK]
+    for name in reversed(launchers):
+        command = [sys.executable, "-c", LAUNCHER, name, *command]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+INNER = "-m deepspeed.launcher.launch"
+
+
+@pytest.mark.parametrize(
+    ("launchers", "environment", "ended"),
+    [
+        (("bin/deepspeed", INNER), {}, 0),
+        (("bin/deepspeed", INNER), {}, 1),
+        (("sshd", f"bash {INNER}", INNER), {}, 0),
+        (("bin/torchrun",), {"TORCHELASTIC_RUN_ID": "none"}, 0),
+    ],
+    ids=["deepspeed", "deepspeed's second launcher", "the ssh connection", "torchrun"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_is_asked_to_stop_when_its_launcher_ends(launchers, environment, ended, number):
+    process = start_rank(*launchers, **environment)
+    try:
+        chain = [process.pid, *children(process.pid)]
+        os.kill(chain[ended], number)
+        output, errors = process.communicate(timeout=20)  # until the rank has closed it
+        assert output == "asked\n"
+        assert errors == f"train.py: the launcher (process {chain[ended]}) has ended, so the run stops\n"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_without_a_launcher_nothing_is_watched(monkeypatch):
+    """A run that a shell or another program started outlives it."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert find_launchers(os.getppid()) == {}
+    with LauncherWatch() as watch:
+        assert watch._thread is None
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def start(command: list[str], environment: dict[str, str], **streams) -> subprocess.Popen[str]:
+    environment = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, text=True, **streams)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or all(line["step"] < step for line in numbers(run)):
+        assert time.monotonic() < deadline, f"{run} did not reach step {step}"
+        time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+@pytest.mark.parametrize("ended", ["outermost", "inner"])
+def test_ranks_leave_a_checkpoint_when_deepspeed_ends_alone(clean_environment, tiny_pretrain, tmp_path, ended):
+    """SIGTERM to the outermost process, which it does not pass on, and SIGKILL to the one that started the ranks."""
+    flags = as_flags({**tiny_pretrain, "epochs": 500, "out": tmp_path / "run", "checkpoint_every": 500})
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = start([*launcher_command("deepspeed"), *flags], clean_environment, **streams)
+    try:
+        wait_for_step(tmp_path / "run", 3)
+        below = children(process.pid)
+        if ended == "outermost":
+            process.send_signal(signal.SIGTERM)
+        else:
+            (inner,) = (p for p in below if b"launcher.launch" in Path(f"/proc/{p}/cmdline").read_bytes())
+            os.kill(inner, signal.SIGKILL)
+        began = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert time.monotonic() - began < 30
+        assert not any(map(is_running, below))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert len(steps(tmp_path / "run")) == 1, output
+    assert "has ended, so the run stops" in output
+
+
+@pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
+def test_a_run_whose_output_goes_nowhere_ends_as_ever(clean_environment, tiny_pretrain, tmp_path, output):
+    flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
+    command = [sys.executable, "train.py", "pretrain", *flags]
+    if output == "a full disk":
+        with open("/dev/full", "w") as full:
+            process = start(command, clean_environment, stdout=full, stderr=full)
+    else:
+        reading, writing = os.pipe()
+        process = start(command, clean_environment, stdout=writing, stderr=writing)
+        os.close(writing)
+        os.close(reading)
+    assert process.wait(120) == 0
+    assert (tmp_path / "run" / "report.json").exists()
+    assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2, 3, 4]
