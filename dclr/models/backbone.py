@@ -157,6 +157,12 @@ class Backbone(nn.Module):
         return self.layer4(x)  # (B, 8 * width, T/8, H/16, W/16)
 
 
+def map_size(name: str, frames: int, pixels: int) -> tuple[int, int, int]:
+    """Return the size (T', H', W') of a backbone's last feature map, for a clip of frames of pixels x pixels."""
+    time = 1 if _STAGES[name][0][3] is Conv3DNoTemporal else 8
+    return -(-frames // time), -(-pixels // 16), -(-pixels // 16)
+
+
 def build_backbone(name: str, width: int = 64) -> Backbone:
     """Build a backbone with random weights: convolutions Kaiming normal by fan-out, batch normalisation 1 and 0.
 

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics on several ranks.
+"""BatchNorm's statistics: those of a micro-batch need two values, and running statistics are averaged over ranks.
 
 Training does not read the running statistics, so each rank keeps those of its own clips. A checkpoint holds the mean
 over ranks, which an evaluation uses. It also holds the statistics of each rank, so that a resumed run continues bit for
@@ -9,6 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from dclr import distributed
+from dclr.config import Config, PretrainConfig
+from dclr.errors import UserError
+from dclr.models import map_size
+
+
+def check_batch_statistics(config: Config, micro_batch: int) -> None:
+    """Raise UserError if BatchNorm gets only one value per channel in training, whose variance is not defined.
+
+    The last feature map is the smallest. `micro_batch`: number of samples that a rank computes at once.
+    """
+    views = len(config.method.auxiliary_views) if isinstance(config, PretrainConfig) else 1
+    name, frames, pixels = config.model.backbone, config.data.clip_length, config.data.crop_size
+    time, height, width = map_size(name, frames, pixels)
+    if micro_batch * max(views, 1) * time * height * width > 1:
+        return
+    longer = next(length for length in range(frames + 1, frames + 9) if map_size(name, length, pixels)[0] > 1)
+    larger = next(size for size in range(pixels + 1, pixels + 17) if map_size(name, frames, size)[1] > 1)
+    raise UserError(
+        f"--batch-size {config.optim.batch_size} gives micro-batches of 1 clip, and the last feature map of a clip is "
+        "1 x 1 x 1, but BatchNorm needs 2 values per channel: "
+        f"use at least --batch-size {2 * config.optim.batch_size}, --crop-size {larger} or --clip-length {longer}"
+    )
 
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:

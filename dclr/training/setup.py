@@ -26,6 +26,7 @@ from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone
 from dclr.training import engine
+from dclr.training.batchnorm import check_batch_statistics
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
 from dclr.training.signals import StopRequest
 
@@ -210,7 +211,9 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
         UserError: on all ranks, a setting or the data set is wrong.
     """
     ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(find_ds_config(Path(config.run.ds_config))))
-    engine.micro_batch_size(ds_config, config.optim.batch_size)
+    micro_batch = engine.micro_batch_size(ds_config, config.optim.batch_size)
+    if command != "linear":  # whose BatchNorm does not use statistics of the batch
+        check_batch_statistics(config, micro_batch)
     precision = engine.resolve_precision(ds_config, device)
     choose_kernels(config.run.kernels, device)
     choose_algorithms(config.run.deterministic)
