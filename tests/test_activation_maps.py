@@ -16,7 +16,7 @@ import eval as evaluation
 from dclr.config import make_config, write_config
 from dclr.data.encode import write_video
 from dclr.errors import UserError
-from dclr.evaluation.activation_maps import energy_share
+from dclr.evaluation.activation_maps import check_maps, energy_share
 from dclr.models import build_backbone, save_backbone
 
 
@@ -42,6 +42,13 @@ def walkers(tmp_path_factory) -> Path:
                 folder / split / name / f"{name}.mp4", np.repeat(pixels[..., None], 3, axis=-1).astype(np.uint8)
             )
     return folder
+
+
+@pytest.mark.parametrize(("value", "message"), [(0, "is zero everywhere"), (np.nan, "is not finite")])
+def test_a_map_without_a_share_is_refused_by_the_video(value, message):
+    check_maps("a.mp4", {"A_v": np.ones((1, 2, 2), np.float32)})
+    with pytest.raises(UserError, match=f"a.mp4 {message}"):
+        check_maps("a.mp4", {"A_v": np.full((1, 2, 2), value, np.float32)})
 
 
 @pytest.mark.parametrize("size", [(2, 7, 7), (1, 2, 3), (3, 5, 4)])

@@ -67,3 +67,17 @@ def test_at_most_so_many_positions_are_taken_from_the_first_to_the_last():
     assert evenly_spaced(3, 200) == [0, 1, 2]
     assert evenly_spaced(1000, 5) == [0, 250, 500, 749, 999]
     assert evenly_spaced(1, 8) == [0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e16])
+def test_outputs_that_are_not_finite_give_no_figures_and_name_the_video(copied, value):
+    def network(clip: torch.Tensor) -> torch.Tensor:
+        colours = mean_colour(clip)
+        calls.append(colours)
+        if len(calls) == 2:  # the second batch of two videos
+            colours[TEST_CLIPS + 3, 1] = value
+        return colours
+
+    calls: list[torch.Tensor] = []
+    with pytest.raises(UserError, match=f"the network's output for {copied.path(3)} is not finite or above 1e\\+15"):
+        run_on_clips(network, copied, CONFIG, CPU, "test")

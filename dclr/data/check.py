@@ -8,7 +8,7 @@ import numpy as np
 
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, Video
-from dclr.data.coverage import class_warnings, coverage
+from dclr.data.coverage import class_warnings, coverage, missing_of_unknown_split
 from dclr.data.datasets import make_demo, open_data
 from dclr.data.duplicates import find_duplicates
 from dclr.data.manifest import Manifest, load_manifest
@@ -114,6 +114,7 @@ def describe_unreadable(unreadable: Mapping[str, str]) -> list[str]:
 def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str]:
     """Return a line for each fault that spoils training or figures: missing videos, empty classes and duplicates."""
     gaps = [coverage(catalog, split, unreadable).sentence() for split in catalog.splits]
+    gaps += missing_of_unknown_split(catalog)
     lines = [*filter(None, gaps), *class_warnings(catalog), *find_duplicates(catalog, unreadable).lines()]
     return [f"warning: {line}" for line in lines]
 

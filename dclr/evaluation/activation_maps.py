@@ -121,7 +121,7 @@ def evaluate_activation_maps(
         f"{checkpoint.resolve().name}, {network.name} (width {network.width})\n"
         "Activation maps of the rgb (A_v), static (A_s) and dynamic view (A_d), from blue (smallest) to red (largest)"
     )
-    figures.plot_activation_maps(rows, title, folder / "maps.png")
+    figures.plot_activation_maps(rows, benchmark.title(title), folder / "maps.png")
     return {
         "weights": loaded,
         "backbone": network.name,

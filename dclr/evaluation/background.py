@@ -41,6 +41,7 @@ from dclr.evaluation.composites import (
 from dclr.evaluation.features import (
     ClipOutputs,
     check_classes,
+    check_outputs,
     load_features,
     open_labelled,
     run_on_clips,
@@ -141,9 +142,10 @@ def evaluate_background(
         predictor = f"the classifier of {checkpoint}" if classifier else "the motion probe"
         samples = CompositeClips(test_videos, data)
         tested = evaluate_foreground(logits, features, samples, test, device)
+        benchmark.add_failures(tested.failures)
         print_foreground(tested, predictor, motion.chance)
         title = f"{loaded}: moving {tested.moving:.1%}, static {tested.static:.1%}, contrasted {tested.contrasted:.1%}"
-        plot_sheet(samples, tested.indices, title, folder / "foreground.png")
+        plot_sheet(samples, tested.indices, benchmark.title(title), folder / "foreground.png")
         result["figures"] |= {f"foreground_{name}": getattr(tested, name) for name in FOREGROUND}
         result["foreground"] = {
             "predicted_by": predictor,
@@ -153,7 +155,6 @@ def evaluate_background(
             "without_motion": tested.without_motion,
         }
         result["left_out"] |= tested.failures
-        benchmark.add_failures(tested.failures)
     benchmark.print_faults()
     return {**result, **benchmark.report()}
 
@@ -322,8 +323,12 @@ def evaluate_foreground(
     # values: (videos, TEST_CLIPS, 2, D), the moving and the frozen composite
     moving, static = outputs.values[rows].mean(1).unbind(1)  # (N, D) each
 
+    paths = [samples.videos.path(index) for index in indices]
+
     def correct(video: Tensor) -> Tensor:  # (N, D) -> (N,) bool
-        return logits(video).argmax(1) == labels
+        predicted = logits(video)
+        check_outputs(predicted, paths)
+        return predicted.argmax(1) == labels
 
     moving_correct, static_correct = correct(moving), correct(static)
     shares = samples.shares[indices]

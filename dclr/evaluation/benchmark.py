@@ -6,7 +6,7 @@ from typing import Any
 
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog
-from dclr.data.coverage import Coverage, class_warnings, coverage
+from dclr.data.coverage import Coverage, class_warnings, coverage, missing_of_unknown_split
 from dclr.data.duplicates import find_duplicates
 from dclr.data.videos import VideoSet
 
@@ -44,10 +44,19 @@ class Benchmark:
 
     def print_faults(self) -> None:
         """Print one line for each fault: on stdout, below the table of figures, and as a warning on stderr."""
-        gaps = [f"these figures are of {gap}" for gap in (split.sentence() for split in self.check()) if gap]
-        for line in [*gaps, *class_warnings(self.catalog), *self.duplicates.lines()]:
+        for line in [*self.gaps(), *class_warnings(self.catalog), *self.duplicates.lines()]:
             print(line)
             print(f"warning: {line}", file=sys.stderr)
+
+    def gaps(self) -> list[str]:
+        """Return one line for each split of which the figures do not cover all listed videos and classes."""
+        sentences = [split.sentence() for split in self.check()]
+        gaps = [f"these figures are of {sentence}" for sentence in sentences if sentence]
+        return [*gaps, *missing_of_unknown_split(self.catalog)]
+
+    def title(self, title: str) -> str:
+        """Return the title of a picture, with a line for each gap."""
+        return "\n".join([title, *self.gaps()])
 
     def report(self) -> dict[str, Any]:
         """Return the entries of report.json."""

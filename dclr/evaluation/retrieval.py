@@ -77,7 +77,8 @@ def evaluate_retrieval(
         f"{loaded}: R@1 {result.recall[1]:.1%}\n"
         "Each query and its nearest train videos, with cosine similarity. Green: the query's class. Red: another class."
     )
-    plot_sheet(result, gallery, queries, gallery_videos, query_videos, title, folder / "retrieval.png")
+    path = folder / "retrieval.png"
+    plot_sheet(result, gallery, queries, gallery_videos, query_videos, benchmark.title(title), path)
     return {
         "weights": loaded,
         "backbone": model.backbone,
