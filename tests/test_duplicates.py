@@ -79,6 +79,22 @@ def test_one_path_with_two_labels_is_refused_also_over_two_splits(tmp_path):
         found(data).check_labels()
 
 
+def test_two_files_of_an_official_layout_may_have_equal_content_and_two_labels(tmp_path):
+    data = make_list(tmp_path / "data", train=TRAIN)
+    (data / "UCF-101" / "Run").mkdir(parents=True)
+    (data / "UCF-101" / "Sit").mkdir()
+    for name in ("Run", "Sit"):
+        copy(data / "a.mp4", data / "UCF-101" / name / f"v_{name}_g01_c01.avi")
+    (data / "ucfTrainTestlist").mkdir()
+    lists = {"classInd": "1 Run\n2 Sit\n", "testlist01": ""}
+    lists["trainlist01"] = "Run/v_Run_g01_c01.avi 1\nSit/v_Sit_g01_c01.avi 2\n"
+    for name, content in lists.items():
+        (data / "ucfTrainTestlist" / f"{name}.txt").write_text(content)
+    result = found(data)
+    assert result.lines()[0].startswith("1 video has two labels: UCF-101/Run/v_Run_g01_c01.avi (Run) and UCF-101/Sit/")
+    result.check_labels()
+
+
 def test_val_that_serves_as_test_is_no_leakage_but_a_val_of_its_own_is_compared(tmp_path):
     data = make_list(tmp_path / "data", train=TRAIN, val=[("e.mp4", 0), ("f.mp4", 1)])
     assert found(data).lines() == []

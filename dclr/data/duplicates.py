@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dclr.data.catalog import Catalog, Video
+from dclr.data.catalog import SPLITS, Catalog, Video
 from dclr.data.coverage import shorten
 from dclr.data.store import Arrays
 from dclr.data.string_array import unpack_strings
@@ -24,6 +24,9 @@ from dclr.errors import UserError
 
 SAMPLE_BYTES = 64 * 1024
 """Bytes at each end of a file that are compared before whole files are."""
+
+OFFICIAL = ("UCF101", "HMDB51", "Kinetics-400", "Diving48")
+"""Layouts whose lists and labels were published. Users cannot correct them."""
 
 THREADS = 8
 """Files that are read at a time. Most of the time is spent waiting for the disk."""
@@ -37,6 +40,9 @@ class Duplicates:
     """The data folder."""
     two_labels: tuple[str, ...]
     """Phrases that name a video, or two files with equal content, and the different labels."""
+    refused: tuple[str, ...]
+    """Those of `two_labels` that are refused. Only official lists may give two labels to two files of equal content,
+    because their figures would no longer be comparable without one of the files."""
     repeated: dict[str, tuple[str, ...]]
     """Split -> paths of entries that repeat an earlier entry of the split with the same label."""
     shared: dict[str, tuple[str, ...]]
@@ -55,11 +61,11 @@ class Duplicates:
         return lines
 
     def check_labels(self) -> None:
-        """Raise UserError if a video has two labels."""
-        if self.two_labels:
-            more = f", and {len(self.two_labels) - 1} more such videos" if len(self.two_labels) > 1 else ""
+        """Raise UserError if a video has two labels and this is not the work of official lists."""
+        if self.refused:
+            more = f", and {len(self.refused) - 1} more such videos" if len(self.refused) > 1 else ""
             raise UserError(
-                f"{self.root}: {self.two_labels[0]}{more}: one video cannot have two labels; correct the lists or "
+                f"{self.root}: {self.refused[0]}{more}: one video cannot have two labels; correct the lists or "
                 "delete the wrong file"
             )
 
@@ -80,7 +86,7 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
     Args:
         unreadable: paths of videos that no result uses. They are not compared: failed downloads are often equal.
     """
-    splits = dict(catalog.splits)
+    splits = {split: catalog.splits[split] for split in SPLITS if split in catalog.splits}
     if splits.get("val") == splits.get("test"):
         splits.pop("val", None)
     paths = dict.fromkeys(video.path for videos in splits.values() for video in videos)
@@ -93,6 +99,7 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
             if video.path in content:
                 entries[content[video.path]].append((split, video))
     two_labels: list[str] = []
+    refused: list[str] = []
     repeated: dict[str, list[str]] = defaultdict(list)
     shared: dict[str, list[str]] = defaultdict(list)
     for equal in entries.values():
@@ -100,6 +107,8 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
         if len(by_label) > 1:
             first, second, *_ = by_label.values()
             two_labels.append(_two_labels(first, second, catalog.classes))
+            if first.path == second.path or not catalog.layout.startswith(OFFICIAL):
+                refused.append(two_labels[-1])
         by_split: dict[str, list[Video]] = defaultdict(list)
         for split, video in equal:
             by_split[split].append(video)
@@ -114,6 +123,7 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
     return Duplicates(
         root=catalog.root,
         two_labels=tuple(two_labels),
+        refused=tuple(refused),
         repeated={split: tuple(paths) for split, paths in repeated.items()},
         shared={names: tuple(paths) for names, paths in shared.items()},
     )
