@@ -57,6 +57,7 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
     classifiers = "the folder of a finetune or linear run, or its classifier.safetensors"
     backbones = (
         "the folder of a run, its backbone.safetensors, weights of torchvision, a checkpoint of the released code, "
+        "a checkpoint of another project whose names are torchvision's after a prefix, "
         "or the word random for an untrained network, the baseline"
     )
     accepted = {"accuracy": classifiers, "bias": f"{classifiers}, whose predictions are tested; or {backbones}"}

@@ -331,8 +331,8 @@ class TransferConfig(_Group):
 
     pretrained: str = option(
         "",
-        "a run's folder, its backbone.safetensors, weights of torchvision, or a checkpoint of the released code "
-        "(default: random weights)",
+        "a run's folder, its backbone.safetensors, weights of torchvision, a checkpoint of the released code, or a "
+        "checkpoint of another project whose names are torchvision's after a prefix (default: random weights)",
     )
     dropout: float = option(
         0.7, "dropout before the classifier, in finetune. Lower it for narrow networks", at_least=0, below=1
