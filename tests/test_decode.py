@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from dclr.data import decode
@@ -16,7 +17,9 @@ from dclr.data.decode import (
     UnreadableVideo,
     VideoRecord,
     YuvFrames,
+    is_video,
     read_planes,
+    resized_planes,
     verify_video,
 )
 from dclr.data.encode import write_video
@@ -570,3 +573,132 @@ def test_a_playlist_that_calls_itself_a_video_is_refused(tmp_path):
     (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
     with pytest.raises(UnreadableVideo, match=r"^a playlist \(concat\), which names other files$"):
         verify_video(tmp_path / "a.mp4")
+
+
+# ---------------------------------------------------------------- which stream is read
+
+
+def write_streams(path: Path, *streams: tuple[str, int, int], default: int | None = None) -> None:
+    """Write a file with video streams of (codec, size in pixels, frames). The stream `default` is the only default."""
+    with av.open(str(path), "w") as container:
+        made = []
+        for number, (codec, size, frames) in enumerate(streams):
+            stream = container.add_stream(codec, rate=25)
+            stream.height = stream.width = size
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.codec_context.thread_count = 1
+            if default is not None:
+                stream.disposition = Disposition.default if number == default else Disposition(0)
+            made.append((stream, frames))
+        for number in range(max(frames for _, frames in made)):
+            for stream, frames in made:
+                if number < frames:
+                    image = np.full((stream.height, stream.width, 3), 8 * number, dtype=np.uint8)
+                    frame = av.VideoFrame.from_ndarray(image)
+                    frame.pts = number
+                    container.mux(stream.encode(frame))
+        for stream, _ in made:
+            container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("name", "streams", "default", "size", "count"),
+    [
+        ("default_last.mp4", [("mpeg4", 64, 10), ("mpeg4", 32, 20)], 1, 32, 2),
+        ("default_first.mkv", [("mpeg4", 32, 10), ("mpeg4", 64, 20)], 0, 32, 2),
+        ("largest.ts", [("mpeg2video", 32, 10), ("mpeg2video", 64, 20), ("mpeg2video", 64, 5)], None, 64, 3),
+        ("cover_first.mkv", [("mjpeg", 128, 1), ("mpeg4", 64, 20)], 0, 64, 1),
+        ("cover_last.mp4", [("mpeg4", 64, 20), ("mjpeg", 128, 1)], None, 64, 1),
+        ("only_mjpeg.mkv", [("mjpeg", 64, 20)], None, 64, 1),
+    ],
+)
+def test_the_best_stream_is_read(
+    tmp_path: Path, name: str, streams: list[tuple[str, int, int]], default: int | None, size: int, count: int
+) -> None:
+    path = tmp_path / name
+    write_streams(path, *streams, default=default)
+    record = verify_video(path)
+    assert (record.height, record.width, record.video_streams) == (size, size, count)
+    assert record.frames == next(frames for _, its_size, frames in streams if its_size == size)
+    assert read_planes(path, record, [0, record.frames - 1]).y.shape == (2, size, size)
+    assert sum(1 for _ in resized_planes(path, record, 16, 16)) == record.frames
+    assert is_video(path)
+
+
+def test_a_cover_alone_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuvj420p"
+        stream.disposition = Disposition.attached_pic
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), dtype=np.uint8))))
+        container.mux(stream.encode(None))
+    with pytest.raises(UnreadableVideo, match="no video stream, only a cover"):
+        verify_video(path)
+    assert not is_video(path)
+
+
+def write_picture(path: Path, codec: str, format: str, pix_fmt: str, frames: int = 1) -> None:
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, pix_fmt
+        for number in range(frames):
+            image = np.full((64, 64, 3), 100 * number, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image).reformat(format=pix_fmt)))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "format", "pix_fmt"),
+    [
+        ("photo.mp4", "mjpeg", "image2pipe", "yuvj420p"),
+        ("photo.mov", "png", "image2pipe", "rgb24"),
+        ("photo.jpg", "mjpeg", "image2pipe", "yuvj420p"),
+        ("photo.avi", "bmp", "image2pipe", "bgr24"),
+        ("photo.mkv", "gif", "gif", "rgb8"),
+        ("photo.mjpg", "mjpeg", "mjpeg", "yuvj420p"),
+    ],
+)
+def test_a_still_image_is_no_video(tmp_path: Path, name: str, codec: str, format: str, pix_fmt: str) -> None:
+    path = tmp_path / name
+    write_picture(path, codec, format, pix_fmt)
+    with pytest.raises(UnreadableVideo, match="a still image, not a video"):
+        verify_video(path)
+    assert not is_video(path)
+
+
+def test_moving_pictures_and_videos_of_one_frame_are_videos(tmp_path: Path) -> None:
+    write_picture(tmp_path / "moving.gif", "gif", "gif", "rgb8", frames=3)
+    write_picture(tmp_path / "one.mp4", "mpeg4", "mp4", "yuv420p", frames=1)
+    for name, frames in [("moving.gif", 3), ("one.mp4", 1)]:
+        assert verify_video(tmp_path / name).frames == frames
+        assert is_video(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("page.mp4", b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n" * 20),
+        ("pointer.avi", b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1048576\n"),
+        ("code.ts", b"export const answer: number = 42;\n" * 200),
+        ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\nvideo.mp4\n"),
+        ("lines.srt", b"1\n00:00:01,000 --> 00:00:02,000\nHello\n\n" * 50),
+        ("art.ans", b"\x1b[31mHello\x1b[0m\n" * 50),
+        ("notes.nfo", b"Hello\n" * 500),
+        ("archive.bin", bytes(range(256)) * 64),
+        ("archive.zip", b"PK\x03\x04" + bytes(4096)),
+        ("empty.mkv", b""),
+    ],
+)
+def test_other_files_are_no_videos(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert not is_video(tmp_path / name)
+    with pytest.raises(UnreadableVideo):
+        verify_video(tmp_path / name)
+
+
+def test_a_video_of_any_name_is_a_video(small: tuple[Path, VideoRecord], tmp_path: Path) -> None:
+    path = small[0].rename(tmp_path / "clip.unknown")
+    assert is_video(path)
+    assert not is_video(tmp_path)
+    assert not is_video(tmp_path / "missing.mp4")

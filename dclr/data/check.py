@@ -10,6 +10,7 @@ from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, Video
 from dclr.data.coverage import class_warnings, coverage, missing_of_unknown_split
 from dclr.data.datasets import make_demo, open_data
+from dclr.data.decode import VideoRecord
 from dclr.data.duplicates import find_duplicates
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.data.store import Arrays, Store, damaged_shards, open_store, pack_command
@@ -89,12 +90,28 @@ def describe_videos(catalog: Catalog, manifest: Manifest) -> list[str]:
             f"readable: {len(records)}; frames: {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}"
         )
         lines.append(describe_sizes(*np.array([(record.width, record.height) for record in records]).T))
+        lines += describe_streams(manifest.records)
         wrong = sum(record.declared not in (0, record.frames) for record in records)
         lines.append(
             f"declare another number of frames than they hold: {wrong}; not safe to seek, read from the start: "
             f"{sum(not record.seekable for record in records)}"
         )
     return [*lines, *describe_unreadable(manifest.unreadable)]
+
+
+def describe_streams(records: Mapping[str, VideoRecord]) -> list[str]:
+    """Return lines about files with several video streams, and about files whose end is missing."""
+    several = {path: record for path, record in records.items() if record.video_streams > 1}
+    cut = {path: record for path, record in records.items() if record.cut_from}
+    lines = []
+    if several:
+        lines.append(f"several video streams, the default or else the largest is read: {len(several)}")
+    for path, record in several.items():
+        lines.append(f"  {path}: {record.video_streams} streams, read the one of {record.width} x {record.height}")
+    if cut:
+        lines.append(f"end early, because the end of the file is missing: {len(cut)}")
+    lines += [f"  {path}: holds {record.frames} of about {record.cut_from} frames" for path, record in cut.items()]
+    return lines
 
 
 def describe_sizes(widths: np.ndarray, heights: np.ndarray) -> str:

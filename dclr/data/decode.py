@@ -31,6 +31,7 @@ import numpy as np
 from av import Packet
 from av.container import InputContainer
 from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from av.video.frame import PictureType, VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -76,6 +77,26 @@ Four leaves room for tables that list a section twice, and for containers that o
 _PLAYLISTS = ("concat", "hls", "dash")
 """FFmpeg's names of playlist formats, which open other files. FFmpeg recognises them under any file name."""
 
+_TEXT_FORMATS = ("tty", "bin", "xbin", "adf", "idf")
+"""FFmpeg's names of formats that turn text into pictures of a terminal."""
+
+_PICTURE_FORMATS = ("gif", "apng", "mjpeg", "mjpeg_2000", "webp", "webp_anim", "jpegxl_anim")
+"""FFmpeg's names of formats for pictures that move or stand still: a file with a single frame is a still image."""
+
+_HEIF_BRANDS = ("avif", "avis", "mif1", "msf1", "heic", "heix", "hevc")
+"""Main brands of picture files (AVIF, HEIC) that have the structure of mp4."""
+
+_PICTURE_CODECS = {
+    "apng", "bmp", "gif", "jpeg2000", "jpegls", "jpegxl", "mjpeg", "mjpegb", "png", "ppm", "tiff", "webp"
+}  # fmt: skip
+"""Codecs of covers and previews, and of some videos."""
+
+_NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image | Disposition.metadata
+"""Marks of streams that hold pictures about the video: covers and thumbnails."""
+
+
+_STILL_IMAGE = "a still image, not a video"
+
 
 class UnreadableVideo(Exception):
     """A video file does not give the frames it should. The message is the reason, without the name of the file."""
@@ -108,6 +129,10 @@ class VideoRecord:
     """True if the file turns its frames by an angle that is not a multiple of 90 degrees. `display` has the nearest."""
     interlaced: bool = False
     """True if a frame is marked as interlaced."""
+    video_streams: int = 1
+    """Number of video streams to choose from. Covers and thumbnails do not count."""
+    cut_from: int = 0
+    """Number of frames that the file would hold if its end were not missing, by its header; 0 if no end is missing."""
 
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -146,6 +171,19 @@ def empty_planes(count: int, height: int, width: int) -> Planes:
 # ---------------------------------------------------------------- verifying
 
 
+def is_video(path: Path) -> bool:
+    """Return whether a file, whatever its name, holds a video: it opens, and a frame of a video stream decodes.
+
+    A still image, text and a playlist are no videos. At most two frames are decoded, so this is no verification.
+    """
+    try:
+        with _opened(path) as (container, stream):
+            frames = len(list(islice(_decoded(container, stream, first=0), 2)))
+            return frames > (1 if _holds_pictures(container) else 0)
+    except (UnreadableVideo, OSError):
+        return False
+
+
 def verify_video(path: Path) -> VideoRecord:
     """Decode a whole file once in one thread, and try whether seeking and skipping give the same frames.
 
@@ -167,7 +205,7 @@ def verify_video(path: Path) -> VideoRecord:
     height = width = 0
     reformatter = VideoReformatter()
     with _opened(path) as (container, stream):
-        declared = stream.frames
+        declared, video_streams = stream.frames, len(_video_streams(container))
         may_skip = stream.codec_context.name in _SKIPPING_CODECS
         for number, frame in enumerate(_decoded(container, stream, first=0)):
             if number == 0:
@@ -182,8 +220,10 @@ def verify_video(path: Path) -> VideoRecord:
             after_seek = keyframes and keyframes[-1] > 0 and number < keyframes[-1] + _TRIAL_FRAMES
             if after_seek or (may_skip and _in_skipping_trial(number)):
                 checksums[number] = _checksum(frame, reformatter)
-    if not pts:
-        raise UnreadableVideo("opens, but no frame decodes")
+        if not pts:
+            raise UnreadableVideo("opens, but no frame decodes")
+        if len(pts) == 1 and _holds_pictures(container):
+            raise UnreadableVideo(_STILL_IMAGE)
 
     record = VideoRecord(
         frames=len(pts),
@@ -197,6 +237,7 @@ def verify_video(path: Path) -> VideoRecord:
         display=display,
         oblique=oblique,
         interlaced=interlaced,
+        video_streams=video_streams,
     )
     if pts[0] == NO_PTS or any(earlier >= later for earlier, later in pairwise(pts)):
         return record
@@ -504,7 +545,7 @@ def _lines(plane: VideoPlane) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and its first video stream, set to decode in the calling thread only.
+    """Open a file and its best video stream (`_best_stream`), set to decode in the calling thread only.
 
     One thread per file and several processes are fastest: FFmpeg's own threads cost 15 to 35 % more CPU time.
     """
@@ -521,9 +562,11 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     with container:
         if container.format.name in _PLAYLISTS:
             raise UnreadableVideo(f"a playlist ({container.format.name}), which names other files")
-        if not container.streams.video:
-            raise UnreadableVideo("no video stream")
-        stream = container.streams.video[0]
+        if container.format.name in _TEXT_FORMATS:
+            raise UnreadableVideo("text, not a video")
+        if container.format.name.startswith("image2") or container.format.name.endswith("_pipe"):
+            raise UnreadableVideo(_STILL_IMAGE)
+        stream = _best_stream(container)
         if stream.codec_context is None:
             raise UnreadableVideo("no decoder for its video codec")
         _check_pixels(stream.codec_context.width, stream.codec_context.height)
@@ -531,6 +574,37 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         yield container, stream
+
+
+def _best_stream(container: InputContainer) -> VideoStream:
+    """Return the video stream that FFmpeg would play: the default one of the file, or else the largest, or else the
+    first. Raises UnreadableVideo: there is no video stream."""
+    streams = _video_streams(container)
+    if not streams:
+        raise UnreadableVideo("no video stream, only a cover" if container.streams.video else "no video stream")
+
+    def value(stream: VideoStream) -> tuple[bool, bool, int]:
+        codec = stream.codec_context
+        pixels = codec.width * codec.height if codec else 0  # 0 too if the file holds no data of the stream
+        return pixels > 0, bool(stream.disposition & Disposition.default), pixels
+
+    return max(streams, key=value)  # the first one of equal value
+
+
+def _video_streams(container: InputContainer) -> list[VideoStream]:
+    """Return the video streams that are neither covers nor thumbnails.
+
+    Matroska files of some programs do not mark a cover. So a stream of a picture codec counts only if there is no
+    other stream.
+    """
+    streams = [stream for stream in container.streams.video if not stream.disposition & _NO_VIDEO]
+    moving = [stream for stream in streams if not stream.codec_context or stream.codec.name not in _PICTURE_CODECS]
+    return moving or streams
+
+
+def _holds_pictures(container: InputContainer) -> bool:
+    """Return whether the file's format is one for pictures, which may move or stand still."""
+    return container.format.name in _PICTURE_FORMATS or container.metadata.get("major_brand") in _HEIF_BRANDS
 
 
 def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iterator[VideoFrame]:

@@ -22,7 +22,7 @@ from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 from dclr.progress import ProgressBar
 
-_VERSION = 3
+_VERSION = 4
 """Version of the cache file's format and of what `verify_video` finds: raise it when either changes."""
 
 _SAVE_EVERY = 300.0
@@ -174,6 +174,8 @@ def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
         "displays": np.array([record.display for record in readable], dtype=np.int64).reshape(-1, 3),
         "oblique": np.array([record.oblique for record in readable], dtype=bool),
         "interlaced": np.array([record.interlaced for record in readable], dtype=bool),
+        "video_streams": np.array([record.video_streams for record in readable], dtype=np.int64),
+        "cut_from": np.array([record.cut_from for record in readable], dtype=np.int64),
         "frames": np.array([record.frames for record in readable], dtype=np.int64),
         "pts_steps": np.concatenate([*pts_steps, np.empty(0, dtype=np.int64)]),
         "keyframe_counts": np.array([len(record.keyframes) for record in readable], dtype=np.int64),
@@ -227,6 +229,8 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
             display=Display(*arrays["displays"][row].tolist()),
             oblique=bool(arrays["oblique"][row]),
             interlaced=bool(arrays["interlaced"][row]),
+            video_streams=int(arrays["video_streams"][row]),
+            cut_from=int(arrays["cut_from"][row]),
         )
         for row in range(len(arrays["frames"]))
     )
@@ -247,6 +251,7 @@ def _check_numbers(arrays: dict[str, np.ndarray]) -> None:
     if not (
         frames.shape == marks.shape == arrays["declared"].shape == arrays["seekable"].shape == (count,)
         and arrays["skippable"].shape == arrays["oblique"].shape == arrays["interlaced"].shape == (count,)
+        and arrays["video_streams"].shape == arrays["cut_from"].shape == (count,)
         and arrays["displays"].shape == (count, 3)
         and are_displays(arrays["displays"])
         and sizes.shape == (count, 2)
