@@ -28,7 +28,7 @@ from dclr.data.catalog import Catalog
 from dclr.data.clips import ClipPair
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import NO_PTS, VideoRecord, YuvFrames
-from dclr.data.loader import BatchSampler, TrainBatches
+from dclr.data.loader import Batches, BatchSampler
 from dclr.data.manifest import load_manifest
 from dclr.data.pack import pack
 from dclr.data.samples import PairSamples
@@ -173,7 +173,7 @@ def reader_of(catalog: Catalog) -> Reader:
     samples = PairSamples(videos, CONFIG, SEED)
     return Reader(
         lambda index, pair: videos.read(index, frame_numbers(pair)),
-        lambda sampler, workers: TrainBatches(samples, sampler, workers),
+        lambda sampler, workers: Batches(samples, sampler, workers),
     )
 
 

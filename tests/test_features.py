@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dclr.config import DataConfig
+from dclr.data import loader
 from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_catalog
 from dclr.data.samples import TEST_CLIPS
@@ -39,6 +40,39 @@ def test_outputs_are_in_the_order_of_the_videos_ten_clips_each(copied):
     assert len({tuple(row) for row in found.values[:, 0].tolist()}) == 8
     in_workers = run_on_clips(mean_colour, copied, DataConfig(clip_length=4, crop_size=32, workers=2), CPU, "test")
     assert torch.equal(in_workers.values, found.values)
+
+
+def test_workers_need_no_shared_memory_of_torch(copied, monkeypatch):
+    """Docker limits /dev/shm, where torch puts the tensors that processes exchange, to 64 MB."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        monkeypatch.setattr(torch.UntypedStorage, name, refuse)
+    found = run_on_clips(mean_colour, copied, DataConfig(clip_length=4, crop_size=32, workers=2), CPU, "test")
+    assert found.indices.tolist() == list(range(8))
+
+
+def test_a_video_of_which_only_some_clips_can_be_read_is_skipped(copied, monkeypatch):
+    """A video with large frames is read in several batches, and it may fail between two of them."""
+    whole = run_on_clips(mean_colour, copied, CONFIG, CPU, "test")
+    monkeypatch.setattr(loader, "_TEST_BATCH_BYTES", 1)  # one clip a batch
+    assert torch.equal(run_on_clips(mean_colour, copied, CONFIG, CPU, "test").values, whole.values)
+    batches = []
+
+    def delete(clip: torch.Tensor) -> torch.Tensor:
+        batches.append(len(clip))
+        if len(batches) == 5:
+            (copied.root / copied.path(0)).unlink()
+        return mean_colour(clip)
+
+    found = run_on_clips(delete, copied, CONFIG, CPU, "test")
+    assert batches == [1] * 75
+    assert found.indices.tolist() == list(range(1, 8))
+    assert torch.equal(found.values, whole.values[1:])
+    assert found.labels.tolist() == copied.labels[1:].tolist()
+    assert list(found.failures) == [copied.path(0)]
 
 
 def test_unreadable_videos_are_skipped_and_named(copied, capsys):

@@ -17,7 +17,7 @@ from dclr.config import DataConfig
 from dclr.data import clips, decode
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import UnreadableVideo, read_planes, verify_video
-from dclr.data.loader import BatchSampler, TrainBatches
+from dclr.data.loader import Batches, BatchSampler
 from dclr.data.samples import ClipSamples, PairSamples
 from dclr.data.videos import open_videos
 
@@ -126,7 +126,7 @@ def test_an_epoch_reads_every_video_that_is_left_or_lists_it(fuzzed, checked, ki
         for file in late.values():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
         found = []
-        for batch in TrainBatches(kind(videos, CONFIG, 3), BatchSampler(len(videos), 1, 1), workers=2):
+        for batch in Batches(kind(videos, CONFIG, 3), BatchSampler(len(videos), 1, 1), workers=2):
             found.append((batch.indices.tolist(), batch.failures))
     finally:
         for path, file in late.items():

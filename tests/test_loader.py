@@ -6,7 +6,7 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,15 +18,17 @@ import torch
 from helpers import block, children, crash, loop
 
 from dclr.config import DataConfig
-from dclr.data import clips, loader
+from dclr.data import clips, decoder_process, loader, ring_buffer
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import empty_planes
 from dclr.data.decoder_process import shared_array
 from dclr.data.encode import write_video
 from dclr.data.failures import Failures, check_bad
-from dclr.data.loader import PREFETCH, BatchSampler, ChunkSampler, TrainBatches
+from dclr.data.loader import PREFETCH, Batches, BatchSampler, ChunkSampler, TestSampler, batches_ahead
+from dclr.data.ring_buffer import FrameShape
 from dclr.data.samples import (
     Batch,
+    ClipBatch,
     ClipSamples,
     PairBatch,
     PairSamples,
@@ -37,6 +39,7 @@ from dclr.data.samples import (
     merge_failures,
 )
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
+from dclr.data.workers import read_chunk
 from dclr.errors import UserError
 from kernels import Yuv420
 from kernels.types import AUGMENTATION
@@ -74,7 +77,22 @@ def kept(batch: Batch) -> Batch:
 
 
 def train_batches(samples: TrainSamples, sampler: BatchSampler, workers: int = 0) -> Iterator[Batch]:
-    return map(kept, TrainBatches(samples, sampler, workers))
+    return map(kept, Batches(samples, sampler, workers))
+
+
+def test_batches(samples: TestClips, workers: int) -> list[ClipBatch]:
+    """Return copies of all test batches."""
+
+    def copied(plane: torch.Tensor) -> torch.Tensor:
+        return plane.clone()
+
+    return [
+        replace(batch, frames=Yuv420(*map(copied, vars(batch.frames).values())))
+        for batch in Batches(samples, TestSampler(samples), workers)
+    ]
+
+
+test_batches.__test__ = False  # type: ignore[attr-defined]
 
 
 def plain(batch: object) -> list[object]:
@@ -277,23 +295,25 @@ def test_labels_go_with_their_videos(mixed):
 
 
 def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
-    found = list(loader.test_loader(TestClips(mixed, CONFIG), 2, 0, pin=False))
-    assert [batch.indices.tolist() for batch in found] == [[a] * 10 + [b] * 10 for a, b in ((0, 1), (2, 3), (4, 5))]
+    found = test_batches(TestClips(mixed, CONFIG), 0)
+    assert [batch.indices.tolist() for batch in found] == [[index] * 10 for index in range(6)]
     for index in range(6):
         planes = sequential(mixed.root / mixed.path(index))
         numbers = clips.uniform_clips(len(planes[0]), 10, 4, 2)
-        batch, rows = found[index // 2], slice(10 * (index % 2), 10 * (index % 2) + 10)
-        height, width = mixed.heights[index], mixed.widths[index]
-        assert np.array_equal(batch.frames.y[rows, :, :height, :width], planes[0][numbers])
-        assert np.array_equal(batch.frames.u[rows, :, : height // 2, : width // 2], planes[1][numbers])
-        assert np.array_equal(batch.frames.v[rows, :, : height // 2, : width // 2], planes[2][numbers])
-        assert set(batch.labels[rows].tolist()) == {mixed.labels[index]}
-        assert {tuple(size) for size in batch.augmentation.size[rows].tolist()} == {(height, width)}
-        assert batch.frames.bt709.shape == batch.frames.full_range.shape == (20,)
+        batch = found[index]
+        assert same_planes(batch.frames, planes, numbers)
+        assert batch.frames.y.shape == (10, 4, mixed.heights[index], mixed.widths[index])
+        assert batch.labels.tolist() == [mixed.labels[index]] * 10
+        assert batch.augmentation.size.tolist() == [[mixed.heights[index], mixed.widths[index]]] * 10
+        assert batch.frames.bt709.shape == batch.frames.full_range.shape == (10,)
         assert not batch.augmentation.flip.any()
 
 
 # ---------------------------------------------------------------- the ring
+
+
+def shape_of(positions: Sequence[tuple[int, int]]) -> FrameShape:
+    return FrameShape(len(positions), 1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -307,17 +327,18 @@ def test_the_test_protocol_cuts_ten_uniform_clips_of_each_video_in_order(mixed):
     ],
 )
 def test_no_chunk_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers, hold):
-    """The consumer acts like DataLoader: it takes `workers * PREFETCH` chunks at once, then one for each that is
-    answered."""
+    """`Batches` takes `workers * PREFETCH` chunks at once, then one for each that is answered."""
     sampler = BatchSampler(size, size, 12)
-    chunks = ChunkSampler(sampler, workers, hold)
+    chunks = ChunkSampler(sampler, shape_of, workers * PREFETCH, hold)
+    first_rows = range(0, size, sampler.chunk_size)
+    assert len(first_rows) == sampler.chunks_a_batch
     sent, batches_at_once = [], []
 
     def send():
         chunk = next(chunks_sent, None)
         if chunk is not None:
             sent.append(chunk)
-            newest = (len(sent) - 1) // len(chunks.first_rows)
+            newest = (len(sent) - 1) // len(first_rows)
             in_use = range(max(chunks.newest - hold + 1, 0), newest + 1)
             assert len({number % chunks.slots for number in in_use}) == len(in_use)
             assert chunk.slot == newest % chunks.slots
@@ -328,11 +349,11 @@ def test_no_chunk_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers
         send()
     for number in range(12):
         chunks.newest = number
-        for _ in chunks.first_rows:
+        for _ in first_rows:
             send()
     assert max(batches_at_once) == chunks.slots  # every slot is needed
 
-    by_batch = [sent[first : first + len(chunks.first_rows)] for first in range(0, len(sent), len(chunks.first_rows))]
+    by_batch = [sent[first : first + len(first_rows)] for first in range(0, len(sent), len(first_rows))]
     assert [[position for chunk in batch for position in chunk.positions] for batch in by_batch] == list(sampler)
     for batch in by_batch:
         rows = [chunk.first_row + row for chunk in batch for row in range(len(chunk.positions))]
@@ -341,7 +362,7 @@ def test_no_chunk_is_sent_to_a_slot_in_use_and_no_slot_is_too_many(size, workers
 
 
 def test_a_chunk_for_a_slot_in_use_is_refused():
-    chunks = iter(ChunkSampler(BatchSampler(4, 4, 9), workers=1, hold=1))
+    chunks = iter(ChunkSampler(BatchSampler(4, 4, 9), shape_of, ahead=PREFETCH, hold=1))
     with pytest.raises(RuntimeError, match="batch 2 would be written over batch -1"):
         list(chunks)  # no batch has been requested
 
@@ -352,7 +373,7 @@ def test_a_batch_stays_as_it_is_until_enough_others_are_asked_for(videos, hold):
     samples, sampler = PairSamples(videos, CONFIG, 5), BatchSampler(16, 4, 2)
     expected = batches(samples, sampler)
     held: list[Batch] = []
-    for number, batch in enumerate(TrainBatches(samples, sampler, 2, hold)):
+    for number, batch in enumerate(Batches(samples, sampler, 2, hold)):
         held = [*held, batch][-hold:]
         time.sleep(0.15)
         assert [plain(kept(b)) for b in held] == expected[number + 1 - len(held) : number + 1]
@@ -361,14 +382,15 @@ def test_a_batch_stays_as_it_is_until_enough_others_are_asked_for(videos, hold):
 
 def test_frames_are_views_of_the_ring_and_little_else_comes_from_a_worker(videos):
     samples = PairSamples(videos, CONFIG, 0)
-    found = TrainBatches(samples, BatchSampler(16, 4, 2), workers=2)
+    found = Batches(samples, BatchSampler(16, 4, 2), workers=2)
     for number, batch in enumerate(found):
         start = found.ring.slot(number % found.ring.slots).data_ptr()
+        assert len(found.slot()) == found.ring.slot_bytes
         assert found.slot().data_ptr() == start
         for plane in (batch.frames.y, batch.frames.u, batch.frames.v, batch.query_frames.y, batch.key_stills.v):
             assert start <= plane.data_ptr() < start + found.ring.slot_bytes
-    chunk = next(iter(ChunkSampler(BatchSampler(16, 4, 2), workers=2, hold=1)))
-    sent = len(pickle.dumps(loader.RingSamples(samples, found.ring).__getitems__(chunk)))
+    chunk = next(iter(ChunkSampler(BatchSampler(16, 4, 2), samples.shape, ahead=4, hold=1)))
+    sent = len(pickle.dumps(read_chunk(samples, found.ring, chunk)))
     assert sent < 1000 * len(chunk.positions)
     assert sent < found.ring.slot_bytes / 100
 
@@ -437,12 +459,12 @@ def test_when_no_video_can_be_read_any_more_the_run_ends_with_one_line(mixed, wo
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_test_split_leaves_videos_that_fail_out(mixed, workers):
     path, other = spoil(mixed, 1, "truncate"), spoil(mixed, 4, "delete")
-    found = list(loader.test_loader(TestClips(mixed, CONFIG), 2, workers, pin=False))
-    assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0], [2, 3], [5]]
-    assert [list(batch.failures) for batch in found] == [[path], [], [other]]
-    spoil(mixed, 5, "delete")
-    *_, empty = loader.test_loader(TestClips(mixed, CONFIG), 2, 0, pin=False)
+    found = test_batches(TestClips(mixed, CONFIG), workers)
+    assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0], [], [2], [3], [], [5]]
+    assert [list(batch.failures) for batch in found] == [[], [path], [], [], [other], []]
+    empty = found[4]
     assert (len(empty.frames.y), len(empty.frames.bt709), len(empty.labels)) == (0, 0, 0)
+    assert len(empty.augmentation.size) == 0
 
 
 # ---------------------------------------------------------------- videos on which the decoder crashes or never returns
@@ -514,9 +536,9 @@ def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not
 def test_a_test_split_leaves_videos_that_the_decoder_dies_on_out(mixed, monkeypatch, fault, reason):
     mixed = replace(mixed, timeout=1)
     hurt(monkeypatch, 3, fault)
-    found = list(loader.test_loader(TestClips(mixed, CONFIG), 2, 2, pin=False))
-    assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0, 1], [2], [4, 5]]
-    assert [batch.failures for batch in found] == [{}, {mixed.path(3): reason}, {}]
+    found = test_batches(TestClips(mixed, CONFIG), 2)
+    assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0], [1], [2], [], [4], [5]]
+    assert [batch.failures for batch in found] == [{}, {}, {}, {mixed.path(3): reason}, {}, {}]
     assert children() == []
 
 
@@ -550,7 +572,7 @@ def test_a_bug_in_a_worker_comes_out_with_its_traceback(mixed, monkeypatch):
     began = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="a bug") as caught:
         list(train_batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1), 2))
-    assert "in bug" in str(caught.value)  # the line in the child
+    assert "in bug" in str(caught.value.__cause__)  # the line in the child
     assert gone(children())
     assert time.monotonic() - began < 4
 
@@ -579,7 +601,7 @@ def test_batches_that_are_dropped_end_their_workers_at_once(mixed, monkeypatch, 
     """Workers end at once, also while a decoder does not return and its time limit is not reached."""
     if busy:
         hurt(monkeypatch, 2, block)
-    found = TrainBatches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
+    found = Batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
     next(found)
     time.sleep(0.3)
     processes = children()
@@ -598,7 +620,7 @@ def test_no_process_outlives_the_training_process(mixed, monkeypatch, tmp_path, 
         hurt(monkeypatch, clips.epoch_order(1, 0, 6)[3], block)
 
     def train() -> None:
-        found = TrainBatches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
+        found = Batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
         keep.append(found)  # as a traceback's frames do
         next(found)
         time.sleep(0.3)
@@ -623,6 +645,149 @@ def test_no_process_outlives_the_training_process(mixed, monkeypatch, tmp_path, 
     trainer.join(10)
     assert trainer.exitcode == {"killed": -signal.SIGKILL, "exception": 1, "left": 0}[end]
     assert gone(processes)
+
+
+# ---------------------------------------------------------------- workers that die
+
+
+def workers_and_decoders() -> tuple[list[int], list[int]]:
+    """Return the processes that this process forked, and those that they forked."""
+    parents = {process: int(Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[1])
+               for process in children()}  # fmt: skip
+    workers = [process for process, parent in parents.items() if parent == os.getpid()]
+    return workers, [process for process in parents if process not in workers]
+
+
+WORKER_DEATHS = {
+    signal.SIGKILL: "a data worker was killed (SIGKILL), as Linux does when memory is short: "
+    "make frames smaller with train.py pack, or lower --batch-size or --workers",
+    signal.SIGSEGV: "a data worker has crashed (SIGSEGV) outside of a decoder: "
+    "run the command again, or use --workers 0",
+}
+
+
+@pytest.mark.parametrize("death", WORKER_DEATHS, ids=lambda death: death.name)
+@pytest.mark.parametrize("moment", ["at the start", "between batches", "while it reads", "while another is waited for"])
+def test_a_worker_that_dies_ends_the_run_with_one_line(mixed, monkeypatch, moment, death):
+    if moment == "while it reads":
+        hurt(monkeypatch, clips.epoch_order(1, 0, 6)[2], block)
+    found = Batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
+    if moment != "at the start":
+        next(found)
+    if moment == "while it reads":
+        next(found)
+        time.sleep(0.3)
+    workers, _ = workers_and_decoders()
+    assert len(workers) == 2
+    os.kill(workers[moment == "while another is waited for"], death)
+    with pytest.raises(UserError) as caught:
+        list(found)
+    assert str(caught.value) == WORKER_DEATHS[death]
+    assert gone(workers)
+    assert children() == []
+    assert list(found) == []
+
+
+def test_a_worker_that_dies_interrupts_nothing_else(mixed):
+    """DataLoader's signal handler would raise in whatever line the training process is."""
+    found = Batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
+    next(found)
+    os.kill(workers_and_decoders()[0][0], signal.SIGKILL)
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    assert signal.getsignal(signal.SIGCHLD) in (signal.SIG_DFL, None)
+
+
+def test_a_worker_whose_decoder_holds_the_connection_open_is_noticed(mixed, monkeypatch):
+    """The kernel cannot kill a decoder at once that reads from a network disk."""
+    monkeypatch.setattr(decoder_process, "end_with_parent", lambda parent: None)
+    hurt(monkeypatch, clips.epoch_order(1, 0, 6)[2], block)
+    found = Batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 1, 20), 2)
+    next(found), next(found)
+    time.sleep(0.3)
+    workers, decoders = workers_and_decoders()
+    for process in workers:
+        os.kill(process, signal.SIGKILL)
+    with pytest.raises(UserError, match="a data worker was killed"):
+        list(found)
+    for process in decoders:
+        os.kill(process, signal.SIGKILL)
+
+
+def test_a_decoder_that_is_killed_before_it_reads_a_video_is_replaced_once(mixed, monkeypatch):
+    times = shared_array(1, np.int64)
+    read = PairSamples.read_chunk
+
+    def read_chunk(self, positions, into):
+        times[0] += 1
+        if times[0] <= killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, positions, into)
+
+    monkeypatch.setattr(PairSamples, "read_chunk", read_chunk)
+    killed = 1
+    assert len(list(train_batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1), 1))) == 2
+    times[0], killed = 0, 2
+    with pytest.raises(UserError, match=r"^a data worker was killed \(SIGKILL\), as Linux does when memory is short: "):
+        list(train_batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1), 1))
+    assert children() == []
+
+
+def test_a_worker_without_memory_ends_the_run_with_one_line(mixed, monkeypatch):
+    def short_of_memory() -> None:
+        raise MemoryError("1 GiB")
+
+    hurt(monkeypatch, 2, short_of_memory)
+    with pytest.raises(UserError, match=r"^a data worker has too little memory: make frames smaller"):
+        list(train_batches(PairSamples(mixed, CONFIG, 1), BatchSampler(6, 3, 1), 2))
+    assert gone(children())
+
+
+# ---------------------------------------------------------------- large frames in a test
+
+
+def test_large_frames_make_test_batches_of_fewer_clips_that_are_the_same(mixed, monkeypatch):
+    samples = TestClips(mixed, CONFIG)
+    whole = test_batches(samples, 0)
+    clip = samples.shape([(2, 0)]).bytes
+    for clips_that_fit, sizes in ((0.5, [1] * 10), (2.5, [2] * 5), (9.9, [5, 5]), (4, [4, 4, 2])):
+        monkeypatch.setattr(loader, "_TEST_BATCH_BYTES", int(clips_that_fit * clip))
+        found = [batch for batch in test_batches(samples, 2) if 2 in batch.indices]
+        assert [len(batch.indices) for batch in found] == sizes
+        assert torch.equal(torch.cat([batch.frames.y for batch in found]), whole[2].frames.y)
+        assert torch.equal(torch.cat([batch.augmentation.box for batch in found]), whole[2].augmentation.box)
+
+
+def test_memory_of_test_batches_is_bounded_by_the_largest_frame(mixed, monkeypatch):
+    """One video of 7680 x 4320 pixels: one clip a batch, two batches in memory. 1920 x 1080: five clips a batch."""
+    free = 20 * 2**30
+    monkeypatch.setattr(loader, "available_memory", lambda: free)
+    for height, width, in_batch, most_ahead in ((4320, 7680, 1, 1), (1080, 1920, 5, 4), (240, 320, 10, 70)):
+        mixed.heights[2], mixed.widths[2] = height, width
+        samples = TestClips(mixed, DataConfig())
+        sampler = TestSampler(samples)
+        assert [len(batch) for batch in sampler if batch[0][0] == 2] == [in_batch] * (10 // in_batch)
+        assert [len(batch) for batch in sampler if batch[0][0] == 1] == [10]  # a small video
+        largest = sampler.largest(samples.shape)
+        assert (largest.samples, largest.height, largest.width) == (in_batch, height, width)
+        assert batches_ahead(samples, sampler) == pytest.approx(most_ahead, abs=1)
+        assert largest.bytes * (batches_ahead(samples, sampler) + 1) < max(free / 16, 1.6 * 2**30)
+
+
+def test_frames_too_large_for_the_memory_are_refused_before_they_are_read(mixed, monkeypatch):
+    monkeypatch.setattr(ring_buffer, "available_memory", lambda: int(2.9 * 2**30))
+    mixed.heights[2], mixed.widths[2] = 4320, 7680
+    samples = TestClips(mixed, DataConfig())
+    with pytest.raises(UserError) as refused:
+        Batches(samples, TestSampler(samples), 2, ahead=1)
+    assert str(refused.value) == (
+        "the largest frame of these videos is 7680 x 4320, and batches in memory would take 1.5 GiB, which is more "
+        "than half of the 2.9 GiB free: make frames smaller with train.py pack, or use --workers 0, which holds one "
+        "batch in memory"
+    )
+    assert children() == []
+    next(Batches(samples, TestSampler(samples), 0))
 
 
 # ---------------------------------------------------------------- too many bad videos

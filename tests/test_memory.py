@@ -25,7 +25,7 @@ from dclr.data.catalog import Video
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import VideoRecord, empty_planes
 from dclr.data.decoder_process import freeze_inherited_objects
-from dclr.data.loader import BatchSampler, TrainBatches
+from dclr.data.loader import Batches, BatchSampler
 from dclr.data.samples import PairSamples
 from dclr.data.string_array import StringArray
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
@@ -104,7 +104,7 @@ def growth(samples: PairSamples) -> int:
     """Return the growth in bytes of this process and its workers from epoch SETTLED to the end. Shared pages count
     once."""
     videos, found = len(samples.videos), []
-    for number, batch in enumerate(TrainBatches(samples, BatchSampler(videos, videos // 2, EPOCHS), workers=2)):
+    for number, batch in enumerate(Batches(samples, BatchSampler(videos, videos // 2, EPOCHS), workers=2)):
         assert batch.frames.y.any()
         if number in (2 * SETTLED, 2 * EPOCHS - 6):  # the workers have not read everything yet
             time.sleep(0.5)  # but all that they have been asked for
@@ -117,7 +117,7 @@ def growth(samples: PairSamples) -> int:
 def collected(samples: PairSamples) -> int:
     """Return the growth in bytes after a full garbage collection, which happens by itself once in thousands of
     steps."""
-    batches = TrainBatches(samples, BatchSampler(len(samples.videos), 8, EPOCHS), workers=2)
+    batches = Batches(samples, BatchSampler(len(samples.videos), 8, EPOCHS), workers=2)
     next(batches)
     before = memory(None, "Pss_Anon")
     gc.collect()

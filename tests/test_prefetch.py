@@ -8,7 +8,7 @@ import torch
 
 from dclr.config import DataConfig
 from dclr.data.datasets import open_catalog
-from dclr.data.loader import BatchSampler, TrainBatches
+from dclr.data.loader import Batches, BatchSampler
 from dclr.data.prefetch import DeviceBatches, batches_on
 from dclr.data.samples import ClipSamples, PairSamples
 from dclr.data.videos import VideoSet, open_videos
@@ -34,7 +34,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 def test_on_a_cpu_a_batch_is_the_rings_own_memory(videos):
     batches = batches_on(CPU, PairSamples(videos, CONFIG, 0), BatchSampler(16, 4, 1), 0)
-    assert isinstance(batches, TrainBatches)
+    assert isinstance(batches, Batches)
     assert batches.ring.slots == 1
 
 
@@ -83,10 +83,10 @@ def test_a_copy_waits_for_what_had_its_buffer_and_a_step_for_its_copy(videos, mo
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
     samples, sampler = PairSamples(videos, CONFIG, 0), BatchSampler(16, 4, 2)
-    expected = [(planes_of(batch.frames), batch) for batch in TrainBatches(samples, sampler, 0)]
-    host = TrainBatches(samples, sampler, workers=2, hold=2)
+    expected = [(planes_of(batch.frames), batch) for batch in Batches(samples, sampler, 0)]
+    host = Batches(samples, sampler, workers=2, hold=2)
     asked = host.__class__.__next__
-    monkeypatch.setattr(TrainBatches, "__next__", lambda self: (cuda.notes.append("host batch"), asked(self))[1])
+    monkeypatch.setattr(Batches, "__next__", lambda self: (cuda.notes.append("host batch"), asked(self))[1])
     on_device = DeviceBatches(host, CPU)
 
     cuda.notes.clear()
@@ -115,7 +115,7 @@ def test_a_copy_waits_for_what_had_its_buffer_and_a_step_for_its_copy(videos, mo
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
 def test_on_a_gpu_batches_are_those_of_the_host_however_long_a_step_takes(videos, kind):
     device, samples, sampler = torch.device("cuda"), kind(videos, CONFIG, 0), BatchSampler(16, 4, 4)
-    expected = [(planes_of(batch.frames), batch) for batch in TrainBatches(samples, sampler, 0)]
+    expected = [(planes_of(batch.frames), batch) for batch in Batches(samples, sampler, 0)]
     batches, kept = batches_on(device, samples, sampler, workers=2), []
     for batch in batches:
         torch.cuda._sleep(20_000_000)  # 10 ms of the GPU, in which the host runs ahead and copies are asked for
@@ -151,8 +151,8 @@ def test_on_a_gpu_neither_the_next_batch_nor_its_views_wait_for_the_device(video
 @pytest.mark.gpu
 def test_memory_that_cannot_be_pinned_is_a_warning_and_nothing_else(videos, capfd):
     device, samples, sampler = torch.device("cuda"), PairSamples(videos, CONFIG, 0), BatchSampler(16, 4, 1)
-    expected = [planes_of(batch.frames) for batch in TrainBatches(samples, sampler, 0)]
-    host = TrainBatches(samples, sampler, workers=1, hold=2)
+    expected = [planes_of(batch.frames) for batch in Batches(samples, sampler, 0)]
+    host = Batches(samples, sampler, workers=1, hold=2)
     host.ring.pin(device)
     assert host.ring.slot(0).is_pinned()
     assert "warning" not in capfd.readouterr().err

@@ -162,6 +162,10 @@ class DecoderProcess:
 
     def answer(self) -> Any:
         """Wait for the answer and return it. Raises DecoderDied, or the exception that `serve` raised."""
+        while not self.connection.poll(TICK):
+            # A child of the process may hold the connection open after the process has ended.
+            if os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                raise DecoderDied(self._reap(), self.limit, self.video)
         try:
             content = self.connection.recv_bytes()
         except (EOFError, OSError):  # OSError: in the middle of its answer
@@ -182,6 +186,26 @@ class DecoderProcess:
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             self._reap()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the process to end, if there is one. Kill it after `seconds`, and then do not wait for its end.
+
+        The kernel ends a killed process that reads from a network disk only when the disk answers.
+        """
+        deadline = time.monotonic() + seconds
+        while self._pid:
+            if os.waitpid(self._pid, os.WNOHANG)[0]:
+                self._pid = 0
+            elif time.monotonic() > deadline:
+                os.kill(self._pid, signal.SIGKILL)
+                self._pid = 0
+            else:
+                time.sleep(0.005)
+
+    @property
+    def running(self) -> bool:
+        """True after the first request until the process has ended."""
+        return self._pid != 0
 
     def _start(self) -> None:
         self.connection, theirs = Pipe()
@@ -253,7 +277,7 @@ def _run(serve: Callable[[Any], Any], connection: "Connection[Any, Any]", progre
     try:
         end_with_parent(parent)
         ignore_stop_signals()
-        # DataLoader's handlers would print that a worker died. The parent reports the death itself.
+        # Handlers of the parent, such as faulthandler's, would print a traceback. The parent reports the death itself.
         for fatal in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT):
             signal.signal(fatal, signal.SIG_DFL)
         freeze_inherited_objects()

@@ -1,44 +1,51 @@
 """Batches of a run: samples are read by worker processes and written into a ring of shared memory.
 
-A batch depends on (seed, step, batch size) only, and its samples as samples.py says. Frames stay uint8 planes until
-they are on the device.
+Training and evaluation read in the same way. A training batch depends on (seed, step, batch size) only, and its samples
+as samples.py says. Frames stay uint8 planes until they are on the device.
 """
 
 import gc
 import math
-import os
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.util import Finalize
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dclr.data.decoder_process import (
-    TICK,
-    DecoderDied,
-    DecoderProcess,
-    end_with_parent,
-    freeze_inherited_objects,
-    ignore_stop_signals,
-    shared_array,
-)
-from dclr.data.ring_buffer import FrameRing
-from dclr.data.samples import ClipBatch, SampleInfo, TestClips, TrainSamples, stack_flags
-from dclr.data.videos import VideoSet
+from dclr.data.ring_buffer import FrameRing, FrameShape, available_memory
+from dclr.data.samples import TEST_CLIPS, Samples, TestClips, stack_flags
+from dclr.data.workers import Chunk, Workers, read_chunk
 from dclr.errors import UserError
 from kernels import Yuv420
 
 CHUNK = 8
-"""Most samples in a chunk. The workers share the chunks of a micro-batch."""
+"""Most samples in a chunk of training. The workers share the chunks of a micro-batch."""
 
 PREFETCH = 2
 """Chunks that a worker has received and not yet answered: it reads one while the other waits."""
 
-T = TypeVar("T")
+_TEST_BATCH_BYTES = 2**28
+"""Most bytes of a test batch that has more than one clip. Frames of 1920 x 1080 then make batches of 5 clips."""
+
+_TEST_SHARE = 1 / 16
+"""Fraction of the free memory that test batches take. Fewer batches are read ahead if their frames are large."""
+
+Position = tuple[int, int]
+"""The two numbers that name a sample, see `Samples`."""
+
+
+class Sampler(Protocol):
+    """The positions of every batch of a run."""
+
+    chunk_size: int
+    """Most samples in a chunk."""
+    chunks_a_batch: int
+
+    def __iter__(self) -> Iterator[Sequence[Position]]: ...
+
+    def largest(self, shape: Callable[[Sequence[Position]], FrameShape]) -> FrameShape:
+        """Return the largest shape of a batch, given the shape of a batch by its positions."""
+        ...
 
 
 class BatchSampler:
@@ -72,6 +79,9 @@ class BatchSampler:
         self.micro_batch_size = batch_size // (accumulation * ranks)
         self.steps_per_epoch = count // batch_size
         self.stop = epochs * self.steps_per_epoch
+        # Chunks of equal size. The last one may have fewer samples.
+        self.chunk_size = math.ceil(self.micro_batch_size / math.ceil(self.micro_batch_size / CHUNK))
+        self.chunks_a_batch = math.ceil(self.micro_batch_size / self.chunk_size)
 
     def __len__(self) -> int:
         """The number of micro-batches."""
@@ -86,128 +96,77 @@ class BatchSampler:
                 first = step_in_epoch * self.batch_size + (micro_batch * self.ranks + self.rank) * size
                 yield [(epoch, position) for position in range(first, first + size)]
 
+    def largest(self, shape: Callable[[Sequence[Position]], FrameShape]) -> FrameShape:
+        """Return the shape of every micro-batch."""
+        return shape([(0, 0)] * self.micro_batch_size)
 
-@dataclass(frozen=True)
-class Chunk:
-    """Samples that a worker reads at once, and where it writes them in the ring."""
 
-    slot: int
-    first_row: int
-    """The row of the first sample in the slot. The others follow."""
-    positions: list[tuple[int, int]]
-    """(epoch, position) of each sample."""
+class TestSampler:
+    """The positions of test clips: all clips of the first video, then those of the next.
+
+    A batch has consecutive clips of one video. It has all of them, or fewer if frames are so large that the batch would
+    have more than _TEST_BATCH_BYTES.
+    """
+
+    __test__ = False  # pytest would collect it because of its name
+    chunk_size, chunks_a_batch = TEST_CLIPS, 1
+
+    def __init__(
+        self, samples: TestClips, indices: Sequence[int] | None = None, numbers: Sequence[int] = range(TEST_CLIPS)
+    ) -> None:
+        """`indices`: the videos, by default all. `numbers`: the clips of each video, by default all."""
+        self._batches: list[list[Position]] = []
+        for index in range(len(samples.videos)) if indices is None else indices:
+            most = max(1, _TEST_BATCH_BYTES // samples.shape([(index, 0)]).bytes)
+            size = math.ceil(len(numbers) / math.ceil(len(numbers) / most))
+            for first in range(0, len(numbers), size):
+                self._batches.append([(index, number) for number in numbers[first : first + size]])
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        return iter(self._batches)
+
+    def largest(self, shape: Callable[[Sequence[Position]], FrameShape]) -> FrameShape:
+        """Return the shape of the batch that has the most bytes."""
+        return max(map(shape, self._batches), key=lambda found: found.bytes)
 
 
 class ChunkSampler:
-    """The chunks that DataLoader sends to its workers: each micro-batch divided into chunks, which share a slot of the
-    ring.
+    """The chunks that are sent to workers: each batch divided into chunks, which share a slot of the ring.
 
     Batch n is written to slot n % slots. The number of slots is the number of batches that can be in use or in writing
     at once:
 
     - From the request for batch n to the next request, the consumer may use batches n - hold + 1 to n.
-    - DataLoader sends at most `workers * PREFETCH` chunks ahead of the last chunk of batch n. With k chunks in a batch,
-      these chunks belong to batches up to n + ceil(workers * PREFETCH / k).
-    - Together these are hold + ceil(workers * PREFETCH / k) batches.
+    - At most `ahead` chunks are sent after the last chunk of batch n. With k chunks in a batch, these chunks belong to
+      batches up to n + ceil(ahead / k).
+    - Together these are hold + ceil(ahead / k) batches.
 
     Attributes:
         newest: the number of the batch that the consumer requested last.
     """
 
-    def __init__(self, sampler: BatchSampler, workers: int, hold: int) -> None:
-        size = sampler.micro_batch_size
-        self.chunk_size = math.ceil(size / math.ceil(size / CHUNK))  # samples; the last chunk may have fewer
-        self.first_rows = range(0, size, self.chunk_size)
-        self.slots = hold + math.ceil(workers * PREFETCH / len(self.first_rows))
-        self.sampler, self.hold = sampler, hold
+    def __init__(
+        self, sampler: Sampler, shape: Callable[[Sequence[Position]], FrameShape], ahead: int, hold: int
+    ) -> None:
+        """`shape`: see `Samples.shape`."""
+        self.slots = hold + math.ceil(ahead / sampler.chunks_a_batch)
+        self.sampler, self.shape, self.hold = sampler, shape, hold
         self.newest = -1
 
     def __iter__(self) -> Iterator[Chunk]:
+        size = self.sampler.chunk_size
         for number, positions in enumerate(self.sampler):
-            for first in self.first_rows:
+            shape = self.shape(positions)
+            for first in range(0, len(positions), size):
                 if number - self.slots > self.newest - self.hold:
                     raise RuntimeError(
                         f"batch {number} would be written over batch {number - self.slots}, which is in use"
                     )
-                yield Chunk(number % self.slots, first, positions[first : first + self.chunk_size])
+                yield Chunk(number % self.slots, shape, first, positions[first : first + size])
 
 
-class RingSamples(Dataset[Any]):
-    """Training samples by chunk. The frames are written into the ring, and the rest of each sample is returned."""
-
-    def __init__(self, samples: TrainSamples, ring: FrameRing) -> None:
-        self.samples, self.ring = samples, ring
-
-    def __getitems__(self, chunk: Chunk) -> list[SampleInfo]:
-        return [
-            self.samples.read_into(epoch, position, self.ring.row(chunk.slot, row))
-            for row, (epoch, position) in enumerate(chunk.positions, start=chunk.first_row)
-        ]
-
-
-class WatchedSamples(Dataset[Any]):
-    """The samples that DataLoader's workers read. A worker reads them in a decoder process that it watches.
-
-    If the decoder crashes on a video, or gives no frame for too long, the video is marked in `videos.faults` and the
-    samples are requested again. From then on reading the video fails at once in every worker, as for any unreadable
-    video. Without workers, samples are read in the training process and nothing watches.
-    """
-
-    def __init__(self, samples: RingSamples | TestClips, videos: VideoSet) -> None:
-        self.samples, self.videos = samples, videos
-        self._decoder: DecoderProcess | None = None
-        self._ended, self._parent = shared_array(1, np.uint8), os.getpid()
-
-    def __len__(self) -> int:
-        """The number of videos. DataLoader asks for it with test clips only."""
-        return len(self.videos)
-
-    def __getitems__(self, request: Any) -> Any:
-        if get_worker_info() is None:
-            return self.samples.__getitems__(request)
-        if self._decoder is None:
-            self._decoder = DecoderProcess(self.samples.__getitems__, self.videos.timeout)
-            # The decoder process must end inside the worker's end, so that its CPU time counts as the worker's.
-            Finalize(None, self._decoder.stop, exitpriority=1)
-        decoder = self._decoder
-        tried_twice = set[int | None]()
-        while True:
-            decoder.request(request)
-            while not decoder.connection.poll(TICK):
-                self._exit_if_ended()
-                decoder.end_if_stalled()
-            try:
-                return decoder.answer()
-            except DecoderDied as death:
-                index = death.video
-                if death.out_of_memory and index not in tried_twice:
-                    tried_twice.add(index)
-                elif index is None:
-                    raise RuntimeError(f"a decoder process died while it read no video: {death}") from death
-                else:
-                    self.videos.faults[index] = death.status
-
-    def end(self) -> None:
-        """Tell the workers that nobody needs their samples any more. A worker that is reading ends within a second."""
-        self._ended[0] = 1
-
-    def start_worker(self, worker: int) -> None:
-        """Prepare a worker. DataLoader calls this in each worker first."""
-        end_with_parent(self._parent)
-        ignore_stop_signals()
-        # DataLoader, or the end of the training process, sends SIGTERM to a worker that does not end in time. `end` was
-        # called before.
-        signal.signal(signal.SIGTERM, lambda *_: self._exit_if_ended())
-        freeze_inherited_objects()
-
-    def _exit_if_ended(self) -> None:
-        if self._ended[0]:
-            os._exit(0)  # ends the decoder process too
-
-
-class TrainBatches(Iterator[Any]):
-    """The micro-batches of a whole run in order. One pool of workers serves all epochs, so no epoch starts with idle
-    workers.
+class Batches(Iterator[Any]):
+    """The batches of a whole run in order. One pool of workers serves all epochs, so no epoch starts with idle workers.
 
     Frames are views of a ring of shared memory that the workers write to. The frames of a batch stay valid until `hold`
     more batches have been requested. With hold = 1 they stay valid until the next request. All other tensors belong to
@@ -215,82 +174,79 @@ class TrainBatches(Iterator[Any]):
     """
 
     def __init__(
-        self, samples: TrainSamples, sampler: BatchSampler, workers: int, hold: int = 1, processes: int = 1
+        self,
+        samples: Samples,
+        sampler: Sampler,
+        workers: int,
+        hold: int = 1,
+        processes: int = 1,
+        ahead: int | None = None,
     ) -> None:
-        """`processes`: training processes on this machine. Raises UserError: their rings take too much of its
-        memory."""
-        videos = samples.videos
-        self.samples, self._chunks, self._workers = samples, ChunkSampler(sampler, workers, hold), workers
-        self.ring = FrameRing(
-            self._chunks.slots, sampler.micro_batch_size, samples.frames_a_sample,
-            int(videos.heights.max()), int(videos.widths.max()), processes,
-        )  # fmt: skip
-        watched = WatchedSamples(RingSamples(samples, self.ring), videos)
+        """Start the workers.
+
+        Args:
+            workers: worker processes. 0 reads in this process.
+            processes: processes of the run on this machine.
+            ahead: most chunks that workers read ahead, by default PREFETCH for each worker.
+
+        Raises:
+            UserError: the rings take too much of the machine's memory.
+        """
+        ahead = workers * PREFETCH if ahead is None else min(ahead, workers * PREFETCH)
+        self.samples = samples
+        self._chunks = ChunkSampler(sampler, samples.shape, ahead, hold)
+        self.ring = FrameRing(self._chunks.slots, sampler.largest(samples.shape), samples.advice, processes)
+        self._coming = iter(self._chunks)
+        self._sent: deque[Chunk] = deque()
+        self._workers: Workers | None = None
         if workers:
             # Garbage collection writes to every object it visits. This process's first full collection, 20 minutes into
             # a run, copied 70 MB that it shares with its workers (docs/LOG.md). Frozen objects are not visited.
             gc.unfreeze()
             gc.collect()
             gc.freeze()
-        loader: DataLoader[Any] = DataLoader(
-            watched,
-            # Typed as lists of keys, but DataLoader passes on whatever it yields.
-            batch_sampler=self._chunks,  # type: ignore[arg-type]
-            collate_fn=keep,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            # Forked workers share the ring and the list of videos with this process. Spawned workers would get copies.
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=watched.start_worker,
-        )
-        self._infos: Iterator[list[SampleInfo]] = iter(loader)  # workers start here
-        # Called when this object is deleted or the process ends. Both happen before DataLoader waits for its workers.
-        self._end = Finalize(self, watched.end, exitpriority=1)
+            self._workers = Workers(samples, self.ring, min(workers, ahead))
+            for _ in range(ahead):
+                self._send()
 
     def __next__(self) -> Any:
         self._chunks.newest += 1
-        infos: list[SampleInfo] = []
+        infos = []
         try:
-            for _ in self._chunks.first_rows:
-                infos += next(self._infos)
-        except Exception as error:  # StopIteration too
-            # End the workers here. If garbage collection ended them, it might close their queues before they are told
-            # to end, and each worker would be waited for 5 seconds. The traceback refers to DataLoader's frames, which
-            # hold the queues as well. An error from a worker has the worker's traceback in its message.
-            if self._workers:
-                error.__traceback__ = None
-            self._end()
-            self._infos = iter(())
-            if isinstance(error, UserError):
-                raise UserError(error.args[0].rpartition("UserError: ")[2].strip()) from None
-            raise error
-        return self.samples.batch(Yuv420(*self.ring.planes(self.slot()), *stack_flags(infos)), infos)
+            for _ in range(self._chunks.sampler.chunks_a_batch):
+                if self._workers is None:
+                    self._newest = next(self._coming)
+                    infos += read_chunk(self.samples, self.ring, self._newest)
+                else:
+                    if not self._sent:
+                        raise StopIteration
+                    self._newest = self._sent.popleft()
+                    infos += self._workers.receive()
+                    self._send()
+        except BaseException:
+            if self._workers is not None:
+                self._workers.close()
+            self._sent.clear()
+            self._coming = iter(())
+            raise
+        return self.samples.batch(Yuv420(*self.view(self.slot()), *stack_flags(infos)), infos)
+
+    def _send(self) -> None:
+        """Send the next chunk to a worker, if there is one."""
+        chunk = next(self._coming, None)
+        if chunk is not None and self._workers is not None:
+            self._workers.send(chunk)
+            self._sent.append(chunk)
 
     def slot(self) -> Tensor:
-        """Return the memory of the newest batch's frames, as `FrameRing.planes` takes it."""
-        return self.ring.slot(self._chunks.newest % self.ring.slots)
+        """Return the bytes of the newest batch's frames, (N,) uint8, for `view`."""
+        return self.ring.slot(self._newest.slot)[: self._newest.shape.bytes]
+
+    def view(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, u and v of the newest batch, as views of its slot or of a copy of its slot."""
+        return self._newest.shape.view(memory)
 
 
-def keep(fetched: T) -> T:
-    """Return what was fetched. DataLoader's default collate function would convert everything to tensors."""
-    return fetched
-
-
-def test_loader(samples: TestClips, videos_a_batch: int, workers: int, pin: bool) -> Iterator[ClipBatch]:
-    """Yield the test clips of each video once, in order. `pin`: put the tensors into pinned memory."""
-    watched = WatchedSamples(samples, samples.videos)
-    loader: DataLoader[Any] = DataLoader(
-        watched,
-        batch_size=videos_a_batch,
-        shuffle=False,
-        collate_fn=keep,
-        num_workers=workers,
-        pin_memory=pin,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=watched.start_worker,
-    )
-    end = Finalize(None, watched.end, exitpriority=1)
-    try:
-        yield from loader
-    finally:
-        end()
+def batches_ahead(samples: TestClips, sampler: TestSampler) -> int:
+    """Return how many test batches workers may read ahead, by the free memory; at least one."""
+    return max(1, int(available_memory() * _TEST_SHARE) // sampler.largest(samples.shape).bytes - 1)

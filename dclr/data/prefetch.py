@@ -6,32 +6,35 @@ from typing import Any
 
 import torch
 
-from dclr.data.loader import BatchSampler, TrainBatches
-from dclr.data.samples import ClipBatch, TrainSamples
+from dclr.data.loader import Batches, Sampler
+from dclr.data.samples import ClipBatch, Samples
 from kernels import Yuv420
 
 
 def batches_on(
-    device: torch.device, samples: TrainSamples, sampler: BatchSampler, workers: int, processes: int = 1
+    device: torch.device,
+    samples: Samples,
+    sampler: Sampler,
+    workers: int,
+    processes: int = 1,
+    ahead: int | None = None,
 ) -> Iterator[Any]:
-    """Return the micro-batches of a whole run with frames and labels on `device`. A batch is valid until the next
-    request.
+    """Return the batches of a whole run with frames and labels on `device`. A batch is valid until the next request.
 
     View parameters and colour spaces stay on the host, where they are checked. They are copied later as one small
     table.
 
     Args:
-        workers: data workers.
-        processes: training processes on this machine.
+        workers, processes, ahead: see Batches.
 
     Raises:
-        UserError: see TrainBatches.
+        UserError: see Batches.
     """
     if device.type == "cuda":
-        batches = TrainBatches(samples, sampler, workers, hold=2, processes=processes)
+        batches = Batches(samples, sampler, workers, hold=2, processes=processes, ahead=ahead)
         batches.ring.pin(device)
         return DeviceBatches(batches, device)
-    return TrainBatches(samples, sampler, workers, processes=processes)
+    return Batches(samples, sampler, workers, processes=processes, ahead=ahead)
 
 
 class DeviceBatches(Iterator[Any]):
@@ -42,7 +45,7 @@ class DeviceBatches(Iterator[Any]):
     for the workers, or if it is two steps ahead of the GPU.
     """
 
-    def __init__(self, batches: TrainBatches, device: torch.device) -> None:
+    def __init__(self, batches: Batches, device: torch.device) -> None:
         self._batches, self._device = batches, device
         self._stream = torch.cuda.Stream(device)
         self._buffers = [torch.empty(batches.ring.slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -73,10 +76,13 @@ class DeviceBatches(Iterator[Any]):
         own, computing = batch.frames, torch.cuda.current_stream(self._device)
         self._stream.wait_stream(computing)  # the computation may still read the buffer
         with torch.cuda.stream(self._stream):
-            buffer.copy_(self._batches.slot(), non_blocking=True)
+            slot = self._batches.slot()
+            buffer[: len(slot)].copy_(slot, non_blocking=True)
             if isinstance(batch, ClipBatch):
                 labels = batch.labels.pin_memory().to(self._device, non_blocking=True)
                 labels.record_stream(computing)
                 batch = replace(batch, labels=labels)
             copied.record(self._stream)
-        return replace(batch, frames=Yuv420(*self._batches.ring.planes(buffer), own.bt709, own.full_range))
+        # A test batch has no clips if its video failed.
+        y, u, v = (plane[: len(own.y)] for plane in self._batches.view(buffer))
+        return replace(batch, frames=Yuv420(y, u, v, own.bt709, own.full_range))

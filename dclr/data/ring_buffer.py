@@ -3,71 +3,107 @@
 Workers decode into the ring, and batches are views of it. So a frame is written once and copied only to the device.
 """
 
+import math
 import mmap
+import re
 import sys
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dclr.data.decode import Planes
 from dclr.errors import UserError
 
 _ALIGNMENT = 256
 """Planes start at multiples of this number of bytes, so that a kernel can load several pixels at once."""
 
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Folder and files with the limit and the use of memory in a container: cgroup version 2, then version 1."""
+
 _SHARE = 0.5
 """Largest fraction of the free memory that rings may take."""
 
 
+@dataclass(frozen=True)
+class FrameShape:
+    """The shape of a batch's frames: `samples` samples of `frames` frames each, in planes of YUV 4:2:0."""
+
+    samples: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def planes(self) -> list[tuple[int, int, int, int]]:
+        """The shapes of y, (B, F, H, W), and of u and v, (B, F, ceil(H / 2), ceil(W / 2))."""
+        chroma = ((self.height + 1) // 2, (self.width + 1) // 2)
+        return [(self.samples, self.frames, *size) for size in ((self.height, self.width), chroma, chroma)]
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the planes take, with their alignment."""
+        return sum(aligned(math.prod(shape)) for shape in self.planes)
+
+    def view(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, u and v as views of `memory`, which has at least `bytes` uint8."""
+        views, start = [], 0
+        for shape in self.planes:
+            size = math.prod(shape)
+            views.append(memory[start : start + size].view(shape))
+            start += aligned(size)
+        y, u, v = views
+        return y, u, v
+
+
+def aligned(size: int) -> int:
+    """Round a number of bytes up to a multiple of _ALIGNMENT."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 class FrameRing:
-    """Memory for `slots` batches of B samples, each of F frames of at most H x W pixels, as planes of YUV 4:2:0.
+    """Memory for the frames of `slots` batches.
 
     The memory is anonymous and shared. Processes that are forked later see the same bytes, and the limit of /dev/shm
-    (64 MB in a container by default) does not apply. A smaller frame leaves the rest of its row unchanged.
+    (64 MB in a container by default) does not apply. Memory that nobody writes to costs nothing.
     """
 
-    def __init__(self, slots: int, samples: int, frames: int, height: int, width: int, processes: int = 1) -> None:
-        """Allocate the ring. `processes`: training processes on this machine, each with such a ring.
+    def __init__(self, slots: int, largest: FrameShape, advice: str, processes: int = 1) -> None:
+        """Allocate the ring.
 
-        Raises UserError: the rings take too much of the machine's memory.
+        Args:
+            largest: the largest batch.
+            advice: what the user can do if there is too little memory, as the end of a message.
+            processes: processes of the run on this machine, each with such a ring.
+
+        Raises:
+            UserError: the rings take more than half of the free memory.
         """
-        chroma = ((height + 1) // 2, (width + 1) // 2)
-        self._shapes = [(samples, frames, *size) for size in ((height, width), chroma, chroma)]
-        self._starts = [0]
-        for shape in self._shapes:
-            size = torch.Size(shape).numel()
-            self._starts.append(self._starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-        self.slot_bytes = self._starts[-1]
+        self.slot_bytes = largest.bytes
         self.slots = slots
-
         needed, free = processes * slots * self.slot_bytes, available_memory()
         if needed > _SHARE * free:
             raise UserError(
-                f"the largest frame of these videos is {width} x {height}, and batches in memory would take "
-                f"{needed / 2**30:.1f} GiB, which is more than half of the {free / 2**30:.1f} GiB free: "
-                "make frames smaller with train.py pack, or lower --batch-size or --workers"
+                f"the largest frame of these videos is {largest.width} x {largest.height}, and batches in memory would "
+                f"take {needed / 2**30:.1f} GiB, which is more than half of the {free / 2**30:.1f} GiB free: {advice}"
             )
-        self._memory = torch.frombuffer(mmap.mmap(-1, slots * self.slot_bytes), dtype=torch.uint8).view(slots, -1)
+        try:
+            memory = mmap.mmap(-1, slots * self.slot_bytes)
+        except OSError as error:  # a limit of the shell, such as ulimit -v
+            raise UserError(
+                f"{slots * self.slot_bytes / 2**30:.1f} GiB for batches in memory cannot be allocated "
+                f"({error.strerror}): {advice}"
+            ) from None
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8).view(slots, -1)
 
     def slot(self, number: int) -> Tensor:
-        """Return all bytes of a slot, (slot_bytes,) uint8, for `planes`."""
+        """Return all bytes of a slot, (slot_bytes,) uint8, for `FrameShape.view`."""
         return self._memory[number]
-
-    def planes(self, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y (B, F, H, W), u and v (B, F, ceil(H / 2), ceil(W / 2)) as views of a slot or of a copy of a slot."""
-        y, u, v = (
-            slot[start : start + torch.Size(shape).numel()].view(shape)
-            for start, shape in zip(self._starts, self._shapes, strict=False)
-        )
-        return y, u, v
-
-    def row(self, slot: int, sample: int) -> Planes:
-        """Return the planes of one sample for writing: y (F, H, W), u and v (F, ceil(H / 2), ceil(W / 2))."""
-        y, u, v = (plane[sample].numpy() for plane in self.planes(self.slot(slot)))
-        return y, u, v
 
     def pin(self, device: torch.device) -> None:
         """Pin the memory, so that a GPU copies from it without the CPU. Call this after the workers are forked.
@@ -96,13 +132,15 @@ class FrameRing:
 
 
 def available_memory() -> int:
-    """Return the bytes that can be allocated without swapping, within the container's limit if it has one (cgroup
-    v2)."""
+    """Return the bytes that can be allocated without swapping, within the limit of the container if it has one."""
     free = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
         if line.startswith("MemAvailable:")
     )
-    with suppress(OSError, ValueError):  # no such file; "max": no limit
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for folder, limit, usage in _CGROUPS:
+        with suppress(OSError, ValueError):  # no such file; "max": no limit
+            cache = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            used = int((folder / usage).read_text()) - (int(cache[1]) if cache else 0)  # the kernel frees this cache
+            free = min(free, max(int((folder / limit).read_text()) - used, 0))
     return free

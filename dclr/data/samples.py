@@ -3,24 +3,24 @@
 A training sample depends on (seed, epoch, index of the video) only. So the number of workers, the number of ranks and a
 resume do not change it.
 
-Letters: B samples in a batch, T frames in a clip, H and W the largest height and width of the videos (in a test batch:
-of its own videos). A smaller frame fills the top left corner of its plane. The bytes to its right and below it are
-undefined and are never read: the augmentation of each clip holds the true size of the frame.
+Letters: B samples in a batch, F frames in a sample, T frames in a clip, H and W the largest height and width of the
+videos (in a test batch: those of its one video). A smaller frame fills the top left corner of its plane. The bytes to
+its right and below it are undefined and are never read: the augmentation of each clip holds the true size of the frame.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dclr.config import DataConfig
 from dclr.data import augmentation, clips
-from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, empty_planes
+from dclr.data.decode import Planes, UnreadableVideo, YuvFrames
+from dclr.data.ring_buffer import FrameShape
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from kernels import Augmentation, ViewParams, Yuv420
@@ -84,12 +84,6 @@ class ClipBatch:
     """(B,) int64, the video of each clip."""
     failures: dict[str, str]
     """Path -> reason, of the videos that could not be read."""
-
-    def pin_memory(self) -> "ClipBatch":
-        """Return a copy in pinned memory. DataLoader calls this for test clips, so that copies to the GPU do not
-        block."""
-        own = self.frames
-        return replace(self, frames=replace(own, y=own.y.pin_memory(), u=own.u.pin_memory(), v=own.v.pin_memory()))
 
 
 Batch = PairBatch | ClipBatch
@@ -163,14 +157,47 @@ def read_or_next(
     )
 
 
-class TrainSamples(ABC):
+class Samples(ABC):
+    """Samples of training or of a test. A pair of numbers names a sample, its position."""
+
+    videos: VideoSet
+
+    advice: str
+    """What the user can do if batches take too much memory, as the end of a message."""
+
+    @abstractmethod
+    def shape(self, positions: Sequence[tuple[int, int]]) -> FrameShape:
+        """Return the shape of the frames of a batch that has these samples."""
+
+    @abstractmethod
+    def read_chunk(self, positions: Sequence[tuple[int, int]], into: Planes) -> list[SampleInfo]:
+        """Write the frames of these samples into planes (B, F, H, W) and return the rest of the samples."""
+
+    @abstractmethod
+    def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> Batch:
+        """Return samples as a batch. Frames are not copied."""
+
+
+class TrainSamples(Samples):
     """Random training samples by (epoch, position in the epoch's order)."""
 
     frames_a_sample: int
+    advice = "make frames smaller with train.py pack, or lower --batch-size or --workers"
 
     def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
         self.videos, self.config, self.seed = videos, config, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def shape(self, positions: Sequence[tuple[int, int]]) -> FrameShape:
+        """Return the same shape for all batches of one size. It has room for the largest video."""
+        height, width = int(self.videos.heights.max()), int(self.videos.widths.max())
+        return FrameShape(len(positions), self.frames_a_sample, height, width)
+
+    def read_chunk(self, positions: Sequence[tuple[int, int]], into: Planes) -> list[SampleInfo]:
+        return [
+            self.read_into(epoch, position, (y, u, v))
+            for (epoch, position), y, u, v in zip(positions, *into, strict=True)
+        ]
 
     def read_into(self, epoch: int, position: int, into: Planes) -> SampleInfo:
         """Write the frames of a sample into `into` and return the rest of it. A failed video may have written to `into`
@@ -187,10 +214,6 @@ class TrainSamples(ABC):
 
         The frames are written into `into`, or into new memory without it.
         """
-
-    @abstractmethod
-    def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> Batch:
-        """Return B samples as a batch. Frames are not copied."""
 
 
 class PairSamples(TrainSamples):
@@ -259,53 +282,57 @@ class ClipSamples(TrainSamples):
         )
 
 
-class TestClips(Dataset[Any]):
-    """The clips of the test protocol: TEST_CLIPS evenly spaced clips of a video, centre crop."""
+class TestClips(Samples):
+    """The clips of the test protocol: TEST_CLIPS evenly spaced clips of a video, centre crop.
+
+    The position of a clip is (video, number of the clip). A batch has clips of one video.
+    """
 
     __test__ = False  # pytest would collect it because of its name
+    advice = "make frames smaller with train.py pack, or use --workers 0, which holds one batch in memory"
 
     def __init__(self, videos: VideoSet, config: DataConfig) -> None:
         self.videos, self.config = videos, config
 
-    def __len__(self) -> int:
-        return len(self.videos)
+    def shape(self, positions: Sequence[tuple[int, int]]) -> FrameShape:
+        """Return a shape of the video's own height and width."""
+        index = positions[0][0]
+        height, width = int(self.videos.heights[index]), int(self.videos.widths[index])
+        return FrameShape(len(positions), self.config.clip_length, height, width)
 
-    def read(self, index: int, into: Planes | None = None) -> YuvFrames:
-        """Return the frames of a video's clips, clip after clip, (TEST_CLIPS * T, H, W). Raises UnreadableVideo.
+    def read(self, index: int, numbers: Sequence[int] = range(TEST_CLIPS), into: Planes | None = None) -> YuvFrames:
+        """Return the frames of some of a video's clips, clip after clip, (B T, H, W). Raises UnreadableVideo.
 
         The frames are written into `into`, or into new memory without it.
         """
         frames, length, stride = int(self.videos.frames[index]), self.config.clip_length, self.config.clip_stride
-        return self.videos.read(index, clips.uniform_clips(frames, TEST_CLIPS, length, stride).ravel(), into)
+        wanted = clips.uniform_clips(frames, TEST_CLIPS, length, stride)[list(numbers)]
+        return self.videos.read(index, wanted.ravel(), into)
 
-    def __getitems__(self, indices: Sequence[int]) -> ClipBatch:
-        """Return the clips of these videos. A video that fails is skipped, because an accuracy must not count another
-        video instead."""
-        own, length = self.videos, self.config.clip_length
-        frames_a_video = TEST_CLIPS * length
-        height, width = int(own.heights[indices].max()), int(own.widths[indices].max())
-        planes = empty_planes(len(indices) * frames_a_video, height, width)
-        read: list[int] = []
-        frames: list[YuvFrames] = []
-        failures: dict[str, str] = {}
-        for index in indices:
-            first = len(read) * frames_a_video
-            y, u, v = (plane[first : first + frames_a_video] for plane in planes)
-            try:
-                frames.append(self.read(index, (y, u, v)))
-            except UnreadableVideo as error:
-                failures[own.path(index)] = str(error)
-                continue
-            read.append(index)
+    def read_chunk(self, positions: Sequence[tuple[int, int]], into: Planes) -> list[SampleInfo]:
+        """Write the clips into `into`.
 
-        of_clips = np.repeat(np.array(read, np.int64), TEST_CLIPS)  # (B,)
-        rows = [augmentation.centre_crop(int(own.heights[index]), int(own.widths[index])) for index in of_clips]
-        y, u, v = (torch.from_numpy(plane).unflatten(0, (-1, length))[: len(of_clips)] for plane in planes)
-        bt709, full_range = (flags.repeat_interleave(TEST_CLIPS) for flags in stack_flags(frames))
+        A video that fails gives one SampleInfo with the reason. An accuracy must not count another video instead.
+        """
+        index = positions[0][0]
+        y, u, v = (plane.reshape(-1, *plane.shape[2:]) for plane in into)
+        try:
+            frames = self.read(index, [number for _, number in positions], (y, u, v))
+        except UnreadableVideo as error:
+            none = np.empty(0, AUGMENTATION)
+            return [SampleInfo(index, none, False, False, {self.videos.path(index): str(error)})]
+        row = np.array([augmentation.centre_crop(*frames.y.shape[1:])], AUGMENTATION)
+        return [SampleInfo(index, row, frames.bt709, frames.full_range, {})] * len(positions)
+
+    def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> ClipBatch:
+        """Return the clips of a video, or a batch without clips if the video failed."""
+        read = [info for info in infos if not info.failures]
+        indices = np.array([info.index for info in read], np.int64)
+        y, u, v = (plane[: len(read)] for plane in (frames.y, frames.u, frames.v))
         return ClipBatch(
-            Yuv420(y, u, v, bt709, full_range),
-            augmentation.to_augmentation(np.array(rows, AUGMENTATION)),
-            torch.from_numpy(own.labels[of_clips]),
-            torch.from_numpy(of_clips),
-            failures,
+            Yuv420(y, u, v, *stack_flags(read)),
+            augmentation.to_augmentation(np.concatenate([info.rows for info in infos])),
+            torch.from_numpy(self.videos.labels[indices]),
+            torch.from_numpy(indices),
+            merge_failures(info.failures for info in infos),
         )

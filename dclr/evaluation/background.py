@@ -36,7 +36,6 @@ from dclr.evaluation.composites import (
     composite,
     foreground_mask,
     frozen,
-    split_clips,
 )
 from dclr.evaluation.features import (
     ClipOutputs,
@@ -373,7 +372,7 @@ def plot_sheet(samples: CompositeClips, indices: Sequence[int], title: str, path
     for position in evenly_spaced(len(indices), SHEET_VIDEOS):
         index = indices[position]
         other = int(samples.backgrounds[index])
-        clip = split_clips(ordinary.read(index), samples.config.clip_length)[int(samples.shares[index].argmax())]
+        clip = ordinary.read(index, [int(samples.shares[index].argmax())])
         source, mask, background = rgb_of(clip), foreground_mask(clip), background_of(videos, other)
         composite(clip, mask, background)
         names = tuple(videos.classes[videos.labels[i]] for i in (index, other))

@@ -19,6 +19,8 @@ Letters: B clips, C channels, N videos, T frames, H, W pixels of a frame, h, w p
 and W, rounded up).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -135,8 +137,8 @@ class CompositeClips(TestClips):
         self.backgrounds = draw_backgrounds(videos.labels)
         self.shares = shared_array(len(videos) * TEST_CLIPS, np.float64).reshape(-1, TEST_CLIPS)
 
-    def read(self, index: int, into: Planes | None = None) -> YuvFrames:
-        """Read the composites of a video's test clips, one after the other.
+    def read(self, index: int, numbers: Sequence[int] = range(TEST_CLIPS), into: Planes | None = None) -> YuvFrames:
+        """Read the composites of some of a video's test clips, one after the other.
 
         Raises:
             UnreadableVideo: the video, or the video of its background, cannot be read.
@@ -146,8 +148,8 @@ class CompositeClips(TestClips):
             background = background_of(self.videos, other)
         except UnreadableVideo as error:
             raise UnreadableVideo(f"its background, {self.videos.path(other)}: {error}") from error
-        frames = super().read(index, into)
-        for number, clip in enumerate(split_clips(frames, self.config.clip_length)):
+        frames = super().read(index, numbers, into)
+        for number, clip in zip(numbers, split_clips(frames, self.config.clip_length), strict=True):
             mask = foreground_mask(clip)
             composite(clip, mask, background)
             self.shares[index, number] = mask.mean()

@@ -5,7 +5,7 @@ The test protocol is that of the released code: TEST_CLIPS = 10 clips per video,
 Letters: B clips in a batch, N videos, T frames per clip, h, w pixels of the crop, D outputs of the network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,14 @@ from torch import Tensor
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
 from dclr.data.failures import Failures
-from dclr.data.loader import test_loader
-from dclr.data.samples import TEST_CLIPS, TestClips
+from dclr.data.loader import Position, TestSampler, batches_ahead
+from dclr.data.prefetch import batches_on
+from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone, build_backbone, load_backbone
 from dclr.progress import ProgressBar
 from kernels import augment
-
-VIDEOS_PER_BATCH = 2
 
 LARGEST_OUTPUT = 1e15
 """The largest absolute output of a network that figures are computed from. The squares of larger outputs can overflow
@@ -71,26 +70,42 @@ def run_on_samples(
         UserError: no video can be read, or an output is not finite.
     """
     videos, config = samples.videos, samples.config
-    loader = test_loader(samples, VIDEOS_PER_BATCH, config.workers, pin=device.type == "cuda")
     size, failures = (config.crop_size, config.crop_size), Failures(SKIPPED)
-    values, labels, indices = [], [], []
+    values, indices = [], []
     with ProgressBar(len(videos), title, "video") as bar:
-        for batch in loader:
+        for positions, batch in clip_batches(samples, device):
             failures.add(batch.failures)
-            bar.advance(min(VIDEOS_PER_BATCH, len(videos) - bar.count))
-            if len(batch.labels) == 0:
-                continue
-            clip = augment(batch.frames.to(device, non_blocking=True), batch.augmentation, size)
-            output = network(clip).float().cpu()
-            check_outputs(output, [videos.path(index) for index in batch.indices.tolist()])
-            values.append(output.unflatten(0, (-1, TEST_CLIPS)))
-            labels.append(batch.labels[::TEST_CLIPS])
-            indices.append(batch.indices[::TEST_CLIPS])
-    if not values:
+            bar.advance(int(positions[-1][1] == TEST_CLIPS - 1))
+            if len(batch.indices):
+                output = network(augment(batch.frames, batch.augmentation, size)).float().cpu()
+                check_outputs(output, [videos.path(index) for index in batch.indices.tolist()])
+                values.append(output)
+                indices.append(batch.indices)
+    of_clips = torch.cat([torch.empty(0, dtype=torch.int64), *indices])
+    # A video that failed after some of its clips were read does not count either.
+    complete = torch.bincount(of_clips, minlength=len(videos)) == TEST_CLIPS
+    if not complete.any():
         raise UserError(
             f"{videos.root}: not one of {len(videos)} videos can be read any more; was the folder moved or unmounted?"
         )
-    return ClipOutputs(torch.cat(values), torch.cat(labels), torch.cat(indices), failures.reasons)
+    found = complete.nonzero()[:, 0]
+    of_videos = torch.cat(values)[complete[of_clips]].unflatten(0, (-1, TEST_CLIPS))
+    return ClipOutputs(of_videos, torch.from_numpy(videos.labels)[found], found, failures.reasons)
+
+
+def clip_batches(
+    samples: TestClips, device: torch.device, sampler: TestSampler | None = None
+) -> Iterator[tuple[Sequence[Position], ClipBatch]]:
+    """Yield the positions of each test batch, as `sampler` gives them, and the batch, on `device`.
+
+    A batch is valid until the next one is requested. Without `sampler`, all clips of all videos are read.
+
+    Raises:
+        UserError: the frames are too large for the memory of the machine.
+    """
+    sampler = sampler or TestSampler(samples)
+    ahead = batches_ahead(samples, sampler)
+    yield from zip(sampler, batches_on(device, samples, sampler, samples.config.workers, ahead=ahead), strict=True)
 
 
 def check_outputs(outputs: Tensor, paths: Sequence[str]) -> None:
