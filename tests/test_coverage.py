@@ -13,6 +13,7 @@ from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import open_catalog
 from dclr.data.pack import pack
 from dclr.errors import UserError
+from dclr.models import build_backbone, save_backbone
 
 SMALL = ["--width", "4", "--clip-length", "8", "--crop-size", "32", "--workers", "0"]
 TRAIN = [("a.mp4", 0), ("b.mp4", 1), ("c.mp4", 2), ("d.mp4", 0)]
@@ -118,3 +119,13 @@ def test_missing_videos_of_an_old_store_have_no_split_and_are_said(tmp_path):
     coverage(old, "train", {}).check(0)
     line = "1 listed videos are not on disk; the store is of an older version and does not know their split"
     assert describe_faults(old, {}) == [f"warning: {line}"]
+
+
+@pytest.mark.parametrize("command", ["retrieval", "maps"])
+def test_finite_weights_whose_outputs_overflow_give_no_figures(command, tmp_path, demo_videos):
+    network = build_backbone("r2plus1d_10", 4)
+    network.state_dict()["layer4.0.conv2.1.weight"].fill_(1e30)
+    save_backbone(network, tmp_path / "run" / "backbone.safetensors")
+    with pytest.raises(UserError, match=r"output for \S+ is not finite or above 1e\+15, so there are no figures"):
+        evaluation.main([command, "--data", str(demo_videos), "--checkpoint", str(tmp_path / "run"), *SMALL])
+    assert not (tmp_path / "run" / command / "report.json").exists()

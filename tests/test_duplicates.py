@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_list
@@ -100,6 +101,20 @@ def test_val_that_serves_as_test_is_no_leakage_but_a_val_of_its_own_is_compared(
     assert found(data).lines() == []
     (data / "test.txt").write_text("f.mp4 1\n")
     assert found(data).lines() == ["1 video is in both val and test: f.mp4"]
+
+
+def test_files_on_a_disk_without_inode_numbers_are_not_one_file(tmp_path, monkeypatch):
+    def stat(path: Path) -> SimpleNamespace:
+        found = os.stat(path)
+        return SimpleNamespace(st_dev=1, st_ino=0, st_size=found.st_size, st_mtime_ns=0, st_mode=found.st_mode)
+
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"content of " + name.encode())
+    copy(tmp_path / "a", tmp_path / "d")
+    monkeypatch.setattr(duplicates, "os", SimpleNamespace(stat=stat, fstat=os.fstat))
+    content = duplicates.content_of_files(tmp_path, "abcd")
+    assert len(set(content.values())) == 3
+    assert content["a"] == content["d"]
 
 
 def test_empty_and_unreadable_files_are_not_compared(tmp_path):

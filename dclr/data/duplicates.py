@@ -139,29 +139,30 @@ def content_in_store(index: Arrays) -> dict[str, Hashable]:
 
 def content_of_files(root: Path, paths: Iterable[str]) -> dict[str, Hashable]:
     """Return path -> a value that is equal for files with equal content. Files that cannot be read are left out."""
-    files: dict[tuple[int, int], str] = {}  # (device, inode) -> the first path of the file
-    file_of: dict[str, tuple[int, int]] = {}
-    sizes: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    files: dict[Hashable, str] = {}  # identity of a file -> its first path
+    file_of: dict[str, Hashable] = {}
+    sizes: dict[int, list[Hashable]] = defaultdict(list)
     for path in paths:
         try:
             found = os.stat(root / path)
         except OSError:
             continue
-        file = (found.st_dev, found.st_ino)
+        # Some network disks give several files the same inode number, or all files the number 0.
+        file: Hashable = (found.st_dev, found.st_ino or path, found.st_size, found.st_mtime_ns)
         if stat.S_ISREG(found.st_mode) and found.st_size:
             file_of[path] = file
             if files.setdefault(file, path) == path:
                 sizes[found.st_size].append(file)
 
-    content: dict[tuple[int, int], Hashable] = {file: file for file in files}
+    content = {file: file for file in files}
     with ThreadPoolExecutor(THREADS) as pool:
 
-        def divide(groups: Iterable[list[tuple[int, int]]], digest: Callable[[Path], bytes | None]) -> list[Any]:
+        def divide(groups: Iterable[list[Hashable]], digest: Callable[[Path], bytes | None]) -> list[list[Hashable]]:
             """Divide groups of files by their digests. A group of one file is dropped."""
             alike = [group for group in groups if len(group) > 1]
             members = [(number, file) for number, group in enumerate(alike) for file in group]
             digests = pool.map(lambda member: digest(root / files[member[1]]), members)
-            divided: dict[tuple[int, bytes], list[tuple[int, int]]] = defaultdict(list)
+            divided: dict[tuple[int, bytes], list[Hashable]] = defaultdict(list)
             for (number, file), value in zip(members, digests, strict=True):
                 if value is not None:
                     divided[number, value].append(file)

@@ -4,6 +4,7 @@ The files of torch.save are read with torch.load(weights_only=True), so no file 
 """
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -131,8 +132,10 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))  # the class that torch refuses to unpickle
+        holds = f" (it holds {found[1]})" if found else ""
         raise UserError(
-            f"{file} is not a file of plain tensors, and reading other objects could run code: "
+            f"{file} is not a file of plain tensors{holds}, and reading other objects could run code: "
             "give a file that holds only a state dict"
         ) from error
     except Exception as error:  # a damaged file can cause any error in the reader
