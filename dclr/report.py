@@ -10,10 +10,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -206,6 +206,14 @@ class RunLog:
             atomic_write(self._lines, "".join(line + "\n" for line in kept).encode())
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = ProgressBar(total_steps, title, "step", start=start_step, file=sys.stdout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close. An error of the run counts, and not the error of closing that may follow from it."""
+        with suppress(UserError) if kind else nullcontext():
+            self.close()
 
     def advance(self) -> None:
         """Advance the progress bar by one step."""

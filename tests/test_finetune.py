@@ -179,3 +179,30 @@ def test_a_nonfinite_loss_stops_the_run_at_its_step(run_tiny, monkeypatch, tmp_p
     ):
         run_tiny("finetune", log_every=100)
     assert newest(tmp_path / "run" / "checkpoints").stem == "step-0000004"
+
+
+@pytest.mark.parametrize("change", ["new", "gone", "renamed"])
+def test_a_run_resumed_with_other_classes_is_refused_with_both_numbers(train_main, tiny, tmp_path, change):
+    for number, name in enumerate(("clap", "jump", "run")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for video in range(4):
+            frames = np.full((12, 32, 32, 3), 20 * number + video, np.uint8)
+            write_video(tmp_path / "data" / name / f"{video}.mp4", frames)
+    if change == "new":
+        (tmp_path / "data" / "jump").rename(tmp_path / "jump")
+    flags = {**tiny, "data": tmp_path / "data", "epochs": 1, "out": tmp_path / "run"}
+    train_main("finetune", **flags)
+    if change == "new":
+        (tmp_path / "jump").rename(tmp_path / "data" / "jump")
+    else:
+        (tmp_path / "data" / "jump").rename(tmp_path / ("data/leap" if change == "renamed" else "jump"))
+    with pytest.raises(UserError) as caught:
+        train_main("finetune", resume=tmp_path / "run", epochs=2)
+    found = {
+        "new": "3 classes now, 2 then (jump is new)",
+        "gone": "2 classes now, 3 then (jump is gone)",
+        "renamed": "3 classes now, 3 then (leap is new, jump is gone)",
+    }
+    assert str(caught.value) == (
+        f"--resume {tmp_path / 'run'}: {found[change]}: restore the data set, or start another run"
+    )

@@ -1,5 +1,6 @@
 """DeepSpeed: start the processes, wrap a network, step, save and resume. No other module imports deepspeed."""
 
+import atexit
 import importlib.util
 import json
 import logging
@@ -25,6 +26,10 @@ RANKS = "ranks/statistics"
 """Name of the tensor in a checkpoint that holds BatchNorm's statistics of every rank: (ranks, N) float32."""
 
 
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}
+"""Environment of a run of one process that no launcher started. The port is set to a free one."""
+
+
 def start_processes() -> torch.device:
     """Join the run's other processes (started by deepspeed or torchrun) and return this process's device.
 
@@ -34,9 +39,8 @@ def start_processes() -> torch.device:
     Raises:
         UserError: the processes cannot connect.
     """
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:  # plain `python train.py`: without these variables DeepSpeed looks for MPI
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.update(_ALONE, MASTER_PORT=str(_free_port()))
     local = int(os.environ["LOCAL_RANK"])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -64,9 +68,18 @@ def start_processes() -> torch.device:
 
 
 def stop_processes() -> None:
-    """Leave the process group that `start_processes` joined."""
-    if dist.is_initialized():
+    """Leave the process group that `start_processes` joined.
+
+    A process that is alone keeps its group until it ends, for further runs, such as those of a notebook: DeepSpeed
+    holds the group in global variables and cannot start twice. Programs that it starts must not take part in the group.
+    """
+    if distributed.world_size() > 1:
         dist.destroy_process_group()
+    elif dist.is_initialized():
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
+        for name in _ALONE:
+            os.environ.pop(name, None)
 
 
 def local_rank() -> int:

@@ -5,6 +5,7 @@ pretrain.py and finetune.py supply a Task: what a micro-batch computes, and what
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -120,7 +121,7 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
     engine.train()
     began = time.monotonic() - max(state["seconds"], 0.0)  # negative after a clock change, in runs of earlier versions
 
-    with StopRequest() as request:
+    with StopRequest() as request, log or nullcontext():
         for step in range(start, sampler.stop):
             epoch = step // sampler.steps_per_epoch
             lr = learning_rate(config.optim, epoch)
@@ -175,8 +176,6 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
             if log:
                 log.advance()
 
-    if log:
-        log.close()
     run.finish_exchange()
     return Trained(last, guard.skipped, failures, began)
 
