@@ -1,4 +1,9 @@
-"""The exception for wrong input."""
+"""The exception for wrong input, and names that are safe to print."""
+
+
+def printable(text: str) -> str:
+    """Return the text with escaped control characters and undecodable bytes, which file names may contain."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UserError(Exception):
@@ -10,4 +15,4 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """Return the message with escaped control characters, which quoted file names and texts may contain."""
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        return printable(super().__str__())

@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dclr.data.store import Arrays, load_index
 from dclr.data.string_array import pack_strings, unpack_strings
-from dclr.errors import UserError
+from dclr.errors import UserError, printable
 
 SPLITS = ("train", "val", "test")
 LAYOUTS = "UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, or a folder of videos"
@@ -52,6 +53,8 @@ class Catalog:
     """Reason -> paths relative to root of the files and folders that were not used."""
     warnings: tuple[str, ...] = ()
     """Lines about what is probably wrong, such as a class that has no training videos."""
+    lists: tuple[str, ...] = ()
+    """The list files that were read, relative to root. Every other file below root is a video or is in `unused`."""
     index: Arrays | None = field(default=None, repr=False, compare=False)
     """The index of a packed store, for `open_store`; None for videos on disk."""
 
@@ -68,10 +71,18 @@ def make_catalog(
     classes: tuple[str, ...],
     splits: Mapping[str, Iterable[Video]],
     missing: Mapping[str, Iterable[Video]] | None = None,
+    *,
+    recognised: Iterable[str] = (),
+    unused: Mapping[str, Iterable[str]] | None = None,
+    warnings: Iterable[str] = (),
+    lists: Iterable[Path] = (),
 ) -> Catalog:
     """Return a catalog without missing videos and empty splits. If there is "val" and no "test", "test" is "val".
 
-    `missing`: videos by split of which the layout already knows that they are not on disk.
+    Args:
+        missing: videos by split of which the layout already knows that they are not on disk.
+        recognised, unused, warnings: the fields of Catalog.
+        lists: the list files that were read, all below `root`.
 
     Raises UserError: there are no videos, or a string of the lists cannot be a file name.
     """
@@ -98,7 +109,17 @@ def make_catalog(
         present["test"] = present["val"]
         if "val" in absent:
             absent["test"] = absent["val"]
-    return Catalog(root=root, layout=layout, classes=classes, splits=present, missing=absent)
+    return Catalog(
+        root=root,
+        layout=layout,
+        classes=classes,
+        splits=present,
+        missing=absent,
+        recognised=tuple(recognised),
+        unused={reason: tuple(paths) for reason, paths in (unused or {}).items()},
+        warnings=tuple(warnings),
+        lists=tuple(file.relative_to(root).as_posix() for file in lists),
+    )
 
 
 def _require_strings(root: Path, strings: list[str]) -> None:
@@ -112,6 +133,39 @@ def _require_strings(root: Path, strings: list[str]) -> None:
     except UnicodeEncodeError:
         pass
     raise UserError(f"{root}: its lists hold characters that no file name can have (null, or half of a surrogate pair)")
+
+
+# ---------------------------------------------------------------- how the data set was read
+
+SHOWN_NAMES = 5
+"""Most names that a line or an entry gives for one reason."""
+
+
+def describe_reading(catalog: Catalog) -> list[str]:
+    """Return lines that say how the data set was read, and what was not used for which reason."""
+    lines = [f"recognised: {printable(line)}" for line in catalog.recognised]
+    for reason, paths in catalog.unused.items():
+        more = f" and {len(paths) - SHOWN_NAMES:,} more" if len(paths) > SHOWN_NAMES else ""
+        names = ", ".join(map(printable, paths[:SHOWN_NAMES]))
+        lines.append(f"not used, {printable(reason)}: {len(paths):,} ({names}{more})")
+    return lines
+
+
+def describe_warnings(catalog: Catalog) -> list[str]:
+    """Return a line for each warning."""
+    return [f"warning: {printable(line)}" for line in catalog.warnings]
+
+
+def reading_entry(catalog: Catalog) -> dict[str, Any]:
+    """Return the entries of report.json that say how the data set was read."""
+    return {
+        "recognised": list(catalog.recognised),
+        "unused": {
+            reason: {"count": len(paths), "first": list(paths[:SHOWN_NAMES])}
+            for reason, paths in catalog.unused.items()
+        },
+        "warnings": list(catalog.warnings),
+    }
 
 
 # ---------------------------------------------------------------- the packed store
@@ -153,7 +207,48 @@ def catalog_arrays(catalogs: dict[int, Catalog]) -> Arrays:
         "missing_number": np.array([number for number, _, _ in missing], dtype=np.int64),
         "missing_split": np.array([split for _, split, _ in missing], dtype=np.int64),
         "missing_label": np.array([video.label for _, _, video in missing], dtype=np.int64),
+        **_reading_arrays(catalogs),
     }
+
+
+def _reading_arrays(catalogs: dict[int, Catalog]) -> Arrays:
+    """Return how the data set was read, by number of the official split, as the arrays `store.READING`."""
+    recognised = [(number, line) for number, catalog in catalogs.items() for line in catalog.recognised]
+    warnings = [(number, line) for number, catalog in catalogs.items() for line in catalog.warnings]
+    unused = [
+        (number, reason, path)
+        for number, catalog in catalogs.items()
+        for reason, paths in catalog.unused.items()
+        for path in paths
+    ]
+    return {
+        "recognised": pack_strings(line for _, line in recognised),
+        "recognised_number": np.array([number for number, _ in recognised], dtype=np.int64),
+        "warnings": pack_strings(line for _, line in warnings),
+        "warnings_number": np.array([number for number, _ in warnings], dtype=np.int64),
+        "unused": pack_strings(path for _, _, path in unused),
+        "unused_reason": pack_strings(reason for _, reason, _ in unused),
+        "unused_number": np.array([number for number, _, _ in unused], dtype=np.int64),
+    }
+
+
+def _lines_of(index: Arrays, name: str, split: int) -> tuple[str, ...]:
+    """Return the strings of a store's array that belong to one number of the official split."""
+    if name not in index:
+        return ()
+    lines = zip(unpack_strings(index[name]), index[f"{name}_number"].tolist(), strict=True)
+    return tuple(line for line, number in lines if number == split)
+
+
+def _unused_of(index: Arrays, split: int) -> dict[str, tuple[str, ...]]:
+    """Return reason -> paths of a store's unused files, for one number of the official split."""
+    unused: dict[str, list[str]] = {}
+    if "unused" in index:
+        columns = (unpack_strings(index["unused"]), unpack_strings(index["unused_reason"]))
+        for path, reason, number in zip(*columns, index["unused_number"].tolist(), strict=True):
+            if number == split:
+                unused.setdefault(reason, []).append(path)
+    return {reason: tuple(paths) for reason, paths in unused.items()}
 
 
 def catalog_of_store(folder: Path, split: int) -> Catalog:
@@ -185,5 +280,8 @@ def catalog_of_store(folder: Path, split: int) -> Catalog:
         classes=tuple(unpack_strings(index["classes"])),
         splits={name: tuple(videos) for name, videos in splits.items()},
         missing={name: tuple(videos) for name, videos in missing.items()},
+        recognised=_lines_of(index, "recognised", split),
+        unused=_unused_of(index, split),
+        warnings=_lines_of(index, "warnings", split),
         index=index,
     )

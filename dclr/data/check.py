@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from dclr.config import DataConfig
-from dclr.data.catalog import Catalog, Video
+from dclr.data.catalog import Catalog, Video, describe_reading
 from dclr.data.coverage import class_warnings, coverage, missing_of_unknown_split
 from dclr.data.datasets import make_demo, open_data
 from dclr.data.decode import VideoRecord
 from dclr.data.duplicates import find_duplicates
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.data.store import Arrays, Store, damaged_shards, open_store, pack_command
-from dclr.errors import UserError
+from dclr.errors import UserError, printable
 
 
 def check(data: DataConfig) -> None:
@@ -55,14 +55,15 @@ def videos_of(catalog: Catalog) -> dict[str, Video]:
 
 
 def describe_catalog(catalog: Catalog) -> list[str]:
-    """Return lines with the layout and the number of videos of each class in each split."""
+    """Return lines with the layout, how it was read, and the number of videos of each class in each split."""
     classes = f"{len(catalog.classes)} classes" if catalog.classes else "no labels"
     lines = [f"{catalog.root}: {catalog.layout}, {len(videos_of(catalog))} videos, {classes}"]
-    names = list(catalog.splits)
+    lines += [f"  {line}" for line in describe_reading(catalog)]
+    names, class_names = list(catalog.splits), [printable(name) for name in catalog.classes]
     counts = {name: Counter(video.label for video in catalog.splits[name]) for name in names}
-    wide = max([len(name) for name in catalog.classes] + [10])
+    wide = max([len(name) for name in class_names] + [10])
     lines.append(f"  {'class':{wide}}" + "".join(f"{name:>8}" for name in names))
-    for label, class_name in enumerate(catalog.classes):
+    for label, class_name in enumerate(class_names):
         lines.append(f"  {class_name:{wide}}" + "".join(f"{counts[name][label]:8}" for name in names))
     lines.append(f"  {'all':{wide}}" + "".join(f"{len(catalog.splits[name]):8}" for name in names))
     return lines
@@ -124,7 +125,7 @@ def describe_unreadable(unreadable: Mapping[str, str]) -> list[str]:
     """Return lines with the number of unreadable videos, and each one with its reason."""
     return [
         f"unreadable: {len(unreadable)}",
-        *(f"  {path}: {reason}" for path, reason in sorted(unreadable.items())),
+        *(f"  {printable(path)}: {printable(reason)}" for path, reason in sorted(unreadable.items())),
     ]
 
 
@@ -132,11 +133,12 @@ def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str
     """Return a line for each fault that spoils training or figures: missing videos, empty classes and duplicates."""
     gaps = [coverage(catalog, split, unreadable).sentence() for split in catalog.splits]
     gaps += missing_of_unknown_split(catalog)
+    gaps += catalog.warnings
     lines = [*filter(None, gaps), *class_warnings(catalog), *find_duplicates(catalog, unreadable).lines()]
-    return [f"warning: {line}" for line in lines]
+    return [f"warning: {printable(line)}" for line in lines]
 
 
 def describe_missing(catalog: Catalog) -> list[str]:
     """Return lines with the videos that the lists name and the disk does not hold; none if there are no such videos."""
     paths = list(dict.fromkeys(video.path for videos in catalog.missing.values() for video in videos))
-    return [f"listed but not on disk: {len(paths)}", *(f"  {path}" for path in paths)] if paths else []
+    return [f"listed but not on disk: {len(paths)}", *(f"  {printable(path)}" for path in paths)] if paths else []

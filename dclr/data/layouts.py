@@ -46,9 +46,9 @@ def ucf101(data: Path, split: int, allow_outside: bool) -> Catalog:
         if label != train[-1].label + 1:
             raise UserError(f"{where}: label {number} contradicts {class_file}, which says {train[-1].label + 1}")
     test = [video(where, line) for where, line in read_lines(lists / f"testlist{split:02d}.txt")]
-    return make_catalog(
-        data, "UCF101", tuple(names[number] for number in sorted(names)), {"train": train, "test": test}
-    )
+    read = [class_file, lists / f"trainlist{split:02d}.txt", lists / f"testlist{split:02d}.txt"]
+    classes = tuple(names[number] for number in sorted(names))
+    return make_catalog(data, "UCF101", classes, {"train": train, "test": test}, lists=read)
 
 
 def hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
@@ -66,7 +66,8 @@ def hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
             if use != "0":
                 path = path_inside(PurePosixPath(folder, file.strip()), where, allow_outside)
                 splits["train" if use == "1" else "test"].append(Video(path=path, label=label))
-    return make_catalog(data, "HMDB51", classes, splits)
+    read = [lists / f"{name}_test_split{split}.txt" for name in classes]
+    return make_catalog(data, "HMDB51", classes, splits, lists=read)
 
 
 def kinetics_lists(folder: Path) -> Iterator[Path]:
@@ -115,7 +116,7 @@ def kinetics(data: Path, lists: list[Path]) -> Catalog:
             splits[split].append(Video(path=path, label=labels[class_name], group=youtube_id))
         else:
             missing[split].append(Video(path=name, label=labels[class_name], group=youtube_id))
-    return make_catalog(data, "Kinetics-400", classes, splits, missing)
+    return make_catalog(data, "Kinetics-400", classes, splits, missing, lists=lists)
 
 
 def diving48(data: Path) -> Catalog:
@@ -151,7 +152,8 @@ def diving48(data: Path) -> Catalog:
             # <youtube id>_<number>: dives of one competition share pool, camera and divers.
             video = Video(path=on_disk.get(name, name), label=label, group=name.rpartition("_")[0])
             (splits if name in on_disk else missing)[split].append(video)
-    return make_catalog(data, "Diving48", classes, splits, missing)
+    read = [*data.glob("Diving48*_train.json"), *data.glob("Diving48*_test.json"), *data.glob("Diving48*_vocab.json")]
+    return make_catalog(data, "Diving48", classes, splits, missing, lists=sorted(read))
 
 
 def _only(folder: Path, pattern: str) -> Path:

@@ -50,7 +50,8 @@ def list_file(file: Path, allow_outside: bool) -> Catalog:
     if classes is None:
         largest = max((video.label for videos in splits.values() for video in videos), default=-1)
         classes = tuple(str(label) for label in range(largest + 1))
-    return make_catalog(root, "list file", classes, splits)
+    read = [*files.values(), *([class_file] if class_file.is_file() else [])]
+    return make_catalog(root, "list file", classes, splits, lists=read)
 
 
 # ---------------------------------------------------------------- reading

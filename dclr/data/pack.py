@@ -20,7 +20,7 @@ import numpy as np
 
 from dclr.config import DataConfig
 from dclr.data import decoder_process, store
-from dclr.data.catalog import catalog_arrays
+from dclr.data.catalog import catalog_arrays, describe_reading, describe_warnings
 from dclr.data.datasets import DEMO_VIDEOS, make_demo, official_splits, open_catalog
 from dclr.data.decode import UnreadableVideo, VideoRecord, YuvFrames, resized_planes, verify_video
 from dclr.data.decoder_process import DecoderDied
@@ -105,6 +105,8 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
     reasons = [manifest.unreadable.get(path, "") for path in paths]
     plan = make_plan(source, root, lists, manifest.records, reasons, short_side, compact)
     print("\n".join(describe(root, plan)))
+    for catalog in catalogs.values():
+        print("\n".join(f"  {line}" for line in [*describe_reading(catalog), *describe_warnings(catalog)]))
     if not out:
         print("nothing is written yet: give --out STORE, and --compact if it should be the smaller one")
         return
@@ -301,7 +303,8 @@ def difference_of(before: Arrays, now: Arrays) -> str:
     lists += [name for name in now if name.startswith("entry_")]
     if not all(np.array_equal(before[name], now[name]) for name in lists):
         return "other lists of classes or splits"
-    if not all(np.array_equal(before[name], now[name]) for name in now if name in before and name != "source"):
+    ignored = {"source", *store.READING}
+    if not all(np.array_equal(before[name], now[name]) for name in now if name in before and name not in ignored):
         return "another division into shards"
     return ""
 

@@ -47,6 +47,17 @@ SHORT_SIDE = 128
 FOUND = ("sizes", "crc32", "bt709", "full_range")
 """The columns that are known only after a shard is written."""
 
+READING = (
+    "recognised",
+    "recognised_number",
+    "warnings",
+    "warnings_number",
+    "unused",
+    "unused_reason",
+    "unused_number",
+)
+"""The arrays that say how the data set was read. Stores of older versions have none of them."""
+
 MAX_FILE, MAX_FRAMES, MAX_SIDE, MAX_BYTES = 2**30, 2**24, 2**14, 2**50
 """Largest file of arrays in bytes (Kinetics-400's index takes 60 MB), frames of a video, pixels of a side, and bytes of
 a shard. They are far above those of any data set, and low enough that no product or sum of them leaves int64."""
@@ -387,6 +398,11 @@ def _check_lists(path: Path, index: Arrays) -> None:
     _check_columns(path, index, missing, strings=["missing"])
     if "missing_split" in index:  # stores of older versions have neither
         _check_columns(path, index, missing, int64=["missing_split", "missing_label"])
+    if any(name in index for name in READING):
+        _check_columns(path, index, (None,), int64=["recognised_number", "warnings_number", "unused_number"])
+        for name in ("recognised", "warnings", "unused"):
+            _check_columns(path, index, index[f"{name}_number"].shape, strings=[name])
+        _check_columns(path, index, index["unused_number"].shape, strings=["unused_reason"])
     by_video = ["heights", "widths", "sizes", "shards", "offsets"]
     _check_columns(path, index, (videos,), int64=by_video, strings=["paths", "reasons"])
     _check_columns(path, index, (videos,), bool=["oblique", "interlaced"])

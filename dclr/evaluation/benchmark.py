@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dclr.config import DataConfig
-from dclr.data.catalog import Catalog
+from dclr.data.catalog import Catalog, describe_reading, reading_entry
 from dclr.data.coverage import Coverage, class_warnings, coverage, missing_of_unknown_split
 from dclr.data.duplicates import find_duplicates
 from dclr.data.videos import VideoSet
+from dclr.errors import printable
 
 
 class Benchmark:
@@ -22,6 +23,8 @@ class Benchmark:
         """
         self.catalog, self.videos, self.max_missing = catalog, videos, data.max_missing
         self.failures: dict[str, str] = {}
+        for line in describe_reading(catalog):
+            print(line)
         self.check()
         unreadable = {path for split in videos.values() for path in split.unreadable}
         self.duplicates = find_duplicates(catalog, unreadable)
@@ -44,7 +47,8 @@ class Benchmark:
 
     def print_faults(self) -> None:
         """Print one line for each fault: on stdout, below the table of figures, and as a warning on stderr."""
-        for line in [*self.gaps(), *class_warnings(self.catalog), *self.duplicates.lines()]:
+        warnings = [*class_warnings(self.catalog), *self.duplicates.lines(), *self.catalog.warnings]
+        for line in map(printable, [*self.gaps(), *warnings]):
             print(line)
             print(f"warning: {line}", file=sys.stderr)
 
@@ -61,6 +65,7 @@ class Benchmark:
     def report(self) -> dict[str, Any]:
         """Return the entries of report.json."""
         return {
+            "data": reading_entry(self.catalog),
             "coverage": {split.split: split.report() for split in self.check()},
             "duplicates": self.duplicates.report(),
         }

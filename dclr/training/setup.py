@@ -14,7 +14,7 @@ import kernels
 from dclr import config as configuration
 from dclr import distributed, report
 from dclr.config import Config, DataConfig, PretrainConfig
-from dclr.data.catalog import Catalog
+from dclr.data.catalog import Catalog, describe_reading, describe_warnings, reading_entry
 from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import make_demo, open_data
 from dclr.data.duplicates import find_duplicates
@@ -50,7 +50,7 @@ class Run:
     failed_videos: int = 0
     """Videos that had failed on all ranks together when `any_rank_stops` last looked."""
     listed: dict[str, Any] = field(default_factory=dict)
-    """Entries of report.json about listed videos that are missing or are listed twice, see `check_listed`."""
+    """Entries of report.json about how the data set was read, and see `check_listed`."""
 
     @property
     def main(self) -> bool:
@@ -226,8 +226,12 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     listed = check_listed(command, catalog, videos, config.data.max_missing)
 
     run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resumed)
-    run.listed = listed
+    run.listed = {**reading_entry(catalog), **listed}
     run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
+    for line in describe_reading(catalog):
+        run.say(f"  {line}")
+    for line in describe_warnings(catalog) if run.main else []:
+        print(line, file=sys.stderr)
     if catalog.missing:
         count = len({video.path for missing in catalog.missing.values() for video in missing})
         run.say(f"  {count} listed videos are not on disk: train.py check names them")
