@@ -1,4 +1,4 @@
-"""Every file and folder of a data set is used, or it is counted by a reason that check, training and report.json say."""
+"""Every file and folder of a data set is used or counted by a reason, in check, at the start and in report.json."""
 
 from dataclasses import replace
 from pathlib import Path
