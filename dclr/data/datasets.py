@@ -25,7 +25,7 @@ from dclr.data.catalog import Catalog, catalog_of_store
 from dclr.data.demo import render_demo
 from dclr.data.folders import class_folders
 from dclr.data.layouts import diving48, hmdb51, kinetics, kinetics_lists, ucf101
-from dclr.data.lists import list_file
+from dclr.data.own_lists import LIST_SUFFIXES, has_lists, list_catalog, list_numbers
 from dclr.data.store import is_store
 from dclr.errors import UserError
 
@@ -55,10 +55,9 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
             and the line.
     """
     if data.is_file():
-        if data.suffix.lower() != ".txt":
+        if data.suffix.lower() not in LIST_SUFFIXES:
             raise UserError(f"{data} is a file; give a folder of videos or a .txt list of them")
-        _require_split(split, "list file", numbers=1)
-        return list_file(data, allow_outside)
+        return list_catalog(data, split, allow_outside)
     if not data.exists():
         raise UserError(f"no such folder: {data}")
 
@@ -76,12 +75,8 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
     if any(data.glob("Diving48*_train.json")) or any(data.glob("Diving48*_test.json")):
         _require_split(split, "Diving48", numbers=1)
         return diving48(data)
-    if (data / "splits").is_dir():
-        _require_split(split, "list file", numbers=1)
-        return list_file(data / "splits" / "train.txt", allow_outside)
-    if (data / "train.txt").is_file():
-        _require_split(split, "list file", numbers=1)
-        return list_file(data / "train.txt", allow_outside)
+    if has_lists(data):
+        return list_catalog(data, split, allow_outside)
     _require_split(split, "class folders", numbers=1)
     return class_folders(data)
 
@@ -90,6 +85,8 @@ def official_splits(data: Path) -> list[int]:
     """Return the numbers of the official splits that a data set has lists for; [1] if it has none."""
     if (data / "ucfTrainTestlist").is_dir():
         names = [file.name for file in (data / "ucfTrainTestlist").glob("t*list0[123].txt")]
+    elif numbers := list_numbers(data):
+        return numbers
     else:
         names = [file.name for file in (data / "testTrainMulti_7030_splits").glob("*_test_split[123].txt")]
     return sorted({int(name[-len("1.txt")]) for name in names}) or [1]

@@ -1,4 +1,4 @@
-"""List files: lines of text, tables and JSON that other people wrote, and the catalog of the user's own lists.
+"""The text of list files: lines, JSON, labels and paths that other people wrote.
 
 Lists often come from other people, so the paths in them must stay in the data folder unless `allow_outside` is set.
 """
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from dclr.data.catalog import SPLITS, Catalog, Video, make_catalog
 from dclr.data.store import leaves_folder
 from dclr.errors import UserError
 
@@ -17,44 +16,6 @@ MAX_LINE = 10_000
 """Most characters in a line of a list. No path has half as many."""
 MAX_CLASSES = 100_000
 """Labels are below this number. Without a limit, a typing error in a list would make a classifier of gigabytes."""
-
-
-def list_file(file: Path, allow_outside: bool) -> Catalog:
-    """Return the catalog of a list file.
-
-    A list named train, val or test is read together with the others of these names in its folder. A list of another
-    name is the whole data set.
-    """
-    root = file.parent.parent if file.parent.name == "splits" else file.parent
-    files = {split: file.with_name(f"{split}.txt") for split in SPLITS}
-    if file in files.values():
-        files = {split: sibling for split, sibling in files.items() if sibling == file or sibling.is_file()}
-    else:
-        files = {"train": file}
-
-    class_file = file.with_name("classes.txt")
-    classes = tuple(line for _, line in read_lines(class_file)) if class_file.is_file() else None
-    splits: dict[str, list[Video]] = {}
-    for split, list_file in files.items():
-        splits[split] = []
-        for where, line in read_lines(list_file):
-            if line.startswith("#"):
-                continue
-            fields = line.split()
-            if len(fields) not in (2, 3) or (label := label_number(fields[1])) is None:
-                raise UserError(f"{where}: expected `path label [group]`, the label a number, got {line!r}")
-            if classes is not None and label >= len(classes):
-                raise UserError(f"{where}: label {label} is beyond the {len(classes)} classes of {class_file}")
-            path = path_inside(PurePosixPath(fields[0]), where, allow_outside)
-            splits[split].append(Video(path=path, label=label, group=fields[2] if len(fields) == 3 else ""))
-    if classes is None:
-        largest = max((video.label for videos in splits.values() for video in videos), default=-1)
-        classes = tuple(str(label) for label in range(largest + 1))
-    read = [*files.values(), *([class_file] if class_file.is_file() else [])]
-    return make_catalog(root, "list file", classes, splits, lists=read)
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read_lines(file: Path) -> list[tuple[str, str]]:
