@@ -107,11 +107,20 @@ def test_at_most_so_many_positions_are_taken_from_the_first_to_the_last():
 def test_outputs_that_are_not_finite_give_no_figures_and_name_the_video(copied, value):
     def network(clip: torch.Tensor) -> torch.Tensor:
         colours = mean_colour(clip)
-        calls.append(colours)
-        if len(calls) == 2:  # the second batch of two videos
-            colours[TEST_CLIPS + 3, 1] = value
+        for row in range(len(colours)):
+            if len(clips) == 3 * TEST_CLIPS + 3:  # a clip of the fourth video
+                colours[row, 1] = value
+            clips.append(row)
         return colours
 
-    calls: list[torch.Tensor] = []
+    clips: list[int] = []
     with pytest.raises(UserError, match=f"the network's output for {copied.path(3)} is not finite or above 1e\\+15"):
         run_on_clips(network, copied, CONFIG, CPU, "test")
+
+
+def test_a_network_whose_outputs_are_all_equal_is_named(copied, capsys):
+    warning = "warning: the network gives the same output for every clip"
+    run_on_clips(mean_colour, copied, CONFIG, CPU, "test")
+    assert warning not in capsys.readouterr().err
+    run_on_clips(lambda clip: torch.ones(len(clip), 3), copied, CONFIG, CPU, "test")
+    assert warning in capsys.readouterr().err

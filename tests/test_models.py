@@ -589,12 +589,17 @@ def test_the_first_name_of_a_foreign_network_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     network = randomized(build_backbone("r3d_10", width=8))
+    save_backbone(network, tmp_path / "good.safetensors")
     network.state_dict()["layer1.0.conv1.0.weight"].flatten()[:3] = value
     torch.save({"model": network.state_dict()}, tmp_path / "weights.pth")
-    save_backbone(network, tmp_path / "backbone.safetensors")
+    metadata = {"format": "dclr", "backbone": "r3d_10", "width": "8"}
+    save_file(network.state_dict(), tmp_path / "backbone.safetensors", metadata)
     message = r"layer1\.0\.conv1\.0\.weight holds 3 values that are not finite: the run diverged"
     refused(tmp_path / "weights.pth", message)
     refused(tmp_path / "backbone.safetensors", message)
+    with pytest.raises(UserError, match=message):  # a run that diverged in its last step
+        save_backbone(network, tmp_path / "good.safetensors")
+    load_backbone(tmp_path / "good.safetensors", build_backbone("r3d_10", width=8))
 
 
 def test_variances_below_zero_and_numbers_that_are_no_float32_are_refused(tmp_path: Path) -> None:
@@ -617,7 +622,11 @@ def test_a_classifier_that_is_not_finite_is_refused(name: str, tmp_path: Path) -
     load_classifier(tmp_path)
     state = {**classifier.backbone.state_dict(), **{f"fc.{k}": v for k, v in classifier.fc.state_dict().items()}}
     state[name].flatten()[0] = torch.nan
-    save_classifier(classifier, ("a", "b"), tmp_path / "classifier.safetensors")
+    with pytest.raises(UserError, match=f"{name} holds 1 values that are not finite"):
+        save_classifier(classifier, ("a", "b"), tmp_path / "classifier.safetensors")
+    load_classifier(tmp_path)
+    metadata = {"format": "dclr", "backbone": "r3d_10", "width": "4", "classes": '["a", "b"]'}
+    save_file(state, tmp_path / "classifier.safetensors", metadata)
     with pytest.raises(UserError, match=f"{name} holds 1 values that are not finite"):
         load_classifier(tmp_path)
 

@@ -683,9 +683,9 @@ def test_invalid_lines_of_metrics_are_dropped_on_resume(workspace, capsys):
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
     """Make a data folder with a video, and a video next to that folder that lists must not name."""
-    for name in ("data/inside.mp4", "outside.mp4"):
+    for seed, name in enumerate(("data/inside.mp4", "outside.mp4")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_video(tmp_path / name, np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+        write_video(tmp_path / name, np.random.default_rng(seed).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
     return tmp_path
 
 

@@ -5,6 +5,7 @@ The test protocol is that of the released code: TEST_CLIPS = 10 clips per video,
 Letters: B clips in a batch, N videos, T frames per clip, h, w pixels of the crop, D outputs of the network.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def run_on_samples(
         )
     found = complete.nonzero()[:, 0]
     of_videos = torch.cat(values)[complete[of_clips]].unflatten(0, (-1, TEST_CLIPS))
+    if len(found) > 1 and (of_videos == of_videos[0, 0]).all():
+        print("warning: the network gives the same output for every clip: figures have no meaning", file=sys.stderr)
     return ClipOutputs(of_videos, torch.from_numpy(videos.labels)[found], found, failures.reasons)
 
 

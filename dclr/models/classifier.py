@@ -44,8 +44,13 @@ class Classifier(nn.Module):
 
 
 def save_classifier(classifier: Classifier, classes: tuple[str, ...], path: Path) -> None:
-    """Write a classifier as safetensors, with the class names and the backbone's name and width as metadata."""
+    """Write a classifier as safetensors, with the class names and the backbone's name and width as metadata.
+
+    Raises:
+        UserError: the weights are not finite. Nothing is written.
+    """
     tensors = {**classifier.backbone.state_dict(), **{f"fc.{k}": v for k, v in classifier.fc.state_dict().items()}}
+    check_finite(path, tensors)
     backbone = classifier.backbone
     metadata = {
         "format": "dclr",

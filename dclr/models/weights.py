@@ -36,7 +36,12 @@ _AVERAGE = re.compile(r"(^|[._/])(k|m|key|teacher|target|momentum|ema)([._/]|$)"
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write a backbone as safetensors under torchvision's parameter names, with its name and width as metadata."""
+    """Write a backbone as safetensors under torchvision's parameter names, with its name and width as metadata.
+
+    Raises:
+        UserError: the weights are not finite. Nothing is written.
+    """
+    check_finite(path, backbone.state_dict())
     metadata = {"format": "dclr", "backbone": backbone.name, "width": str(backbone.width)}
     write_safetensors(backbone.state_dict(), metadata, path)
 
@@ -124,7 +129,10 @@ def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError for a weight that is not a finite float32 number, and for a negative variance of BatchNorm."""
+    """Raise UserError for a weight that is not a finite float32 number, and for a negative variance of BatchNorm.
+
+    `file`: the file that holds the tensors or shall hold them. The message names it.
+    """
     faults = []
     for name, tensor in tensors.items():
         if name.endswith("num_batches_tracked"):
@@ -133,10 +141,11 @@ def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
             faults.append(f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, not floats")
         elif wrong := int((~torch.isfinite(tensor.float())).sum()):
             faults.append(
-                f"{name} holds {wrong} values that are not finite: the run diverged; give an earlier checkpoint"
+                f"{name} holds {wrong} values that are not finite: the run diverged; "
+                "use an earlier checkpoint, or train with a lower --lr"
             )
         elif name.endswith("running_var") and (wrong := int((tensor < 0).sum())):
-            faults.append(f"{name} holds {wrong} negative variances: the file is damaged; give an earlier checkpoint")
+            faults.append(f"{name} holds {wrong} negative variances: the file is damaged; use an earlier checkpoint")
     if faults:
         more = f" (the same file has {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
         raise UserError(f"{file}: {faults[0]}{more}")
