@@ -297,18 +297,18 @@ def test_a_damaged_frame_is_refused(genuine: Path, tmp_path: Path) -> None:
 
 
 def test_a_truncated_avi(genuine: Path, tmp_path: Path) -> None:
-    """Cut between two packets, the file has fewer frames than declared. Cut inside a packet, its last frame is
-    corrupt."""
+    """Cut between two packets, the file has fewer frames than declared. Cut inside a packet, its last frame does not
+    decode."""
     whole = genuine / GENUINE[4]
     with av.open(str(whole)) as container:
         start = [packet.pos for packet in container.demux(video=0)][90]  # of the 91st frame, which is number 90
     path = tmp_path / "cut.avi"
     path.write_bytes(whole.read_bytes()[: start - 8])
     record = verify_video(path)
-    assert (record.declared, record.frames) == (135, 90)
+    assert (record.declared, record.frames, record.cut_from) == (135, 90, 135)
     assert np.array_equal(read_all(path, record, range(90)), decode_all(whole)[:90])
     path.write_bytes(whole.read_bytes()[: start + 500])
-    with pytest.raises(UnreadableVideo, match="frame 90 is corrupt"):
+    with pytest.raises(UnreadableVideo, match="decoding stops at frame 90: "):
         verify_video(path)
 
 
@@ -702,3 +702,115 @@ def test_a_video_of_any_name_is_a_video(small: tuple[Path, VideoRecord], tmp_pat
     assert is_video(path)
     assert not is_video(tmp_path)
     assert not is_video(tmp_path / "missing.mp4")
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def write_textured(path: Path, codec: str, pix_fmt: str, frames: int = 30, size: int = 96) -> list[tuple[int, int]]:
+    """Write moving waves with noise. Return (position, size) in bytes of each frame in the file."""
+    y, x = np.mgrid[:size, :size]
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = size, size, pix_fmt
+        stream.codec_context.gop_size = 10
+        stream.codec_context.thread_count = 1
+        for number in range(frames):
+            waves = [100 * np.sin((x + 3 * number) / 9), 100 * np.cos((y - 2 * number) / 7), (x * y) % 256 - 128]
+            image = 128 + np.stack(waves, axis=-1) + rng.integers(0, 20, (size, size, 1))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image.clip(0, 255).astype(np.uint8))))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size and packet.pos]
+
+
+def flip_bits(path: Path, packets: list[tuple[int, int]], seed: int) -> None:
+    """Flip two bits in each of four frames."""
+    content, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
+    for number in rng.choice(np.arange(3, len(packets)), 4, replace=False):
+        start, size = packets[number]
+        for offset in rng.integers(size // 3, size, 2):
+            content[start + int(offset)] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+
+
+def differing_windows(path: Path, record: VideoRecord) -> list[int]:
+    """Return the starts of windows of two frames that differ from a read of all frames."""
+    frames = read_all(path, record, np.arange(record.frames))
+    starts = range(0, record.frames, 3)
+    windows = [[start, (start + 7) % record.frames] for start in starts]
+    return [window[0] for window in windows if not np.array_equal(read_all(path, record, window), frames[window])]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("mjpeg.avi", "mjpeg", "yuvj420p"),
+        ("wmv2.wmv", "wmv2", "yuv420p"),
+        ("msmpeg4.avi", "msmpeg4", "yuv420p"),
+        ("ffv1.mkv", "ffv1", "yuv420p"),
+        ("vp8.webm", "libvpx", "yuv420p"),
+        ("mpeg2.ts", "mpeg2video", "yuv420p"),
+        ("huffyuv.avi", "huffyuv", "yuv422p"),
+    ],
+)
+def test_a_damaged_file_is_unreadable_or_gives_the_same_frames_in_every_window(
+    tmp_path: Path, name: str, codec: str, pix_fmt: str
+) -> None:
+    path = tmp_path / name
+    packets = write_textured(path, codec, pix_fmt)
+    healthy = path.read_bytes()
+    assert differing_windows(path, verify_video(path)) == []
+    for seed in range(5):
+        path.write_bytes(healthy)
+        flip_bits(path, packets, seed)
+        try:
+            record = verify_video(path)
+        except UnreadableVideo:
+            continue
+        assert differing_windows(path, record) == [], f"seed {seed}"
+
+
+def test_a_frame_that_ends_in_the_middle_makes_the_file_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "cut_frame.avi"
+    start, size = write_textured(path, "mjpeg", "yuvj420p")[12]
+    content = bytearray(path.read_bytes())
+    content[start + size // 2 : start + size] = b"\xff\xd9".ljust(size - size // 2, b"\0")
+    path.write_bytes(content)
+    with pytest.raises(UnreadableVideo, match="decoding stops at frame 12"):
+        verify_video(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("cut.webm", "libvpx"), ("cut.mkv", "mpeg4"), ("cut.avi", "mpeg4"), ("cut.mp4", "mpeg4")]
+)
+def test_a_file_whose_end_is_missing_is_named(tmp_path: Path, name: str, codec: str) -> None:
+    path = tmp_path / name
+    write_textured(path, codec, "yuv420p")
+    if name.endswith("mp4"):  # with the index before the frames, as cameras and web sites write it
+        with (
+            av.open(str(path)) as source,
+            av.open(str(tmp_path / "fast.mp4"), "w", options={"movflags": "faststart"}) as to,
+        ):
+            stream = to.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    to.mux(packet)
+        path = tmp_path / "fast.mp4"
+    assert verify_video(path).cut_from == 0
+    with av.open(str(path)) as container:
+        position = [packet.pos for packet in container.demux(video=0) if packet.size][17]
+    path.write_bytes(path.read_bytes()[: position - (8 if name == "cut.avi" else 0)])
+    record = verify_video(path)
+    assert (record.frames, record.cut_from, record.damage) == (17, 30, "")
+
+
+def test_errors_that_lose_no_file_are_named(tmp_path: Path) -> None:
+    for name in ["first.gif", "second.gif"]:  # FFmpeg does not report the same error twice in a row by default
+        path = tmp_path / name
+        write_textured(path, "gif", "rgb8")
+        assert verify_video(path).damage == ""
+        path.write_bytes(path.read_bytes()[:-5000])
+        assert verify_video(path).damage == "gif: LZW decode failed"

@@ -101,9 +101,10 @@ def describe_videos(catalog: Catalog, manifest: Manifest) -> list[str]:
 
 
 def describe_streams(records: Mapping[str, VideoRecord]) -> list[str]:
-    """Return lines about files with several video streams, and about files whose end is missing."""
+    """Return lines about files with several video streams, files whose end is missing and damaged files."""
     several = {path: record for path, record in records.items() if record.video_streams > 1}
     cut = {path: record for path, record in records.items() if record.cut_from}
+    damaged = {path: record for path, record in records.items() if record.damage}
     lines = []
     if several:
         lines.append(f"several video streams, the default or else the largest is read: {len(several)}")
@@ -112,6 +113,9 @@ def describe_streams(records: Mapping[str, VideoRecord]) -> list[str]:
     if cut:
         lines.append(f"end early, because the end of the file is missing: {len(cut)}")
     lines += [f"  {path}: holds {record.frames} of about {record.cut_from} frames" for path, record in cut.items()]
+    if damaged:
+        lines.append(f"readable, but FFmpeg reports errors, so frames may be missing or damaged: {len(damaged)}")
+    lines += [f"  {path}: {record.frames} frames; {record.damage}" for path, record in damaged.items()]
     return lines
 
 

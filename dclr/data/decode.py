@@ -18,6 +18,7 @@ Frames are returned as they are coded, together with what the file says about sh
 Interlaced frames are returned as they are coded too: both fields stay in one frame.
 """
 
+import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.logging
 import numpy as np
 from av import Packet
 from av.container import InputContainer
@@ -73,6 +75,17 @@ _MOST_DATA = 4
 """Most bytes of a video's packets, as a multiple of the file's size. In all genuine videos it is at most 1.00, because
 packets are sections of the file. With some damaged indexes, a demuxer returns the same packets for ever.
 Four leaves room for tables that list a section twice, and for containers that omit what each packet begins with."""
+
+_STRICT = "crccheck+bitstream+buffer+explode"
+"""FFmpeg's err_detect. Without it, decoders of MJPEG, WMV and HEVC hide damage. They fill what is missing from the
+frames that were decoded before, and do not mark the frame as corrupt. It refuses none of 2,500 healthy genuine
+videos."""
+
+_END_MISSING = ("File ended prematurely", "partial file")
+"""FFmpeg's messages about a Matroska file and an mp4 file whose end is missing."""
+
+_MOST_ERRORS = 20
+"""Messages of errors that are kept for a video. A damaged frame may give thousands."""
 
 _PLAYLISTS = ("concat", "hls", "dash")
 """FFmpeg's names of playlist formats, which open other files. FFmpeg recognises them under any file name."""
@@ -133,6 +146,9 @@ class VideoRecord:
     """Number of video streams to choose from. Covers and thumbnails do not count."""
     cut_from: int = 0
     """Number of frames that the file would hold if its end were not missing, by its header; 0 if no end is missing."""
+    damage: str = ""
+    """First error that FFmpeg reported although every frame decodes, such as "ogg: CRC mismatch!". Frames may be
+    missing or damaged. Empty if there was no error."""
 
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -172,14 +188,14 @@ def empty_planes(count: int, height: int, width: int) -> Planes:
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file, whatever its name, holds a video: it opens, and a frame of a video stream decodes.
+    """Return whether a file, whatever its name, holds a video: it opens, and the first frame decodes.
 
-    A still image, text and a playlist are no videos. At most two frames are decoded, so this is no verification.
+    A still image, text and a playlist are no videos. This is no verification: later frames may be damaged.
     """
     try:
         with _opened(path) as (container, stream):
-            frames = len(list(islice(_decoded(container, stream, first=0), 2)))
-            return frames > (1 if _holds_pictures(container) else 0)
+            least = 2 if _holds_pictures(container) else 1
+            return len(list(islice(_decoded(container, stream, first=0), least))) == least
     except (UnreadableVideo, OSError):
         return False
 
@@ -204,7 +220,7 @@ def verify_video(path: Path) -> VideoRecord:
     display = AS_CODED
     height = width = 0
     reformatter = VideoReformatter()
-    with _opened(path) as (container, stream):
+    with _opened(path) as (container, stream), _error_log() as log:
         declared, video_streams = stream.frames, len(_video_streams(container))
         may_skip = stream.codec_context.name in _SKIPPING_CODECS
         for number, frame in enumerate(_decoded(container, stream, first=0)):
@@ -220,10 +236,16 @@ def verify_video(path: Path) -> VideoRecord:
             after_seek = keyframes and keyframes[-1] > 0 and number < keyframes[-1] + _TRIAL_FRAMES
             if after_seek or (may_skip and _in_skipping_trial(number)):
                 checksums[number] = _checksum(frame, reformatter)
+            del log[_MOST_ERRORS:]
         if not pts:
             raise UnreadableVideo("opens, but no frame decodes")
         if len(pts) == 1 and _holds_pictures(container):
             raise UnreadableVideo(_STILL_IMAGE)
+        ends_early = _end_is_missing(container, stream) or any(
+            end in text for _, _, text in log for end in _END_MISSING
+        )
+        cut_from = max(declared or _frames_by_duration(container, stream), len(pts)) if ends_early else 0
+    damage = [f"{name}: {text.strip()}" for _, name, text in log if not any(end in text for end in _END_MISSING)]
 
     record = VideoRecord(
         frames=len(pts),
@@ -238,11 +260,46 @@ def verify_video(path: Path) -> VideoRecord:
         oblique=oblique,
         interlaced=interlaced,
         video_streams=video_streams,
+        cut_from=cut_from,
+        damage=damage[0] if damage else "",
     )
     if pts[0] == NO_PTS or any(earlier >= later for earlier, later in pairwise(pts)):
         return record
     record = replace(record, seekable=_seeks_exactly(path, record, checksums))
     return replace(record, skippable=may_skip and b_frames and _skips_exactly(path, record, checksums))
+
+
+@contextmanager
+def _error_log() -> Iterator[list[tuple[int, str, str]]]:
+    """Collect FFmpeg's messages of errors in this thread, as (level, name of the part of FFmpeg, text)."""
+    level = av.logging.get_level()
+    av.logging.set_skip_repeated(False)  # otherwise the second file with an error would give no message
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as messages:
+            yield messages
+    finally:
+        av.logging.set_level(level)
+
+
+def _end_is_missing(container: InputContainer, stream: VideoStream) -> bool:
+    """Return whether the index of a file, or the header of an AVI, tells of bytes after the end of the file.
+
+    FFmpeg reports no error if such a file ends between two frames.
+    """
+    if any(entry.pos + entry.size > container.size for entry in stream.index_entries):
+        return True
+    if container.format.name != "avi":
+        return False
+    with Path(container.name.removeprefix("file:")).open("rb") as file:
+        _, size = struct.unpack("<4sI", file.read(8))
+    return size + 8 > container.size
+
+
+def _frames_by_duration(container: InputContainer, stream: VideoStream) -> int:
+    """Return the number of frames that the file's duration and frame rate give; 0 if it has none."""
+    seconds = (container.duration or 0) / av.time_base
+    return round(seconds * float(stream.average_rate or 0))
 
 
 def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -> bool:
@@ -253,7 +310,9 @@ def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -
     reformatter = VideoReformatter()
     try:
         with _opened(path) as (container, stream):
-            for keyframe, next_keyframe in pairwise([*keyframes, record.frames]):
+            # From the last one to the first. Damaged frames may take over what the decoder holds from before. In this
+            # order, the decoder never holds what it held in the sequential decode.
+            for keyframe, next_keyframe in reversed(list(pairwise([*keyframes, record.frames]))):
                 _seek(container, stream, keyframe, record)
                 frames = _decoded(container, stream, first=keyframe)
                 for number in range(keyframe, min(next_keyframe, keyframe + _TRIAL_FRAMES)):
@@ -339,12 +398,22 @@ def read_planes(
     bt709 = full_range = False
     reformatter = VideoReformatter()
     for goal, frame in _frames_of(path, record, numbers):
-        frame, bt709, full_range = _yuv420(frame, reformatter)
         positions = np.flatnonzero(numbers == goal).tolist()
-        for target, plane in zip((y, u, v), _plane_views(frame), strict=True):
-            for position in positions:
-                target[position] = plane
+        bt709, full_range = _copy_planes(frame, reformatter, (y, u, v), positions)
+        del frame  # see `_decoded`
     return YuvFrames(y, u, v, bt709, full_range, record.display)
+
+
+def _copy_planes(
+    frame: VideoFrame, reformatter: VideoReformatter, targets: Planes, positions: list[int]
+) -> tuple[bool, bool]:
+    """Copy a frame to these positions of the target planes. Return whether its matrix is BT.709's, and whether it is
+    in full range."""
+    frame, bt709, full_range = _yuv420(frame, reformatter)
+    for target, plane in zip(targets, _plane_views(frame), strict=True):
+        for position in positions:
+            target[position] = plane
+    return bt709, full_range
 
 
 def check_frame_numbers(wanted: np.ndarray | Sequence[int], frames: int) -> np.ndarray:
@@ -417,6 +486,7 @@ def _frames_by_count(path: Path, record: VideoRecord, goals: list[int]) -> Itera
                 if _pts(frame) != record.pts[goal]:
                     raise UnreadableVideo(f"frame {goal} is not the one that was verified: the file changed")
                 yield goal, frame
+                del frame  # see `_decoded`
 
 
 def _frames_by_time(path: Path, record: VideoRecord, goals: list[int]) -> Iterator[tuple[int, VideoFrame]]:
@@ -570,7 +640,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         if stream.codec_context is None:
             raise UnreadableVideo("no decoder for its video codec")
         _check_pixels(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # a later frame may declare another size
+        # max_pixels: a later frame may declare another size.
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS), "err_detect": _STRICT}
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
         yield container, stream
@@ -608,8 +679,15 @@ def _holds_pictures(container: InputContainer) -> bool:
 
 
 def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iterator[VideoFrame]:
-    """Yield the frames from the container's current position to its end. `first`: number of the next frame, for error
-    messages."""
+    """Yield the frames from the container's current position to its end.
+
+    A caller must not hold a frame after it has asked for the next one. The decoder puts the memory of free frames to
+    use again, and a damaged frame leaves parts of its memory unwritten. So such a frame would depend on which frames a
+    caller holds, and a window would differ from the sequential decode.
+
+    Args:
+        first: number of the next frame, for error messages.
+    """
     frames = (frame for packet in _packets(container, stream) for frame in packet.decode())
     for number in count(first):
         try:

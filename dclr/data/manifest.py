@@ -164,7 +164,9 @@ def _save(cache: Path, known: dict[str, tuple[Stamp, Finding]]) -> None:
     arrays = {
         "version": np.array(_VERSION),
         "paths": pack_strings(list(known)),
-        "reasons": pack_strings([finding if isinstance(finding, str) else "" for _, finding in known.values()]),
+        "reasons": pack_strings(
+            [finding if isinstance(finding, str) else finding.damage for _, finding in known.values()]
+        ),
         "stamps": np.array(stamps, dtype=np.int64).reshape(-1, 2),
         "readable": np.array([record is not None for record in records], dtype=bool),
         "declared": np.array([record.declared for record in readable], dtype=np.int64),
@@ -216,6 +218,8 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
     _check_numbers(arrays)
     steps = np.split(arrays["pts_steps"], np.cumsum(arrays["frames"])[:-1])
     keyframes = np.split(arrays["keyframes"], np.cumsum(arrays["keyframe_counts"])[:-1])
+    paths, reasons = unpack_strings(arrays["paths"]), unpack_strings(arrays["reasons"])
+    damages = [reason for reason, readable in zip(reasons, arrays["readable"], strict=True) if readable]
     records = iter(
         VideoRecord(
             frames=int(arrays["frames"][row]),
@@ -231,10 +235,10 @@ def _unpacked_findings(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Stamp, 
             interlaced=bool(arrays["interlaced"][row]),
             video_streams=int(arrays["video_streams"][row]),
             cut_from=int(arrays["cut_from"][row]),
+            damage=damages[row],
         )
         for row in range(len(arrays["frames"]))
     )
-    paths, reasons = unpack_strings(arrays["paths"]), unpack_strings(arrays["reasons"])
     return {
         path: ((int(size), int(mtime)), next(records) if readable else reason)
         for path, reason, (size, mtime), readable in zip(
