@@ -162,6 +162,7 @@ def main(arguments: list[str]) -> None:
         from dclr.data.check import check
 
         check(configuration.DataConfig(**flags))
+        progress.check_output()
     elif command == "pack":
         from dclr.data.pack import pack
 

@@ -5,12 +5,14 @@ Nothing here raises OSError: a closed pipe or a full disk behind stdout must not
 
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self, TextIO
 from weakref import WeakSet
 
 from tqdm import tqdm
+
+from dclr.errors import UserError
 
 INTERVAL = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -21,22 +23,40 @@ _on_terminal: WeakSet[tqdm] = WeakSet()
 
 
 class SafeFile:
-    """A text file whose `write` and `flush` do nothing if the file is closed or its disk is full."""
+    """A text file whose `write` and `flush` raise no error.
+
+    The file may be closed, its disk may be full, and its encoding may lack a character.
+
+    Attributes:
+        error: the first error; None if everything was written.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
+        self.error: OSError | ValueError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # ValueError: the file is closed
-            self._file.write(text)
+        with self._recording():
+            try:
+                self._file.write(text)
+            except UnicodeEncodeError:
+                encoding = self._file.encoding
+                self._file.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with self._recording():
             self._file.flush()
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: the file is closed
+            self.error = self.error or error
 
 
 def protect_output() -> None:
@@ -44,6 +64,18 @@ def protect_output() -> None:
     for name in ("stdout", "stderr"):
         if (file := getattr(sys, name)) is not None and not isinstance(file, SafeFile):
             setattr(sys, name, SafeFile(file))
+
+
+def check_output() -> None:
+    """Raise UserError if a part of the standard output could not be written. Call this where the output is the result.
+
+    A reader that stops early, such as `head`, is no error.
+    """
+    if isinstance(sys.stdout, SafeFile):
+        sys.stdout.flush()
+        error = sys.stdout.error
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise UserError(f"the standard output is incomplete ({error.strerror}): write it to another place")
 
 
 def write_line(message: str, file: TextIO | None) -> None:

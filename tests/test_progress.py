@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, lines elsewhere, and no error of the output reaches the caller."""
 
+import errno
 import io
 import os
 import pty
@@ -10,7 +11,8 @@ from contextlib import suppress
 import pytest
 
 from dclr import progress
-from dclr.progress import ProgressBar, describe, write_line
+from dclr.errors import UserError
+from dclr.progress import ProgressBar, check_output, describe, write_line
 
 
 @pytest.fixture
@@ -120,3 +122,40 @@ def test_no_output_at_all_is_no_error(monkeypatch):
     write_line("a message", None)
     with ProgressBar(3, "training", "step") as bar:
         bar.advance(3)
+
+
+def test_a_print_raises_no_error_and_the_first_error_is_kept(monkeypatch):
+    with suppress(OSError), open("/dev/full", "w") as full:  # OSError: when the file is closed
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", sys.stderr)  # restored after the test
+        progress.protect_output()
+        progress.protect_output()  # a second call changes nothing
+        check_output()
+        print("line", flush=True)
+        print("line", file=sys.stdout, flush=True)
+        with pytest.raises(UserError, match=r"^the standard output is incomplete \(No space left on device\): write"):
+            check_output()
+    print("the file is closed now")
+    assert sys.stdout.error.errno == errno.ENOSPC
+
+
+def test_a_reader_that_stops_early_is_no_error(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    file = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    progress.protect_output()
+    print("line")
+    check_output()
+    assert isinstance(sys.stdout.error, BrokenPipeError)
+    with suppress(BrokenPipeError):
+        file.close()
+
+
+def test_characters_that_the_encoding_lacks_are_written_as_numbers():
+    content = io.BytesIO()
+    safe = progress.SafeFile(io.TextIOWrapper(content, encoding="ascii", write_through=True))
+    print("a\u00e9\udce9.mp4", file=safe)
+    assert content.getvalue() == b"a\\xe9\\udce9.mp4\n"
+    assert safe.error is None

@@ -165,3 +165,27 @@ def test_a_run_whose_output_goes_nowhere_ends_as_ever(clean_environment, tiny_pr
     assert process.wait(120) == 0
     assert (tmp_path / "run" / "report.json").exists()
     assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_of_two_runs_that_start_at_once_in_one_folder_one_is_refused(clean_environment, tiny_pretrain, tmp_path):
+    flags = {**tiny_pretrain, "epochs": 500, "checkpoint_every": 500, "out": tmp_path / "run", "resume": "auto"}
+    command = [sys.executable, "train.py", "pretrain", *as_flags(flags)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    processes = [start(command, clean_environment, **streams) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 120
+        while all(process.poll() is None for process in processes):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        refused, other = sorted(processes, key=lambda process: process.poll() is None)
+        assert refused.wait() == 2
+        assert f"{tmp_path / 'run'} is being written by process {other.pid} on " in refused.stderr.read()
+        wait_for_step(tmp_path / "run", 2)
+        other.send_signal(signal.SIGTERM)
+        assert other.wait(60) == 75
+        found = [line["step"] for line in numbers(tmp_path / "run")]
+        assert found == list(range(1, len(found) + 1))
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
