@@ -486,10 +486,12 @@ def test_no_data_set(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(empty, f"no videos found in DATA; {recognised}")
-    touch(empty, "a/b/too deep.mp4")
-    refused(empty, f"no videos found in DATA; {recognised}")
     touch(empty, "a/1.mp4", "2.mp4")
-    refused(empty, "DATA holds videos both in class folders and next to them, such as 2.mp4")
+    refused(
+        empty,
+        "DATA holds videos both in class folders and next to them, such as 2.mp4: move the videos that do not belong "
+        "to a class or a split out of it",
+    )
 
 
 def test_a_split_that_there_is_not(genuine: Path) -> None:

@@ -11,7 +11,9 @@ class folders:
     list file      [splits/]{train,test,val,classes}.txt, or the list itself; a line is `path label [group]`
     class folders  <class>/*, or {train,val,test}/<class>/*, or the videos side by side (unlabelled)
 
-No video is opened here. A file that a list names and the disk does not hold is in no split and is named in `missing`.
+No video is opened here, except files whose suffix does not say what they are. Everything below the data folder is used,
+or it is in `Catalog.unused`. A file that a list names and the disk does not hold is in no split and is named in
+`missing`.
 
 Lists often come from other people, so the paths in them must stay in the data folder unless `allow_outside` is set.
 Links are followed wherever they point, because they were made on this machine and data sets often consist of links.
@@ -23,10 +25,11 @@ from dclr import report
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, catalog_of_store
 from dclr.data.demo import render_demo
-from dclr.data.folders import class_folders
+from dclr.data.folders import add_unused, class_folders
 from dclr.data.layouts import diving48, hmdb51, kinetics, kinetics_lists, ucf101
 from dclr.data.own_lists import LIST_SUFFIXES, has_lists, list_catalog, list_numbers
 from dclr.data.store import is_store
+from dclr.data.tree import Tree, read_tree
 from dclr.errors import UserError
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
@@ -57,12 +60,21 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
     if data.is_file():
         if data.suffix.lower() not in LIST_SUFFIXES:
             raise UserError(f"{data} is a file; give a folder of videos or a .txt list of them")
-        return list_catalog(data, split, allow_outside)
+        catalog = list_catalog(data, split, allow_outside)
+        named = [*catalog.lists, *(video.path for videos in catalog.splits.values() for video in videos)]
+        return add_unused(catalog, read_tree(catalog.root, only={Path(path).parts[0] for path in named}))
     if not data.exists():
         raise UserError(f"no such folder: {data}")
 
     if is_store(data):
         return catalog_of_store(data, split)
+    tree = read_tree(data)
+    catalog = _open_folder(data, tree, split, allow_outside)
+    return add_unused(catalog, tree) if catalog.lists else catalog
+
+
+def _open_folder(data: Path, tree: Tree, split: int, allow_outside: bool) -> Catalog:
+    """Return the catalog of a folder by the first layout that fits. `tree`: all that is below the folder."""
     if (data / "ucfTrainTestlist").is_dir() or (data / "UCF-101").is_dir():
         _require_split(split, "UCF101", numbers=3)
         return ucf101(data, split, allow_outside)
@@ -71,14 +83,14 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
         return hmdb51(data, split, allow_outside)
     if lists := [file for folder in (data, data / "annotations") for file in kinetics_lists(folder)]:
         _require_split(split, "Kinetics-400", numbers=1)
-        return kinetics(data, lists)
+        return kinetics(data, lists, tree)
     if any(data.glob("Diving48*_train.json")) or any(data.glob("Diving48*_test.json")):
         _require_split(split, "Diving48", numbers=1)
-        return diving48(data)
+        return diving48(data, tree)
     if has_lists(data):
         return list_catalog(data, split, allow_outside)
     _require_split(split, "class folders", numbers=1)
-    return class_folders(data)
+    return class_folders(tree)
 
 
 def official_splits(data: Path) -> list[int]:

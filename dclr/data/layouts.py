@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from dclr.data.catalog import SPLITS, Catalog, Video, make_catalog
-from dclr.data.folders import has_video_name, videos_by_stem
+from dclr.data.folders import videos_by_stem
 from dclr.data.lists import MAX_CLASSES, MAX_LINE, label_number, path_inside, read_json_list, read_lines, reading
+from dclr.data.tree import Tree, has_video_name
 from dclr.errors import UserError
 
 
@@ -80,7 +81,7 @@ def kinetics_lists(folder: Path) -> Iterator[Path]:
                 yield file
 
 
-def kinetics(data: Path, lists: list[Path]) -> Catalog:
+def kinetics(data: Path, lists: list[Path], tree: Tree) -> Catalog:
     """Return the catalog of Kinetics. Rows of split "validate" are "val".
 
     Rows without a label (a test list as first published) are skipped. Accuracy on Kinetics is reported on the
@@ -106,7 +107,7 @@ def kinetics(data: Path, lists: list[Path]) -> Catalog:
 
     classes = tuple(sorted({class_name for _, class_name in rows.values()}))
     labels = {class_name: label for label, class_name in enumerate(classes)}
-    on_disk = videos_by_stem(data)
+    on_disk = videos_by_stem(tree)
     splits: dict[str, list[Video]] = {split: [] for split in SPLITS}
     missing: dict[str, list[Video]] = {split: [] for split in SPLITS}
     for name, (split, class_name) in rows.items():
@@ -119,7 +120,7 @@ def kinetics(data: Path, lists: list[Path]) -> Catalog:
     return make_catalog(data, "Kinetics-400", classes, splits, missing, lists=lists)
 
 
-def diving48(data: Path) -> Catalog:
+def diving48(data: Path, tree: Tree) -> Catalog:
     entries: dict[str, list[tuple[str, int]]] = {}
     for split in ("train", "test"):
         file = _only(data, f"Diving48*_{split}.json")
@@ -144,7 +145,7 @@ def diving48(data: Path) -> Catalog:
     else:
         classes = tuple(str(label) for label in range(largest + 1))
 
-    on_disk = videos_by_stem(data)
+    on_disk = videos_by_stem(tree)
     splits: dict[str, list[Video]] = {split: [] for split in entries}
     missing: dict[str, list[Video]] = {split: [] for split in entries}
     for split, listed in entries.items():
