@@ -187,7 +187,7 @@ def make_video(file: Path, video_format: str, codec: str = "mpeg4", pixels: str 
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, pixels
         for number in range(frames):
-            picture = np.full((32, 32, 3), 40 * number, np.uint8)
+            picture = np.full((32, 32, 3), 5 * number, np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -195,7 +195,7 @@ def make_video(file: Path, video_format: str, codec: str = "mpeg4", pixels: str 
 
 def test_a_file_with_an_unknown_suffix_is_a_video_if_it_can_be_decoded(tmp_path: Path) -> None:
     make_video(tmp_path / "a/no suffix", "avi")
-    make_video(tmp_path / "a/1.TS", "mpegts", "mpeg2video")
+    make_video(tmp_path / "a/1.TS", "mpegts", "mpeg2video", frames=30)
     make_video(tmp_path / "b/moving.gif", "gif", "gif", "rgb8")
     make_video(tmp_path / "b/still.gif", "gif", "gif", "rgb8", frames=1)
     (tmp_path / "b/app.ts").write_text("export const answer: number = 42;\n" * 50)
@@ -352,7 +352,7 @@ def test_folders_below_the_class_folders_are_groups(tmp_path: Path) -> None:
     [
         ([], "no videos found in DATA; recognised are UCF101"),
         (["a/1.srt", "a/2.txt"], "DATA: 2 files that are no videos (.srt: 1, .txt: 1); recognised"),
-        (["a/v/1.jpg"], "1 files that are no videos (.jpg: 1); pictures are not read as frames of videos"),
+        (["a/v/1.jpg"], "1 file that is no video (.jpg: 1); pictures are not read as frames of videos"),
         ([f"a/v/{number}.jpg" for number in range(20)], f"{PICTURES}: 1, such as a/v/"),
         (["train.json"], "train.json may be a list: the videos that it names must lie in this folder"),
     ],

@@ -167,7 +167,7 @@ def _catalog(
 ) -> Catalog:
     """Return the catalog with what the walk found, and a warning for each kind of unused videos."""
     strays = {reason: tuple(paths) for reason, paths in (unused or {}).items() if paths}
-    told = [*tree.warnings, *warnings, *_empty_splits(tree, layout, classes)]
+    told = [*tree.warnings, *warnings, *_empty_splits(tree)]
     for reason, paths in strays.items():
         told.append(f"{_videos(paths)} {reason} and not used, such as {paths[0]}")
     if lists := tree.unused.get(LISTS):
@@ -188,7 +188,7 @@ def _videos(paths: Iterable[str]) -> str:
     return "1 video is" if count == 1 else f"{count:,} videos are"
 
 
-def _empty_splits(tree: Tree, layout: str, classes: tuple[str, ...]) -> list[str]:
+def _empty_splits(tree: Tree) -> list[str]:
     """Return a warning for each folder with the name of a split that holds no video."""
     used = {path.partition("/")[0] for path in tree.videos}
     top = [folder for folder in tree.folders.values() if folder and "/" not in folder]
@@ -242,7 +242,8 @@ def describe_nothing(tree: Tree) -> str:
     seen = []
     if paths:
         counted = ", ".join(f"{suffix}: {count:,}" for suffix, count in suffixes.most_common(5))
-        seen.append(f"{len(paths):,} files that are no videos ({counted})")
+        files = "1 file that is no video" if len(paths) == 1 else f"{len(paths):,} files that are no videos"
+        seen.append(f"{files} ({counted})")
     for reason, listed in tree.unused.items():
         folders = [path for path in listed if path.endswith("/")]
         if folders or reason.startswith("broken"):
