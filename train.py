@@ -21,16 +21,16 @@ Without a subcommand, train.py pretrains. `train.py SUBCOMMAND --help` explains 
 """
 
 import argparse
-import contextlib
 import sys
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from dclr import config as configuration
 from dclr import progress
 from dclr.distributed import launched_rank
-from dclr.errors import UserError
+from dclr.errors import NotConnected, UserError
 from dclr.training import checkpoint, signals
 
 DESCRIPTIONS = {
@@ -175,23 +175,25 @@ def main(arguments: list[str]) -> None:
 def train(command: str, flags: dict[str, Any]) -> None:
     """Run pretrain, finetune or linear, in this process and in the others of its launcher."""
     replace = flags.get("resume") == "auto"
-    config, preset, folder = resolve(command, flags)
-    from dclr.training import engine
+    from dclr.training import connection, engine
     from dclr.training.finetune import finetune
     from dclr.training.heartbeat import Heartbeat
     from dclr.training.pretrain import pretrain
 
-    with signals.LauncherWatch() as launcher:
+    # The heartbeat begins first: if one rank fails in any of the lines below, the others do not wait for it.
+    with ExitStack() as at_end, signals.LauncherWatch() as launcher, Heartbeat() as heartbeat:
+        config, preset, folder = resolve(command, flags)
+        interface = connection.choose_interface(heartbeat.peers)
         device = engine.start_processes()
-        try:
-            # The inner context ends first: a rank that leaves must not be asked to stop again.
-            with Heartbeat(), contextlib.closing(launcher):
-                if isinstance(config, configuration.PretrainConfig):
-                    pretrain(config, preset, device, folder, replace)
-                else:
-                    finetune(command, config, preset, device, folder, replace)
-        finally:
-            engine.stop_processes()
+        at_end.callback(engine.stop_processes)  # after the heartbeat has ended on all ranks
+        if interface and launched_rank() == 0:
+            print(interface, flush=True)
+        # The inner context ends first: a rank that leaves must not be asked to stop again.
+        with closing(launcher):
+            if isinstance(config, configuration.PretrainConfig):
+                pretrain(config, preset, device, folder, replace)
+            else:
+                finetune(command, config, preset, device, folder, replace)
 
 
 def resolve(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, str, Path | None]:
@@ -261,13 +263,13 @@ def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
 
 
 def refuse(error: UserError) -> None:
-    """Print the error in one line. Ranks other than 0 wait 30 seconds first.
+    """Print the error in one line. Ranks other than 0 wait 30 seconds first, or 5 if the ranks are not connected.
 
     A launcher ends all processes when the first one exits. Rank 0 must print its line before that, and one line is
     enough. A rank that is still alive after the wait has an error that rank 0 does not have.
     """
     if launched_rank() > 0:
-        time.sleep(30)
+        time.sleep(5 if isinstance(error, NotConnected) else 30)
     print(f"train.py: error: {error}", file=sys.stderr)
 
 

@@ -16,3 +16,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         """Return the message with escaped control characters, which quoted file names and texts may contain."""
         return printable(super().__str__())
+
+
+class NotConnected(UserError):
+    """The processes of a run cannot connect to each other, so rank 0 may not be there to print an error."""

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dclr import distributed
 from dclr.config import OptimConfig
 from dclr.errors import UserError
-from dclr.training import batchnorm, checkpoint
+from dclr.training import batchnorm, checkpoint, connection
 
 MOMENTUM = "momentum_buffer"
 """torch's name for SGD's state of a parameter."""
@@ -56,14 +56,10 @@ def start_processes() -> torch.device:
     # gloo does not need it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    except dist.DistNetworkError as error:
-        port = os.environ["MASTER_PORT"]
-        raise UserError(
-            f"the processes of this run cannot connect at {os.environ['MASTER_ADDR']}:{port} "
-            f"({str(error).splitlines()[0][:160]}); "
-            f"if another run has that port: deepspeed --master_port {int(port) + 1} train.py ..."
-        ) from None
+        with connection.connection_timeout() if connection.several_processes() else nullcontext():
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except RuntimeError as error:
+        raise connection.connection_error(error) from None
     return device
 
 
