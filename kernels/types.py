@@ -86,7 +86,7 @@ class Augmentation:
 
     # (B, 2): valid height and width, at the top left of the padded buffer
     size: Tensor = field(metadata=_row(np.int64, 2))
-    # (B, 4): top, left, height and width of the crop, within the valid part
+    # (B, 4): top, left, height and width of the crop in pixels of the frame, before it is turned, within the valid part
     box: Tensor = field(metadata=_row(np.int64, 4))
     # (B,): True mirrors left and right
     flip: Tensor = field(metadata=_row(np.bool_))
@@ -101,6 +101,8 @@ class Augmentation:
     factors: Tensor = field(metadata=_row(np.float32, 4))
     # (B, 4): a permutation of 0..3, the order in which the four factors are applied
     order: Tensor = field(metadata=_row(np.int64, 4))
+    # (B,): quarter turns clockwise that bring the crop upright, 0..3, plus 4 to mirror the turned crop left to right
+    orientation: Tensor = field(metadata=_row(np.int64))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Augmentation":
         """Return a copy on another device."""

@@ -93,7 +93,8 @@ def augment(
     """Return one augmented, normalised view of each clip. All frames of a clip have the same parameters.
 
     The operations are applied in this order:
-        1. crop the box and resize it to `size` (bilinear, half-pixel centres, no antialiasing)
+        1. crop the box, turn it upright by `orientation`, and resize it to `size` (bilinear, half-pixel centres, no
+           antialiasing)
         2. convert to grayscale
         3. jitter the colours in the clip's own order
         4. flip
@@ -170,8 +171,8 @@ def augment_reference(
     with torch.autocast(device.type, enabled=False):
         colours = yuv_coefficients(frames.bt709, frames.full_range).tolist() if isinstance(frames, Yuv420) else []
         images = torch.empty((B, T, 3, *size), device=device)  # like all images below
-        for b, box in enumerate(rows.box.tolist()):
-            images[b] = _crop(frames, colours, box, b, size)
+        for b, (box, orientation) in enumerate(zip(rows.box.tolist(), rows.orientation.tolist(), strict=True)):
+            images[b] = _crop(frames, colours, box, orientation, b, size)
         images /= 255  # after the resize, which is linear and leaves fewer pixels to scale
         # Each operation runs once on all clips that it applies to, so the number of calls does not grow with the batch.
         images = _where(rows.grayscale, images, lambda some, _: rgb_to_grayscale(some).expand_as(some))
@@ -201,16 +202,22 @@ def _crop(
     frames: Tensor | Yuv420,  # (B, T, H, W, 3), or its planes
     colours: list[list[float]],  # yuv_coefficients; unused for RGB frames
     box: list[int],
+    orientation: int,
     b: int,
     size: tuple[int, int],
 ) -> Tensor:  # (T, 3, h, w), 0..255
-    """Return the box of clip b, resized."""
+    """Return the box of clip b, resized and turned upright. Turning moves whole pixels, so it comes last."""
     top, left, height, width = box
     if isinstance(frames, Yuv420):
         crop = yuv_box_to_rgb(frames, colours[b], b, top, left, height, width)  # (T, 3, height, width)
     else:
         crop = frames[b, :, top : top + height, left : left + width].permute(0, 3, 1, 2).float()
-    return F.interpolate(crop, size, mode="bilinear", align_corners=False, antialias=False)
+    lying = size if orientation % 2 == 0 else size[::-1]  # height and width before the turn
+    resized = F.interpolate(crop, lying, mode="bilinear", align_corners=False, antialias=False)
+    if orientation == 0:
+        return resized
+    upright = torch.rot90(resized, -(orientation & 3), dims=(2, 3))
+    return upright.flip(3) if orientation & 4 else upright
 
 
 def colour_jitter(
@@ -353,8 +360,9 @@ def _check_augment(
 
 
 def _check_rows(rows: Augmentation, H: int, W: int, kind: str) -> None:
-    table = zip(rows.size.tolist(), rows.box.tolist(), rows.order.tolist(), rows.sigma.tolist(), strict=True)
-    for b, ((valid_height, valid_width), (top, left, height, width), order, sigma) in enumerate(table):
+    columns = (rows.size, rows.box, rows.order, rows.sigma, rows.orientation)
+    table = zip(*(column.tolist() for column in columns), strict=True)
+    for b, ((valid_height, valid_width), (top, left, height, width), order, sigma, orientation) in enumerate(table):
         if not (1 <= valid_height <= H and 1 <= valid_width <= W):
             raise ValueError(
                 f"{kind} {b}: valid size {valid_height} x {valid_width} must be within the {H} x {W} buffer"
@@ -369,3 +377,5 @@ def _check_rows(rows: Augmentation, H: int, W: int, kind: str) -> None:
             raise ValueError(f"{kind} {b}: order {order} must be a permutation of 0, 1, 2, 3")
         if not 0 <= sigma < math.inf:
             raise ValueError(f"{kind} {b}: sigma {sigma} must be 0 (no blur) or a positive number")
+        if not 0 <= orientation < 8:
+            raise ValueError(f"{kind} {b}: orientation {orientation} must be 0 to 7")

@@ -36,11 +36,12 @@ from kernels.colour import yuv_coefficients
 from kernels.launch import Launch
 from kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
 
-# Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 16, or 22 for
+# Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 17, or 23 for
 # YUV frames.
 _TOP, _LEFT, _HEIGHT, _WIDTH = (tl.constexpr(TABLE_COLUMNS["box"] + i) for i in range(4))
-_FLIP, _GRAYSCALE, _JITTER, _SIGMA, _FACTORS, _ORDER, _YUV = (
-    tl.constexpr(TABLE_COLUMNS[name]) for name in ("flip", "grayscale", "jitter", "sigma", "factors", "order", "yuv")
+_FLIP, _GRAYSCALE, _JITTER, _SIGMA, _FACTORS, _ORDER, _ORIENTATION, _YUV = (
+    tl.constexpr(TABLE_COLUMNS[name])
+    for name in ("flip", "grayscale", "jitter", "sigma", "factors", "order", "orientation", "yuv")
 )
 
 _RADIUS = tl.constexpr(BLUR_KERNEL // 2)
@@ -70,12 +71,36 @@ def _box(row, H, W):
 
 
 @triton.jit
-def _taps(position, start, extent, outputs):
+def _axes(row, H, W):
+    """Return what the axes of the view read in the frame, as three tuples.
+
+    vertical, horizontal: start and extent of the crop along the frame's axis that this axis of the view reads.
+    pitches: distances in memory between neighbours along the vertical and along the horizontal axis, first in luma
+        pixels, then in chroma pixels.
+    If the frame lies on its side, the vertical axis of the view reads along the rows of the frame.
+    """
+    top, left, height, width = _box(row, H, W)
+    lying = (tl.load(row + _ORIENTATION).to(tl.int32) & 1) != 0
+    chroma_W = (W + 1) // 2
+    vertical = (tl.where(lying, left, top), tl.where(lying, width, height))
+    horizontal = (tl.where(lying, top, left), tl.where(lying, height, width))
+    pitches = (
+        tl.where(lying, 1, W),
+        tl.where(lying, W, 1),
+        tl.where(lying, 1, chroma_W),
+        tl.where(lying, chroma_W, 1),
+    )
+    return vertical, horizontal, pitches
+
+
+@triton.jit
+def _taps(position, axis, outputs):
     """Return the two source pixels next to each pixel of the view along one axis, and the weight of the second.
 
     The result equals F.interpolate of the crop start .. start + extent to `outputs` pixels, with half-pixel centres.
-    Pixels outside the crop are not used.
+    Pixels outside the crop are not used. `axis` is (start, extent).
     """
+    start, extent = axis
     scale = tl.div_rn(extent.to(tl.float32), outputs + 0.0)  # no .to: an argument of 1 is a constant
     at = tl.maximum((position.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     first = tl.minimum(at.to(tl.int32), extent - 1)
@@ -84,15 +109,17 @@ def _taps(position, start, extent, outputs):
 
 
 @triton.jit
-def _source_pixel(luma, u, v, y, x, W, yuv, YUV: tl.constexpr):
-    """Return R, G, B in 0..255 of source pixels (y, x) of one frame.
+def _source_pixel(luma, u, v, y, x, pitches, yuv, YUV: tl.constexpr):
+    """Return R, G, B in 0..255 of the source pixels y along the vertical and x along the horizontal axis of the view.
 
     RGB: luma (H, W, 3) is the packed frame, u and v are unused. YUV: luma (H, W), u and v (ceil(H / 2), ceil(W / 2)).
     """
+    pitch_y, pitch_x, chroma_pitch_y, chroma_pitch_x = pitches
+    pixel = y * pitch_y + x * pitch_x
     if YUV:
-        chroma = (y // 2) * ((W + 1) // 2) + x // 2  # repeated, not interpolated
+        chroma = (y // 2) * chroma_pitch_y + (x // 2) * chroma_pitch_x  # repeated, not interpolated
         offset, scale, red_v, green_u, green_v, blue_u = yuv
-        light = (tl.load(luma + y * W + x).to(tl.float32) - offset) * scale
+        light = (tl.load(luma + pixel).to(tl.float32) - offset) * scale
         cb = tl.load(u + chroma).to(tl.float32) - 128
         cr = tl.load(v + chroma).to(tl.float32) - 128
         r = light + red_v * cr
@@ -102,22 +129,25 @@ def _source_pixel(luma, u, v, y, x, W, yuv, YUV: tl.constexpr):
         g = tl.minimum(tl.maximum(g, 0.0), 255.0)
         b = tl.minimum(tl.maximum(b, 0.0), 255.0)
     else:
-        pixel = luma + (y * W + x) * 3
-        r = tl.load(pixel).to(tl.float32)
-        g = tl.load(pixel + 1).to(tl.float32)
-        b = tl.load(pixel + 2).to(tl.float32)
+        first = luma + pixel * 3
+        r = tl.load(first).to(tl.float32)
+        g = tl.load(first + 1).to(tl.float32)
+        b = tl.load(first + 2).to(tl.float32)
     return r, g, b
 
 
 @triton.jit
-def _sample(luma, u, v, rows, columns, W, yuv, YUV: tl.constexpr):
-    """Return R, G, B in 0..1 of the resized crop. `rows` and `columns` are results of `_taps`."""
+def _sample(luma, u, v, rows, columns, pitches, yuv, YUV: tl.constexpr):
+    """Return R, G, B in 0..1 of the resized crop.
+
+    `rows` and `columns` are the results of `_taps` for the vertical and the horizontal axis of the view.
+    """
     above, below, down = rows
     before, after, right = columns
-    r0, g0, b0 = _source_pixel(luma, u, v, above, before, W, yuv, YUV)
-    r1, g1, b1 = _source_pixel(luma, u, v, above, after, W, yuv, YUV)
-    r2, g2, b2 = _source_pixel(luma, u, v, below, before, W, yuv, YUV)
-    r3, g3, b3 = _source_pixel(luma, u, v, below, after, W, yuv, YUV)
+    r0, g0, b0 = _source_pixel(luma, u, v, above, before, pitches, yuv, YUV)
+    r1, g1, b1 = _source_pixel(luma, u, v, above, after, pitches, yuv, YUV)
+    r2, g2, b2 = _source_pixel(luma, u, v, below, before, pitches, yuv, YUV)
+    r3, g3, b3 = _source_pixel(luma, u, v, below, after, pitches, yuv, YUV)
     left = 1 - right
     upper, lower = (1 - down) / 255, down / 255
     r = upper * (left * r0 + right * r1) + lower * (left * r2 + right * r3)
@@ -264,9 +294,22 @@ def _frame_mean(partials, frame, pixels, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _flipped(row, x, w):
-    """Return the columns that the pixels had before the flip. Without flip they are x."""
-    return tl.where(tl.load(row + _FLIP) != 0, w - 1 - x, x)
+def _reversals(row):
+    """Return whether the vertical and the horizontal axis of the view run against the frame's axis that they read.
+
+    The horizontal axis is reversed by one or two quarter turns clockwise, by the mirror of the orientation and by the
+    flip. Two of these cancel each other. Two or three quarter turns reverse the vertical axis.
+    """
+    orientation = tl.load(row + _ORIENTATION).to(tl.int32)
+    half_turn = (orientation >> 1) & 1
+    flip = tl.where(tl.load(row + _FLIP) != 0, 1, 0)
+    return half_turn != 0, ((orientation & 1) ^ half_turn ^ (orientation >> 2) ^ flip) != 0
+
+
+@triton.jit
+def _reversed(position, reverse, size):
+    """Return positions 0..size - 1 counted from the other end if `reverse` is true."""
+    return tl.where(reverse, size - 1 - position, position)
 
 
 @triton.jit
@@ -326,15 +369,15 @@ def _means(
     total = 0.0
     if (tl.load(row + _JITTER) != 0) & (tl.load(row + _FACTORS + 1) != 1):
         sums = tl.zeros((BLOCK,), tl.float32)
-        top, left, height, width = _box(row, H, W)
+        vertical, horizontal, pitches = _axes(row, H, W)
         end = tl.minimum((split + 1) * pixels_per_split, h * w)
         for start in range(split * pixels_per_split, end, BLOCK):
             pixel = start + tl.arange(0, BLOCK)
             inside = pixel < h * w
             pixel = tl.minimum(pixel, h * w - 1)
-            rows = _taps(pixel // w, top, height, h)
-            columns = _taps(pixel % w, left, width, w)  # a flip does not change the mean
-            r, g, b = _sample(luma, u, v, rows, columns, W, yuv, YUV)
+            rows = _taps(pixel // w, vertical, h)
+            columns = _taps(pixel % w, horizontal, w)  # reversed axes have the same mean
+            r, g, b = _sample(luma, u, v, rows, columns, pitches, yuv, YUV)
             r, g, b = _colour(r, g, b, colour, 0.0, before_contrast)
             sums += tl.where(inside, _luma(r, g, b), 0.0)
         total = tl.sum(sums)
@@ -417,9 +460,10 @@ def _columns(
         mean = _frame_mean(partials, frame, h * w, SPLITS)
         column = block * BLOCK + tl.arange(0, BLOCK)
         stored = column < w + 2 * _RADIUS
-        top, left, height, width = _box(row, H, W)
-        x = _flipped(row, _mirrored(column - _RADIUS, w, tl.minimum(h, w)), w)
-        columns = _taps(x, left, width, w)
+        vertical, horizontal, pitches = _axes(row, H, W)
+        y_reversed, x_reversed = _reversals(row)
+        x = _reversed(_mirrored(column - _RADIUS, w, tl.minimum(h, w)), x_reversed, w)
+        columns = _taps(x, horizontal, w)
         zero = tl.zeros((BLOCK,), tl.float32)
         red = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
         green = red
@@ -428,8 +472,8 @@ def _columns(
         plane = h * (w + 2 * _RADIUS)
         target = blurred + frame.to(tl.int64) * 3 * plane + column
         for y in range(first - _RADIUS, tl.minimum(first + STRIP, h) + _RADIUS):
-            rows = _taps(_mirrored(y, h, tl.minimum(h, w)), top, height, h)
-            r, g, b = _sample(luma, u, v, rows, columns, W, yuv, YUV)
+            rows = _taps(_reversed(_mirrored(y, h, tl.minimum(h, w)), y_reversed, h), vertical, h)
+            r, g, b = _sample(luma, u, v, rows, columns, pitches, yuv, YUV)
             r, g, b = _colour(r, g, b, colour, mean, 4)
             r, red = _advance(red, r, weights)
             g, green = _advance(green, g, weights)
@@ -518,9 +562,10 @@ def _finish(
     pixel = tl.minimum(start + tl.arange(0, BLOCK), h * w - 1)
     y = pixel // w
     x = pixel % w
-    top, left, height, width = _box(row, H, W)
-    rows = _taps(y, top, height, h)
-    columns = _taps(_flipped(row, x, w), left, width, w)
+    vertical, horizontal, pitches = _axes(row, H, W)
+    y_reversed, x_reversed = _reversals(row)
+    rows = _taps(_reversed(y, y_reversed, h), vertical, h)
+    columns = _taps(_reversed(x, x_reversed, w), horizontal, w)
     plane = h * (w + 2 * _RADIUS)
     padded = blurred + first_frame.to(tl.int64) * 3 * plane + y * (w + 2 * _RADIUS) + x
 
@@ -540,7 +585,7 @@ def _finish(
             g = _blur_row(padded + plane, weights)
             b = _blur_row(padded + 2 * plane, weights)
         else:
-            r, g, b = _sample(luma, u, v, rows, columns, W, yuv, YUV)
+            r, g, b = _sample(luma, u, v, rows, columns, pitches, yuv, YUV)
             mean = _frame_mean(partials, first_frame + t, h * w, SPLITS)
             r, g, b = _colour(r, g, b, colour, mean, 4)
         r = (r - _MEAN_R) * _PER_STD_R
@@ -734,7 +779,7 @@ def _launches_without_memory(
 
     alone = boundary == "none"
     views = _empty_views(1 if alone else 3, B, T, h, w, dtype, torch.device("meta"))
-    table = torch.empty(B if alone else 2 * B, 22 if yuv else 16, device="meta")
+    table = torch.empty(B if alone else 2 * B, 23 if yuv else 17, device="meta")
     return _launches(planes(B, T), None if alone else planes(B), table, views, boundary)
 
 

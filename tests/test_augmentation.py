@@ -164,6 +164,7 @@ def test_to_augmentation() -> None:
         "factors": torch.float32,
         "order": torch.int64,
         "sigma": torch.float32,
+        "orientation": torch.int64,
     }
     assert augment(torch.zeros(1, 2, 20, 30, 3, dtype=torch.uint8), single, (8, 8)).shape == (1, 3, 2, 8, 8)
 

@@ -87,6 +87,7 @@ def neutral(sizes: list[tuple[int, int]]) -> Augmentation:
         factors=torch.tensor([[1.0, 1.0, 1.0, 0.0]] * B),
         order=torch.tensor([[0, 1, 2, 3]] * B),
         sigma=torch.zeros(B),
+        orientation=torch.zeros(B, dtype=torch.int64),
     )
 
 
@@ -251,6 +252,7 @@ def two_clips() -> tuple[Tensor, Augmentation]:
         factors=torch.tensor([[0.7, 1.3, 1.4, 0.08], [1.2, 0.8, 0.6, -0.1]]),
         order=torch.tensor([[2, 0, 3, 1], [1, 3, 2, 0]]),
         sigma=torch.tensor([0.9, 0.0]),
+        orientation=torch.zeros(2, dtype=torch.int64),
     )
     return frames, rows
 
@@ -279,6 +281,71 @@ def test_clips_of_different_sizes_equal_themselves_alone(backend: str) -> None:
         row = Augmentation(*(getattr(rows, name)[b : b + 1] for name in Augmentation.__dataclass_fields__))
         alone = augment(frames[b : b + 1, :, :height, :width], row, (8, 11))
         assert torch.equal(together[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("yuv", [False, True], ids=["RGB", "YUV"])
+def test_turned_and_mirrored_clips(backend: str, yuv: bool) -> None:
+    """Eight clips of odd size, one of each orientation, with another flip, blur, colours and box each.
+
+    The oracle turns the crop as an array, before it resizes it. Chroma is repeated before the turn.
+    """
+    H, W, size = 17, 23, (8, 11)
+    source: Tensor | Yuv420 = yuv_video(H, W, B=8, T=2) if yuv else video(8, 2, H, W, 3)
+    rng = np.random.default_rng(0)
+    boxes = torch.tensor(
+        [(top, 5 - top, 9 + top, 18) for top in range(5)] + [(1, 1, 15, 7), (0, 3, 17, 19), (16, 22, 1, 1)]
+    )
+    rows = replace(
+        neutral([(H, W)] * 8),
+        box=boxes,
+        orientation=torch.arange(8),
+        flip=torch.tensor([b in (1, 2, 5, 7) for b in range(8)]),
+        sigma=torch.tensor([0.0, 0.8, 1.4] * 3)[:8],
+        jitter=torch.tensor([b % 2 == 0 for b in range(8)]),
+        factors=torch.from_numpy(rng.uniform(0.7, 1.3, (8, 4)) - [0, 0, 0, 1]).float().clamp(-0.1, 1.3),
+        order=torch.from_numpy(np.stack([rng.permutation(4) for _ in range(8)])),
+    )
+    got = augment(source, rows, size)
+    for b in range(8):
+        top, left, height, width = rows.box[b].tolist()
+        rgb = numpy_rgb(source, b) if isinstance(source, Yuv420) else source[b].double().numpy() / 255
+        crop = np.rot90(rgb[:, top : top + height, left : left + width], -(b % 4), axes=(1, 2))
+        crop = crop[:, :, ::-1] if b >= 4 else crop
+        images = torch.from_numpy(crop.copy()).permute(0, 3, 1, 2)
+        images = torch.nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)
+        if rows.jitter[b]:
+            images = kornia_jitter(images, rows.factors[b].tolist(), rows.order[b].tolist())
+        if rows.flip[b]:
+            images = K.RandomHorizontalFlip(p=1.0)(images)
+        if rows.sigma[b] > 0:
+            images = kornia_blur(images, float(rows.sigma[b]))
+        assert_close(got[b], normalized(images), 2 * WHOLE_CHAIN)
+
+
+@pytest.mark.parametrize("orientation", range(8))
+def test_views_of_a_turned_clip_are_those_of_the_upright_clip(backend: str, orientation: int) -> None:
+    """Frames, still and boxes are turned back together. Views must not change, down to the rounding of the resize."""
+    frames, stills, params = small_batch()
+    frames, stills = frames[:1, :, :30, :41], stills[:1]
+    clip, still = (
+        Augmentation(*(getattr(rows, field.name)[:1] for field in fields(rows))) for rows in (params.clip, params.still)
+    )
+    expected = generate_views(frames, stills, ViewParams(clip, still, (8, 10)))
+    lying = []
+    for images, rows in ((frames, clip), (stills[:, None], still)):
+        marked = torch.zeros(images.shape[2:4])
+        top, left, height, width = rows.box[0].tolist()
+        marked[top : top + height, left : left + width] = 1
+        turn = lambda image: torch.rot90(image.flip(1) if orientation & 4 else image, orientation & 3, dims=(0, 1))  # noqa: E731
+        rows_in, columns_in = (turn(marked).amax(axis).nonzero()[:, 0] for axis in (1, 0))
+        box = [rows_in.min(), columns_in.min(), len(rows_in), len(columns_in)]
+        coded = torch.stack([turn(image) for image in images[0]])[None]
+        turned = replace(rows, size=torch.tensor([coded.shape[2:4]]), box=torch.tensor([box]))
+        lying.append((coded, replace(turned, orientation=torch.tensor([orientation]))))
+    (frames, clip), (stills, still) = lying
+    got = generate_views(frames, stills[:, 0], ViewParams(clip, still, (8, 10)))
+    for view, same in zip(got, expected, strict=True):
+        torch.testing.assert_close(view, same, rtol=0, atol=41 * ONE_OPERATION)
 
 
 def test_every_frame_has_the_same_parameters(backend: str) -> None:
@@ -376,6 +443,8 @@ def test_params_move() -> None:
         ("order", [0, 1, 2, 2], r"clip 1: order \[0, 1, 2, 2\] must be a permutation"),
         ("sigma", -1.0, "clip 1: sigma -1.0"),
         ("sigma", float("nan"), "clip 1: sigma nan"),
+        ("orientation", 8, "clip 1: orientation 8 must be 0 to 7"),
+        ("orientation", -1, "clip 1: orientation -1 must be 0 to 7"),
     ],
 )
 def test_a_row_that_cannot_be_applied_is_named(field: str, value: object, message: str) -> None:
@@ -565,7 +634,7 @@ def test_registered_operators(yuv: bool) -> None:
         source = yuv_video(8, 9, B=1, T=1)
         planes = stills = (source.y, source.u, source.v)
         stills = (source.y[:, 0], source.u[:, 0], source.v[:, 0])
-    table = torch.zeros(2, 22 if yuv else 16)
+    table = torch.zeros(2, 23 if yuv else 17)
     table[:, 2:4] = torch.tensor([5.0, 6.0])
     planes, stills = (tuple(None if t is None else t.to(_device) for t in each) for each in (planes, stills))
     table = table.to(_device)
@@ -619,8 +688,9 @@ def test_the_record_the_tensors_and_the_table_agree() -> None:
         values = getattr(rows, name).numpy()
         record = np.zeros(2, AUGMENTATION)[name]
         assert (values.dtype, values.shape) == (record.dtype, record.shape), name
-    assert list(TABLE_COLUMNS) == ["box", "flip", "grayscale", "jitter", "sigma", "factors", "order", "yuv"]
-    assert list(TABLE_COLUMNS.values()) == [0, 4, 5, 6, 7, 8, 12, 16]
+    names = ["box", "flip", "grayscale", "jitter", "sigma", "factors", "order", "orientation", "yuv"]
+    assert list(TABLE_COLUMNS) == names
+    assert list(TABLE_COLUMNS.values()) == [0, 4, 5, 6, 7, 8, 12, 16, 17]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -629,9 +699,9 @@ def test_table_of_parameters_has_the_kernels_columns() -> None:
 
     _, rows = two_clips()
     table = table_of(rows, yuv_video(40, 44))
-    assert table.shape == (2, 22)
+    assert table.shape == (2, 23)
     assert table.dtype == torch.float32
-    assert torch.equal(table[:, :16], table_of(rows, torch.empty(0)))
+    assert torch.equal(table[:, :17], table_of(rows, torch.empty(0)))
     for name in AUGMENTATION.names[1:]:  # all but the size
         values = getattr(rows, name).float().view(2, -1)
         column = TABLE_COLUMNS[name]

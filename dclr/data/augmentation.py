@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dclr.data.clips import evenly_spaced
+from dclr.data.display import AS_CODED, Box, Display
 from kernels import Augmentation, Views
 from kernels.types import AUGMENTATION, MEAN, STD
 
@@ -76,8 +77,12 @@ FINETUNE = AugmentRecipe(grayscale=0.0, jitter=0.0, blur=0.0)
 """Crop and flip only."""
 
 
-def draw_augmentation(rng: np.random.Generator, height: int, width: int, recipe: AugmentRecipe) -> np.ndarray:
-    """Draw the augmentation of a clip whose frames have height x width pixels.
+def draw_augmentation(
+    rng: np.random.Generator, height: int, width: int, recipe: AugmentRecipe, display: Display = AS_CODED
+) -> np.ndarray:
+    """Draw the augmentation of a clip whose coded frames have height x width pixels and are shown by `display`.
+
+    The crop is drawn in the shown frame: upright, in square pixels.
 
     The order is: the crop (see `_draw_box`), flip, grayscale, whether to jitter, the four factors (uniform, like
     kornia's ColorJitter), their order (a uniform permutation), whether to blur, sigma (uniform; 0 without blur).
@@ -89,7 +94,8 @@ def draw_augmentation(rng: np.random.Generator, height: int, width: int, recipe:
     """
     row = np.zeros((), AUGMENTATION)
     row["size"] = height, width
-    row["box"] = _draw_box(rng, height, width, recipe)
+    row["box"] = display.coded_box(_draw_box(rng, *display.size(height, width), recipe), height, width)
+    row["orientation"] = display.orientation
     row["flip"] = rng.random() < recipe.flip
     row["grayscale"] = rng.random() < recipe.grayscale
     row["jitter"] = rng.random() < recipe.jitter
@@ -106,19 +112,27 @@ def draw_augmentation(rng: np.random.Generator, height: int, width: int, recipe:
     return row
 
 
-def centre_crop(height: int, width: int) -> np.ndarray:
-    """Return the row of the test protocol: the centre square of 0.875 of the short side, and no other augmentation.
+def centre_crop(height: int, width: int, display: Display = AS_CODED) -> np.ndarray:
+    """Return the row of the test protocol: `centre_box` of the shown frame, and no other augmentation.
+
+    `height` and `width` are those of the coded frames, which are shown by `display`.
 
     Returns:
         0-dimensional array of dtype AUGMENTATION.
     """
-    side = max(1, round(CENTRE * min(height, width)))
     row = np.zeros((), AUGMENTATION)
     row["size"] = height, width
-    row["box"] = (height - side) // 2, (width - side) // 2, side, side
+    row["box"] = display.coded_box(centre_box(*display.size(height, width)), height, width)
+    row["orientation"] = display.orientation
     row["factors"] = 1, 1, 1, 0
     row["order"] = 0, 1, 2, 3
     return row
+
+
+def centre_box(height: int, width: int) -> Box:
+    """Return the centre square of 0.875 of the short side."""
+    side = max(1, round(CENTRE * min(height, width)))
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def to_augmentation(rows: np.ndarray | Sequence[np.ndarray]) -> Augmentation:
@@ -127,8 +141,8 @@ def to_augmentation(rows: np.ndarray | Sequence[np.ndarray]) -> Augmentation:
     return Augmentation(**{name: torch.from_numpy(table[name].copy()) for name in AUGMENTATION.names or ()})
 
 
-def _draw_box(rng: np.random.Generator, height: int, width: int, recipe: AugmentRecipe) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a random resized crop, drawn like torchvision's RandomResizedCrop.
+def _draw_box(rng: np.random.Generator, height: int, width: int, recipe: AugmentRecipe) -> Box:
+    """Return a random resized crop, drawn like torchvision's RandomResizedCrop.
 
     The area is uniform, the ratio of width to height is log-uniform, and the position is uniform. If ten tries give no
     box that fits, the crop is the largest centred box with an allowed ratio.

@@ -238,7 +238,7 @@ class PairSamples(TrainSamples):
         wanted = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
         frames = self.videos.read(index, wanted, into)  # one pass over the file for all four
         height, width = frames.y.shape[1:]
-        rows = [augmentation.draw_augmentation(rng, height, width, self.recipe) for _ in range(4)]
+        rows = [augmentation.draw_augmentation(rng, height, width, self.recipe, frames.display) for _ in range(4)]
         return Sample(index, frames, np.stack(rows))
 
     def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> PairBatch:
@@ -268,7 +268,7 @@ class ClipSamples(TrainSamples):
         wanted = clips.window(clips.random_start(rng, count, length, stride), count, length, stride)
         frames = self.videos.read(index, wanted, into)
         height, width = frames.y.shape[1:]
-        row = augmentation.draw_augmentation(rng, height, width, augmentation.FINETUNE)
+        row = augmentation.draw_augmentation(rng, height, width, augmentation.FINETUNE, frames.display)
         return Sample(index, frames, row[None])
 
     def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> ClipBatch:
@@ -321,7 +321,7 @@ class TestClips(Samples):
         except UnreadableVideo as error:
             none = np.empty(0, AUGMENTATION)
             return [SampleInfo(index, none, False, False, {self.videos.path(index): str(error)})]
-        row = np.array([augmentation.centre_crop(*frames.y.shape[1:])], AUGMENTATION)
+        row = np.array([augmentation.centre_crop(*frames.y.shape[1:], frames.display)], AUGMENTATION)
         return [SampleInfo(index, row, frames.bt709, frames.full_range, {})] * len(positions)
 
     def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> ClipBatch:
