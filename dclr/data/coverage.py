@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dclr.data.catalog import Catalog
-from dclr.errors import UserError
+from dclr.errors import UserError, printable
 
 SHOWN = 3
 """The most names in one line."""
@@ -55,7 +55,7 @@ class Coverage:
         counts = f"{self.used} of {self.listed} listed {self.split} videos" + (f" ({counted})" if counted else "")
         if not empty:
             return counts
-        have = f"class {empty[0]} has" if len(empty) == 1 else f"{len(empty)} classes have"
+        have = f"class {printable(empty[0])} has" if len(empty) == 1 else f"{len(empty)} classes have"
         return f"{counts}; {have} none" + (f": {shorten(empty)}" if len(empty) > 1 else "")
 
     def check(self, max_missing: float) -> None:
@@ -116,11 +116,11 @@ def class_warnings(catalog: Catalog) -> list[str]:
     never = [name for label, name in enumerate(catalog.classes) if label in tested - trained]
     if not never:
         return []
-    have = f"class {never[0]} has" if len(never) == 1 else f"{len(never)} classes have"
+    have = f"class {printable(never[0])} has" if len(never) == 1 else f"{len(never)} classes have"
     return [f"{have} test videos but no train video" + (f": {shorten(never)}" if len(never) > 1 else "")]
 
 
 def shorten(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names in printable form, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(map(printable, names[:SHOWN])) + more
