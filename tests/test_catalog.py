@@ -368,11 +368,14 @@ def test_weizmann(genuine: Path) -> None:
 
 def test_lists_beside_the_videos(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.mp4", "2.mp4", "b/3.mp4", "4.mp4")
-    write(tmp_path, "train.txt", "# my own", "", "./a/1.mp4 0", "2.mp4 3 home", "b/gone.mp4 0")
+    write(tmp_path, "train.txt", "# my own", "", "./a/1.mp4 0 park", "2.mp4 3 home", "b/gone.mp4 0 park")
     write(tmp_path, "val.txt", "b/3.mp4 1")
     catalog = open_catalog(tmp_path)
     assert catalog.classes == ("0", "1", "2", "3")
-    assert catalog.videos("train") == (Video(path="a/1.mp4", label=0), Video(path="2.mp4", label=3, group="home"))
+    assert catalog.videos("train") == (
+        Video(path="a/1.mp4", label=0, group="park"),
+        Video(path="2.mp4", label=3, group="home"),
+    )
     assert catalog.videos("test") == catalog.videos("val") == (Video(path="b/3.mp4", label=1),)
     assert missing(catalog) == ("b/gone.mp4",)
     assert open_catalog(tmp_path / "train.txt") == open_catalog(tmp_path / "val.txt") == catalog
@@ -389,14 +392,18 @@ def test_a_list_of_another_name_is_all_there_is(tmp_path: Path) -> None:
     assert labels(catalog, "train") == {"2.mp4": 0}
 
 
+COLUMNS = "every line must be `path label [group]` with the same columns, and a path with spaces needs quotes"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1.mp4", "expected `path label [group]`, the label a number, got '1.mp4'"),
-        ("1.mp4 zero", "expected `path label [group]`, the label a number, got '1.mp4 zero'"),
-        ("1.mp4 -1", "expected `path label [group]`, the label a number, got '1.mp4 -1'"),
-        ("1.mp4 0 a b", "expected `path label [group]`, the label a number, got '1.mp4 0 a b'"),
-        ("1.mp4 2", "label 2 is beyond the 2 classes of DATA/splits/classes.txt"),
+        ("1.mp4", f"1 column in '1.mp4', but 2 in most lines; {COLUMNS}"),
+        ("1.mp4 zero", "expected the label a number, as in DATA/splits/train.txt:1, got 'zero'"),
+        ("1.mp4 0", "1.mp4 has another label than in DATA/splits/train.txt:1"),
+        ("1.mp4 0 a b", f"4 columns in '1.mp4 0 a b', but 2 in most lines; {COLUMNS}"),
+        ("1.mp4 0.0", "label '0.0' must be a whole number from 0 to 99,999"),
+        ("2.mp4 2", "label 2 is beyond the 2 classes of DATA/splits/classes.txt; no label is 0: write labels from 0"),
         (
             "/1.mp4 0",
             "/1.mp4 must be relative to the data folder and stay inside it (or trust the list: --allow-outside)",
@@ -478,7 +485,7 @@ def test_every_suffix_in_any_case(tmp_path: Path) -> None:
 def test_no_data_set(tmp_path: Path) -> None:
     refused(tmp_path / "none", "no such folder: DATA")
     file = write(tmp_path, "video.mp4", "x")
-    refused(file, "DATA is a file; give a folder of videos or a .txt list of them")
+    refused(file, "DATA is a file; give a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")
     recognised = (
         "recognised are UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, "
         "or a folder of videos"
@@ -564,7 +571,7 @@ def test_official_splits_are_those_that_have_lists(genuine: Path, tmp_path: Path
 
 LEAVES = "must be relative to the data folder and stay inside it (or trust the list: --allow-outside)"
 NO_NAME = "its lists hold characters that no file name can have (null, or half of a surrogate pair)"
-EXPECTED = "expected `path label [group]`, the label a number"
+NUMBER = "must be a whole number from 0 to 99,999"
 DIVES = {
     "Diving48_V2_train.json": '[{"vid_name": "1", "label": 0}]',
     "Diving48_V2_test.json": '[{"vid_name": "1", "label": 0}]',
@@ -580,8 +587,8 @@ DIVES = {
         ({"train.txt": "1.mp4 0\n1.mp4\0 0\n"}, f"DATA: {NO_NAME}"),
         ({"train.txt": "1.mp4 0 a\0b\n"}, f"DATA: {NO_NAME}"),
         ({"train.txt": "1.mp4 0\n", "classes.txt": "a\0b\n"}, f"DATA: {NO_NAME}"),
-        ({"train.txt": "1.mp4 100000\n"}, f"DATA/train.txt:1: {EXPECTED}, got '1.mp4 100000'"),
-        ({"train.txt": f"1.mp4 {'9' * 5000}\n"}, f"DATA/train.txt:1: {EXPECTED}, got '1.mp4 {'9' * 5000}'"),
+        ({"train.txt": "1.mp4 100000\n"}, f"DATA/train.txt:1: label '100000' {NUMBER}"),
+        ({"train.txt": f"1.mp4 {'9' * 5000}\n"}, f"DATA/train.txt:1: label '{'9' * 40}...' {NUMBER}"),
         (
             {"train.txt": "x" * 10_001},
             "DATA/train.txt:1: a line of 10,001 characters, in what should be a list of videos or classes",

@@ -338,7 +338,6 @@ def ends_well(use: Callable[[], object], marker: Path, capsys: pytest.CaptureFix
 
 # These continue without the file and say so. Every other path refuses the file.
 IGNORED = {
-    "--data: Kinetics' *.csv": "no videos found in",  # a table of another kind is not a Kinetics list
     "--resume: RUN/metrics.jsonl": "done:",
     "--data: a video": "unreadable: 1",
     "pack --out STORE: shard-00000.npz": "shard-00000.npz is damaged: its shard is made again",

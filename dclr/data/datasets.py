@@ -59,7 +59,7 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
     """
     if data.is_file():
         if data.suffix.lower() not in LIST_SUFFIXES:
-            raise UserError(f"{data} is a file; give a folder of videos or a .txt list of them")
+            raise UserError(f"{data} is a file; give a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")
         catalog = list_catalog(data, split, allow_outside)
         named = [*catalog.lists, *(video.path for videos in catalog.splits.values() for video in videos)]
         return add_unused(catalog, read_tree(catalog.root, only={Path(path).parts[0] for path in named}))

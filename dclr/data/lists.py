@@ -3,6 +3,7 @@
 Lists often come from other people, so the paths in them must stay in the data folder unless `allow_outside` is set.
 """
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -21,7 +22,10 @@ MAX_CLASSES = 100_000
 def read_lines(file: Path) -> list[tuple[str, str]]:
     """Return (file:line, text) of the lines that are not blank. Bytes that are not UTF-8 are kept (surrogateescape)."""
     with reading(file):
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        content = file.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of spreadsheets
+    text = content.decode("utf-16" if utf16 else "utf-8-sig", "replace" if utf16 else "surrogateescape")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = [(f"{file}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
     for where, line in lines:
         if len(line) > MAX_LINE:
