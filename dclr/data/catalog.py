@@ -76,6 +76,7 @@ def make_catalog(
     unused: Mapping[str, Iterable[str]] | None = None,
     warnings: Iterable[str] = (),
     lists: Iterable[Path] = (),
+    on_disk: Iterable[str] = (),
 ) -> Catalog:
     """Return a catalog without missing videos and empty splits. If there is "val" and no "test", "test" is "val".
 
@@ -83,6 +84,7 @@ def make_catalog(
         missing: videos by split of which the layout already knows that they are not on disk.
         recognised, unused, warnings: the fields of Catalog.
         lists: the list files that were read, all below `root`.
+        on_disk: paths of videos that are known to be on disk. All others are looked for.
 
     Raises UserError: there are no videos, or a string of the lists cannot be a file name.
     """
@@ -92,7 +94,7 @@ def make_catalog(
     _require_strings(root, [*classes, *(string for video in everything for string in (video.path, video.group))])
     # Path.is_file would raise for a name that is too long and for a folder without permission.
     paths = {video.path for videos in named.values() for video in videos}
-    gone = {path for path in paths if not os.path.isfile(root / path)}
+    gone = {path for path in paths.difference(on_disk) if not os.path.isfile(os.path.join(root, path))}
     present = {split: tuple(video for video in videos if video.path not in gone) for split, videos in named.items()}
     absent = {
         split: (*known.get(split, ()), *(video for video in named.get(split, ()) if video.path in gone))

@@ -180,6 +180,7 @@ def _catalog(
         recognised=[*tree.recognised, *recognised],
         unused={**strays, **tree.unused},
         warnings=told,
+        on_disk=tree.videos,
     )
 
 
