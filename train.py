@@ -21,6 +21,7 @@ Without a subcommand, train.py pretrains. `train.py SUBCOMMAND --help` explains 
 """
 
 import argparse
+import os
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -234,7 +235,7 @@ def resolve_resumed(
     if Path(out) != folder:
         raise UserError(f"--out is {out}, but --resume continues the run in {folder}: leave --out out")
     configuration.check_resume(folder, flags, stored)
-    if "data" not in flags and stored.get("data") and not Path(stored["data"]).exists():
+    if "data" not in flags and stored.get("data") and not os.path.exists(stored["data"]):
         raise UserError(
             f"--resume {folder}: its data set, {stored['data']}, is neither in the folder that the run was started in, "
             f"nor in {Path.cwd()}, nor next to the run: give --data"

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -612,7 +613,7 @@ def _find(value: str, started_in: str, config: Path) -> str:
         return value
     here = Path.cwd()
     for folder in [*([Path(started_in)] if started_in else []), here, *config.resolve().parents]:
-        if (folder / value).exists():
+        if os.path.exists(folder / value):  # unlike Path.exists, False for a folder without permission
             return value if folder == here else str(folder / value)
     return value
 

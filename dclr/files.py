@@ -110,7 +110,7 @@ def _take(path: Path) -> int:
             is_locked = _lock(descriptor)
             if is_locked is False or (is_locked is None and _is_running(owner)):
                 raise _refusal(path, owner)
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+            if _is_open(path, descriptor):
                 own = {
                     "host": socket.gethostname(),
                     "process": os.getpid(),
@@ -142,6 +142,14 @@ def _lock(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is still the file that is open as `descriptor`, and was not deleted."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _wait_for_other_machine(path: Path) -> None:

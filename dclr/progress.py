@@ -3,6 +3,7 @@
 Nothing here raises OSError: a closed pipe or a full disk behind stdout must not end a run.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,11 @@ class SafeFile:
 
 def protect_output() -> None:
     """Make every later `print` of this process, also of other packages, survive the end of its terminal or pipe."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # it was closed (`>&-`), and the next file to be opened would get what C code prints
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if (file := getattr(sys, name)) is not None and not isinstance(file, SafeFile):
             setattr(sys, name, SafeFile(file))

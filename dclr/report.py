@@ -43,7 +43,7 @@ def open_run(out: str, command: str, resume: Path | None = None, replace: bool =
         UserError: another process writes there; the folder already holds a run, or cannot be written.
     """
     folder = resume or (Path(out) if out else _free_folder(command))
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     with ExitStack() as stack:
         stack.callback(_remove_empty, created)
         make_writable(folder)

@@ -4,11 +4,13 @@ import errno
 import io
 import os
 import pty
+import subprocess
 import sys
 import termios
 from contextlib import suppress
 
 import pytest
+from helpers import REPOSITORY
 
 from dclr import progress
 from dclr.errors import UserError
@@ -159,3 +161,10 @@ def test_characters_that_the_encoding_lacks_are_written_as_numbers():
     print("a\u00e9\udce9.mp4", file=safe)
     assert content.getvalue() == b"a\\xe9\\udce9.mp4\n"
     assert safe.error is None
+
+
+def test_a_file_does_not_take_the_place_of_a_closed_output(tmp_path):
+    program = "import os; from dclr import progress; progress.protect_output(); os._exit(os.open('file', os.O_CREAT))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    shell = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, program]
+    assert subprocess.run(shell, cwd=tmp_path, env=environment).returncode > 2

@@ -151,7 +151,7 @@ def test_ranks_leave_a_checkpoint_when_deepspeed_ends_alone(clean_environment, t
 
 
 @pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
-def test_a_run_whose_output_goes_nowhere_ends_as_ever(clean_environment, tiny_pretrain, tmp_path, output):
+def test_a_run_whose_output_goes_nowhere_ends_as_usual(clean_environment, tiny_pretrain, tmp_path, output):
     flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
     command = [sys.executable, "train.py", "pretrain", *flags]
     if output == "a full disk":

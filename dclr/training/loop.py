@@ -163,13 +163,13 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
             if saves or stops:
                 if log:
                     log.flush()
-                moving = {
+                progress = {
                     "summary": task.summary,
                     "last": last,
                     "skipped": guard.skipped,
                     "seconds": time.monotonic() - began,
                 }
-                save(run, engine, done, moving, failures, mean_loss.take() if saves else None)
+                save(run, engine, done, progress, failures, mean_loss.take() if saves else None)
             if stops and done < sampler.stop:
                 run.finish_exchange()
                 raise Stopped(f"asked to stop: checkpoint written at step {done}; --resume {run.folder} continues it")
@@ -250,14 +250,14 @@ def check_state(run: Run, state: dict[str, Any]) -> None:
         )
 
 
-def save(run: Run, engine: Engine, step: int, moving: dict[str, Any], failures: Failures, loss: float | None) -> None:
+def save(run: Run, engine: Engine, step: int, progress: dict[str, Any], failures: Failures, loss: float | None) -> None:
     """Write a checkpoint that `load_state` reads. The checkpoint with the lowest `loss` is kept.
 
     Raises:
         UserError: on all ranks, the checkpoint cannot be written.
     """
     state = {
-        **moving,
+        **progress,
         "failures": run.all_failures(failures),
         "videos": len(run.videos),
         "fingerprint": run.videos.fingerprint(),

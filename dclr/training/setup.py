@@ -253,7 +253,7 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
 def find_ds_config(path: Path) -> Path:
     """Return the path, or that of the file next to train.py if the working folder does not have it."""
     own = Path(__file__).parents[2] / path
-    return own if own.exists() and not path.exists() else path
+    return own if os.path.exists(own) and not os.path.exists(path) else path
 
 
 def check_videos(command: str, config: Config, catalog: Catalog, videos: VideoSet) -> None:

@@ -54,7 +54,7 @@ class StopRequest:
 class LauncherWatch:
     """Send SIGTERM to this process when its launcher ends, while the context is active.
 
-    A launcher that is killed does not end its ranks. They would train on, unseen, beside the next run.
+    A launcher that is killed does not end its ranks. They would continue to train, unseen, next to the next run.
     Without a launcher there is nothing to watch: a run that was started from a shell outlives the shell.
     """
 
