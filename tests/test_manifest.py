@@ -4,6 +4,8 @@ file."""
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import block, children, crash, loop
+from helpers import REPOSITORY, block, children, crash, loop
 
 from dclr.data import decoder_process, manifest
 from dclr.data.decode import NO_PTS, VideoRecord, verify_video
@@ -345,3 +347,37 @@ def test_a_cache_with_changed_numbers_is_used_only_where_they_agree(tmp_path, ca
                 assert all(0 <= keyframe < finding.frames for keyframe in finding.keyframes)
     assert 50 < used < 450
     assert capsys.readouterr().err.count("cannot be used") == 500 - used
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_the_findings_and_ends_the_command(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from dclr.data import manifest
+
+def verify_video(path):
+    if path.name == "slow.mp4":  # the last one, so the findings about the others have arrived
+        Path(cache, "all others are done").touch()
+        time.sleep(1000)
+    return real(path)
+
+real, manifest.verify_video = manifest.verify_video, verify_video
+root, cache, *names = sys.argv[1:]
+manifest.load_manifest(Path(root), names, workers=1, progress=False, cache_dir=Path(cache))
+"""
+    (root / "slow.mp4").write_text("the decoder sleeps")
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", program, str(root), str(cache), *GOOD, "slow.mp4"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        while not (cache / "all others are done").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == -number
+    assert errors == f"stopped by {number.name}: the videos verified so far are not decoded again\n"
+    monkeypatch.setattr("dclr.data.manifest.verify_video", None)  # nothing is decoded again
+    assert list(load_manifest(root, GOOD, workers=1, progress=False, cache_dir=cache).records) == GOOD

@@ -19,6 +19,7 @@ Interlaced frames are returned as they are coded too: both fields stay in one fr
 """
 
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -60,6 +61,13 @@ _PLANES_420 = ("yuv420p", "yuvj420p")
 _BICUBIC = int(Interpolation.BICUBIC) | 0x40000 | 0x80000
 """Bicubic with FFmpeg's SWS_ACCURATE_RND and SWS_BITEXACT, which PyAV names from version 18 on. Without these, black
 (0) becomes 1 in some places and the result depends on the processor. They cost 6 % of the scaling time."""
+
+_CODECS_THAT_NOTICE_DAMAGE = (
+    "h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "h263", "flv1", "wmv1", "wmv2", "wmv3", "vc1", "msmpeg4v1",
+    "msmpeg4v2", "msmpeg4v3", "mjpeg", "prores", "png", "vp9", "av1",
+)  # fmt: skip
+"""Codecs whose decoders notice most damage, or write every pixel of a frame. The others, such as VP8 and FFV1 without
+checksums, may leave old memory in a damaged frame. The trial of seeking compares all frames of their files."""
 
 _TRIAL_FRAMES = 12
 """Frames compared after each trial seek. The keyframe alone proves little: the frames after a recovery point may still
@@ -223,6 +231,8 @@ def verify_video(path: Path) -> VideoRecord:
     with _opened(path) as (container, stream), _error_log() as log:
         declared, video_streams = stream.frames, len(_video_streams(container))
         may_skip = stream.codec_context.name in _SKIPPING_CODECS
+        notices_damage = stream.codec.canonical_name in _CODECS_THAT_NOTICE_DAMAGE
+        trial_frames = _TRIAL_FRAMES if notices_damage else sys.maxsize
         for number, frame in enumerate(_decoded(container, stream, first=0)):
             if number == 0:
                 height, width = frame.height, frame.width
@@ -233,7 +243,7 @@ def verify_video(path: Path) -> VideoRecord:
                 keyframes.append(number)
             b_frames = b_frames or frame.pict_type == PictureType.B
             interlaced = interlaced or frame.interlaced_frame
-            after_seek = keyframes and keyframes[-1] > 0 and number < keyframes[-1] + _TRIAL_FRAMES
+            after_seek = keyframes and keyframes[-1] > 0 and number < keyframes[-1] + trial_frames
             if after_seek or (may_skip and _in_skipping_trial(number)):
                 checksums[number] = _checksum(frame, reformatter)
             del log[_MOST_ERRORS:]
@@ -265,7 +275,7 @@ def verify_video(path: Path) -> VideoRecord:
     )
     if pts[0] == NO_PTS or any(earlier >= later for earlier, later in pairwise(pts)):
         return record
-    record = replace(record, seekable=_seeks_exactly(path, record, checksums))
+    record = replace(record, seekable=_seeks_exactly(path, record, checksums, trial_frames))
     return replace(record, skippable=may_skip and b_frames and _skips_exactly(path, record, checksums))
 
 
@@ -302,8 +312,11 @@ def _frames_by_duration(container: InputContainer, stream: VideoStream) -> int:
     return round(seconds * float(stream.average_rate or 0))
 
 
-def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -> bool:
-    """Return whether a seek to each keyframe after frame 0 gives the frames of the sequential decode."""
+def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int], trial_frames: int) -> bool:
+    """Return whether a seek to each keyframe after frame 0 gives the frames of the sequential decode.
+
+    `trial_frames`: number of frames to compare after each seek, up to the next keyframe.
+    """
     keyframes = record.keyframes[record.keyframes > 0].tolist()
     if not keyframes:
         return False
@@ -315,7 +328,7 @@ def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int]) -
             for keyframe, next_keyframe in reversed(list(pairwise([*keyframes, record.frames]))):
                 _seek(container, stream, keyframe, record)
                 frames = _decoded(container, stream, first=keyframe)
-                for number in range(keyframe, min(next_keyframe, keyframe + _TRIAL_FRAMES)):
+                for number in range(keyframe, min(next_keyframe, keyframe + trial_frames)):
                     frame = next(frames, None)
                     if frame is None or _pts(frame) != record.pts[number]:
                         return False

@@ -6,10 +6,13 @@ are found again by path, file size and modification time. So only new and change
 
 import hashlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,9 @@ _VERSION = 4
 
 _SAVE_EVERY = 300.0
 """Seconds between saves while verifying, so that a crash after hours loses minutes."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that schedulers and terminals send before they end a process."""
 
 Finding = VideoRecord | str
 """The record of a video, or the reason why it cannot be read."""
@@ -60,7 +66,8 @@ def load_manifest(
 ) -> Manifest:
     """Verify the videos `root / path` that the cache does not know, in `workers` decoder processes.
 
-    The cache is also saved when the work is interrupted. It keeps the findings of videos that `paths` does not name.
+    The cache is also saved when the work is interrupted, by Ctrl-C or by a signal of `_SIGNALS`. The signal then ends
+    this process as it would without this function. The cache keeps the findings of videos that `paths` does not name.
 
     Args:
         cache_dir: the folder of the cache, by default $XDG_CACHE_HOME/dclr/manifests or ~/.cache/dclr/manifests.
@@ -94,20 +101,21 @@ def load_manifest(
     if todo:
         _save(cache, known)  # now, so that a cache that cannot be written is noticed before hours of verifying
     saved = time.monotonic()
-    try:
-        for path, finding in _verify(root, list(todo), workers, timeout, progress):
-            if isinstance(finding, DecoderDied):
-                findings[path] = str(finding)
-                known.pop(path, None)
-            else:
-                findings[path] = finding
-                known[path] = (todo[path], finding)
-            if time.monotonic() - saved > _SAVE_EVERY:
+    with _recorded_signals() as received:
+        try:
+            for path, finding in _verify(root, list(todo), workers, timeout, progress, received):
+                if isinstance(finding, DecoderDied):
+                    findings[path] = str(finding)
+                    known.pop(path, None)
+                else:
+                    findings[path] = finding
+                    known[path] = (todo[path], finding)
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    _save(cache, known)
+                    saved = time.monotonic()
+        finally:
+            if todo:
                 _save(cache, known)
-                saved = time.monotonic()
-    finally:
-        if todo:
-            _save(cache, known)
     in_order = {path: findings[path] for path in paths}
     return Manifest(
         root=root,
@@ -120,13 +128,43 @@ def load_manifest(
 # ---------------------------------------------------------------- verifying
 
 
+@contextmanager
+def _recorded_signals() -> Iterator[list[int]]:
+    """Record the first of `_SIGNALS` instead of ending this process, and send it again at the end.
+
+    A signal that has a handler already, or is ignored, is not touched. Only the main thread may set handlers, so in
+    another thread nothing is recorded.
+    """
+    received: list[int] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    recorded = [number for number in _SIGNALS if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
+    for number in recorded:
+        signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number in recorded:
+            signal.signal(number, signal.SIG_DFL)
+        if received:
+            signal.raise_signal(received[0])
+
+
 def _verify(
-    root: Path, paths: list[str], workers: int, timeout: float, progress: bool
+    root: Path, paths: list[str], workers: int, timeout: float, progress: bool, received: list[int]
 ) -> Iterator[tuple[str, Finding | DecoderDied]]:
-    """Yield (path, finding) for each path, in the order in which they are finished."""
+    """Yield (path, finding) for each path, in the order in which they are finished. Raises SystemExit soon after a
+    signal is in `received`."""
     waiting, tried_twice = deque(paths), set[str]()
+
+    def tick() -> None:
+        bar.advance(0)
+        if received:
+            name = signal.Signals(received[0]).name
+            print(f"stopped by {name}: the videos verified so far are not decoded again", file=sys.stderr, flush=True)
+            raise SystemExit(128 + received[0])
+
     with ProgressBar(len(paths), "verifying videos", "video", shown=bool(progress and paths)) as bar:
-        findings = answers(lambda path: _find(root / path), waiting, workers, timeout, tick=lambda: bar.advance(0))
+        findings = answers(lambda path: _find(root / path), waiting, workers, timeout, tick)
         for path, finding in findings:
             if isinstance(finding, DecoderDied) and finding.out_of_memory and path not in tried_twice:
                 tried_twice.add(path)
