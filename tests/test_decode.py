@@ -11,7 +11,9 @@ import pytest
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from dclr.config import DataConfig
 from dclr.data import decode
+from dclr.data.check import check
 from dclr.data.decode import (
     NO_PTS,
     UnreadableVideo,
@@ -814,3 +816,29 @@ def test_errors_that_lose_no_file_are_named(tmp_path: Path) -> None:
         assert verify_video(path).damage == ""
         path.write_bytes(path.read_bytes()[:-5000])
         assert verify_video(path).damage == "gif: LZW decode failed"
+
+
+def test_check_names_files_with_several_streams_without_their_end_and_with_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_textured(tmp_path / "good.mkv", "mpeg4", "yuv420p")
+    write_streams(tmp_path / "two.mp4", ("mpeg4", 64, 10), ("mpeg4", 32, 20), default=1)
+    packets = write_textured(tmp_path / "cut.mkv", "mpeg4", "yuv420p")
+    (tmp_path / "cut.mkv").write_bytes((tmp_path / "cut.mkv").read_bytes()[: packets[17][0]])
+    write_textured(tmp_path / "damaged.gif", "gif", "rgb8")
+    (tmp_path / "damaged.gif").write_bytes((tmp_path / "damaged.gif").read_bytes()[:-5000])
+    write_picture(tmp_path / "photo.mp4", "mjpeg", "image2pipe", "yuvj420p")
+    check(DataConfig(data=str(tmp_path), workers=1))
+    printed = capsys.readouterr().out
+    for line in [
+        "several video streams, the default or else the largest is read: 1",
+        "  two.mp4: 2 streams, read the one of 32 x 32",
+        "end early, because the end of the file is missing: 1",
+        "  cut.mkv: holds 17 of about 30 frames",
+        "readable, but FFmpeg reports errors, so frames may be missing or damaged: 1",
+        "  damaged.gif: 30 frames; gif: LZW decode failed",
+        "unreadable: 1",
+        "  photo.mp4: a still image, not a video",
+    ]:
+        assert line in printed.splitlines()
+    assert "good.mkv" not in printed

@@ -102,20 +102,26 @@ def describe_videos(catalog: Catalog, manifest: Manifest) -> list[str]:
 
 def describe_streams(records: Mapping[str, VideoRecord]) -> list[str]:
     """Return lines about files with several video streams, files whose end is missing and damaged files."""
-    several = {path: record for path, record in records.items() if record.video_streams > 1}
-    cut = {path: record for path, record in records.items() if record.cut_from}
-    damaged = {path: record for path, record in records.items() if record.damage}
+    several = {
+        path: f"{record.video_streams} streams, read the one of {record.width} x {record.height}"
+        for path, record in records.items()
+        if record.video_streams > 1
+    }
+    cut = {
+        path: f"holds {record.frames} of about {record.cut_from} frames"
+        for path, record in records.items()
+        if record.cut_from
+    }
+    damaged = {path: f"{record.frames} frames; {record.damage}" for path, record in records.items() if record.damage}
     lines = []
-    if several:
-        lines.append(f"several video streams, the default or else the largest is read: {len(several)}")
-    for path, record in several.items():
-        lines.append(f"  {path}: {record.video_streams} streams, read the one of {record.width} x {record.height}")
-    if cut:
-        lines.append(f"end early, because the end of the file is missing: {len(cut)}")
-    lines += [f"  {path}: holds {record.frames} of about {record.cut_from} frames" for path, record in cut.items()]
-    if damaged:
-        lines.append(f"readable, but FFmpeg reports errors, so frames may be missing or damaged: {len(damaged)}")
-    lines += [f"  {path}: {record.frames} frames; {record.damage}" for path, record in damaged.items()]
+    for title, videos in {
+        "several video streams, the default or else the largest is read": several,
+        "end early, because the end of the file is missing": cut,
+        "readable, but FFmpeg reports errors, so frames may be missing or damaged": damaged,
+    }.items():
+        if videos:
+            lines.append(f"{title}: {len(videos)}")
+            lines += [f"  {printable(path)}: {printable(text)}" for path, text in videos.items()]
     return lines
 
 
