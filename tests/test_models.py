@@ -574,6 +574,9 @@ def test_a_file_with_two_networks_that_fit_is_refused(tmp_path: Path) -> None:
     state |= {"flow." + name: tensor for name, tensor in flow.state_dict().items()}
     torch.save(state, tmp_path / "two.pth")
     refused(tmp_path / "two.pth", r"holds 2 networks that fit, under the prefixes rgb\. and flow\.: give a file")
+    many = {f"{number}.stem.0.weight": torch.zeros(1) for number in range(101)}
+    torch.save(many, tmp_path / "many.pth")
+    refused(tmp_path / "many.pth", "holds 101 networks: give a file that holds only one")
     same = {"other_name." + name: tensor.clone() for name, tensor in rgb.state_dict().items()}
     torch.save(
         {name: tensor for name, tensor in state.items() if name.startswith("rgb.")} | same, tmp_path / "same.pth"
@@ -622,12 +625,12 @@ def test_a_classifier_that_is_not_finite_is_refused(name: str, tmp_path: Path) -
     load_classifier(tmp_path)
     state = {**classifier.backbone.state_dict(), **{f"fc.{k}": v for k, v in classifier.fc.state_dict().items()}}
     state[name].flatten()[0] = torch.nan
-    with pytest.raises(UserError, match=f"{name} holds 1 values that are not finite"):
+    with pytest.raises(UserError, match=f"{name} holds 1 value that is not finite"):
         save_classifier(classifier, ("a", "b"), tmp_path / "classifier.safetensors")
     load_classifier(tmp_path)
     metadata = {"format": "dclr", "backbone": "r3d_10", "width": "4", "classes": '["a", "b"]'}
     save_file(state, tmp_path / "classifier.safetensors", metadata)
-    with pytest.raises(UserError, match=f"{name} holds 1 values that are not finite"):
+    with pytest.raises(UserError, match=f"{name} holds 1 value that is not finite"):
         load_classifier(tmp_path)
 
 

@@ -31,6 +31,9 @@ _FIRST_NAME = "stem.0.weight"
 # torch adds these to names, anywhere, when it compiles, shards or checkpoints a module.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
+MAX_NETWORKS = 100
+"""The most networks in a foreign file. Without a limit, a file of a million names could take hours."""
+
 _AVERAGE = re.compile(r"(^|[._/])(k|m|key|teacher|target|momentum|ema)([._/]|$)")
 """A part of a prefix that marks a moving average of another network in the file, such as encoder_k."""
 
@@ -86,7 +89,7 @@ def _find_backbone(
         prefix and wrappers. If no network of the file fits, those of the first.
 
     Raises:
-        UserError: several networks fit.
+        UserError: several networks fit, or the file holds more than MAX_NETWORKS.
     """
     wrappers = [wrapper for wrapper in _WRAPPERS if any(wrapper in name for name in tensors)]
     bare = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
@@ -97,6 +100,8 @@ def _find_backbone(
         for name in tensors
         if name.endswith(_FIRST_NAME) and (prefix := name.removesuffix(_FIRST_NAME))[-1:] in ("", ".", "/")
     ]
+    if len(prefixes) > MAX_NETWORKS:
+        raise UserError(f"{file} holds {len(prefixes):,} networks: give a file that holds only one")
     networks = {prefix: _below(tensors, prefix) for prefix in prefixes or [""]}
     expected = _shapes(backbone.state_dict())
     fitting = [prefix for prefix in networks if _shapes(networks[prefix]) == expected]
@@ -140,8 +145,9 @@ def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
         if not tensor.is_floating_point():
             faults.append(f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, not floats")
         elif wrong := int((~torch.isfinite(tensor.float())).sum()):
+            values = "1 value that is" if wrong == 1 else f"{wrong} values that are"
             faults.append(
-                f"{name} holds {wrong} values that are not finite: the run diverged; "
+                f"{name} holds {values} not finite: the run diverged; "
                 "use an earlier checkpoint, or train with a lower --lr"
             )
         elif name.endswith("running_var") and (wrong := int((tensor < 0).sum())):
