@@ -26,7 +26,8 @@ from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, catalog_of_store
 from dclr.data.demo import render_demo
 from dclr.data.folders import add_unused, class_folders
-from dclr.data.layouts import diving48, hmdb51, kinetics, kinetics_lists, ucf101
+from dclr.data.kinetics import kinetics, kinetics_lists
+from dclr.data.layouts import diving48, hmdb51, ucf101
 from dclr.data.own_lists import LIST_SUFFIXES, has_lists, list_catalog, list_numbers
 from dclr.data.store import is_store
 from dclr.data.tree import Tree, read_tree

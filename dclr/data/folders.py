@@ -260,10 +260,12 @@ def describe_nothing(tree: Tree) -> str:
 # ---------------------------------------------------------------- videos that lists name
 
 
-def videos_by_stem(tree: Tree) -> dict[str, str]:
-    """Return file name without suffix -> relative path, of all videos below a folder. Of equal names, the first path
-    wins."""
-    return {PurePosixPath(path).stem: path for path in reversed(open_unknown(tree).videos)}
+def videos_by_stem(tree: Tree) -> dict[str, list[str]]:
+    """Return file name without suffix -> relative paths, sorted, of all videos below a folder."""
+    by_stem: dict[str, list[str]] = {}
+    for path in open_unknown(tree).videos:
+        by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
+    return by_stem
 
 
 def add_unused(catalog: Catalog, tree: Tree) -> Catalog:

@@ -162,6 +162,14 @@ def _describe(found: Mapping[str, tuple[str, set[str]]]) -> list[str]:
     return lines
 
 
+def describe_equal_names(equal: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line about listed videos of which several files have the name. `equal`: the paths of each video."""
+    if not equal:
+        return []
+    count = count_videos(len(equal), "has", "have")
+    return [f"{count} several files of the same name, such as {equal[0][0]} and {equal[0][1]}: the first is read"]
+
+
 def count_videos(count: int, one: str, many: str) -> str:
     """Return a number of videos and the verb that fits, such as "1 video is"."""
     return f"{count:,} video{'' if count == 1 else 's'} {one if count == 1 else many}"

@@ -84,7 +84,8 @@ def list_catalog(data: Path, split: int, allow_outside: bool) -> Catalog:
         list. The message names the file and the line.
     """
     if data.is_file():
-        lists, single = _lists_of_kind(data), data
+        lists = _lists_of_kind(data)
+        single: Path | None = data
         root = data.parent.parent if data.parent.name.lower() in LIST_FOLDERS else data.parent
     else:
         lists, single, root = _lists_below(data), _table_of_splits(data), data
