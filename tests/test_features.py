@@ -13,7 +13,9 @@ from dclr.data.datasets import open_catalog
 from dclr.data.samples import TEST_CLIPS
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
+from dclr.evaluation import features
 from dclr.evaluation.features import run_on_clips
+from kernels import augment
 
 CONFIG = DataConfig(clip_length=4, crop_size=32, workers=0)
 CPU = torch.device("cpu")
@@ -73,6 +75,26 @@ def test_a_video_of_which_only_some_clips_can_be_read_is_skipped(copied, monkeyp
     assert torch.equal(found.values, whole.values[1:])
     assert found.labels.tolist() == copied.labels[1:].tolist()
     assert list(found.failures) == [copied.path(0)]
+
+
+def test_large_frames_are_augmented_a_few_at_a_time_with_the_same_result(copied, monkeypatch):
+    """Also the memory format is the same, which decides how a network sums."""
+
+    def clips(clip: torch.Tensor) -> torch.Tensor:
+        assert clip.is_contiguous(memory_format=torch.channels_last_3d)
+        return clip.flatten(1)
+
+    whole = run_on_clips(clips, copied, CONFIG, CPU, "test")
+    computed = []
+
+    def counted(frames, augmentation, size):
+        computed.append(frames.y.shape[1])
+        return augment(frames, augmentation, size)
+
+    monkeypatch.setattr(features, "augment", counted)
+    monkeypatch.setattr(features, "_PIXELS_AT_ONCE", int(3.5 * copied.heights[0] * copied.widths[0]))
+    assert torch.equal(run_on_clips(clips, copied, CONFIG, CPU, "test").values, whole.values)
+    assert computed == [3, 1] * 8
 
 
 def test_unreadable_videos_are_skipped_and_named(copied, capsys):

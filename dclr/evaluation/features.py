@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +24,14 @@ from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.models import Backbone, build_backbone, load_backbone
 from dclr.progress import ProgressBar
-from kernels import augment
+from kernels import Augmentation, Yuv420, augment
 
 LARGEST_OUTPUT = 1e15
 """The largest absolute output of a network that figures are computed from. The squares of larger outputs can overflow
 float32. A trained network's outputs are below 1,000."""
+
+_PIXELS_AT_ONCE = 2**23
+"""Pixels of a clip that are augmented at once on a CPU. The computation takes about 40 bytes for each of them."""
 
 SKIPPED = "it is skipped in the figures"
 """The consequence that the message about an unreadable video names."""
@@ -78,7 +82,7 @@ def run_on_samples(
             failures.add(batch.failures)
             bar.advance(int(positions[-1][1] == TEST_CLIPS - 1))
             if len(batch.indices):
-                output = network(augment(batch.frames, batch.augmentation, size)).float().cpu()
+                output = network(augment_slices(batch.frames, batch.augmentation, size)).float().cpu()
                 check_outputs(output, [videos.path(index) for index in batch.indices.tolist()])
                 values.append(output)
                 indices.append(batch.indices)
@@ -109,6 +113,19 @@ def clip_batches(
     sampler = sampler or TestSampler(samples)
     ahead = batches_ahead(samples, sampler)
     yield from zip(sampler, batches_on(device, samples, sampler, samples.config.workers, ahead=ahead), strict=True)
+
+
+def augment_slices(frames: Yuv420, augmentation: Augmentation, size: tuple[int, int]) -> Tensor:
+    """Return what `augment` does for test clips, (B, 3, T, h, w).
+
+    On a CPU it computes large frames a few at a time, so that its memory does not grow with their size.
+    """
+    T, H, W = frames.y.shape[1:]
+    at_once = max(1, _PIXELS_AT_ONCE // (H * W))
+    if frames.y.device.type != "cpu" or at_once >= T:
+        return augment(frames, augmentation, size)
+    slices = [augment(frames.select(np.s_[:, t : t + at_once]), augmentation, size) for t in range(0, T, at_once)]
+    return torch.cat(slices, 2).contiguous(memory_format=torch.channels_last_3d)
 
 
 def check_outputs(outputs: Tensor, paths: Sequence[str]) -> None:
