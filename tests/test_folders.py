@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 
+from dclr.config import DataConfig
 from dclr.data import store
 from dclr.data import tree as tree_module
 from dclr.data.catalog import (
@@ -22,11 +23,14 @@ from dclr.data.catalog import (
     make_catalog,
     reading_entry,
 )
-from dclr.data.check import describe_catalog
+from dclr.data.check import check, describe_catalog
 from dclr.data.datasets import open_catalog
+from dclr.data.pack import pack
 from dclr.data.string_array import pack_strings
 from dclr.data.tree import BROKEN, EMPTY, HIDDEN, LISTS, PICTURES, TWICE, Tree, open_unknown, read_tree
+from dclr.data.videos import open_videos
 from dclr.errors import UserError
+from dclr.evaluation.benchmark import Benchmark
 
 
 def touch(root: Path, *paths: str) -> Path:
@@ -181,6 +185,17 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path, monkeypatch: py
         open_catalog(tmp_path / "secret")
 
 
+def test_a_data_folder_below_a_folder_without_permission_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    with pytest.raises(UserError, match=r"data cannot be read: Permission denied$"):
+        open_catalog(tmp_path / "data")
+
+
 def make_video(file: Path, video_format: str, codec: str = "mpeg4", pixels: str = "yuv420p", frames: int = 3) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(file), "w", format=video_format) as container:
@@ -294,6 +309,13 @@ def test_folders_named_like_splits_are_classes_next_to_other_classes(tmp_path: P
     assert catalog.warnings[0] == "test/ is read as a class and not as a split, because walk/ is next to it"
 
 
+def test_two_classes_of_almost_the_same_name_are_a_warning(tmp_path: Path) -> None:
+    touch(tmp_path, "Run/1.mp4", "run/2.mp4", "jump/3.mp4")
+    catalog = open_catalog(tmp_path)
+    assert catalog.classes == ("Run", "jump", "run")
+    assert catalog.warnings == ("classes 'Run' and 'run' are two classes with almost the same name",)
+
+
 def test_a_split_folder_without_videos_is_a_warning(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.mp4", "val/a/readme.txt")
     assert open_catalog(tmp_path).warnings == ("val/ holds no videos",)
@@ -309,6 +331,7 @@ def test_a_split_folder_without_videos_is_a_warning(tmp_path: Path) -> None:
         (["train/a/1.mp4", "walk/2.mp4", "run/3.mp4"], "DATA holds videos both in class folders and next to them"),
         (["a/1.mp4", "2.mp4", "3.mp4"], "DATA holds videos both in class folders and next to them, such as 2.mp4"),
         (["train/Run/1.mp4", "test/run/2.mp4"], "DATA/test/run: class 'run' is not in DATA/train, which has 'Run'"),
+        (["train/caf\u00e9/1.mp4", "test/cafe\u0301/2.mp4"], "is not in DATA/train, which has 'caf\u00e9'"),
         (["train/a/1.mp4", "test/b/2.mp4"], "DATA/test/b: class 'b' is not in DATA/train"),
         (
             ["set/a/1.mp4", "set/b/2.mp4"],
@@ -389,3 +412,30 @@ def test_a_list_given_as_a_file_does_not_read_other_folders(tmp_path: Path) -> N
     touch(tmp_path, "videos/1.mp4", "another set/2.mp4")
     (tmp_path / "mine.txt").write_text("videos/1.mp4 0\n")
     assert open_catalog(tmp_path / "mine.txt").unused == {"folders that no list names": ("another set/",)}
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def test_check_pack_and_report_say_what_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    for name in ("train/a/1.avi", "train/b/2.avi", "intro.avi"):
+        make_video(data / name, "avi", frames=3 + len(name))
+    touch(data, "train/a/notes.srt")
+    stray = "1 video is next to the split folders and not used, such as intro.avi"
+    for command in (check, pack):
+        command(DataConfig(data=str(data), workers=1))
+        shown = capsys.readouterr().out
+        assert "not used, next to the split folders: 1 (intro.avi)" in shown
+        assert "not used, no video: suffix .srt: 1 (train/a/notes.srt)" in shown
+        assert f"warning: {stray}" in shown
+    pack(DataConfig(data=str(data), workers=1), str(tmp_path / "store"), short_side=16)
+    capsys.readouterr()
+    check(DataConfig(data=str(tmp_path / "store"), workers=1))
+    assert f"warning: {stray}" in capsys.readouterr().out
+    catalog = open_catalog(data)
+    benchmark = Benchmark(catalog, DataConfig(), train=open_videos(catalog, "train", 1, progress=False))
+    assert "not used, next to the split folders: 1 (intro.avi)" in capsys.readouterr().out
+    assert benchmark.report()["data"]["warnings"] == [stray]
+    benchmark.print_faults()
+    assert f"warning: {stray}" in capsys.readouterr().err

@@ -58,6 +58,14 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
         UserError: something is wrong with the folder, the split or the lists. For a list, the message names the file
             and the line.
     """
+    try:
+        return _open(data, split, allow_outside)
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _open(data: Path, split: int, allow_outside: bool) -> Catalog:
+    """Do what `open_catalog` does. Raises PermissionError too."""
     if data.is_file():
         if data.suffix.lower() not in LIST_SUFFIXES:
             raise UserError(f"{data} is a file; give a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")

@@ -5,6 +5,7 @@ they are not used, and a warning names them.
 """
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -101,7 +102,7 @@ def _split_folders(tree: Tree, loose: list[str], others: Folders, folders: Folde
         _refuse_single(tree, by_class, f"{name}/")
         for unknown in by_class:
             if unknown not in labelled.classes:
-                like = next((known for known in labelled.classes if known.lower() == unknown.lower()), None)
+                like = next((known for known in labelled.classes if _folded(known) == _folded(unknown)), None)
                 hint = f", which has {like!r}" if like else ""
                 raise UserError(f"{root / name / unknown}: class {unknown!r} is not in {root / by_split[first]}{hint}")
         splits[split] = labelled.videos(by_class, f"{name}/")
@@ -167,11 +168,11 @@ def _catalog(
 ) -> Catalog:
     """Return the catalog with what the walk found, and a warning for each kind of unused videos."""
     strays = {reason: tuple(paths) for reason, paths in (unused or {}).items() if paths}
-    told = [*tree.warnings, *warnings, *_empty_splits(tree)]
+    told = [*tree.warnings, *warnings, *_empty_splits(tree), *_like_classes(classes)]
     for reason, paths in strays.items():
         told.append(f"{_videos(paths)} {reason} and not used, such as {paths[0]}")
     if lists := tree.unused.get(LISTS):
-        told.append(f"{lists[0]} is named like a list, but the folders decide: give --data a list to read one")
+        told.append(f"{lists[0]} is named like a list and is not read: the folders decide. --data FILE reads a list")
     return make_catalog(
         tree.root,
         layout,
@@ -194,6 +195,24 @@ def _empty_splits(tree: Tree) -> list[str]:
     used = {path.partition("/")[0] for path in tree.videos}
     top = [folder for folder in tree.folders.values() if folder and "/" not in folder]
     return [f"{name}/ holds no videos" for name in sorted(top) if name.lower() in SPLIT_NAMES and name not in used]
+
+
+def _folded(name: str) -> str:
+    """Return a class name in lower case, without spaces at its ends, and with accents written in one way."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def _like_classes(classes: tuple[str, ...]) -> list[str]:
+    """Return a warning for each class whose name looks like that of an earlier class."""
+    first: dict[str, str] = {}
+    for name in classes:
+        first.setdefault(_folded(name), name)
+    pairs = [(first[_folded(name)], name) for name in classes]
+    return [
+        f"classes {one!r} and {other!r} are two classes with almost the same name"
+        for one, other in pairs
+        if one != other
+    ]
 
 
 # ---------------------------------------------------------------- what is refused

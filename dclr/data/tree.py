@@ -4,6 +4,7 @@ Links to folders are followed, because data sets often consist of links to other
 whichever links it can be reached. So links in a circle end.
 """
 
+import errno
 import os
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -101,7 +102,7 @@ def read_tree(root: Path, only: Iterable[str] | None = None) -> Tree:
     unknown: list[str] = []
     warnings: list[str] = []
     folders: dict[tuple[int, int], str] = {}
-    above = {_identity(parent) for parent in root.resolve().parents}
+    above = {_identity(parent) for parent in root.resolve().parents if os.access(parent, os.X_OK)}
     waiting, links = deque([""]), deque[str]()  # links are read last: what is reached without a link keeps its path
     wanted = None if only is None else frozenset(only)
 
@@ -180,8 +181,8 @@ def _kind(entry: Any) -> str:
         if entry.is_file():
             return "file"
         return BROKEN if entry.is_symlink() else "neither files nor folders"
-    except OSError:  # a link to itself
-        return BROKEN
+    except OSError as error:
+        return BROKEN if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
 
 
 def suffix_of(path: str) -> str:
