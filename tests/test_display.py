@@ -11,10 +11,20 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from av.video.frame import VideoFrame
 
-from dclr.data import decode
+from dclr.config import DataConfig
+from dclr.data import augmentation, check, decode, pack
+from dclr.data.datasets import open_data
 from dclr.data.display import AS_CODED, Display, collect_displays, orientation_of, shown, turned, turned_back
+from dclr.data.samples import PairSamples, TestClips, stack_frames
+from dclr.data.store import INDEX, load_arrays, load_index, save_arrays
+from dclr.data.videos import VideoSet, open_videos
+from dclr.evaluation import composites, view_sheet
+from dclr.evaluation.retrieval import middle_frame
+from kernels import augment
+from kernels.types import MEAN, STD
 
 ORIENTATIONS = range(8)
 
@@ -159,6 +169,13 @@ def test_a_box_of_the_shown_frame_holds_the_same_pixels_when_coded(orientation: 
     assert np.array_equal(turned_back(upright, orientation), coded)
 
 
+@pytest.mark.parametrize("display", [Display(orientation, 3, 2) for orientation in ORIENTATIONS])
+def test_a_shown_box_is_the_inverse_of_a_coded_box(display: Display) -> None:
+    assert display.shown_box((0, 0, 20, 30), 20, 30) == (0, 0, *display.size(20, 30))
+    for box in ((2, 4, 5, 6), (0, 10, 20, 20), (19, 0, 1, 2)):
+        assert display.coded_box(display.shown_box(box, 20, 30), 20, 30) == box
+
+
 @pytest.mark.parametrize("display", [Display(0, 16, 11), Display(5, 16, 11), Display(1, 1, 3), Display(2, 3, 1)])
 def test_a_box_with_pixel_aspect_is_within_a_pixel(display: Display) -> None:
     """Count the coded pixels under the shown box, which `shown` gives by repeating pixels."""
@@ -174,3 +191,142 @@ def test_a_box_with_pixel_aspect_is_within_a_pixel(display: Display) -> None:
         rows, columns = np.divmod(np.unique(upright[tops[0] : tops[1], lefts[0] : lefts[1]]), width)
         ends = (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
         assert np.abs(np.subtract(ends, (top, top + box_height, left, left + box_width))).max() <= 1
+
+
+# ---------------------------------------------------------------- every reader of frames
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight videos that show the same picture upright, each coded in another orientation."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for orientation in ORIENTATIONS:
+        coded = turned_back(picture()[None], orientation)[0]
+        encode(videos / f"{orientation}.mp4", np.ascontiguousarray(coded), matrix_of(orientation))
+    return videos
+
+
+CONFIG = DataConfig(clip_length=4, clip_stride=1, crop_size=40, workers=0)
+
+
+def opened(folder: Path) -> VideoSet:
+    return open_videos(open_data(DataConfig(data=str(folder), workers=1)), "train", 1, progress=False)
+
+
+def pixels(view: torch.Tensor) -> np.ndarray:
+    """Return the first frame of a view (3, T, h, w) in 0..255."""
+    return (view[:, 0].permute(1, 2, 0).numpy() * STD + MEAN) * 255
+
+
+def test_clips_of_all_orientations_are_upright(folder: Path) -> None:
+    videos = opened(folder)
+    top, left, height, width = augmentation.centre_box(48, 64)
+    expected = picture()[top : top + height, left : left + width].astype(int)
+    for index in ORIENTATIONS:
+        frames = TestClips(videos, CONFIG).read(index, [0])
+        row = augmentation.centre_crop(*frames.y.shape[1:], frames.display)
+        view = augment(stack_frames([frames]), augmentation.to_augmentation([row]), (height, width))
+        assert np.abs(pixels(view[0]) - expected).mean() < 5, index
+        assert np.abs(middle_frame(videos, index).astype(int) - picture()).mean() < 5, index
+
+
+def test_pretraining_draws_the_same_crop_of_the_shown_frame(folder: Path) -> None:
+    """The random numbers do not depend on how the frame is coded."""
+    videos = opened(folder)
+    samples = PairSamples(videos, CONFIG, seed=3)
+    for index in ORIENTATIONS:
+        sample = samples.read(0, index)
+        display = sample.frames.display
+        assert display == Display(index)
+        rng = np.random.default_rng(7)
+        upright = augmentation.draw_augmentation(rng, 48, 64, augmentation.PRETRAIN)
+        rng = np.random.default_rng(7)
+        coded = augmentation.draw_augmentation(rng, *sample.frames.y.shape[1:], augmentation.PRETRAIN, display)
+        assert display.shown_box(coded["box"].tolist(), *coded["size"].tolist()) == tuple(upright["box"])
+        for name in ("flip", "grayscale", "jitter", "factors", "order", "sigma"):
+            assert np.array_equal(coded[name], upright[name])
+        assert (sample.rows["orientation"] == index).all()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_store_keeps_how_videos_are_shown(folder: Path, tmp_path: Path, compact: bool) -> None:
+    store = tmp_path / "store"
+    pack.pack(DataConfig(data=str(folder), workers=1), str(store), short_side=32, compact=compact)
+    videos = opened(store)
+    for index in ORIENTATIONS:
+        frames = videos.read(index, np.array([5]))
+        assert frames.display == Display(index)
+        assert sorted(frames.y.shape[1:]) == [32, 42]
+    # A store from before rotation was known has no such arrays. Its frames are shown as coded.
+    index, _ = load_arrays(store / INDEX)
+    save_arrays(store / INDEX, {k: v for k, v in index.items() if k not in ("displays", "oblique", "interlaced")})
+    assert (load_index(store)["displays"] == AS_CODED).all()
+    assert opened(store).read(1, np.array([5])).display == AS_CODED
+
+
+def test_a_stored_size_is_that_of_the_shown_frame() -> None:
+    assert pack.small_size(576, 352, 128, Display(0, 24, 11)) == (128, 78)
+    assert pack.small_size(480, 720, 128, Display(1, 10, 11)) == (116, 174)
+    assert pack.small_size(100, 50, 128, Display(0, 2, 1)) == (100, 50)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (47, 63)])
+@pytest.mark.parametrize("own", ORIENTATIONS)
+@pytest.mark.parametrize("other", [0, 1, 6])
+def test_a_background_is_turned_like_the_clip(size: tuple[int, int], own: int, other: int) -> None:
+    def coded(orientation: int, colours: list[int]) -> decode.YuvFrames:
+        """Return a frame whose left half, when shown, has other luma and chroma than its right half."""
+        height, width = size if orientation % 2 == 0 else size[::-1]
+        shown_y, shown_u = (np.full((1, *(sides if orientation % 2 == 0 else sides[::-1])), colours[0], np.uint8)
+                            for sides in ((height, width), ((height + 1) // 2, (width + 1) // 2)))  # fmt: skip
+        for plane in (shown_y, shown_u):
+            plane[:, :, plane.shape[2] // 2 :] = colours[1]
+        y, u = (np.ascontiguousarray(turned_back(plane, orientation)) for plane in (shown_y, shown_u))
+        return decode.YuvFrames(y, u, u.copy(), False, False, Display(orientation))
+
+    clip, background = coded(other, [90, 90]), coded(own, [50, 200])
+    composites.composite(clip, np.zeros(clip.y.shape, bool), background)
+    for plane in (clip.y, clip.u, clip.v):
+        upright = turned(plane, other)[0].astype(int)
+        assert np.abs(upright[:, : upright.shape[1] // 2 - 4] - 50).max() <= 2
+        assert np.abs(upright[:, upright.shape[1] // 2 + 4 :] - 200).max() <= 2
+
+
+def test_check_counts_and_names_what_is_unusual(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(folder / "wide.mp4", picture(), aspect=Fraction(16, 11))
+    encode(folder / "strip.mp4", picture(), aspect=Fraction(1, 20))
+    encode(folder / "fields.mp4", picture(), options={"x264-params": "tff=1"})
+    encode(folder / "oblique.mp4", picture(), matrix_of(0, 30))
+    check.check(DataConfig(data=str(folder), workers=1))
+    printed = capsys.readouterr().out
+    lines = [
+        "rotated when shown: 7 videos, such as 1.mp4; views are turned upright",
+        "rotated by an angle that is not a multiple of 90 degrees: 1 video, such as oblique.mp4; the nearest is used",
+        "pixels not square: 1 video, such as wide.mp4; views are made in square pixels",
+        "pixel aspect outside 1:4 to 4:1: 1 video, such as strip.mp4; pixels are taken as square",
+        "interlaced: 1 video, such as fields.mp4; both fields stay in one frame",
+    ]
+    assert "\n".join(lines) in printed
+    pack.pack(DataConfig(data=str(folder), workers=1), str(tmp_path / "store"), short_side=32)
+    check.check(DataConfig(data=str(tmp_path / "store"), workers=1))
+    assert "\n".join(lines) in capsys.readouterr().out
+
+
+def test_the_view_sheet_shows_the_source_upright(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
+    monkeypatch.setattr(view_sheet, "plot_view_sheet", lambda *arguments: seen.append(arguments))
+    for orientation in (0, 1, 6):
+        view_sheet.write_view_sheet(folder / f"{orientation}.mp4", Path("unused.png"), seed=2)
+    upright, *others = (samples for samples, *_ in seen)
+    for samples in others:
+        for (_, source, still, row, still_row, views), expected in zip(samples, upright, strict=True):
+            assert np.abs(source.astype(int) - expected[1]).mean() < 5
+            assert np.abs(still.astype(int) - expected[2]).mean() < 5
+            assert (row["box"] == expected[3]["box"]).all()
+            assert (still_row["box"] == expected[4]["box"]).all()
+            for view, same in zip(views, expected[5], strict=True):
+                assert np.abs(view.astype(int) - same).mean() < 6

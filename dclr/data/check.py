@@ -1,7 +1,7 @@
 """Check a data set (train.py check): print its layout, its videos by split and class, and every unreadable video."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ from dclr.data.catalog import Catalog, Video, describe_reading
 from dclr.data.coverage import class_warnings, coverage, missing_of_unknown_split
 from dclr.data.datasets import make_demo, open_data
 from dclr.data.decode import VideoRecord
+from dclr.data.display import Displays, collect_displays
 from dclr.data.duplicates import find_duplicates
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.data.store import Arrays, Store, damaged_shards, open_store, pack_command
+from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError, printable
 
 
@@ -77,6 +79,7 @@ def describe_store(store: Store) -> list[str]:
         f"store: {kind}, shards: {store.shards.max() + 1}, {store.sizes.sum() / 1e9:,.2f} GB, "
         f"{store.frames.sum():,} frames",
         describe_sizes(store.widths[there], store.heights[there]),
+        *describe_displays(store.displays, unpack_strings(store.packed_paths)),
         *describe_unreadable(store.unreadable),
     ]
 
@@ -92,12 +95,32 @@ def describe_videos(catalog: Catalog, manifest: Manifest) -> list[str]:
         )
         lines.append(describe_sizes(*np.array([(record.width, record.height) for record in records]).T))
         lines += describe_streams(manifest.records)
+        lines += describe_displays(
+            collect_displays((record.display, record.oblique, record.interlaced) for record in records),
+            [path for path in videos_of(catalog) if path in manifest.records],
+        )
         wrong = sum(record.declared not in (0, record.frames) for record in records)
         lines.append(
             f"declare another number of frames than they hold: {wrong}; not safe to seek, read from the start: "
             f"{sum(not record.seekable for record in records)}"
         )
     return [*lines, *describe_unreadable(manifest.unreadable)]
+
+
+def describe_displays(displays: Displays, paths: Sequence[str]) -> list[str]:
+    """Return a line for each way in which videos are not shown as coded, or not progressive, with an example."""
+    lines = {
+        "rotated": "rotated when shown: {}; views are turned upright",
+        "rotated_by_other_angle": "rotated by an angle that is not a multiple of 90 degrees: {}; the nearest is used",
+        "pixels_not_square": "pixels not square: {}; views are made in square pixels",
+        "pixel_aspect_ignored": "pixel aspect outside 1:4 to 4:1: {}; pixels are taken as square",
+        "interlaced": "interlaced: {}; both fields stay in one frame",
+    }
+    return [
+        lines[name].format(f"{len(found)} video{'s' * (len(found) > 1)}, such as {printable(paths[found[0]])}")
+        for name, found in displays.unusual().items()
+        if len(found)
+    ]
 
 
 def describe_streams(records: Mapping[str, VideoRecord]) -> list[str]:

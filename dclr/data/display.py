@@ -75,6 +75,19 @@ class Display(NamedTuple):
         left, box_width = _scaled(left, box_width, shown_width, width)
         return top, left, box_height, box_width
 
+    def shown_box(self, box: Box, height: int, width: int) -> Box:
+        """Return a box of the coded frame, which has height x width pixels, as a box of the shown frame."""
+        top, left, box_height, box_width = box
+        stretched_height, stretched_width = self._replace(orientation=0).size(height, width)
+        top, box_height = _scaled(top, box_height, height, stretched_height)
+        left, box_width = _scaled(left, box_width, width, stretched_width)
+        for _ in range(self.orientation & 3):  # a quarter turn clockwise
+            top, left, box_height, box_width = left, stretched_height - top - box_height, box_width, box_height
+            stretched_height, stretched_width = stretched_width, stretched_height
+        if self.orientation & 4:
+            left = stretched_width - left - box_width
+        return top, left, box_height, box_width
+
 
 AS_CODED = Display()
 """Frames that are shown as they are coded."""

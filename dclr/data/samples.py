@@ -11,7 +11,7 @@ its right and below it are undefined and are never read: the augmentation of eac
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -111,6 +111,14 @@ class SampleInfo:
     full_range: bool
     failures: dict[str, str]
     """Path -> reason, of the videos that were tried before this one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the rows as bytes. The description of their dtype would take 468 bytes for each chunk."""
+        return _sample_info, (self.index, self.rows.tobytes(), self.bt709, self.full_range, self.failures)
+
+
+def _sample_info(index: int, rows: bytes, *others: Any) -> SampleInfo:
+    return SampleInfo(index, np.frombuffer(bytearray(rows), AUGMENTATION), *others)
 
 
 def stack_frames(frames: Sequence[YuvFrames]) -> Yuv420:

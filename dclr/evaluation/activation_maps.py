@@ -21,6 +21,7 @@ from dclr.data import augmentation, clips
 from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo, YuvFrames, rgb_of
+from dclr.data.display import shown
 from dclr.data.failures import Failures
 from dclr.data.samples import TEST_CLIPS, stack_frames
 from dclr.data.videos import VideoSet
@@ -48,8 +49,8 @@ class Clip:
 
     path: str  # as in the catalog
     name: str  # the class, or the file's name if the video has no label
-    frames: YuvFrames  # T frames
-    rgb: np.ndarray  # (T, H, W, 3) uint8, the crop
+    frames: YuvFrames  # T frames, as coded
+    rgb: np.ndarray  # (T, H, W, 3) uint8, the crop as it is shown
     mask: np.ndarray  # (T, H, W) bool, the foreground of the crop
 
 
@@ -141,11 +142,12 @@ def read_clip(videos: VideoSet, index: int, data: DataConfig) -> Clip:
     frames = int(videos.frames[index])
     windows = clips.uniform_clips(frames, TEST_CLIPS, data.clip_length, data.clip_stride)
     clip = videos.read(index, windows[TEST_CLIPS // 2])
-    top, left, height, width = augmentation.centre_crop(*clip.y.shape[1:])["box"]
+    top, left, height, width = augmentation.centre_box(*clip.display.size(*clip.y.shape[1:]))
     crop = np.s_[:, top : top + height, left : left + width]
+    rgb, mask = (shown(images, clip.display)[crop] for images in (rgb_of(clip), foreground_mask(clip)))
     path, label = videos.path(index), int(videos.labels[index])
     name = videos.classes[label] if label >= 0 else Path(path).stem
-    return Clip(path, name, clip, rgb_of(clip)[crop], foreground_mask(clip)[crop])
+    return Clip(path, name, clip, rgb, mask)
 
 
 @torch.no_grad()
@@ -154,7 +156,7 @@ def compute_maps(backbone: Backbone, clip: Clip, size: int, boundary: Any, devic
     frames = stack_frames([clip.frames]).to(device)
     middle = frames.y.shape[1] // 2
     still = frames.select(np.s_[:, middle])
-    row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:])])
+    row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:], clip.frames.display)])
     views = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
     return activation_map(backbone(torch.cat(views)))[:, 0].cpu().numpy()
 

@@ -25,6 +25,7 @@ from dclr.data.catalog import Catalog
 from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
+from dclr.data.display import shown
 from dclr.data.samples import TestClips
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
@@ -373,8 +374,10 @@ def plot_sheet(samples: CompositeClips, indices: Sequence[int], title: str, path
         index = indices[position]
         other = int(samples.backgrounds[index])
         clip = ordinary.read(index, [int(samples.shares[index].argmax())])
-        source, mask, background = rgb_of(clip), foreground_mask(clip), background_of(videos, other)
+        background = background_of(videos, other)
+        source, mask = rgb_of(clip), foreground_mask(clip)
         composite(clip, mask, background)
         names = tuple(videos.classes[videos.labels[i]] for i in (index, other))
-        rows.append((names, source, mask, rgb_of(background)[0], rgb_of(clip)))
+        pictures = [shown(images, clip.display) for images in (source, mask, rgb_of(clip))]
+        rows.append((names, *pictures[:2], shown(rgb_of(background), background.display)[0], pictures[2]))
     figures.plot_composites(rows, title, path)

@@ -20,6 +20,7 @@ and W, rounded up).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from dclr.config import DataConfig
 from dclr.data import clips
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, converted
 from dclr.data.decoder_process import shared_array
+from dclr.data.display import turned, turned_back
 from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import VideoSet
 
@@ -90,7 +92,7 @@ def background_of(videos: VideoSet, index: int) -> YuvFrames:
     frames = int(videos.frames[index])
     read = videos.read(index, np.linspace(0, frames - 1, BACKGROUND_FRAMES).round().astype(np.int64))
     y, u, v = (np.median(plane, axis=0, keepdims=True).astype(np.uint8) for plane in (read.y, read.u, read.v))
-    return YuvFrames(y, u, v, read.bt709, read.full_range)
+    return YuvFrames(y, u, v, read.bt709, read.full_range, read.display)
 
 
 def draw_backgrounds(labels: np.ndarray) -> np.ndarray:
@@ -114,13 +116,27 @@ def composite(frames: YuvFrames, mask: np.ndarray, background: YuvFrames) -> Non
     Args:
         frames: T frames.
         mask: (T, H, W) bool in whole squares of 2 x 2, as `foreground_mask` returns.
-        background: one frame, of any size and colour space.
+        background: one frame, of any size, colour space and orientation.
     """
-    height, width = frames.y.shape[1:]
-    still = converted(background, height, width, frames.bt709, frames.full_range)
+    still = fitted(background, frames)
     np.copyto(frames.y, still.y, where=~mask)
     np.copyto(frames.u, still.u, where=~mask[:, ::2, ::2])
     np.copyto(frames.v, still.v, where=~mask[:, ::2, ::2])
+
+
+def fitted(background: YuvFrames, frames: YuvFrames) -> YuvFrames:
+    """Return the background in the size and colour space of the clip, turned so that both are upright when shown."""
+    height, width = frames.y.shape[1:]
+    own, other = background.display.orientation, frames.display.orientation
+    if own == other:
+        return converted(background, height, width, frames.bt709, frames.full_range)
+    # Sides are rounded up to even numbers, so that chroma squares stay whole when a plane is reversed.
+    sides = height + height % 2, width + width % 2
+    if (own + other) % 2:
+        sides = sides[::-1]
+    still = converted(background, *sides, frames.bt709, frames.full_range)
+    y, u, v = (turned_back(turned(plane, own), other) for plane in (still.y, still.u, still.v))
+    return replace(still, y=y[:, :height, :width], u=u, v=v, display=frames.display)
 
 
 class CompositeClips(TestClips):

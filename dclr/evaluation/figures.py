@@ -80,7 +80,8 @@ def plot_view_sheet(
 
     Args:
         samples: name; source frames (T, H, W, 3) uint8; the still (H, W, 3) uint8; the augmentations of the frames and
-            of the still (dtype kernels.types.AUGMENTATION); the three views, each (T, h, w, 3) uint8.
+            of the still (dtype kernels.types.AUGMENTATION, with the box in pixels of the source as it is shown); the
+            three views, each (T, h, w, 3) uint8.
         shown: positions of the frames to show, one column each.
     """
     lines = 4 * len(samples)

@@ -20,6 +20,7 @@ from dclr.config import DataConfig, ModelConfig
 from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
+from dclr.data.display import shown
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
@@ -153,5 +154,6 @@ def plot_sheet(
 
 
 def middle_frame(videos: VideoSet, index: int) -> np.ndarray:
-    """Return the middle frame of a video, (H, W, 3) uint8 RGB. Raises UnreadableVideo."""
-    return rgb_of(videos.read(index, np.array([videos.frames[index] // 2])))[0]
+    """Return the middle frame of a video as it is shown, (H, W, 3) uint8 RGB. Raises UnreadableVideo."""
+    frame = videos.read(index, np.array([videos.frames[index] // 2]))
+    return shown(rgb_of(frame), frame.display)[0]

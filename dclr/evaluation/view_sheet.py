@@ -11,6 +11,7 @@ import torch
 
 from dclr.config import DataConfig, Parser
 from dclr.data import augmentation, clips, decode
+from dclr.data.display import shown
 from dclr.data.samples import stack_frames
 from dclr.errors import UserError
 from dclr.evaluation.figures import plot_view_sheet
@@ -36,9 +37,13 @@ def write_view_sheet(video: Path, out: Path, seed: int) -> str:
         planes = decode.read_planes(video, record, numbers)
     except decode.UnreadableVideo as error:
         raise UserError(f"--video {video}: {error}") from None
-    rgb = decode.rgb_of(planes)
+    rgb = shown(decode.rgb_of(planes), planes.display)
     # In the order of the data loader: query clip, its still, key clip, its still.
-    rows = [augmentation.draw_augmentation(rng, record.height, record.width, augmentation.PRETRAIN) for _ in range(4)]
+    coded = record.height, record.width
+    rows = [augmentation.draw_augmentation(rng, *coded, augmentation.PRETRAIN, record.display) for _ in range(4)]
+    outlined = [row.copy() for row in rows]
+    for row in outlined:
+        row["box"] = record.display.shown_box(row["box"].tolist(), *coded)
 
     frames = stack_frames([planes.select(slice(0, length)), planes.select(slice(length, 2 * length))])
     stills = stack_frames([planes.select([2 * length]), planes.select([2 * length + 1])]).select(np.s_[:, 0])
@@ -50,7 +55,7 @@ def write_view_sheet(video: Path, out: Path, seed: int) -> str:
     for b, (name, numbers) in enumerate((("query", pair.query), ("key", pair.key))):
         clip, still = rgb[b * length : (b + 1) * length], rgb[2 * length + b]
         name += f", frames {numbers[0]} to {numbers[-1]}"
-        samples.append((name, clip, still, rows[2 * b], rows[2 * b + 1], augmentation.to_pixels(views, b)))
+        samples.append((name, clip, still, *outlined[2 * b : 2 * b + 2], augmentation.to_pixels(views, b)))
     space = f"{'BT.709' if planes.bt709 else 'BT.601'}, {'full' if planes.full_range else 'limited'} range"
     title = (
         f"{video.name}: {record.frames} frames of {record.width} x {record.height}, YUV 4:2:0 ({space}); seed {seed}"

@@ -172,6 +172,7 @@ class Run:
                 "unreadable": self.videos.unreadable,
                 "failed_while_training": reasons,
                 "failed_reads": failed_reads,
+                "shown": {name: len(found) for name, found in self.videos.source.displays.unusual().items()},
                 **self.listed,
             },
             "processes": distributed.world_size(),
