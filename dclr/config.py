@@ -606,14 +606,16 @@ PATHS = {"data", "pretrained", "ds_config"}
 def _find(value: str, started_in: str, config: Path) -> str:
     """Return a path of a config.json, absolute if it does not hold in the working folder.
 
-    A relative path is looked for where the run was started, in the working folder, and in the folders above `config`.
-    The configurations of earlier versions do not say where the run was started.
+    A relative path is looked for where the run was started, then in the working folder. The configurations of earlier
+    versions do not say where the run was started. For them, the path is looked for in the working folder, then in the
+    run's folder and the two folders above it: most runs are in runs/NAME.
     """
     if not value or Path(value).is_absolute():
         return value
     here = Path.cwd()
-    for folder in [*([Path(started_in)] if started_in else []), here, *config.resolve().parents]:
-        if os.path.exists(folder / value):  # unlike Path.exists, False for a folder without permission
+    for folder in [Path(started_in), here] if started_in else [here, *config.resolve().parents[:3]]:
+        # Unlike Path.exists, this is False for a folder without permission.
+        if os.path.exists(folder / value):
             return value if folder == here else str(folder / value)
     return value
 
