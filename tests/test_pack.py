@@ -555,7 +555,7 @@ def test_what_is_no_data_set_or_no_size_is_refused(videos, tmp_path, genuine):
     assert not (tmp_path / "new").exists()
 
 
-def test_too_little_space_is_noticed_before_anything_is_written(videos, tmp_path, monkeypatch):
+def test_too_little_space_is_noticed_before_anything_is_written(videos, tmp_path, monkeypatch, capsys):
     free = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
     size = sum(20 + number for number in range(7)) * 32 * 42 * 3 // 2
@@ -565,7 +565,23 @@ def test_too_little_space_is_noticed_before_anything_is_written(videos, tmp_path
         f"--compact takes about {pack.amount(compact)}"
     )
     assert os.listdir(tmp_path / "out") == [store.PLAN]
+    capsys.readouterr()
     assert pack_small(videos, tmp_path / "compact", compact=True)  # takes less
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_estimate_of_the_space_warns_and_refuses_nothing(videos, tmp_path, monkeypatch, capsys):
+    """The estimate was five times too large for a data set, and the pack was refused though it would have fitted."""
+    whole = content(pack_small(videos, tmp_path / "whole", compact=True))
+    compact = pack.COMPACT_SHARE * sum(20 + number for number in range(7)) * 32 * 42
+    free = shutil.disk_usage(tmp_path)._replace(free=int(compact) - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+    capsys.readouterr()
+    assert content(pack_small(videos, tmp_path / "out", compact=True)) == whole
+    amount = pack.amount(compact)
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")] == [
+        f"warning: {tmp_path / 'out'}: an estimated {amount} are still to be written, and {amount} are free"
+    ]
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
