@@ -419,8 +419,8 @@ def test_a_list_given_as_a_file_does_not_read_other_folders(tmp_path: Path) -> N
 
 def test_check_pack_and_report_say_what_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
-    for name in ("train/a/1.avi", "train/b/2.avi", "intro.avi"):
-        make_video(data / name, "avi", frames=3 + len(name))
+    for frames, name in enumerate(["train/a/1.avi", "train/b/2.avi", "intro.avi"], start=5):
+        make_video(data / name, "avi", frames=frames)
     touch(data, "train/a/notes.srt")
     stray = "1 video is next to the split folders and not used, such as intro.avi"
     for command in (check, pack):
