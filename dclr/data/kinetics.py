@@ -59,7 +59,7 @@ def kinetics(data: Path, lists: list[Path], tree: Tree) -> Catalog:
         bare = [segment for segment in segments if segment.split == split and not segment.class_name]
         if bare and split == "test" and labelled["val"] and not labelled["test"]:
             recognised.append(
-                f"{len(bare):,} test videos have no label and are not used: the val split is the test split"
+                f"{len(bare):,} test videos have no label and are not used; the test split is the val split"
             )
             segments = [segment for segment in segments if segment.split != "test"]
         elif bare and split == "train" and labelled["train"]:

@@ -164,9 +164,7 @@ def _choose(root: Path, lists: Sequence[ListFile], number: int) -> tuple[dict[st
     """
     numbers = sorted({found.number for found in lists if found.number is not None})
     if numbers and number not in numbers:
-        raise UserError(
-            f"split {number} of list file: the lists in {root} have the numbers {_join(numbers)}; use --split"
-        )
+        raise UserError(f"split {number} of list file: the lists in {root} are numbered {_join(numbers)}; use --split")
     if not numbers and lists and number != 1:
         raise UserError(f"split {number} of list file: must be 1: this layout has no numbered splits")
     files: dict[str, Path] = {}

@@ -1,0 +1,353 @@
+"""Lists of videos: their names, columns and paths, and what is refused because it could be read in two ways."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dclr.data.catalog import Catalog
+from dclr.data.datasets import official_splits, open_catalog
+from dclr.errors import UserError
+
+VIDEOS = [f"{name}/{number}.mp4" for name in ("jump", "run", "sit") for number in range(2)]
+
+
+def touch(root: Path, *paths: str) -> None:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def write(root: Path, path: str, *lines: str) -> Path:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text("".join(f"{line}\n" for line in lines))
+    return root / path
+
+
+def labels(catalog: Catalog, split: str = "train") -> dict[str, int]:
+    return {video.path: video.label for video in catalog.videos(split)}
+
+
+def refusal(data: Path, split: int = 1) -> str:
+    """Return the message with which the data set is refused. DATA stands for its folder."""
+    with pytest.raises(UserError) as error:
+        open_catalog(data, split)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(str(data), "DATA")
+
+
+EXPECTED = {path: number // 2 for number, path in enumerate(VIDEOS)}
+
+
+# ---------------------------------------------------------------- names of lists
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train.csv", "test.csv"),
+        ("Train.TXT", "Test.TXT"),
+        ("training.lst", "testing.lst"),
+        ("train_list.txt", "test_list.txt"),
+        ("trainlist01.txt", "testlist01.txt"),
+        ("ucf101_train_split_1_videos.txt", "ucf101_test_split_1_videos.txt"),
+        ("lists/train.tsv", "lists/test.tsv"),
+        ("annotations/train_annotations.txt", "annotations/test_annotations.txt"),
+    ],
+)
+def test_lists_of_many_names_are_read_instead_of_class_folders(tmp_path: Path, train: str, test: str) -> None:
+    touch(tmp_path, *VIDEOS)
+    write(tmp_path, train, *(f"{path}\t{label}" for path, label in EXPECTED.items() if "0.mp4" in path))
+    write(tmp_path, test, *(f"{path}\t{label}" for path, label in EXPECTED.items() if "1.mp4" in path))
+    catalog = open_catalog(tmp_path)
+    assert catalog.layout == "list file"
+    assert labels(catalog) | labels(catalog, "test") == EXPECTED
+    assert len(catalog.videos("train")) == len(catalog.videos("test")) == 3
+    assert catalog.recognised[0] == f"{train}: columns: path, label; separator: tab; 3 videos"
+    assert open_catalog(tmp_path / train).splits == catalog.splits
+
+
+@pytest.mark.parametrize("name", ["val.txt", "valid.csv", "Validation_list.txt"])
+def test_validation_lists(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, *VIDEOS)
+    write(tmp_path, "train.txt", "run/0.mp4 0")
+    write(tmp_path, name, "run/1.mp4 0")
+    assert labels(open_catalog(tmp_path), "val") == {"run/1.mp4": 0}
+
+
+@pytest.mark.parametrize("names", [("val.txt", "validation.txt"), ("train.txt", "train.csv"), ("a_val.txt", "val.txt")])
+def test_two_lists_of_one_split_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    touch(tmp_path, *VIDEOS)
+    for name in ("train.txt", *names):
+        write(tmp_path, name, "run/0.mp4 0")
+    first, second = sorted(names)
+    split = "train" if "train.csv" in names else "val"
+    assert refusal(tmp_path) == f"DATA/{first} and DATA/{second} are both lists of the {split} split; keep one"
+
+
+def test_numbered_lists_are_chosen_by_the_split(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    for number in (1, 2):
+        write(tmp_path, f"train_split_{number}.txt", f"run/{number - 1}.mp4 0")
+    write(tmp_path, "test.txt", "sit/0.mp4 0")
+    assert official_splits(tmp_path) == [1, 2]
+    assert labels(open_catalog(tmp_path, 1)) == {"run/0.mp4": 0}
+    assert labels(open_catalog(tmp_path, 2)) == {"run/1.mp4": 0}
+    assert labels(open_catalog(tmp_path, 2), "test") == {"sit/0.mp4": 0}
+    assert open_catalog(tmp_path, 2).recognised[0] == "split 2 of the lists numbered 1 and 2"
+    assert "numbered 1 and 2" in refusal(tmp_path, 3)
+
+
+def test_a_text_that_is_no_list_leaves_class_folders_alone(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    write(tmp_path, "results_test.csv", "epoch,loss", "1,0.5")
+    catalog = open_catalog(tmp_path)
+    assert (catalog.layout, catalog.lists) == ("class folders", ())
+    assert any("results_test.csv" in paths for paths in catalog.unused.values())
+
+
+def test_a_table_with_a_column_of_splits(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    rows = [f"{path.split('/')[0]},{path},{'Valid' if '1' in path else 'Training'}" for path in VIDEOS]
+    table = write(tmp_path, "videos.csv", "Class,File Name,Subset", *rows)
+    for catalog in (open_catalog(tmp_path), open_catalog(table)):
+        assert labels(catalog) | labels(catalog, "val") == EXPECTED
+        assert catalog.classes == ("jump", "run", "sit")
+    write(tmp_path, "videos.csv", "class,path,split", "run,run/0.mp4,holdout")
+    assert refusal(table) == "DATA:2: split must be train, val or test, got 'holdout'"
+
+
+# ---------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize(
+    ("lines", "columns"),
+    [
+        (["{path} {label}"], "path, label; separator: space"),
+        (["{path},{label}"], "path, label; separator: comma"),
+        (["{path};{label}"], "path, label; separator: semicolon"),
+        (['"{path}", {label}'], "path, label; separator: comma"),
+        (['"{path}" {label}'], "path, label; separator: space"),
+        (["path,label", "{path},{label}"], "path, label; separator: comma, with a header"),
+        (["label group path", "{label} g1 {path}"], "label, group, path; separator: space, with a header"),
+        (["id,label,video", "7,{label},{path}"], "(not used), label, path; separator: comma, with a header"),
+        (["{path} {label} home"], "path, label, group; separator: space"),
+        (["{path} 240 {label}"], "path, frames (not used), label; separator: space"),
+        (["path frames label", "{path} 1 {label}"], "path, frames (not used), label; separator: space, with a header"),
+    ],
+)
+def test_columns(tmp_path: Path, lines: list[str], columns: str) -> None:
+    touch(tmp_path, *VIDEOS)
+    *header, line = lines
+    write(tmp_path, "train.txt", *header, *(line.format(path=path, label=label) for path, label in EXPECTED.items()))
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog) == EXPECTED
+    assert catalog.recognised == (f"train.txt: columns: {columns}; 6 videos",)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["run/0.mp4 1 1", "run/1.mp4 2 0"], "can be `path label group` or `path num_frames label`"),
+        (["run/0.mp4 30 7", "run/1.mp4 60 90"], "can be `path label group` or `path num_frames label`"),
+        (["run/0.mp4 24", "run/1.mp4 30"], "they could be frame counts"),
+        (["run/0.mp4 0", "run/1.mp4"], "train.txt:2: 1 column in 'run/1.mp4', but 2 in most lines"),
+        (["run/0.mp4 0 a b"], "4 columns without a header"),
+        (["run/0.mp4 0.0"], "train.txt:1: label '0.0' must be a whole number"),
+        (["run/0.mp4 0", "run/1.mp4 run"], "train.txt:2: expected the label a number, as in"),
+        (["run/0.mp4 0", "run/1.mp4 -1"], "1 of 2 training videos have no label, such as run/1.mp4"),
+        (["run/0.mp4 0", "run/0.mp4 1"], "train.txt:2: run/0.mp4 has another label than in"),
+        (["run/0.mp4 0", "a b.mp4 0"], "a path with spaces needs quotes"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_or_none_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+    touch(tmp_path, *VIDEOS)
+    write(tmp_path, "train.txt", *lines)
+    assert message in refusal(tmp_path)
+
+
+def test_paths_with_spaces_are_those_on_disk(tmp_path: Path) -> None:
+    touch(tmp_path, "run/v 1.mp4", "run/v 1", "run/v2.mp4", "yoga, hot/v.mp4")
+    write(tmp_path, "train.txt", "run/v 1.mp4 0", "run/v 1 1", "run/v2.mp4 0", "yoga, hot/v.mp4 2")
+    assert labels(open_catalog(tmp_path)) == {
+        "run/v 1.mp4": 0,
+        "run/v 1": 1,
+        "run/v2.mp4": 0,
+        "yoga, hot/v.mp4": 2,
+    }
+
+
+def test_names_of_classes_as_labels(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    write(tmp_path, "train.txt", *(f"{path} {path.split('/')[0]}" for path in VIDEOS[:4]))
+    write(tmp_path, "test.txt", *(f"{path} {path.split('/')[0]}" for path in VIDEOS[4:]))
+    catalog = open_catalog(tmp_path)
+    assert catalog.classes == ("jump", "run", "sit")
+    assert labels(catalog) | labels(catalog, "test") == EXPECTED
+    write(tmp_path, "classes.txt", "sit", "run", "jump")
+    assert labels(open_catalog(tmp_path), "test") == {"sit/0.mp4": 0, "sit/1.mp4": 0}
+    write(tmp_path, "classes.txt", "run", "jump")
+    assert "class 'sit' is not in DATA/classes.txt" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["{path}", "{path} -1", "{path},"])
+def test_a_test_list_without_labels_does_not_stop_the_others(tmp_path: Path, line: str) -> None:
+    touch(tmp_path, *VIDEOS)
+    write(tmp_path, "train.txt", *(f"{path} {label}" for path, label in EXPECTED.items() if "0.mp4" in path))
+    write(tmp_path, "test.txt", *(line.format(path=path) for path in VIDEOS if "1.mp4" in path))
+    catalog = open_catalog(tmp_path)
+    assert len(catalog.classes) == 3
+    assert set(labels(catalog, "test").values()) == {-1}
+    assert "3 of 3 videos of the test split have no label" in catalog.warnings
+
+
+def test_labels_from_one_are_reported(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    write(tmp_path, "train.txt", *(f"{path} {label + 1}" for path, label in EXPECTED.items()))
+    assert "no label is 0: labels should be numbers from 0, and the smallest is 1" in open_catalog(tmp_path).warnings
+
+
+def test_a_number_sign_is_a_comment_unless_a_file_has_this_name(tmp_path: Path) -> None:
+    touch(tmp_path, "#1.mp4", "2.mp4", "3.mp4")
+    write(tmp_path, "train.txt", "# my own list", "#1.mp4 0", "2.mp4 1", "#3.mp4 1")
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog) == {"#1.mp4": 0, "2.mp4": 1}
+    assert catalog.recognised[0].endswith("2 videos, 2 comment lines skipped")
+
+
+@pytest.mark.parametrize(("encoding", "newline"), [("utf-8-sig", "\r\n"), ("utf-16", "\r\n"), ("utf-8", "\r")])
+def test_encodings_and_ends_of_lines(tmp_path: Path, encoding: str, newline: str) -> None:
+    touch(tmp_path, "é/1.mp4", "é/2.mp4")
+    content = newline.join(["é/1.mp4\t0", "", "é/2.mp4\t1", ""])
+    (tmp_path / "train.txt").write_bytes(content.encode(encoding))
+    assert labels(open_catalog(tmp_path)) == {"é/1.mp4": 0, "é/2.mp4": 1}
+
+
+# ---------------------------------------------------------------- paths on disk
+
+
+@pytest.mark.parametrize(
+    ("listed", "on_disk", "difference"),
+    [
+        ("run\\a\\1.mp4", "run/a/1.mp4", "with backslashes"),
+        ("Run/a/1.MP4", "run/a/1.mp4", "in other letter case"),
+        ("e\u0301/1.mp4", "\u00e9/1.mp4", "with other accents"),
+        ("run/1.avi", "run/1.mp4", "with another suffix"),
+        ("run/1", "run/1.mp4", "with another suffix or without one"),
+    ],
+)
+def test_names_that_differ_a_little_are_found_and_reported(
+    tmp_path: Path, listed: str, on_disk: str, difference: str
+) -> None:
+    touch(tmp_path, on_disk, "other.mp4")
+    write(tmp_path, "train.txt", f"{listed} 0", "other.mp4 1")
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog) == {on_disk: 0, "other.mp4": 1}
+    (warning,) = catalog.warnings
+    assert difference in warning
+    assert on_disk in warning
+
+
+def test_one_file_is_never_taken_for_two_listed_videos(tmp_path: Path) -> None:
+    touch(tmp_path, "1.mp4", "A/2.mp4", "a/2.mp4", "3.mp4", "3.mkv")
+    write(tmp_path, "train.txt", "1.mp4 0", "1.avi 1", "1.mov 2", "Ä/2.mp4 0", "3.avi 0")
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog) == {"1.mp4": 0}
+    assert len(catalog.missing["train"]) == 4
+
+
+def test_backslashes_do_not_leave_the_data_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "out.mp4", "data/1.mp4")
+    write(tmp_path, "data/train.txt", "1.mp4 0", "..\\out.mp4 0")
+    catalog = open_catalog(tmp_path / "data")
+    assert labels(catalog) == {"1.mp4": 0}
+    assert "write paths with slashes" in catalog.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "listed"),
+    [
+        ("HandStandPushups", "v_HandStandPushups_g01_c01", "HandstandPushups/v_HandStandPushups_g01_c01.avi"),
+        ("HandstandPushups", "v_HandStandPushups_g01_c01", "HandstandPushups/v_HandstandPushups_g01_c01.avi"),
+        ("HandstandPushups", "v_HandstandPushups_g01_c01", "HandStandPushups/v_HandStandPushups_g01_c01.avi"),
+        ("HandstandPushups", "v_HandstandPushups_g01_c01", "HandstandPushups\\v_HandstandPushups_g01_c01.avi"),
+    ],
+)
+def test_ucf101_in_other_letter_case_or_with_backslashes(tmp_path: Path, folder: str, name: str, listed: str) -> None:
+    touch(tmp_path, f"UCF-101/{folder}/{name}.avi", "UCF-101/YoYo/v_YoYo_g01_c01.avi")
+    write(tmp_path, "ucfTrainTestlist/classInd.txt", "1 HandstandPushups", "2 YoYo")
+    write(tmp_path, "ucfTrainTestlist/trainlist01.txt", f"{listed} 1")
+    write(tmp_path, "ucfTrainTestlist/testlist01.txt", "YoYo/v_YoYo_g01_c01.avi")
+    catalog = open_catalog(tmp_path)
+    (video,) = catalog.videos("train")
+    assert (video.path, video.label, video.group) == (f"UCF-101/{folder}/{name}.avi", 0, "HandstandPushups_g01")
+    assert catalog.warnings
+    assert not catalog.missing
+
+
+def test_hmdb51_in_other_letter_case_and_without_a_class_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "videos/Wave/1.avi", "videos/run/1.avi")
+    for name in ("wave", "run", "sit"):
+        write(tmp_path, f"testTrainMulti_7030_splits/{name}_test_split1.txt", "1.avi 1 ")
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog) == {"videos/run/1.avi": 0, "videos/Wave/1.avi": 2}
+    assert [video.path for video in catalog.missing["train"]] == ["videos/sit/1.avi"]
+
+
+# ---------------------------------------------------------------- Kinetics and Diving48
+
+HEADER = "label,youtube_id,time_start,time_end,split"
+
+
+def test_segments_of_one_source_are_videos_of_their_own(tmp_path: Path) -> None:
+    touch(tmp_path, "abc_000000_000010.mp4", "abc_000050_000060.mp4")
+    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "jump,abc,50,60,train")
+    assert labels(open_catalog(tmp_path)) == {"abc_000000_000010.mp4": 1, "abc_000050_000060.mp4": 0}
+
+
+@pytest.mark.parametrize("second", ["jump,abc,50,60,train", "run,abc,50,60,test"])
+def test_a_file_that_stands_for_two_segments_is_refused(tmp_path: Path, second: str) -> None:
+    touch(tmp_path, "v/abc.mp4")
+    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", second)
+    message = refusal(tmp_path)
+    assert message.startswith("DATA/train.csv:3: v/abc.mp4 stands for two segments, abc_000000_000010 (run, train) and")
+
+
+def test_equal_segments_of_one_file_are_one_video(tmp_path: Path) -> None:
+    touch(tmp_path, "abc.mp4")
+    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "run,abc,50,60,train")
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog) == {"abc.mp4": 0}
+    assert "1 segments share the file" in catalog.warnings[0]
+
+
+def test_files_of_one_name_are_told_apart_by_their_class_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "run/abc.mp4", "jump_up/abc.mp4", "a/xyz.mp4", "b/xyz.mp4")
+    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "jump up,abc,50,60,train", "run,xyz,0,10,train")
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog) == {"run/abc.mp4": 1, "jump_up/abc.mp4": 0, "a/xyz.mp4": 1}
+    assert catalog.warnings == (
+        "1 video has several files of the same name, such as a/xyz.mp4 and b/xyz.mp4: the first is read",
+    )
+
+
+def test_kinetics_lists_without_splits_times_or_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "-a.mp4", "b.mp4", "c.mp4")
+    write(tmp_path, "k700_train.csv", "label,youtube_id", "run,-a")
+    write(tmp_path, "validate.csv", "Label,YouTube_ID", "run,b")
+    write(tmp_path, "test.csv", "youtube_id", "c")
+    catalog = open_catalog(tmp_path)
+    assert (labels(catalog), labels(catalog, "val")) == ({"-a.mp4": 0}, {"b.mp4": 0})
+    assert labels(catalog, "test") == {"b.mp4": 0}
+    assert catalog.recognised == ("1 test videos have no label and are not used; the test split is the val split",)
+    (tmp_path / "validate.csv").unlink()
+    assert labels(open_catalog(tmp_path), "test") == {"c.mp4": -1}
+    (tmp_path / "k700_train.csv").rename(tmp_path / "some.csv")
+    assert refusal(tmp_path).startswith("DATA/some.csv:2: no column `split`")
+
+
+def test_a_dive_with_two_labels_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a_1.mp4")
+    write(tmp_path, "Diving48_V2_train.json", json.dumps([{"vid_name": "a_1", "label": 0}]))
+    write(tmp_path, "Diving48_V2_test.json", json.dumps([{"vid_name": "a_1", "label": 1}]))
+    assert refusal(tmp_path) == "DATA/Diving48_V2_test.json: entry 0: a_1 has label 1, and label 0 before"
