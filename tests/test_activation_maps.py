@@ -87,7 +87,7 @@ def measured(command: list[str], out: Path) -> dict[str, Any]:
 
 
 def test_maps_report_shares_for_the_run_an_untrained_network_and_a_flat_map(walkers, tmp_path, capsys):
-    settings = {"width": 4, "clip_length": 8, "crop_size": 32, "workers": 0, "seed": 3}
+    settings = {"width": 4, "clip_length": 8, "crop_size": 32, "workers": 2, "seed": 3}
     (tmp_path / "run").mkdir()
     write_config(tmp_path / "run" / "config.json", "pretrain", "demo", make_config("pretrain", settings))
     torch.manual_seed(0)

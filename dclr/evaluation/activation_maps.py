@@ -9,6 +9,7 @@ Letters: T frames; H, W pixels of the crop; T', H', W' cells of a map.
 """
 
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,20 @@ import numpy as np
 import torch
 
 from dclr.config import DataConfig, ModelConfig
-from dclr.data import augmentation, clips
+from dclr.data import augmentation
 from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
-from dclr.data.decode import UnreadableVideo, YuvFrames, rgb_of
+from dclr.data.decode import YuvFrames, rgb_of
 from dclr.data.display import shown
 from dclr.data.failures import Failures
-from dclr.data.samples import TEST_CLIPS, stack_frames
+from dclr.data.loader import TestSampler
+from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips, stack_frames
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.composites import foreground_mask
-from dclr.evaluation.features import SKIPPED, check_outputs, load_features, open_split
+from dclr.evaluation.features import SKIPPED, check_outputs, clip_batches, load_features, open_split
 from dclr.models import Backbone, activation_map
 from kernels import ViewParams, generate_views
 
@@ -41,6 +43,9 @@ The share of a single clip varies by 4 to 8 percentage points, so the mean of 20
 point."""
 
 SHEET_CLIPS = 8
+
+PIXELS_SHOWN = 512
+"""Pixels of a side above which a picture leaves out rows and columns, so that 200 large frames fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -82,66 +87,67 @@ def evaluate_activation_maps(
     catalog = open_data(data)
     videos = open_split(catalog, "test", data)
     benchmark = Benchmark(catalog, data, test=videos)
-    read, failures = [], Failures(SKIPPED)
-    for index in evenly_spaced(len(videos), MAX_VIDEOS):
-        try:
-            read.append(read_clip(videos, index, data))
-        except UnreadableVideo as error:
-            failures.add({videos.path(index): str(error)})
-    benchmark.add_failures(failures.reasons)
-    moving = [clip for clip in read if clip.mask.any()]
-    if not moving:
-        raise UserError(f"--data {catalog.root}: nothing moves in any of {len(read)} test clips")
-
     for each in networks.values():
         each.to(device).eval()
-    maps = [
-        {
+    samples, failures = TestClips(videos, data), Failures(SKIPPED)
+    sampler = TestSampler(samples, evenly_spaced(len(videos), MAX_VIDEOS), [TEST_CLIPS // 2])
+    shares: dict[str, list[float]] = defaultdict(list)
+    rows, without_motion = [], []
+    for _, batch in clip_batches(samples, torch.device("cpu"), sampler):
+        failures.add(batch.failures)
+        if not len(batch.indices):
+            continue
+        clip = clip_of(videos, batch)
+        if not clip.mask.any():
+            without_motion.append(clip.path)
+            continue
+        maps = {
             f"{name} {which}".strip(): values
             for which, each in networks.items()
             for name, values in zip(MAPS, compute_maps(each, clip, data.crop_size, boundary, device), strict=True)
         }
-        for clip in moving
-    ]
-    for clip, of_clip in zip(moving, maps, strict=True):
-        check_maps(clip.path, of_clip)
-    shares = {"flat": [float(clip.mask.mean()) for clip in moving]}
-    for name in maps[0]:
-        shares[name] = [energy_share(of_clip[name], clip.mask) for of_clip, clip in zip(maps, moving, strict=True)]
+        check_maps(clip.path, maps)
+        shares["flat"].append(float(clip.mask.mean()))
+        for name, values in maps.items():
+            shares[name].append(energy_share(values, clip.mask))
+        rows.append(sheet_row(clip, maps))
+        size = maps[MAPS[0]].shape
+    benchmark.add_failures(failures.reasons)
+    if not rows:
+        raise UserError(f"--data {catalog.root}: nothing moves in any of {len(without_motion)} test clips")
 
-    size = maps[0][MAPS[0]].shape
     grid = " x ".join(map(str, size))
-    counts = f"{len(moving)} test clips, maps of {grid}; the share of each map in the moving region"
+    counts = f"{len(rows)} test clips, maps of {grid}; the share of each map in the moving region"
     print(f"\n{loaded}\non {catalog.root}: {counts}")
     for name, values in shares.items():
         print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
     benchmark.print_faults()
-    rows = [sheet_row(moving[position], maps[position]) for position in evenly_spaced(len(moving), SHEET_CLIPS)]
+    shown_rows = [rows[position] for position in evenly_spaced(len(rows), SHEET_CLIPS)]
     # The name of the run without the folders above it, because pictures are published.
     title = (
         f"{checkpoint.resolve().name}, {network.name} (width {network.width})\n"
         "Activation maps of the rgb (A_v), static (A_s) and dynamic view (A_d), from blue (smallest) to red (largest)"
     )
-    figures.plot_activation_maps(rows, benchmark.title(title), folder / "maps.png")
+    figures.plot_activation_maps(shown_rows, benchmark.title(title), folder / "maps.png")
     return {
         "weights": loaded,
         "backbone": network.name,
         "width": network.width,
         "figures": {name.replace(" ", "_"): statistics.mean(values) for name, values in shares.items()},
         "deviations": {name.replace(" ", "_"): statistics.pstdev(values) for name, values in shares.items()},
-        "videos": len(moving),
+        "videos": len(rows),
         "map_size": list(size),
-        "without_motion": [clip.path for clip in read if not clip.mask.any()],
+        "without_motion": without_motion,
         "left_out": {**videos.unreadable, **failures.reasons},
         **benchmark.report(),
     }
 
 
-def read_clip(videos: VideoSet, index: int, data: DataConfig) -> Clip:
-    """Read the middle one of a video's test clips. Raises UnreadableVideo."""
-    frames = int(videos.frames[index])
-    windows = clips.uniform_clips(frames, TEST_CLIPS, data.clip_length, data.clip_stride)
-    clip = videos.read(index, windows[TEST_CLIPS // 2])
+def clip_of(videos: VideoSet, batch: ClipBatch) -> Clip:
+    """Return the one clip of a test batch. Its frames are valid until the next batch is requested."""
+    own, index = batch.frames, int(batch.indices[0])
+    y, u, v = (plane[0].numpy() for plane in (own.y, own.u, own.v))
+    clip = YuvFrames(y, u, v, bool(own.bt709[0]), bool(own.full_range[0]), videos.source.displays[index])
     top, left, height, width = augmentation.centre_box(*clip.display.size(*clip.y.shape[1:]))
     crop = np.s_[:, top : top + height, left : left + width]
     rgb, mask = (shown(images, clip.display)[crop] for images in (rgb_of(clip), foreground_mask(clip)))
@@ -197,5 +203,8 @@ def energy_share(activation: np.ndarray, mask: np.ndarray) -> float:
 def sheet_row(clip: Clip, maps: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Return one row of `figures.plot_activation_maps`: the clip's middle frame, and mask and maps at that time."""
     middle = len(clip.rgb) // 2
+    step = max(1, min(clip.mask.shape[1:]) // PIXELS_SHOWN)
+    pixels = np.s_[middle, ::step, ::step]
     at_middle = {name: values[middle * len(values) // len(clip.rgb)] for name, values in maps.items()}
-    return clip.name, clip.rgb[middle], clip.mask[middle], at_middle
+    # Copies: a view would keep all frames of the clip in memory.
+    return clip.name, clip.rgb[pixels].copy(), clip.mask[pixels].copy(), at_middle
