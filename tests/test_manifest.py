@@ -381,3 +381,12 @@ manifest.load_manifest(Path(root), names, workers=1, progress=False, cache_dir=P
     assert errors == f"stopped by {number.name}: the videos verified so far are not decoded again\n"
     monkeypatch.setattr("dclr.data.manifest.verify_video", None)  # nothing is decoded again
     assert list(load_manifest(root, GOOD, workers=1, progress=False, cache_dir=cache).records) == GOOD
+
+
+def test_too_little_memory_to_verify_is_one_line(root, monkeypatch):
+    def short_of_memory(path: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(manifest, "verify_video", short_of_memory)
+    with pytest.raises(UserError, match=r": a process that verifies videos has too little memory: lower --workers$"):
+        load_manifest(root, ["a.mp4"], workers=1, progress=False, cache_dir=root.parent / "cache")

@@ -152,8 +152,12 @@ def _recorded_signals() -> Iterator[list[int]]:
 def _verify(
     root: Path, paths: list[str], workers: int, timeout: float, progress: bool, received: list[int]
 ) -> Iterator[tuple[str, Finding | DecoderDied]]:
-    """Yield (path, finding) for each path, in the order in which they are finished. Raises SystemExit soon after a
-    signal is in `received`."""
+    """Yield (path, finding) for each path, in the order in which they are finished.
+
+    Raises:
+        SystemExit: soon after a signal is in `received`.
+        UserError: there is too little memory.
+    """
     waiting, tried_twice = deque(paths), set[str]()
 
     def tick() -> None:
@@ -165,13 +169,16 @@ def _verify(
 
     with ProgressBar(len(paths), "verifying videos", "video", shown=bool(progress and paths)) as bar:
         findings = answers(lambda path: _find(root / path), waiting, workers, timeout, tick)
-        for path, finding in findings:
-            if isinstance(finding, DecoderDied) and finding.out_of_memory and path not in tried_twice:
-                tried_twice.add(path)
-                waiting.append(path)  # last, when the other processes may have freed their memory
-                continue
-            bar.advance()
-            yield path, finding
+        try:
+            for path, finding in findings:
+                if isinstance(finding, DecoderDied) and finding.out_of_memory and path not in tried_twice:
+                    tried_twice.add(path)
+                    waiting.append(path)  # last, when the other processes may have freed their memory
+                    continue
+                bar.advance()
+                yield path, finding
+        except MemoryError:
+            raise UserError(f"{root}: a process that verifies videos has too little memory: lower --workers") from None
 
 
 def _find(path: Path) -> Finding:
