@@ -6,9 +6,9 @@ class folders:
     packed store   written by `train.py pack`; it holds the lists of the data set that it was made from
     UCF101         UCF-101/<Class>/*.avi, ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt
     HMDB51         [videos/]<class>/*.avi, testTrainMulti_7030_splits/<class>_test_splitN.txt
-    Kinetics-400   *.csv or annotations/*.csv (label,youtube_id,time_start,time_end,split), videos anywhere below
+    Kinetics-400   *.csv or annotations/*.csv with a column youtube_id, videos anywhere below
     Diving48       Diving48*_train.json, Diving48*_test.json, [Diving48*_vocab.json], videos anywhere below
-    list file      [splits/]{train,test,val,classes}.txt, or the list itself; a line is `path label [group]`
+    list file      [splits/]{train,test,val,classes}.txt and similar names, or the list itself
     class folders  <class>/*, or {train,val,test}/<class>/*, or the videos side by side (unlabelled)
 
 No video is opened here, except files whose suffix does not say what they are. Everything below the data folder is used,
@@ -48,10 +48,10 @@ def open_data(data: DataConfig) -> Catalog:
 
 
 def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Catalog:
-    """Return the catalog of the data set in a folder, or of a list file (*.txt).
+    """Return the catalog of the data set in a folder, or of a list file.
 
     Args:
-        split: number of the official split of UCF101 and HMDB51, 1 to 3. Other layouts have only 1.
+        split: number of the official split of UCF101 and HMDB51, 1 to 3, or of numbered lists. Other layouts have only 1.
         allow_outside: lists may name videos outside of the data folder.
 
     Raises:
