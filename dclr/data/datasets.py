@@ -51,7 +51,7 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
     """Return the catalog of the data set in a folder, or of a list file.
 
     Args:
-        split: number of the official split of UCF101 and HMDB51, 1 to 3, or of numbered lists. Other layouts have only 1.
+        split: number of the split of UCF101 and HMDB51, 1 to 3, or of numbered lists. Other layouts have only 1.
         allow_outside: lists may name videos outside of the data folder.
 
     Raises:
