@@ -611,6 +611,7 @@ def write_streams(path: Path, *streams: tuple[str, int, int], default: int | Non
         ("largest.ts", [("mpeg2video", 32, 10), ("mpeg2video", 64, 20), ("mpeg2video", 64, 5)], None, 64, 3),
         ("cover_first.mkv", [("mjpeg", 128, 1), ("mpeg4", 64, 20)], 0, 64, 1),
         ("cover_last.mp4", [("mpeg4", 64, 20), ("mjpeg", 128, 1)], None, 64, 1),
+        ("photos_first.mp4", [("mpeg4", 128, 2), ("mpeg4", 64, 20)], 0, 64, 2),
         ("only_mjpeg.mkv", [("mjpeg", 64, 20)], None, 64, 1),
     ],
 )

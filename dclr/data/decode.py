@@ -112,6 +112,9 @@ _PICTURE_CODECS = {
 }  # fmt: skip
 """Codecs of covers and previews, and of some videos."""
 
+_MOVING = 5
+"""Fewest frames that a stream next to others must declare to be taken for a video. FFmpeg uses the same number."""
+
 _NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image | Disposition.metadata
 """Marks of streams that hold pictures about the video: covers and thumbnails."""
 
@@ -661,16 +664,23 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _best_stream(container: InputContainer) -> VideoStream:
-    """Return the video stream that FFmpeg would play: the default one of the file, or else the largest, or else the
-    first. Raises UnreadableVideo: there is no video stream."""
+    """Return the video stream to read: the default one of the file, or else the largest, or else the first.
+
+    A stream that declares fewer than `_MOVING` frames is read only if no other stream declares more.
+
+    Phones write photos as such streams next to the video. The photos are larger, and both are marked as default.
+
+    Raises UnreadableVideo: there is no video stream.
+    """
     streams = _video_streams(container)
     if not streams:
         raise UnreadableVideo("no video stream, only a cover" if container.streams.video else "no video stream")
 
-    def value(stream: VideoStream) -> tuple[bool, bool, int]:
+    def value(stream: VideoStream) -> tuple[bool, int, bool, int]:
         codec = stream.codec_context
         pixels = codec.width * codec.height if codec else 0  # 0 too if the file holds no data of the stream
-        return pixels > 0, bool(stream.disposition & Disposition.default), pixels
+        frames = min(stream.frames or _MOVING, _MOVING)  # most containers do not declare the number
+        return pixels > 0, frames, bool(stream.disposition & Disposition.default), pixels
 
     return max(streams, key=value)  # the first one of equal value
 
