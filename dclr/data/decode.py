@@ -18,6 +18,7 @@ Frames are returned as they are coded, together with what the file says about sh
 Interlaced frames are returned as they are coded too: both fields stay in one frame.
 """
 
+import re
 import struct
 import sys
 import zlib
@@ -91,6 +92,13 @@ videos."""
 
 _END_MISSING = ("File ended prematurely", "partial file")
 """FFmpeg's messages about a Matroska file and an mp4 file whose end is missing."""
+
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")
+"""FFmpeg's names of formats in which the index or the header tells the position of the end."""
+
+_EARLY = 0.95
+"""A file whose frames cover less than this share of the duration in its header ends early. Headers are rounded, so a
+smaller difference shows nothing."""
 
 _MOST_ERRORS = 20
 """Messages of errors that are kept for a video. A damaged frame may give thousands."""
@@ -229,7 +237,7 @@ def verify_video(path: Path) -> VideoRecord:
     checksums: dict[int, int] = {}  # frame number -> crc32, for the frames that a trial will compare
     b_frames = interlaced = oblique = False
     display = AS_CODED
-    height = width = 0
+    height = width = duration = 0
     reformatter = VideoReformatter()
     with _opened(path) as (container, stream), _error_log() as log:
         declared, video_streams = stream.frames, len(_video_streams(container))
@@ -244,6 +252,7 @@ def verify_video(path: Path) -> VideoRecord:
             pts.append(_pts(frame))
             if frame.key_frame:
                 keyframes.append(number)
+            duration = frame.duration or 0
             b_frames = b_frames or frame.pict_type == PictureType.B
             interlaced = interlaced or frame.interlaced_frame
             after_seek = keyframes and keyframes[-1] > 0 and number < keyframes[-1] + trial_frames
@@ -254,10 +263,13 @@ def verify_video(path: Path) -> VideoRecord:
             raise UnreadableVideo("opens, but no frame decodes")
         if len(pts) == 1 and _holds_pictures(container):
             raise UnreadableVideo(_STILL_IMAGE)
-        ends_early = _end_is_missing(container, stream) or any(
-            end in text for _, _, text in log for end in _END_MISSING
-        )
-        cut_from = max(declared or _frames_by_duration(container, stream), len(pts)) if ends_early else 0
+        seconds, promised = _seconds(pts, duration, stream), _promised_seconds(container, stream)
+        reported = any(end in text for _, _, text in log for end in _END_MISSING)
+        # An edit list of mp4 drops frames on purpose, so its duration proves nothing.
+        by_time = container.format.name not in _INDEXED and 0 < seconds < _EARLY * promised
+        ends_early = reported or by_time or _end_is_missing(container, stream)
+        expected = round(len(pts) * promised / seconds) if seconds else 0
+        cut_from = max(declared, expected, len(pts)) if ends_early else 0
     damage = [f"{name}: {text.strip()}" for _, name, text in log if not any(end in text for end in _END_MISSING)]
 
     record = VideoRecord(
@@ -309,10 +321,23 @@ def _end_is_missing(container: InputContainer, stream: VideoStream) -> bool:
     return size + 8 > container.size
 
 
-def _frames_by_duration(container: InputContainer, stream: VideoStream) -> int:
-    """Return the number of frames that the file's duration and frame rate give; 0 if it has none."""
-    seconds = (container.duration or 0) / av.time_base
-    return round(seconds * float(stream.average_rate or 0))
+def _seconds(pts: list[int], duration: int, stream: VideoStream) -> float:
+    """Return the time that frames cover in seconds; 0 if it is unknown.
+
+    `duration`: of the last frame, in the unit of `pts`.
+    """
+    if not stream.time_base or NO_PTS in pts:
+        return 0.0
+    return float((max(pts) - min(pts) + duration) * stream.time_base)
+
+
+def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
+    """Return the duration of the video stream by the header of its file in seconds; 0 if there is none."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if match := re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", "")):  # Matroska
+        return 3600 * int(match[1]) + 60 * int(match[2]) + float(match[3])
+    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 
 def _seeks_exactly(path: Path, record: VideoRecord, checksums: dict[int, int], trial_frames: int) -> bool:

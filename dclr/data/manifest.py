@@ -25,7 +25,7 @@ from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 from dclr.progress import ProgressBar
 
-_VERSION = 4
+_VERSION = 5
 """Version of the cache file's format and of what `verify_video` finds: raise it when either changes."""
 
 _SAVE_EVERY = 300.0
