@@ -174,8 +174,6 @@ def test_two_labels_end_finetuning_and_evaluation_but_not_pretraining(
 ):
     test = [("e.mp4", 0), ("f.mp4", 1), ("g.mp4", 2)]
     data = make_list(tmp_path / "data", train=[*TRAIN, ("lost_a.mp4", 1)], test=test)
-        tmp_path / "data", train=[*TRAIN, ("lost_a.mp4", 1)], test=[("e.mp4", 0), ("f.mp4", 1), ("g.mp4", 2)]
-    )
     copy(data / "a.mp4", data / "lost_a.mp4")
     message = r"a\.mp4 \(run\) and lost_a\.mp4 \(jump\) are the same video: one video cannot have two labels"
     with pytest.raises(UserError, match=message):
