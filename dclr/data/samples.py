@@ -329,7 +329,8 @@ class TestClips(Samples):
         except UnreadableVideo as error:
             none = np.empty(0, AUGMENTATION)
             return [SampleInfo(index, none, False, False, {self.videos.path(index): str(error)})]
-        row = np.array([augmentation.centre_crop(*frames.y.shape[1:], frames.display)], AUGMENTATION)
+        height, width = frames.y.shape[1:]
+        row = np.array([augmentation.centre_crop(height, width, frames.display)], AUGMENTATION)
         return [SampleInfo(index, row, frames.bt709, frames.full_range, {})] * len(positions)
 
     def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> ClipBatch:

@@ -162,7 +162,8 @@ def compute_maps(backbone: Backbone, clip: Clip, size: int, boundary: Any, devic
     frames = stack_frames([clip.frames]).to(device)
     middle = frames.y.shape[1] // 2
     still = frames.select(np.s_[:, middle])
-    row = augmentation.to_augmentation([augmentation.centre_crop(*clip.frames.y.shape[1:], clip.frames.display)])
+    height, width = clip.frames.y.shape[1:]
+    row = augmentation.to_augmentation([augmentation.centre_crop(height, width, clip.frames.display)])
     views = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
     return activation_map(backbone(torch.cat(views)))[:, 0].cpu().numpy()
 
