@@ -810,7 +810,8 @@ def _display_of(stream: VideoStream, frame: VideoFrame) -> tuple[Display, bool]:
     aspect = stream.sample_aspect_ratio
     pixel = aspect.as_integer_ratio() if aspect and aspect > 0 else (1, 1)
     try:
-        matrices = [bytes(data) for data in frame.side_data if data.type == Type.DISPLAYMATRIX]
+        every: Any = frame.side_data  # PyAV's type hints call each of them a str
+        matrices = [bytes(data) for data in every if data.type == Type.DISPLAYMATRIX]
     except ValueError:  # the frame has other data that PyAV cannot name, such as EXIF; this angle knows no mirroring
         return Display(round(-frame.rotation / 90) % 4, *pixel), frame.rotation % 90 != 0
     orientation, exact = orientation_of(np.frombuffer(matrices[0], np.int32)) if matrices else (0, True)
