@@ -108,6 +108,8 @@ def read_table(file: Path, disk: Disk) -> Table:
     for table in _readings(file, lines, disk):
         if all((table.roles, table.rows) != (other.roles, other.rows) for other in tables):  # else it says the same
             tables.append(replace(table, comments=comments))
+    if len(tables) == 1:
+        return tables[0]
     on_disk = [sum(bool(disk.find(path)[0]) for path in table.column("path")) for table in tables]
     if not any(on_disk):  # no video is there: the error message about this is the catalog's
         on_disk = [sum(has_video_name(PurePosixPath(path)) for path in table.column("path")) for table in tables]
