@@ -24,6 +24,7 @@ from dclr.data.catalog import (
     reading_entry,
 )
 from dclr.data.check import check, describe_catalog
+from dclr.data.coverage import coverage
 from dclr.data.datasets import open_catalog
 from dclr.data.pack import pack
 from dclr.data.string_array import pack_strings
@@ -300,6 +301,7 @@ def test_a_flat_test_folder_is_unlabelled(tmp_path: Path) -> None:
     catalog = open_catalog(tmp_path)
     assert labels(catalog, "test") == {"test/3.mp4": -1}
     assert catalog.recognised == ("test/ has no class folders, so the videos of the test split have no labels",)
+    assert coverage(catalog, "test", {}).sentence() == ""  # no class without test videos
 
 
 def test_folders_named_like_splits_are_classes_next_to_other_classes(tmp_path: Path) -> None:
@@ -430,6 +432,8 @@ def test_check_pack_and_report_say_what_is_not_used(tmp_path: Path, capsys: pyte
         assert "not used, no video: suffix .srt: 1 (train/a/notes.srt)" in shown
         assert f"warning: {stray}" in shown
     pack(DataConfig(data=str(data), workers=1), str(tmp_path / "store"), short_side=16)
+    touch(data, "train/a/more.srt")
+    pack(DataConfig(data=str(data), workers=1), str(tmp_path / "store"), short_side=16)  # is still the same store
     capsys.readouterr()
     check(DataConfig(data=str(tmp_path / "store"), workers=1))
     assert f"warning: {stray}" in capsys.readouterr().out

@@ -34,7 +34,7 @@ class Coverage:
     unreadable: dict[str, str]
     """Path -> reason, of the videos on disk that cannot be read."""
     classes: dict[str, tuple[int, int]]
-    """Class name -> number of listed and of used videos. Empty if the data set has no labels."""
+    """Class name -> number of listed and of used videos. Empty if the split has no labels."""
 
     @property
     def empty_classes(self) -> list[str]:
@@ -88,6 +88,7 @@ def coverage(catalog: Catalog, split: str, unreadable: Mapping[str, str]) -> Cov
     there, missing = catalog.splits.get(split, ()), catalog.missing.get(split, ())
     listed = Counter(video.label for video in (*there, *missing))
     used = Counter(video.label for video in there if video.path not in unreadable)
+    labelled = any(label >= 0 for label in listed)
     return Coverage(
         root=catalog.root,
         split=split,
@@ -95,7 +96,7 @@ def coverage(catalog: Catalog, split: str, unreadable: Mapping[str, str]) -> Cov
         used=used.total(),
         missing=tuple(video.path for video in missing),
         unreadable={video.path: unreadable[video.path] for video in there if video.path in unreadable},
-        classes={name: (listed[label], used[label]) for label, name in enumerate(catalog.classes)},
+        classes={name: (listed[label], used[label]) for label, name in enumerate(catalog.classes) if labelled},
     )
 
 
