@@ -23,7 +23,15 @@ import torch.distributed as dist
 
 from dclr.distributed import launched_rank
 from dclr.errors import NotConnected, UserError
-from dclr.training.connection import Peer, launcher_hosts_store, master, open_store, several_processes, start_timeout
+from dclr.training.connection import (
+    Peer,
+    connection_error,
+    launcher_hosts_store,
+    master,
+    open_store,
+    several_processes,
+    start_timeout,
+)
 from dclr.training.deadline import RANK_ZERO_FIRST, STATUS, Deadline, end_process
 from dclr.training.signals import Stopped
 
@@ -73,7 +81,10 @@ class Heartbeat:
             # torchrun keeps its store when it restarts all ranks.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"{_PREFIX}/{restart}", store)
-            self._register(peer)
+            try:
+                self._register(peer)
+            except RuntimeError as error:  # rank 0 has ended since
+                raise connection_error(error) from None
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
             self._connected.wait()  # or the thread ends the process
