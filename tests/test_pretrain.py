@@ -63,7 +63,7 @@ def test_a_run_writes_every_documented_file(finished):
     listed = {name: report["data"].pop(name) for name in ("coverage", "duplicates")}
     assert listed["coverage"]["train"]["used"] == listed["coverage"]["train"]["listed"] == 16
     assert not any(listed["duplicates"].values())
-    assert all(report["data"].pop(name) is not None for name in ("recognised", "unused", "warnings"))
+    assert all(report["data"].pop(name) is not None for name in ("recognised", "unused", "warnings", "shown"))
     assert report["data"] == {
         "folder": json.loads((finished / "config.json").read_text())["data"]["data"],
         "layout": "list file", "videos": 16, "unreadable": {}, "failed_while_training": {}, "failed_reads": 0,

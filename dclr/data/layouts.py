@@ -53,7 +53,8 @@ def ucf101(data: Path, split: int, allow_outside: bool) -> Catalog:
         if label != train[-1].label + 1:
             raise UserError(f"{where}: label {number} contradicts {class_file}, which says {train[-1].label + 1}")
     test = [video(where, line) for where, line in read_lines(lists / f"testlist{split:02d}.txt")]
-    read = [class_file, lists / f"trainlist{split:02d}.txt", lists / f"testlist{split:02d}.txt"]
+    # The lists of the other splits are no files that were forgotten.
+    official = [class_file, *sorted(lists.glob("t*list0[123].txt"))]
     warnings = [f"class {listed} of the lists is read as {name} of classInd.txt" for listed, name in renamed.items()]
     classes = tuple(names[number] for number in sorted(names))
     found = find_videos(Disk(data), {"train": train, "test": test})
@@ -65,7 +66,7 @@ def ucf101(data: Path, split: int, allow_outside: bool) -> Catalog:
         found.missing,
         recognised=[f"split {split} of the lists in {lists.name}"],
         warnings=[*warnings, *found.warnings],
-        lists=read,
+        lists=official,
     )
 
 
@@ -85,7 +86,7 @@ def hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
             if use != "0":
                 path = path_inside(PurePosixPath(folder, file.strip()), where, allow_outside)
                 splits["train" if use == "1" else "test"].append(Video(path=path, label=label))
-    read = [lists / f"{name}_test_split{split}.txt" for name in classes]
+    official = sorted(lists.glob("*_test_split[123].txt"))  # those of the other splits are not forgotten either
     found = find_videos(Disk(data), splits)
     return make_catalog(
         data,
@@ -95,7 +96,7 @@ def hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
         found.missing,
         recognised=[f"split {split} of the lists in {lists.name}"],
         warnings=found.warnings,
-        lists=read,
+        lists=official,
     )
 
 

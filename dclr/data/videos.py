@@ -131,6 +131,11 @@ class VideoSet:
         return digest.hexdigest()
 
 
+NOT_FOR_READING = ("display", "oblique", "interlaced", "video_streams", "cut_from", "damage")
+"""Fields of a VideoRecord that do not decide which frames are read. They are not in the fingerprint of a run, so
+checkpoints from before these fields were known can still be resumed."""
+
+
 class VideoFiles:
     """A Source of video files. Each is decoded by the record of its verification."""
 
@@ -139,7 +144,7 @@ class VideoFiles:
     ) -> None:
         """`sizes`: bytes of the files."""
         self._root, self._paths, self._sizes = root, paths, np.array(sizes, np.int64)
-        names = [field.name for field in fields(VideoRecord) if field.name not in ("display", "oblique", "interlaced")]
+        names = [field.name for field in fields(VideoRecord) if field.name not in NOT_FOR_READING]
         self._columns = {name: _column([getattr(record, name) for record in records]) for name in names}
         self.displays = collect_displays((record.display, record.oblique, record.interlaced) for record in records)
         self.frames, self.heights, self.widths = (
@@ -162,8 +167,7 @@ class VideoFiles:
         return read_planes(self._root / self._paths[index], self.record(index), wanted, into)
 
     def identity(self) -> list[np.ndarray]:
-        """Return the sizes of the files, and the timestamps, keyframes and all else that verification found, without
-        how the videos are shown."""
+        """Return the sizes of the files, and the timestamps, keyframes and all else that decides what is read."""
         columns = self._columns.values()
         return [self._sizes, *(column.values if isinstance(column, RaggedArray) else column for column in columns)]
 
