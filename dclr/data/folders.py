@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from dclr.data.catalog import LAYOUTS, SPLITS, Catalog, Video, make_catalog
+from dclr.data.listed_paths import count_videos
 from dclr.data.tree import LISTS, PICTURES, Tree, looks_like_list, open_unknown, suffix_of
 from dclr.errors import UserError
 
@@ -170,7 +171,7 @@ def _catalog(
     strays = {reason: tuple(paths) for reason, paths in (unused or {}).items() if paths}
     told = [*tree.warnings, *warnings, *_empty_splits(tree), *_like_classes(classes)]
     for reason, paths in strays.items():
-        told.append(f"{_videos(paths)} {reason} and not used, such as {paths[0]}")
+        told.append(f"{count_videos(len(paths), 'is', 'are')} {reason} and not used, such as {paths[0]}")
     if lists := tree.unused.get(LISTS):
         told.append(f"{lists[0]} is named like a list and is not read: the folders decide. --data FILE reads a list")
     return make_catalog(
@@ -183,11 +184,6 @@ def _catalog(
         warnings=told,
         on_disk=tree.videos,
     )
-
-
-def _videos(paths: Iterable[str]) -> str:
-    count = len(list(paths))
-    return "1 video is" if count == 1 else f"{count:,} videos are"
 
 
 def _empty_splits(tree: Tree) -> list[str]:
