@@ -175,3 +175,17 @@ def make_list(folder: Path, **splits: list[tuple[str, int]]) -> Path:
         (folder / f"{split}.txt").write_text("".join(f"{path} {label}\n" for path, label in entries))
     (folder / "classes.txt").write_text("run\njump\nsit\n")
     return folder
+
+
+def touch(root: Path, *paths: str) -> None:
+    """Make empty files below a folder, with the folders that they need."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def write_lines(root: Path, path: str, *lines: str) -> Path:
+    """Write a text file below a folder and return its path."""
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text("".join(f"{line}\n" for line in lines))
+    return root / path

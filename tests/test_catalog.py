@@ -8,23 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import touch, write_lines
 
 from dclr.data import store, string_array
 from dclr.data.catalog import Catalog, Video, catalog_arrays
 from dclr.data.datasets import official_splits, open_catalog
 from dclr.errors import UserError
-
-
-def touch(root: Path, *paths: str) -> None:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
-
-
-def write(root: Path, path: str, *lines: str) -> Path:
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_text("".join(f"{line}\n" for line in lines))
-    return root / path
 
 
 def labels(catalog: Catalog, split: str) -> dict[str, int]:
@@ -81,9 +70,9 @@ def test_ucf101(genuine: Path, split: int) -> None:
 @pytest.fixture
 def ucf101(tmp_path: Path) -> Path:
     touch(tmp_path, "UCF-101/B/v_B_g01_c01.avi", "UCF-101/A/v_A_g08_c02.avi", "UCF-101/A/v_A_g01_c01.avi")
-    write(tmp_path, "ucfTrainTestlist/classInd.txt", "1 B", "2 A")  # numbered, not sorted
-    write(tmp_path, "ucfTrainTestlist/trainlist01.txt", "B/v_B_g01_c01.avi 1\r", "A/v_A_g08_c02.avi 2\r")
-    write(tmp_path, "ucfTrainTestlist/testlist01.txt", "A/v_A_g01_c01.avi", "")
+    write_lines(tmp_path, "ucfTrainTestlist/classInd.txt", "1 B", "2 A")  # numbered, not sorted
+    write_lines(tmp_path, "ucfTrainTestlist/trainlist01.txt", "B/v_B_g01_c01.avi 1\r", "A/v_A_g08_c02.avi 2\r")
+    write_lines(tmp_path, "ucfTrainTestlist/testlist01.txt", "A/v_A_g01_c01.avi", "")
     return tmp_path
 
 
@@ -147,7 +136,7 @@ LISTS = "DATA/ucfTrainTestlist"
     ],
 )
 def test_ucf101_mistakes(ucf101: Path, file: str, lines: list[str], message: str) -> None:
-    write(ucf101, f"ucfTrainTestlist/{file}", *lines)
+    write_lines(ucf101, f"ucfTrainTestlist/{file}", *lines)
     refused(ucf101, message)
 
 
@@ -186,8 +175,10 @@ HMDB51_LISTS = "DATA/testTrainMulti_7030_splits"
 def test_hmdb51_odd_names_unused_videos_and_classes_at_the_top(tmp_path: Path) -> None:
     odd = "#437_How_To_(Ride)_A&B;!_ride_bike_f_cm_np1_ri_med_0.avi"
     touch(tmp_path, f"ride_bike/{odd}", "ride_bike/unused.avi", "run/r.avi")
-    write(tmp_path, "testTrainMulti_7030_splits/ride_bike_test_split3.txt", f"{odd} 1 ", "unused.avi 0 ", "gone.avi 2 ")
-    write(tmp_path, "testTrainMulti_7030_splits/run_test_split3.txt", "r.avi 2 ")
+    write_lines(
+        tmp_path, "testTrainMulti_7030_splits/ride_bike_test_split3.txt", f"{odd} 1 ", "unused.avi 0 ", "gone.avi 2 "
+    )
+    write_lines(tmp_path, "testTrainMulti_7030_splits/run_test_split3.txt", "r.avi 2 ")
     catalog = open_catalog(tmp_path, 3)
     assert catalog.classes == ("ride_bike", "run")
     assert labels(catalog, "train") == {f"ride_bike/{odd}": 0}
@@ -199,7 +190,7 @@ def test_hmdb51_mistakes(tmp_path: Path) -> None:
     touch(tmp_path, "videos/run/r.avi")
     (tmp_path / "testTrainMulti_7030_splits").mkdir()
     refused(tmp_path, f"{HMDB51_LISTS} holds no <class>_test_split1.txt")
-    write(tmp_path, "testTrainMulti_7030_splits/run_test_split1.txt", "r.avi 1 ", "s.avi 3 ")
+    write_lines(tmp_path, "testTrainMulti_7030_splits/run_test_split1.txt", "r.avi 1 ", "s.avi 3 ")
     refused(
         tmp_path,
         f"{HMDB51_LISTS}/run_test_split1.txt:2: expected `video.avi 0|1|2` (unused, train, test), got 's.avi 3'",
@@ -222,7 +213,7 @@ def kinetics(tmp_path: Path) -> Path:
         "val/abseiling/vvvvvvvvvvv_000001_000011.webm",
         "unlisted.mp4",
     )
-    write(
+    write_lines(
         tmp_path,
         "train.csv",
         HEADER,
@@ -230,9 +221,9 @@ def kinetics(tmp_path: Path) -> Path:
         '"zumba",zzzzzzzzzzz,5,15,train,0',
         "zumba,gone_______,0,10,train,0",
     )
-    write(tmp_path, "validate.csv", HEADER, "abseiling,vvvvvvvvvvv,1,11,validate,0")
-    write(tmp_path, "test.csv", "youtube_id,time_start,time_end,split", "ttttttttttt,0,10,test")
-    write(tmp_path, "my results.csv", "epoch,loss", "1,2.5")
+    write_lines(tmp_path, "validate.csv", HEADER, "abseiling,vvvvvvvvvvv,1,11,validate,0")
+    write_lines(tmp_path, "test.csv", "youtube_id,time_start,time_end,split", "ttttttttttt,0,10,test")
+    write_lines(tmp_path, "my results.csv", "epoch,loss", "1,2.5")
     return tmp_path
 
 
@@ -254,7 +245,7 @@ def test_kinetics(kinetics: Path, folder: str) -> None:
 
 def test_kinetics_test_list_with_labels(kinetics: Path) -> None:
     touch(kinetics, "t/ttttttttttt_000000_000010.mp4")
-    write(kinetics, "test.csv", HEADER, "zumba,ttttttttttt,0,10,test,0")
+    write_lines(kinetics, "test.csv", HEADER, "zumba,ttttttttttt,0,10,test,0")
     assert labels(open_catalog(kinetics), "test") == {"t/ttttttttttt_000000_000010.mp4": 1}
 
 
@@ -278,12 +269,12 @@ def test_kinetics_videos_behind_a_link(kinetics: Path, tmp_path_factory: pytest.
     ],
 )
 def test_kinetics_mistakes(kinetics: Path, row: str, message: str) -> None:
-    write(kinetics, "train.csv", HEADER, row)
+    write_lines(kinetics, "train.csv", HEADER, row)
     refused(kinetics, message)
 
 
 def test_kinetics_without_videos(tmp_path: Path) -> None:
-    write(tmp_path, "train.csv", HEADER, "zumba,yyyyyyyyyyy,0,10,train,0")
+    write_lines(tmp_path, "train.csv", HEADER, "zumba,yyyyyyyyyyy,0,10,train,0")
     refused(tmp_path, "no videos found in DATA; its lists name 1, such as yyyyyyyyyyy_000000_000010")
     refused(tmp_path, "split 2 of Kinetics-400: must be 1: this layout has no numbered splits", split=2)
 
@@ -296,9 +287,9 @@ def diving48(tmp_path: Path) -> Path:
     touch(tmp_path, "rgb/_8Vy3dlHg2w_00000.mp4", "rgb/_8Vy3dlHg2w_00001.mp4", "more/xyz_00002.mp4")
     train = [{"vid_name": "_8Vy3dlHg2w_00000", "label": 1, "start_frame": 0, "end_frame": 133}]
     test = [{"vid_name": "xyz_00002", "label": 0}, {"vid_name": "gone_00003", "label": 0}]
-    write(tmp_path, "Diving48_V2_train.json", json.dumps(train))
-    write(tmp_path, "Diving48_V2_test.json", json.dumps(test))
-    write(tmp_path, "Diving48_vocab.json", json.dumps([["Back", "15som", "05Twis", "FREE"], ["Back", "Dive"]]))
+    write_lines(tmp_path, "Diving48_V2_train.json", json.dumps(train))
+    write_lines(tmp_path, "Diving48_V2_test.json", json.dumps(test))
+    write_lines(tmp_path, "Diving48_vocab.json", json.dumps([["Back", "15som", "05Twis", "FREE"], ["Back", "Dive"]]))
     return tmp_path
 
 
@@ -339,7 +330,7 @@ def test_diving48(diving48: Path) -> None:
     ],
 )
 def test_diving48_mistakes(diving48: Path, file: str, content: str, message: str) -> None:
-    write(diving48, file, content)
+    write_lines(diving48, file, content)
     refused(diving48, message)
 
 
@@ -368,8 +359,8 @@ def test_weizmann(genuine: Path) -> None:
 
 def test_lists_beside_the_videos(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.mp4", "2.mp4", "b/3.mp4", "4.mp4")
-    write(tmp_path, "train.txt", "# my own", "", "./a/1.mp4 0 park", "2.mp4 3 home", "b/gone.mp4 0 park")
-    write(tmp_path, "val.txt", "b/3.mp4 1")
+    write_lines(tmp_path, "train.txt", "# my own", "", "./a/1.mp4 0 park", "2.mp4 3 home", "b/gone.mp4 0 park")
+    write_lines(tmp_path, "val.txt", "b/3.mp4 1")
     catalog = open_catalog(tmp_path)
     assert catalog.classes == ("0", "1", "2", "3")
     assert catalog.videos("train") == (
@@ -379,14 +370,14 @@ def test_lists_beside_the_videos(tmp_path: Path) -> None:
     assert catalog.videos("test") == catalog.videos("val") == (Video(path="b/3.mp4", label=1),)
     assert missing(catalog) == ("b/gone.mp4",)
     assert open_catalog(tmp_path / "train.txt") == open_catalog(tmp_path / "val.txt") == catalog
-    write(tmp_path, "test.txt", "4.mp4 0")
+    write_lines(tmp_path, "test.txt", "4.mp4 0")
     assert labels(open_catalog(tmp_path), "test") == {"4.mp4": 0}
 
 
 def test_a_list_of_another_name_is_all_there_is(tmp_path: Path) -> None:
     touch(tmp_path, "1.mp4", "2.mp4")
-    write(tmp_path, "train.txt", "1.mp4 0")
-    mine = write(tmp_path, "mine.txt", "2.mp4 0")
+    write_lines(tmp_path, "train.txt", "1.mp4 0")
+    mine = write_lines(tmp_path, "mine.txt", "2.mp4 0")
     catalog = open_catalog(mine)
     assert list(catalog.splits) == ["train"]
     assert labels(catalog, "train") == {"2.mp4": 0}
@@ -416,16 +407,16 @@ COLUMNS = "every line must be `path label [group]` with the same columns, and a 
 )
 def test_list_mistakes(tmp_path: Path, line: str, message: str) -> None:
     touch(tmp_path, "1.mp4")
-    write(tmp_path, "splits/classes.txt", "red", "green apple")
-    write(tmp_path, "splits/train.txt", "1.mp4 1", line)
+    write_lines(tmp_path, "splits/classes.txt", "red", "green apple")
+    write_lines(tmp_path, "splits/train.txt", "1.mp4 1", line)
     refused(tmp_path, f"DATA/splits/train.txt:2: {message}")
 
 
 def test_list_missing_or_empty(tmp_path: Path) -> None:
     touch(tmp_path, "1.mp4")
-    write(tmp_path, "splits/test.txt", "1.mp4 0")
+    write_lines(tmp_path, "splits/test.txt", "1.mp4 0")
     refused(tmp_path, "missing list file: DATA/splits/train.txt")
-    write(tmp_path, "splits/train.txt", "2.mp4 0")
+    write_lines(tmp_path, "splits/train.txt", "2.mp4 0")
     (tmp_path / "splits/test.txt").unlink()
     refused(tmp_path, "no videos found in DATA; its lists name 1, such as 2.mp4")
     refused(tmp_path, "split 2 of list file: must be 1: this layout has no numbered splits", split=2)
@@ -484,7 +475,7 @@ def test_every_suffix_in_any_case(tmp_path: Path) -> None:
 
 def test_no_data_set(tmp_path: Path) -> None:
     refused(tmp_path / "none", "no such folder: DATA")
-    file = write(tmp_path, "video.mp4", "x")
+    file = write_lines(tmp_path, "video.mp4", "x")
     refused(file, "DATA is a file; give a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")
     recognised = (
         "recognised are UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, "
@@ -535,8 +526,8 @@ def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Cat
 
 
 def test_a_store_gives_the_lists_of_every_split_as_they_were(ucf101: Path, tmp_path: Path) -> None:
-    write(ucf101, "ucfTrainTestlist/trainlist03.txt", "A/v_A_g01_c01.avi 2", "B/v_B_g01_c02.avi 1")
-    write(ucf101, "ucfTrainTestlist/testlist03.txt", "A/v_A_g08_c02.avi")
+    write_lines(ucf101, "ucfTrainTestlist/trainlist03.txt", "A/v_A_g01_c01.avi 2", "B/v_B_g01_c02.avi 1")
+    write_lines(ucf101, "ucfTrainTestlist/testlist03.txt", "A/v_A_g08_c02.avi")
     assert official_splits(ucf101) == [1, 3]
     catalogs = {number: open_catalog(ucf101, number) for number in (1, 3)}
     assert missing(catalogs[3]) == ("UCF-101/B/v_B_g01_c02.avi",)
@@ -562,7 +553,7 @@ def test_a_store_keeps_validation_as_test_unlabelled_videos_and_odd_names(tmp_pa
 def test_official_splits_are_those_that_have_lists(genuine: Path, tmp_path: Path) -> None:
     assert official_splits(genuine / "ucf101_sample") == [1, 2, 3]
     assert official_splits(genuine / "hmdb51_sample") == [1]
-    write(tmp_path, "testTrainMulti_7030_splits/wave_test_split2.txt")
+    write_lines(tmp_path, "testTrainMulti_7030_splits/wave_test_split2.txt")
     assert official_splits(tmp_path) == [2]
     assert official_splits(genuine / "weizmann" / "splits" / "train.txt") == [1]
 
@@ -643,12 +634,12 @@ def test_official_lists_leave_the_data_folder_only_where_they_are_allowed_to(ucf
     absolute = f"{outside}/A/v_A_g01_c01.avi"
     up = f"../../{outside.name}/A/v_A_g01_c01.avi"
     for path, plain in ((absolute, absolute), (up, f"UCF-101/{up}")):
-        write(ucf101, "ucfTrainTestlist/testlist01.txt", path)
+        write_lines(ucf101, "ucfTrainTestlist/testlist01.txt", path)
         refused(ucf101, f"{LISTS}/testlist01.txt:1: {plain} {LEAVES}")
         assert labels(open_catalog(ucf101, allow_outside=True), "test") == {plain: 1}
     hmdb = tmp_path / "hmdb"
     touch(hmdb, "A/1.avi")
-    write(hmdb, "testTrainMulti_7030_splits/A_test_split1.txt", "1.avi 1", f"{absolute} 2")
+    write_lines(hmdb, "testTrainMulti_7030_splits/A_test_split1.txt", "1.avi 1", f"{absolute} 2")
     refused(hmdb, f"{HMDB51_LISTS}/A_test_split1.txt:2: {absolute} {LEAVES}")
     assert labels(open_catalog(hmdb, allow_outside=True), "test") == {absolute: 0}
 
@@ -658,5 +649,5 @@ def test_a_link_out_of_the_data_folder_is_followed(tmp_path: Path) -> None:
     touch(tmp_path, "elsewhere/1.mp4")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
-    write(tmp_path, "data/train.txt", "linked/1.mp4 0")
+    write_lines(tmp_path, "data/train.txt", "linked/1.mp4 0")
     assert labels(open_catalog(tmp_path / "data"), "train") == {"linked/1.mp4": 0}

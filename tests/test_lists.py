@@ -4,24 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import touch, write_lines
 
 from dclr.data.catalog import Catalog
 from dclr.data.datasets import official_splits, open_catalog
 from dclr.errors import UserError
 
 VIDEOS = [f"{name}/{number}.mp4" for name in ("jump", "run", "sit") for number in range(2)]
-
-
-def touch(root: Path, *paths: str) -> None:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
-
-
-def write(root: Path, path: str, *lines: str) -> Path:
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    (root / path).write_text("".join(f"{line}\n" for line in lines))
-    return root / path
 
 
 def labels(catalog: Catalog, split: str = "train") -> dict[str, int]:
@@ -57,8 +46,8 @@ EXPECTED = {path: number // 2 for number, path in enumerate(VIDEOS)}
 )
 def test_lists_of_many_names_are_read_instead_of_class_folders(tmp_path: Path, train: str, test: str) -> None:
     touch(tmp_path, *VIDEOS)
-    write(tmp_path, train, *(f"{path}\t{label}" for path, label in EXPECTED.items() if "0.mp4" in path))
-    write(tmp_path, test, *(f"{path}\t{label}" for path, label in EXPECTED.items() if "1.mp4" in path))
+    write_lines(tmp_path, train, *(f"{path}\t{label}" for path, label in EXPECTED.items() if "0.mp4" in path))
+    write_lines(tmp_path, test, *(f"{path}\t{label}" for path, label in EXPECTED.items() if "1.mp4" in path))
     catalog = open_catalog(tmp_path)
     assert catalog.layout == "list file"
     assert labels(catalog) | labels(catalog, "test") == EXPECTED
@@ -70,8 +59,8 @@ def test_lists_of_many_names_are_read_instead_of_class_folders(tmp_path: Path, t
 @pytest.mark.parametrize("name", ["val.txt", "valid.csv", "Validation_list.txt"])
 def test_validation_lists(tmp_path: Path, name: str) -> None:
     touch(tmp_path, *VIDEOS)
-    write(tmp_path, "train.txt", "run/0.mp4 0")
-    write(tmp_path, name, "run/1.mp4 0")
+    write_lines(tmp_path, "train.txt", "run/0.mp4 0")
+    write_lines(tmp_path, name, "run/1.mp4 0")
     assert labels(open_catalog(tmp_path), "val") == {"run/1.mp4": 0}
 
 
@@ -79,7 +68,7 @@ def test_validation_lists(tmp_path: Path, name: str) -> None:
 def test_two_lists_of_one_split_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     touch(tmp_path, *VIDEOS)
     for name in ("train.txt", *names):
-        write(tmp_path, name, "run/0.mp4 0")
+        write_lines(tmp_path, name, "run/0.mp4 0")
     first, second = sorted(names)
     split = "train" if "train.csv" in names else "val"
     assert refusal(tmp_path) == f"DATA/{first} and DATA/{second} are both lists of the {split} split; keep one"
@@ -88,8 +77,8 @@ def test_two_lists_of_one_split_are_refused(tmp_path: Path, names: tuple[str, st
 def test_numbered_lists_are_chosen_by_the_split(tmp_path: Path) -> None:
     touch(tmp_path, *VIDEOS)
     for number in (1, 2):
-        write(tmp_path, f"train_split_{number}.txt", f"run/{number - 1}.mp4 0")
-    write(tmp_path, "test.txt", "sit/0.mp4 0")
+        write_lines(tmp_path, f"train_split_{number}.txt", f"run/{number - 1}.mp4 0")
+    write_lines(tmp_path, "test.txt", "sit/0.mp4 0")
     assert official_splits(tmp_path) == [1, 2]
     assert labels(open_catalog(tmp_path, 1)) == {"run/0.mp4": 0}
     assert labels(open_catalog(tmp_path, 2)) == {"run/1.mp4": 0}
@@ -100,7 +89,7 @@ def test_numbered_lists_are_chosen_by_the_split(tmp_path: Path) -> None:
 
 def test_a_text_that_is_no_list_leaves_class_folders_alone(tmp_path: Path) -> None:
     touch(tmp_path, *VIDEOS)
-    write(tmp_path, "results_test.csv", "epoch,loss", "1,0.5")
+    write_lines(tmp_path, "results_test.csv", "epoch,loss", "1,0.5")
     catalog = open_catalog(tmp_path)
     assert (catalog.layout, catalog.lists) == ("class folders", ())
     assert any("results_test.csv" in paths for paths in catalog.unused.values())
@@ -109,11 +98,11 @@ def test_a_text_that_is_no_list_leaves_class_folders_alone(tmp_path: Path) -> No
 def test_a_table_with_a_column_of_splits(tmp_path: Path) -> None:
     touch(tmp_path, *VIDEOS)
     rows = [f"{path.split('/')[0]},{path},{'Valid' if '1' in path else 'Training'}" for path in VIDEOS]
-    table = write(tmp_path, "videos.csv", "Class,File Name,Subset", *rows)
+    table = write_lines(tmp_path, "videos.csv", "Class,File Name,Subset", *rows)
     for catalog in (open_catalog(tmp_path), open_catalog(table)):
         assert labels(catalog) | labels(catalog, "val") == EXPECTED
         assert catalog.classes == ("jump", "run", "sit")
-    write(tmp_path, "videos.csv", "class,path,split", "run,run/0.mp4,holdout")
+    write_lines(tmp_path, "videos.csv", "class,path,split", "run,run/0.mp4,holdout")
     assert refusal(table) == "DATA:2: split must be train, val or test, got 'holdout'"
 
 
@@ -139,7 +128,9 @@ def test_a_table_with_a_column_of_splits(tmp_path: Path) -> None:
 def test_columns(tmp_path: Path, lines: list[str], columns: str) -> None:
     touch(tmp_path, *VIDEOS)
     *header, line = lines
-    write(tmp_path, "train.txt", *header, *(line.format(path=path, label=label) for path, label in EXPECTED.items()))
+    write_lines(
+        tmp_path, "train.txt", *header, *(line.format(path=path, label=label) for path, label in EXPECTED.items())
+    )
     catalog = open_catalog(tmp_path)
     assert labels(catalog) == EXPECTED
     assert catalog.recognised == (f"train.txt: columns: {columns}; 6 videos",)
@@ -162,13 +153,13 @@ def test_columns(tmp_path: Path, lines: list[str], columns: str) -> None:
 )
 def test_what_can_be_read_in_two_ways_or_none_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
     touch(tmp_path, *VIDEOS)
-    write(tmp_path, "train.txt", *lines)
+    write_lines(tmp_path, "train.txt", *lines)
     assert message in refusal(tmp_path)
 
 
 def test_paths_with_spaces_are_those_on_disk(tmp_path: Path) -> None:
     touch(tmp_path, "run/v 1.mp4", "run/v 1", "run/v2.mp4", "yoga, hot/v.mp4")
-    write(tmp_path, "train.txt", "run/v 1.mp4 0", "run/v 1 1", "run/v2.mp4 0", "yoga, hot/v.mp4 2")
+    write_lines(tmp_path, "train.txt", "run/v 1.mp4 0", "run/v 1 1", "run/v2.mp4 0", "yoga, hot/v.mp4 2")
     assert labels(open_catalog(tmp_path)) == {
         "run/v 1.mp4": 0,
         "run/v 1": 1,
@@ -179,22 +170,22 @@ def test_paths_with_spaces_are_those_on_disk(tmp_path: Path) -> None:
 
 def test_names_of_classes_as_labels(tmp_path: Path) -> None:
     touch(tmp_path, *VIDEOS)
-    write(tmp_path, "train.txt", *(f"{path} {path.split('/')[0]}" for path in VIDEOS[:4]))
-    write(tmp_path, "test.txt", *(f"{path} {path.split('/')[0]}" for path in VIDEOS[4:]))
+    write_lines(tmp_path, "train.txt", *(f"{path} {path.split('/')[0]}" for path in VIDEOS[:4]))
+    write_lines(tmp_path, "test.txt", *(f"{path} {path.split('/')[0]}" for path in VIDEOS[4:]))
     catalog = open_catalog(tmp_path)
     assert catalog.classes == ("jump", "run", "sit")
     assert labels(catalog) | labels(catalog, "test") == EXPECTED
-    write(tmp_path, "classes.txt", "sit", "run", "jump")
+    write_lines(tmp_path, "classes.txt", "sit", "run", "jump")
     assert labels(open_catalog(tmp_path), "test") == {"sit/0.mp4": 0, "sit/1.mp4": 0}
-    write(tmp_path, "classes.txt", "run", "jump")
+    write_lines(tmp_path, "classes.txt", "run", "jump")
     assert "class 'sit' is not in DATA/classes.txt" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["{path}", "{path} -1", "{path},"])
 def test_a_test_list_without_labels_does_not_stop_the_others(tmp_path: Path, line: str) -> None:
     touch(tmp_path, *VIDEOS)
-    write(tmp_path, "train.txt", *(f"{path} {label}" for path, label in EXPECTED.items() if "0.mp4" in path))
-    write(tmp_path, "test.txt", *(line.format(path=path) for path in VIDEOS if "1.mp4" in path))
+    write_lines(tmp_path, "train.txt", *(f"{path} {label}" for path, label in EXPECTED.items() if "0.mp4" in path))
+    write_lines(tmp_path, "test.txt", *(line.format(path=path) for path in VIDEOS if "1.mp4" in path))
     catalog = open_catalog(tmp_path)
     assert len(catalog.classes) == 3
     assert set(labels(catalog, "test").values()) == {-1}
@@ -203,13 +194,13 @@ def test_a_test_list_without_labels_does_not_stop_the_others(tmp_path: Path, lin
 
 def test_labels_from_one_are_reported(tmp_path: Path) -> None:
     touch(tmp_path, *VIDEOS)
-    write(tmp_path, "train.txt", *(f"{path} {label + 1}" for path, label in EXPECTED.items()))
+    write_lines(tmp_path, "train.txt", *(f"{path} {label + 1}" for path, label in EXPECTED.items()))
     assert "no label is 0: labels should be numbers from 0, and the smallest is 1" in open_catalog(tmp_path).warnings
 
 
 def test_a_number_sign_is_a_comment_unless_a_file_has_this_name(tmp_path: Path) -> None:
     touch(tmp_path, "#1.mp4", "2.mp4", "3.mp4")
-    write(tmp_path, "train.txt", "# my own list", "#1.mp4 0", "2.mp4 1", "#3.mp4 1")
+    write_lines(tmp_path, "train.txt", "# my own list", "#1.mp4 0", "2.mp4 1", "#3.mp4 1")
     catalog = open_catalog(tmp_path)
     assert labels(catalog) == {"#1.mp4": 0, "2.mp4": 1}
     assert catalog.recognised[0].endswith("2 videos, 2 comment lines skipped")
@@ -240,7 +231,7 @@ def test_names_that_differ_a_little_are_found_and_reported(
     tmp_path: Path, listed: str, on_disk: str, difference: str
 ) -> None:
     touch(tmp_path, on_disk, "other.mp4")
-    write(tmp_path, "train.txt", f"{listed} 0", "other.mp4 1")
+    write_lines(tmp_path, "train.txt", f"{listed} 0", "other.mp4 1")
     catalog = open_catalog(tmp_path)
     assert labels(catalog) == {on_disk: 0, "other.mp4": 1}
     (warning,) = catalog.warnings
@@ -250,7 +241,7 @@ def test_names_that_differ_a_little_are_found_and_reported(
 
 def test_one_file_is_never_taken_for_two_listed_videos(tmp_path: Path) -> None:
     touch(tmp_path, "1.mp4", "A/2.mp4", "a/2.mp4", "3.mp4", "3.mkv")
-    write(tmp_path, "train.txt", "1.mp4 0", "1.avi 1", "1.mov 2", "Ä/2.mp4 0", "3.avi 0")
+    write_lines(tmp_path, "train.txt", "1.mp4 0", "1.avi 1", "1.mov 2", "Ä/2.mp4 0", "3.avi 0")
     catalog = open_catalog(tmp_path)
     assert labels(catalog) == {"1.mp4": 0}
     assert len(catalog.missing["train"]) == 4
@@ -258,7 +249,7 @@ def test_one_file_is_never_taken_for_two_listed_videos(tmp_path: Path) -> None:
 
 def test_backslashes_do_not_leave_the_data_folder(tmp_path: Path) -> None:
     touch(tmp_path, "out.mp4", "data/1.mp4")
-    write(tmp_path, "data/train.txt", "1.mp4 0", "..\\out.mp4 0")
+    write_lines(tmp_path, "data/train.txt", "1.mp4 0", "..\\out.mp4 0")
     catalog = open_catalog(tmp_path / "data")
     assert labels(catalog) == {"1.mp4": 0}
     assert "write paths with slashes" in catalog.warnings[0]
@@ -275,9 +266,9 @@ def test_backslashes_do_not_leave_the_data_folder(tmp_path: Path) -> None:
 )
 def test_ucf101_in_other_letter_case_or_with_backslashes(tmp_path: Path, folder: str, name: str, listed: str) -> None:
     touch(tmp_path, f"UCF-101/{folder}/{name}.avi", "UCF-101/YoYo/v_YoYo_g01_c01.avi")
-    write(tmp_path, "ucfTrainTestlist/classInd.txt", "1 HandstandPushups", "2 YoYo")
-    write(tmp_path, "ucfTrainTestlist/trainlist01.txt", f"{listed} 1")
-    write(tmp_path, "ucfTrainTestlist/testlist01.txt", "YoYo/v_YoYo_g01_c01.avi")
+    write_lines(tmp_path, "ucfTrainTestlist/classInd.txt", "1 HandstandPushups", "2 YoYo")
+    write_lines(tmp_path, "ucfTrainTestlist/trainlist01.txt", f"{listed} 1")
+    write_lines(tmp_path, "ucfTrainTestlist/testlist01.txt", "YoYo/v_YoYo_g01_c01.avi")
     catalog = open_catalog(tmp_path)
     (video,) = catalog.videos("train")
     assert (video.path, video.label, video.group) == (f"UCF-101/{folder}/{name}.avi", 0, "HandstandPushups_g01")
@@ -288,7 +279,7 @@ def test_ucf101_in_other_letter_case_or_with_backslashes(tmp_path: Path, folder:
 def test_hmdb51_in_other_letter_case_and_without_a_class_folder(tmp_path: Path) -> None:
     touch(tmp_path, "videos/Wave/1.avi", "videos/run/1.avi")
     for name in ("wave", "run", "sit"):
-        write(tmp_path, f"testTrainMulti_7030_splits/{name}_test_split1.txt", "1.avi 1 ")
+        write_lines(tmp_path, f"testTrainMulti_7030_splits/{name}_test_split1.txt", "1.avi 1 ")
     catalog = open_catalog(tmp_path)
     assert labels(catalog) == {"videos/run/1.avi": 0, "videos/Wave/1.avi": 2}
     assert [video.path for video in catalog.missing["train"]] == ["videos/sit/1.avi"]
@@ -301,21 +292,21 @@ HEADER = "label,youtube_id,time_start,time_end,split"
 
 def test_segments_of_one_source_are_videos_of_their_own(tmp_path: Path) -> None:
     touch(tmp_path, "abc_000000_000010.mp4", "abc_000050_000060.mp4")
-    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "jump,abc,50,60,train")
+    write_lines(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "jump,abc,50,60,train")
     assert labels(open_catalog(tmp_path)) == {"abc_000000_000010.mp4": 1, "abc_000050_000060.mp4": 0}
 
 
 @pytest.mark.parametrize("second", ["jump,abc,50,60,train", "run,abc,50,60,test"])
 def test_a_file_that_stands_for_two_segments_is_refused(tmp_path: Path, second: str) -> None:
     touch(tmp_path, "v/abc.mp4")
-    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", second)
+    write_lines(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", second)
     message = refusal(tmp_path)
     assert message.startswith("DATA/train.csv:3: v/abc.mp4 stands for two segments, abc_000000_000010 (run, train) and")
 
 
 def test_equal_segments_of_one_file_are_one_video(tmp_path: Path) -> None:
     touch(tmp_path, "abc.mp4")
-    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "run,abc,50,60,train")
+    write_lines(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "run,abc,50,60,train")
     catalog = open_catalog(tmp_path)
     assert labels(catalog) == {"abc.mp4": 0}
     assert "1 segments share the file" in catalog.warnings[0]
@@ -323,7 +314,7 @@ def test_equal_segments_of_one_file_are_one_video(tmp_path: Path) -> None:
 
 def test_files_of_one_name_are_told_apart_by_their_class_folder(tmp_path: Path) -> None:
     touch(tmp_path, "run/abc.mp4", "jump_up/abc.mp4", "a/xyz.mp4", "b/xyz.mp4")
-    write(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "jump up,abc,50,60,train", "run,xyz,0,10,train")
+    write_lines(tmp_path, "train.csv", HEADER, "run,abc,0,10,train", "jump up,abc,50,60,train", "run,xyz,0,10,train")
     catalog = open_catalog(tmp_path)
     assert labels(catalog) == {"run/abc.mp4": 1, "jump_up/abc.mp4": 0, "a/xyz.mp4": 1}
     assert catalog.warnings == (
@@ -333,9 +324,9 @@ def test_files_of_one_name_are_told_apart_by_their_class_folder(tmp_path: Path) 
 
 def test_kinetics_lists_without_splits_times_or_labels(tmp_path: Path) -> None:
     touch(tmp_path, "-a.mp4", "b.mp4", "c.mp4")
-    write(tmp_path, "k700_train.csv", "label,youtube_id", "run,-a")
-    write(tmp_path, "validate.csv", "Label,YouTube_ID", "run,b")
-    write(tmp_path, "test.csv", "youtube_id", "c")
+    write_lines(tmp_path, "k700_train.csv", "label,youtube_id", "run,-a")
+    write_lines(tmp_path, "validate.csv", "Label,YouTube_ID", "run,b")
+    write_lines(tmp_path, "test.csv", "youtube_id", "c")
     catalog = open_catalog(tmp_path)
     assert (labels(catalog), labels(catalog, "val")) == ({"-a.mp4": 0}, {"b.mp4": 0})
     assert labels(catalog, "test") == {"b.mp4": 0}
@@ -348,6 +339,6 @@ def test_kinetics_lists_without_splits_times_or_labels(tmp_path: Path) -> None:
 
 def test_a_dive_with_two_labels_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a_1.mp4")
-    write(tmp_path, "Diving48_V2_train.json", json.dumps([{"vid_name": "a_1", "label": 0}]))
-    write(tmp_path, "Diving48_V2_test.json", json.dumps([{"vid_name": "a_1", "label": 1}]))
+    write_lines(tmp_path, "Diving48_V2_train.json", json.dumps([{"vid_name": "a_1", "label": 0}]))
+    write_lines(tmp_path, "Diving48_V2_test.json", json.dumps([{"vid_name": "a_1", "label": 1}]))
     assert refusal(tmp_path) == "DATA/Diving48_V2_test.json: entry 0: a_1 has label 1, and label 0 before"
