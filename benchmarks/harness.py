@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from dclr.errors import UserError
+from dclr.kernels import describe
+from dclr.kernels.backend import runs_triton
 from dclr.report import environment, write_json
-from kernels import describe
-from kernels.backend import runs_triton
 
 matplotlib.use("Agg")  # writes files; needs no screen
 from matplotlib import pyplot as plt

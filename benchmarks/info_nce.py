@@ -40,8 +40,8 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.harness import RELEASED, Ceilings, Goal, Precision, Row, speedup
-from kernels import info_nce, mine_positives_by_each
-from kernels.info_nce import info_nce_reference, mine_positives_by_each_reference
+from dclr.kernels import info_nce, mine_positives_by_each
+from dclr.kernels.info_nce import info_nce_reference, mine_positives_by_each_reference
 
 P, D, M = 5, 128, 5  # pairs, embedding size, mined positives
 TEMPERATURE = 0.07

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from kernels.launch import Launch
+    from dclr.kernels.launch import Launch
 
 RESULT = Path(__file__).parent / "results" / "resources.json"
 
@@ -58,7 +58,7 @@ class Usage:
 
 def measure() -> list[Usage]:
     """Compile every kernel in every configuration, on all cores. Raises RuntimeError if TRITON_INTERPRET is set."""
-    from kernels.backend import INTERPRETED  # imported here, because `main` unsets TRITON_INTERPRET first
+    from dclr.kernels.backend import INTERPRETED  # imported here, because `main` unsets TRITON_INTERPRET first
 
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
@@ -70,7 +70,7 @@ def measure() -> list[Usage]:
 @functools.cache
 def launches() -> list[tuple[str, "Launch"]]:
     """Return every launch with its label. The processes that compile inherit the list."""
-    from kernels import info_nce_triton, view_generation_triton
+    from dclr.kernels import info_nce_triton, view_generation_triton
 
     return info_nce_triton.launches_to_compile() + view_generation_triton.launches_to_compile()
 

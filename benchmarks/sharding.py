@@ -50,11 +50,11 @@ from benchmarks import harness
 from benchmarks.harness import ROOT, Row
 from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
+from dclr.kernels import Views
 from dclr.method import DCLR, Output
 from dclr.report import peak_memory_gib
 from dclr.training import engine
 from dclr.training.engine import Engine, read_ds_config, resolve_precision
-from kernels import Views
 
 DS_CONFIGS = {"DDP": "ddp.json", "stage 0": "ddp.json", "ZeRO-1": "zero1.json", "ZeRO-2": "zero2.json"}
 """The file in ds_configs/ that holds a provider's precision and sharding. DDP reads the precision only."""

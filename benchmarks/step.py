@@ -71,11 +71,11 @@ from benchmarks.step_providers import (
     untimed,
 )
 from dclr.data.augmentation import PRETRAIN
+from dclr.kernels.backend import runs_triton
 from dclr.models import build_backbone
 from dclr.report import Stopwatch
 from dclr.training import engine
 from dclr.training.engine import read_ds_config, resolve_precision
-from kernels.backend import runs_triton
 
 GOAL_BATCH = 128
 SECTIONS = ("views", "query forward", "backward", "keys", "loss", "optimizer", "other")

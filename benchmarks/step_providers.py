@@ -22,12 +22,12 @@ from benchmarks import harness, info_nce, view_providers
 from benchmarks.harness import RELEASED, Precision
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.data.augmentation import PRETRAIN
+from dclr.kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
 from dclr.models.backbone import Factored, FactoredStem
 from dclr.training.compile import compile_backbone, resolve_compile
 from dclr.training.engine import Engine, read_ds_config, resolve_precision
-from kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 
 METHOD, OPTIM = MethodConfig(), OptimConfig()
 DS_CONFIG = harness.ROOT / RunConfig().ds_config

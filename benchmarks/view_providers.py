@@ -18,10 +18,10 @@ from torchvision.transforms import v2
 
 from benchmarks.harness import RELEASED, NotAvailable
 from dclr.data.augmentation import PRETRAIN, draw_augmentation, to_augmentation
-from kernels import Augmentation, ViewParams, Views, Yuv420, generate_views
-from kernels.colour import yuv_coefficients
-from kernels.types import BLUR_KERNEL, MEAN, STD
-from kernels.view_generation import generate_views_reference
+from dclr.kernels import Augmentation, ViewParams, Views, Yuv420, generate_views
+from dclr.kernels.colour import yuv_coefficients
+from dclr.kernels.types import BLUR_KERNEL, MEAN, STD
+from dclr.kernels.view_generation import generate_views_reference
 
 Output = Literal["bf16", "float32"]
 """Precision of the finished views."""

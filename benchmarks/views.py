@@ -72,7 +72,7 @@ from benchmarks.view_providers import (
     make_inputs,
 )
 from dclr.data.augmentation import PRETRAIN
-from kernels import ViewParams, Views
+from dclr.kernels import ViewParams, Views
 
 BATCH_SIZES = {"cuda": (8, 40, 128), "cpu": (2,)}
 SOURCES = {"cuda": ((240, 320), (128, 171)), "cpu": ((120, 160),)}  # H, W

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 from dclr.errors import UserError
 from dclr.files import atomic_write
+from dclr.kernels import BACKENDS, EMBEDDING_SIZES
 from dclr.models import BACKBONES, MAX_WIDTH
-from kernels import BACKENDS, EMBEDDING_SIZES
 
 METHODS = ("dclr", "moco")
 

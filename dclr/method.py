@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig
+from dclr.kernels import Views, contrast, mine_positives_by_each
+from dclr.kernels.backend import to_device
 from dclr.models import ProjectionHead, activation_map, build_backbone, pool
-from kernels import Views, contrast, mine_positives_by_each
-from kernels.backend import to_device
 
 # An embedding is named by two letters: the view it is pooled from, and the content it stands for. vs is the static
 # content of the rgb clip; sv is the static view itself, compared with the rgb clip.

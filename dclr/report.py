@@ -1,4 +1,4 @@
-"""The output of a run: its folder, messages, progress bar, TensorBoard, metrics.jsonl and report.json."""
+"""The output of a run: its folder, messages, times of a step and report.json."""
 
 import json
 import math
@@ -10,18 +10,16 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from dclr.errors import UserError
 from dclr.files import atomic_write, folder_lock
-from dclr.progress import ProgressBar, write_line
+from dclr.progress import write_line
 
 
 def say(message: str) -> None:
@@ -97,7 +95,13 @@ def json_numbers(metrics: dict[str, float]) -> dict[str, float | None]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return device, cores, versions, commit and date, which a result needs to be reproducible."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:  # such as deepspeed, which only training needs
+            return "not installed"
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     packages = ("torch", "torchvision", "triton", "deepspeed", "kornia", "av", "numpy")
@@ -105,7 +109,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": name,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version_of(package) for package in packages},
         "commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -185,83 +189,3 @@ class Stopwatch:
         self._events.clear()
         self._steps, self._since = 0, now
         return sections
-
-
-class RunLog:
-    """Writer of a run's metrics to the progress bar, to TensorBoard and to metrics.jsonl. Only rank 0 has one.
-
-    A resumed run repeats the steps after its checkpoint, `start_step`. Their old values are dropped from both files.
-
-    Every method raises UserError if the folder cannot be written.
-    """
-
-    def __init__(self, folder: Path, title: str, total_steps: int, start_step: int = 0) -> None:
-        self._folder, self._lines = folder, folder / "metrics.jsonl"
-        with self._writing():
-            kept = []
-            if self._lines.exists():
-                kept = [
-                    line for line in self._lines.read_text(errors="replace").splitlines() if _step(line) <= start_step
-                ]
-            atomic_write(self._lines, "".join(line + "\n" for line in kept).encode())
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        self._bar = ProgressBar(total_steps, title, "step", start=start_step, file=sys.stdout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close. An error of the run counts, and not the error of closing that may follow from it."""
-        with suppress(UserError) if kind else nullcontext():
-            self.close()
-
-    def advance(self) -> None:
-        """Advance the progress bar by one step."""
-        self._bar.advance()
-
-    def write(self, step: int, metrics: dict[str, float], shown: dict[str, str]) -> None:
-        """Write all `metrics` to the files, and show the texts `shown` on the progress bar."""
-        with self._writing():
-            with self._lines.open("a") as file:
-                file.write(json.dumps({"step": step, **json_numbers(metrics)}) + "\n")
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-        self._bar.show(shown)
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """Write an image, (H, W, 3) uint8, to TensorBoard."""
-        with self._writing():
-            self._board.add_image(name, image, step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Write the values that TensorBoard still holds in a queue. Call this before a checkpoint.
-
-        A resumed run does not repeat the steps before its checkpoint, so their values must be in the file by then.
-        """
-        with self._writing():
-            self._board.flush()
-
-    def close(self) -> None:
-        """Close the progress bar and the files."""
-        self._bar.close()
-        with self._writing():
-            self._board.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self._folder} ({error.strerror}): free disk space or fix the folder's permissions, "
-                "then continue with --resume"
-            ) from None
-
-
-def _step(line: str) -> float:
-    """Return the step number of a metrics.jsonl line, or infinity for an incomplete or invalid line."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if isinstance(step, int | float) else math.inf

@@ -6,10 +6,10 @@ tensors use the reference. `set_backend` forces one implementation. This package
 project.
 """
 
-from kernels.backend import BACKENDS, describe, set_backend
-from kernels.info_nce import contrast, info_nce, mine_positives, mine_positives_by_each
-from kernels.types import EMBEDDING_SIZES, Augmentation, Contrast, ViewParams, Views, Yuv420
-from kernels.view_generation import augment, generate_views
+from dclr.kernels.backend import BACKENDS, describe, set_backend
+from dclr.kernels.info_nce import contrast, info_nce, mine_positives, mine_positives_by_each
+from dclr.kernels.types import EMBEDDING_SIZES, Augmentation, Contrast, ViewParams, Views, Yuv420
+from dclr.kernels.view_generation import augment, generate_views
 
 __all__ = [
     "BACKENDS",

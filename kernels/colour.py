@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.types import Yuv420
+from dclr.kernels.types import Yuv420
 
 
 def yuv_coefficients(bt709: Tensor, full_range: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ S similarities that rank queue entries together.
 import torch
 from torch import Tensor
 
-from kernels import backend
-from kernels.types import EMBEDDING_SIZES, Contrast
+from dclr.kernels import backend
+from dclr.kernels.types import EMBEDDING_SIZES, Contrast
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -143,7 +143,7 @@ def mine_positives(
     _check_mine_positives(features, queue, m)
     if m == 0 or not _runs_triton(features):
         return mine_positives_reference(features, queue, m)
-    from kernels.info_nce_triton import mine_positives_op
+    from dclr.kernels.info_nce_triton import mine_positives_op
 
     if features.dim() == 2:
         return mine_positives_op(features[None], queue[None], m, True, False)[0]
@@ -166,7 +166,7 @@ def mine_positives_by_each(
     _check_mine_positives(features, queue, m)
     if m == 0 or not _runs_triton(features):
         return mine_positives_by_each_reference(features, queue, m)
-    from kernels.info_nce_triton import mine_positives_op
+    from dclr.kernels.info_nce_triton import mine_positives_op
 
     return mine_positives_op(features, queue, m, True, True)
 
@@ -197,7 +197,7 @@ def _fused(
 
     The kernels compute the gradient in the same pass, and only if it is needed, because it is half of the work.
     """
-    from kernels.info_nce_triton import info_nce_op  # Triton has wheels for Linux only
+    from dclr.kernels.info_nce_triton import info_nce_op  # Triton has wheels for Linux only
 
     needs_gradient = torch.is_grad_enabled() and queries.requires_grad
     losses, similarities, _ = info_nce_op(

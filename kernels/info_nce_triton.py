@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, float32_precision, multiprocessors
-from kernels.launch import Launch
-from kernels.types import EMBEDDING_SIZES
+from dclr.kernels.backend import INTERPRETED, float32_precision, multiprocessors
+from dclr.kernels.launch import Launch
+from dclr.kernels.types import EMBEDDING_SIZES
 
 _BITS = math.log2(math.e)  # exp(x) = exp2(x * _BITS)
 # Register limit of a thread; a program of 8 warps cannot have more. Without a limit, ptxas (CUDA 12.8) tries to run

@@ -29,9 +29,9 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from kernels.backend import check_same_device, runs_triton, to_device
-from kernels.colour import yuv_box_to_rgb, yuv_coefficients
-from kernels.types import BLUR_KERNEL, MEAN, STD, Augmentation, Boundary, ViewParams, Views, Yuv420
+from dclr.kernels.backend import check_same_device, runs_triton, to_device
+from dclr.kernels.colour import yuv_box_to_rgb, yuv_coefficients
+from dclr.kernels.types import BLUR_KERNEL, MEAN, STD, Augmentation, Boundary, ViewParams, Views, Yuv420
 
 
 def generate_views(
@@ -75,7 +75,7 @@ def generate_views(
     if not runs_triton(_luma(frames).device):
         return generate_views_reference(frames, stills, params, boundary=boundary, dtype=dtype)
 
-    from kernels.view_generation_triton import generate_views_op, table_of
+    from dclr.kernels.view_generation_triton import generate_views_op, table_of
 
     # One table for both, so that rows on the CPU need only one copy to the device.
     table = torch.cat([table_of(params.clip, frames), table_of(params.still, stills)])  # (2 B, C)
@@ -126,7 +126,7 @@ def augment(
     if not runs_triton(_luma(frames).device):
         return augment_reference(frames, augmentation, size, dtype)
 
-    from kernels.view_generation_triton import augment_op, table_of
+    from dclr.kernels.view_generation_triton import augment_op, table_of
 
     table = to_device(table_of(augmentation, frames), _luma(frames).device)
     return augment_op(*_planes(frames), table, *size, dtype)

@@ -31,10 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import INTERPRETED
-from kernels.colour import yuv_coefficients
-from kernels.launch import Launch
-from kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
+from dclr.kernels.backend import INTERPRETED
+from dclr.kernels.colour import yuv_coefficients
+from dclr.kernels.launch import Launch
+from dclr.kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
 
 # Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 17, or 23 for
 # YUV frames.

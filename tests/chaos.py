@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-import train  # noqa: E402
+from dclr.commands import train  # noqa: E402
 from dclr.data.demo import render_demo  # noqa: E402
 
 # pretrain is imported before the ranks are forked, so that they start fast.

@@ -73,7 +73,7 @@ def genuine() -> Path:
 )
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Return the device for a test's tensors. `kernels` uses the implementation that the test's id names."""
-    import kernels
+    from dclr import kernels
 
     implementation, name = request.param
     if request.param == ("triton", "cpu") and not kernels.backend.INTERPRETED:
@@ -153,7 +153,7 @@ def train_main(one_process: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     The value True stands for a flag without a value.
     """
-    import train
+    from dclr.commands import train
 
     monkeypatch.setattr("dclr.training.engine.start_processes", lambda: one_process)
     monkeypatch.setattr("dclr.training.engine.stop_processes", lambda: None)

@@ -21,10 +21,10 @@ sys.path.insert(0, str(REPOSITORY))  # for train.py and eval.py
 from dclr.config import MethodConfig, ModelConfig, OptimConfig  # noqa: E402
 from dclr.data.encode import write_video  # noqa: E402
 from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
+from dclr.kernels import Views  # noqa: E402
 from dclr.method import DCLR  # noqa: E402
 from dclr.training.checkpoint import newest, read  # noqa: E402
 from dclr.training.engine import read_ds_config  # noqa: E402
-from kernels import Views  # noqa: E402
 
 TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # metrics that differ between equal runs
 CONFIGS = Path(__file__).parents[1] / "ds_configs"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as evaluation
+from dclr.commands import evaluate as evaluation
 from dclr.config import make_config, write_config
 from dclr.data.encode import write_video
 from dclr.errors import UserError

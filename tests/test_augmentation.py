@@ -18,8 +18,8 @@ from dclr.data.augmentation import (
     to_augmentation,
     view_grid,
 )
-from kernels import Augmentation, Views, augment
-from kernels.types import AUGMENTATION, MEAN, STD
+from dclr.kernels import Augmentation, Views, augment
+from dclr.kernels.types import AUGMENTATION, MEAN, STD
 
 N = 4000  # draws of a statistical test
 

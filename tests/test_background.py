@@ -14,7 +14,7 @@ import torch
 from helpers import as_flags
 from PIL import Image
 
-import eval as evaluation
+from dclr.commands import evaluate as evaluation
 from dclr.config import DataConfig
 from dclr.data.datasets import open_catalog
 from dclr.data.encode import write_video

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import harness, info_nce, view_providers, views
 from benchmarks.harness import Goal, speedup
-from kernels import ViewParams
-from kernels.view_generation import generate_views_reference
+from dclr.kernels import ViewParams
+from dclr.kernels.view_generation import generate_views_reference
 
 CPU = torch.device("cpu")
 

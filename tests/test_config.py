@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-import eval as evaluation
-import train
 from dclr import config as configuration
+from dclr.commands import evaluate as evaluation
+from dclr.commands import train
 from dclr.config import (
     COMMANDS,
     PRESETS,

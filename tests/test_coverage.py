@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers import make_list
 
-import eval as evaluation
+from dclr.commands import evaluate as evaluation
 from dclr.config import DataConfig
 from dclr.data.check import check, describe_faults
 from dclr.data.coverage import class_warnings, coverage

@@ -23,8 +23,8 @@ from dclr.data.store import INDEX, load_arrays, load_index, save_arrays
 from dclr.data.videos import VideoSet, open_videos
 from dclr.evaluation import composites, view_sheet
 from dclr.evaluation.retrieval import middle_frame
-from kernels import augment
-from kernels.types import MEAN, STD
+from dclr.kernels import augment
+from dclr.kernels.types import MEAN, STD
 
 ORIENTATIONS = range(8)
 

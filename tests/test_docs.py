@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import eval as evaluation
-import train
 from benchmarks import tables
+from dclr.commands import evaluate as evaluation
+from dclr.commands import train
 from dclr.evaluation import view_sheet
 from experiments import evidence
 

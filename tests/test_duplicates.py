@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import make_list
 
-import eval as evaluation
+from dclr.commands import evaluate as evaluation
 from dclr.config import DataConfig
 from dclr.data import duplicates
 from dclr.data.catalog import Video

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dclr.config import OptimConfig
 from dclr.errors import UserError
+from dclr.kernels import Views
 from dclr.method import DCLR, Output
 from dclr.training.engine import (
     Engine,
@@ -22,7 +23,6 @@ from dclr.training.engine import (
     stop_processes,
 )
 from dclr.training.nonfinite import NonfiniteGuard
-from kernels import Views
 
 
 def plain_steps(

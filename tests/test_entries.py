@@ -14,8 +14,8 @@ import torch
 from helpers import REPOSITORY, as_flags, launcher_command, numbers
 from PIL import Image
 
-import eval as evaluation
-import train
+from dclr.commands import evaluate as evaluation
+from dclr.commands import train
 from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.models import build_backbone, save_backbone

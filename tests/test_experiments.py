@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import eval as evaluation
-import train
 from benchmarks.harness import plt
+from dclr.commands import evaluate as evaluation
+from dclr.commands import train
 from dclr.data.datasets import open_catalog
 from dclr.errors import UserError
 from experiments import activation_maps, controlled, controlled_set, evidence, plots, precision, runs, weizmann

@@ -15,7 +15,7 @@ from dclr.data.videos import open_videos
 from dclr.errors import UserError
 from dclr.evaluation import features
 from dclr.evaluation.features import run_on_clips
-from kernels import augment
+from dclr.kernels import augment
 
 CONFIG = DataConfig(clip_length=4, crop_size=32, workers=0)
 CPU = torch.device("cpu")

@@ -12,13 +12,13 @@ import dclr.training.pretrain
 from dclr.config import resolve
 from dclr.data import augmentation
 from dclr.data.demo import render_demo
+from dclr.kernels import ViewParams, generate_views
 from dclr.models import build_backbone
 from dclr.report import Stopwatch
 from dclr.training.compile import compile_backbone
 from dclr.training.nonfinite import NonfiniteGuard
 from dclr.training.pretrain import Pretraining, pretrain
 from dclr.training.signals import Stopped
-from kernels import ViewParams, generate_views
 
 pytestmark = pytest.mark.gpu
 REPOSITORY = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from kernels import backend, contrast, info_nce, mine_positives
+from dclr import kernels
+from dclr.kernels import backend, contrast, info_nce, mine_positives
 
 EPS = float(np.finfo(np.float32).eps)
 EPS_BF16 = 2.0**-7  # spacing of bfloat16 at 1
@@ -470,7 +470,7 @@ def test_bitwise_the_same_from_run_to_run(kernel_device: torch.device) -> None:
 
 
 def test_one_split_and_many_agree(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
-    from kernels import info_nce_triton
+    from dclr.kernels import info_nce_triton
 
     inputs = [t.to(kernel_device) for t in case(2, 3, 700, 32, 2)]
     inputs[0].requires_grad_()
@@ -538,7 +538,7 @@ def test_mixed_dtypes_are_widened(kernel_device: torch.device) -> None:
 
 
 def test_without_gradient_none_is_computed(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import info_nce_triton
+    from dclr.kernels import info_nce_triton
 
     computed = []
     launch = info_nce_triton.partial_launch
@@ -565,7 +565,7 @@ def test_a_second_derivative_is_refused(kernel_device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_opcheck(dtype: torch.dtype, gradient: bool, kernel_device: torch.device) -> None:
-    from kernels import info_nce_triton
+    from dclr.kernels import info_nce_triton
 
     queries, keys, queue, positives = (t.to(kernel_device) for t in case(2, 3, 20, 32, 2))
     queries, keys, queue = (t.to(dtype) for t in (queries, keys, queue))

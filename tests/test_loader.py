@@ -41,8 +41,8 @@ from dclr.data.samples import (
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
 from dclr.data.workers import read_chunk
 from dclr.errors import UserError
-from kernels import Yuv420
-from kernels.types import AUGMENTATION
+from dclr.kernels import Yuv420
+from dclr.kernels.types import AUGMENTATION
 
 CONFIG = DataConfig(clip_length=4, clip_stride=2, crop_size=32)
 

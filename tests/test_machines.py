@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 PROGRAM = """
 import os, sys, time
 import torch
-import train
+from dclr.commands import train
 from dclr import distributed
 from dclr.training import connection, engine
 from dclr.training.heartbeat import Heartbeat

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from dclr.config import MethodConfig, ModelConfig
+from dclr.kernels import Views
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, align
-from kernels import Views
 
 MODEL = ModelConfig(backbone="r2plus1d_10", width=4)
 

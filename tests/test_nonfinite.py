@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, make_config
 from dclr.errors import UserError
+from dclr.kernels import Views
 from dclr.method import DCLR, PAIRS
 from dclr.training import pretrain as pretraining
 from dclr.training.checkpoint import newest, read
 from dclr.training.engine import Engine, read_ds_config, start_processes, stop_processes
 from dclr.training.nonfinite import MOST_SKIPPED_IN_A_ROW, NonfiniteGuard
 from dclr.training.pretrain import loss_terms, pretrain
-from kernels import Views
 
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2], ids=["ddp", "zero1", "zero2"])
 ACCUMULATIONS = pytest.mark.parametrize("accumulation", [1, 2])

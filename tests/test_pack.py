@@ -18,7 +18,7 @@ from av.video.frame import VideoFrame
 from helpers import children, read_store
 from PIL import Image
 
-import train
+from dclr.commands import train
 from dclr.config import DataConfig
 from dclr.data import clips, pack, store
 from dclr.data.datasets import open_catalog

@@ -12,7 +12,7 @@ from dclr.data.loader import Batches, BatchSampler
 from dclr.data.prefetch import DeviceBatches, batches_on
 from dclr.data.samples import ClipSamples, PairSamples
 from dclr.data.videos import VideoSet, open_videos
-from kernels import Yuv420, generate_views
+from dclr.kernels import Yuv420, generate_views
 
 CONFIG = DataConfig(clip_length=4, clip_stride=2, crop_size=32)
 CPU = torch.device("cpu")

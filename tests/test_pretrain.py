@@ -13,18 +13,18 @@ from helpers import metrics, numbers, saved, tensors_of
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import kernels
+from dclr import kernels
 from dclr.config import DataConfig, make_config
 from dclr.data.pack import pack
 from dclr.data.samples import PairSamples
 from dclr.errors import UserError
+from dclr.kernels.view_generation import generate_views_reference
 from dclr.method import DCLR, PAIRS
 from dclr.models import build_backbone, load_backbone
 from dclr.training import pretrain as pretraining
 from dclr.training.checkpoint import newest
 from dclr.training.engine import Engine
 from dclr.training.pretrain import Pretraining, pretrain
-from kernels.view_generation import generate_views_reference
 
 
 @pytest.fixture

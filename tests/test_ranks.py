@@ -31,12 +31,12 @@ from helpers import (
 
 from dclr import distributed
 from dclr.errors import UserError
+from dclr.kernels import Views
 from dclr.method import DCLR
 from dclr.training import batchnorm, checkpoint
 from dclr.training.engine import Engine, start_processes, stop_processes
 from dclr.training.heartbeat import Heartbeat
 from dclr.training.replicas import check_replicas, checksums
-from kernels import Views
 
 
 def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: object) -> None:

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dclr import report
 from dclr.errors import UserError
 from dclr.evaluation import demo_table, figures
+from dclr.training.run_log import RunLog
 
 
 def opened(*arguments, **flags):
@@ -113,11 +114,11 @@ def read_board(folder):
 
 
 def test_numbers_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    first = report.RunLog(tmp_path, "test", 6)
+    first = RunLog(tmp_path, "test", 6)
     for step in range(1, 6):
         first.write(step, {"loss": float(step)}, {})
     first.close()
-    again = report.RunLog(tmp_path, "test", 6, start_step=3)
+    again = RunLog(tmp_path, "test", 6, start_step=3)
     again.write(4, {"loss": 40.0}, {})
     again.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -127,13 +128,13 @@ def test_numbers_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 def test_a_line_that_a_kill_cut_short_is_dropped_on_resume(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    report.RunLog(tmp_path, "test", 6, start_step=1).close()
+    RunLog(tmp_path, "test", 6, start_step=1).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
 def test_a_new_run_starts_from_empty_files_and_nan_is_written_as_null(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
-    log = report.RunLog(tmp_path, "test", 6)
+    log = RunLog(tmp_path, "test", 6)
     log.write(1, {"loss": math.nan, "lr": 0.5}, {})
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 0.5}\n'

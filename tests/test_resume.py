@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import as_flags, assert_same_end, steps
 
-import train
 from dclr import files
+from dclr.commands import train
 from dclr.errors import UserError
 from dclr.files import folder_lock
 from dclr.report import Stopwatch

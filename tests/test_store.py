@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import read_store
 
-import train
+from dclr.commands import train
 from dclr.config import DataConfig
 from dclr.data import pack, store, string_array
 from dclr.data.datasets import open_catalog

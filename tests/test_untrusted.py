@@ -17,7 +17,7 @@ import torch
 from helpers import REPOSITORY, as_flags, read_store
 from safetensors.torch import load_file, save_file
 
-import eval as evaluation
+from dclr.commands import evaluate as evaluation
 from dclr.config import DataConfig
 from dclr.data import pack, store
 from dclr.data.datasets import open_catalog
@@ -120,7 +120,7 @@ def originals(one_process, demo_videos, float32, tmp_path_factory) -> Path:
 
 
 def train_in_process(patch: pytest.MonkeyPatch, device: torch.device) -> Callable[..., None]:
-    import train
+    from dclr.commands import train
 
     patch.setattr("dclr.training.engine.start_processes", lambda: device)
     patch.setattr("dclr.training.engine.stop_processes", lambda: None)

@@ -16,12 +16,12 @@ import torch
 from kornia.color import yuv420_to_rgb
 from torch import Tensor
 
-import kernels
-from kernels import Augmentation, ViewParams, Views, Yuv420
-from kernels.backend import HAS_TRITON, runs_triton
-from kernels.colour import yuv_coefficients
-from kernels.types import AUGMENTATION, MEAN, STD, TABLE_COLUMNS, Boundary
-from kernels.view_generation import generate_views_reference
+from dclr import kernels
+from dclr.kernels import Augmentation, ViewParams, Views, Yuv420
+from dclr.kernels.backend import HAS_TRITON, runs_triton
+from dclr.kernels.colour import yuv_coefficients
+from dclr.kernels.types import AUGMENTATION, MEAN, STD, TABLE_COLUMNS, Boundary
+from dclr.kernels.view_generation import generate_views_reference
 
 # Oracles compute in float64. Each operation rounds a value of 0..1 by at most EPS / 2. The value is then divided by a
 # standard deviation of 0.22 or more. At these sizes a mean over pixels adds no more than one such rounding error,
@@ -626,7 +626,7 @@ def test_a_row_that_is_not_checked_reads_within_the_buffer() -> None:
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("yuv", [False, True], ids=["RGB", "YUV"])
 def test_registered_operators(yuv: bool) -> None:
-    from kernels.view_generation_triton import augment_op, generate_views_op
+    from dclr.kernels.view_generation_triton import augment_op, generate_views_op
 
     planes = (video(1, 1, 8, 9, 3), None, None)
     stills = (video(1, 7, 6, 3), None, None)
@@ -656,7 +656,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 @pytest.mark.usefixtures("triton")
 def test_launches_do_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import view_generation_triton
+    from dclr.kernels import view_generation_triton
 
     launched: list[str] = []
     monkeypatch.setattr(
@@ -695,7 +695,7 @@ def test_the_record_the_tensors_and_the_table_agree() -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_table_of_parameters_has_the_kernels_columns() -> None:
-    from kernels.view_generation_triton import table_of
+    from dclr.kernels.view_generation_triton import table_of
 
     _, rows = two_clips()
     table = table_of(rows, yuv_video(40, 44))

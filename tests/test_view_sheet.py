@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from dclr.data import augmentation, clips, decode
 from dclr.evaluation import view_sheet
 from dclr.evaluation.view_sheet import write_view_sheet
-from kernels import ViewParams, generate_views
+from dclr.kernels import ViewParams, generate_views
 
 
 def run_module(capfd, monkeypatch, *arguments: str) -> tuple[int, str, str]:

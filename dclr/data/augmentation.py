@@ -14,8 +14,8 @@ import torch
 
 from dclr.data.clips import evenly_spaced
 from dclr.data.display import AS_CODED, Box, Display
-from kernels import Augmentation, Views
-from kernels.types import AUGMENTATION, MEAN, STD
+from dclr.kernels import Augmentation, Views
+from dclr.kernels.types import AUGMENTATION, MEAN, STD
 
 CENTRE = 112 / 128
 """Side of the test crop, as a fraction of the frame's short side: 112 pixels of frames scaled to 128."""

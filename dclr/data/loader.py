@@ -16,7 +16,7 @@ from dclr.data.ring_buffer import FrameRing, FrameShape, available_memory
 from dclr.data.samples import TEST_CLIPS, Samples, TestClips, stack_flags
 from dclr.data.workers import Chunk, Workers, read_chunk
 from dclr.errors import UserError
-from kernels import Yuv420
+from dclr.kernels import Yuv420
 
 CHUNK = 8
 """Most samples in a chunk of training. The workers share the chunks of a micro-batch."""

@@ -8,7 +8,7 @@ import torch
 
 from dclr.data.loader import Batches, Sampler
 from dclr.data.samples import ClipBatch, Samples
-from kernels import Yuv420
+from dclr.kernels import Yuv420
 
 
 def batches_on(

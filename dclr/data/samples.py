@@ -23,8 +23,8 @@ from dclr.data.decode import Planes, UnreadableVideo, YuvFrames
 from dclr.data.ring_buffer import FrameShape
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
-from kernels import Augmentation, ViewParams, Yuv420
-from kernels.types import AUGMENTATION
+from dclr.kernels import Augmentation, ViewParams, Yuv420
+from dclr.kernels.types import AUGMENTATION
 
 TEST_CLIPS = 10
 """Test clips per video, evenly spaced: the test protocol of the released code."""

@@ -32,8 +32,8 @@ from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.composites import foreground_mask
 from dclr.evaluation.features import SKIPPED, check_outputs, clip_batches, load_features, open_split
+from dclr.kernels import ViewParams, generate_views
 from dclr.models import Backbone, activation_map
-from kernels import ViewParams, generate_views
 
 MAPS = ("A_v", "A_s", "A_d")
 MAX_VIDEOS = 200

@@ -22,9 +22,9 @@ from dclr.data.prefetch import batches_on
 from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
+from dclr.kernels import Augmentation, Yuv420, augment
 from dclr.models import Backbone, build_backbone, load_backbone
 from dclr.progress import ProgressBar
-from kernels import Augmentation, Yuv420, augment
 
 LARGEST_OUTPUT = 1e15
 """The largest absolute output of a network that figures are computed from. The squares of larger outputs can overflow

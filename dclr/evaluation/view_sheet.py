@@ -15,7 +15,7 @@ from dclr.data.display import shown
 from dclr.data.samples import stack_frames
 from dclr.errors import UserError
 from dclr.evaluation.figures import plot_view_sheet
-from kernels import ViewParams, describe, generate_views
+from dclr.kernels import ViewParams, describe, generate_views
 
 
 def write_view_sheet(video: Path, out: Path, seed: int) -> str:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dclr import distributed
 from dclr.config import FinetuneConfig
 from dclr.data.samples import ClipBatch, ClipSamples, TrainSamples
+from dclr.kernels import augment
 from dclr.models import (
     Backbone,
     Classifier,
@@ -24,7 +25,6 @@ from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
 from dclr.training.loop import common_bar, common_metrics, train
 from dclr.training.setup import start_run
-from kernels import augment
 
 
 def finetune(

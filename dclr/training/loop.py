@@ -18,10 +18,11 @@ from dclr.config import OptimConfig
 from dclr.data.failures import Failures
 from dclr.data.samples import TrainSamples
 from dclr.errors import UserError
-from dclr.report import RunLog, Stopwatch, json_numbers, peak_memory_gib
+from dclr.report import Stopwatch, json_numbers, peak_memory_gib
 from dclr.training.engine import Engine
 from dclr.training.nonfinite import NonfiniteGuard
 from dclr.training.replicas import check_replicas
+from dclr.training.run_log import RunLog
 from dclr.training.setup import Run
 from dclr.training.signals import Stopped, StopRequest
 

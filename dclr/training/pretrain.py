@@ -12,6 +12,7 @@ from dclr import distributed
 from dclr.config import PretrainConfig
 from dclr.data.augmentation import pretrain_recipe, view_grid
 from dclr.data.samples import PairBatch, PairSamples, TrainSamples
+from dclr.kernels import Views, generate_views
 from dclr.method import DCLR, Output
 from dclr.models import save_backbone
 from dclr.report import Stopwatch
@@ -19,7 +20,6 @@ from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
 from dclr.training.loop import common_bar, common_metrics, train
 from dclr.training.setup import start_run
-from kernels import Views, generate_views
 
 GRID_CLIPS = 4
 """Clips in the picture of the three views."""

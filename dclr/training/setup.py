@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-import kernels
 from dclr import config as configuration
-from dclr import distributed, report
+from dclr import distributed, kernels, report
 from dclr.config import Config, DataConfig, PretrainConfig
 from dclr.data.catalog import Catalog, describe_reading, describe_warnings, reading_entry
 from dclr.data.coverage import class_warnings, coverage
@@ -211,7 +210,7 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     Raises:
         UserError: on all ranks, a setting or the data set is wrong.
     """
-    ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(find_ds_config(Path(config.run.ds_config))))
+    ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(find_ds_config(config.run.ds_config)))
     micro_batch = engine.micro_batch_size(ds_config, config.optim.batch_size)
     if command != "linear":  # whose BatchNorm does not use statistics of the batch
         check_batch_statistics(config, micro_batch)
@@ -251,10 +250,11 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     return run
 
 
-def find_ds_config(path: Path) -> Path:
-    """Return the path, or that of the file next to train.py if the working folder does not have it."""
-    own = Path(__file__).parents[2] / path
-    return own if os.path.exists(own) and not os.path.exists(path) else path
+def find_ds_config(name: str) -> Path:
+    """Return the file that --ds_config names: a path, or a file of ds_configs/ without or with folder and suffix."""
+    own = Path(configuration.__file__).parent / "ds_configs" / Path(name).with_suffix(".json").name
+    is_own = Path(name).parent in (Path(), Path("ds_configs")) and os.path.exists(own)
+    return own if is_own and not os.path.exists(name) else Path(name)
 
 
 def check_videos(command: str, config: Config, catalog: Catalog, videos: VideoSet) -> None:

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from dclr.data import augmentation, clips, decode
 from dclr.data.demo import render_demo
-from kernels import ViewParams, generate_views
+from dclr.kernels import ViewParams, generate_views
 
 PICTURE = Path(__file__).parent / "views.jpg"
 VIDEO = "videos/across/across_0000.mp4"

@@ -1,0 +1,302 @@
+"""Train a backbone or a classifier: pretrain | finetune | linear | check | pack.
+
+The program runs alone, under the deepspeed launcher, or under torchrun. A launcher starts one process for each GPU.
+
+    deepspeed train.py --ds_config ds_configs/zero1.json
+        Pretrain on the built-in demo videos. It takes about 5 minutes on two cores and writes runs/pretrain-1.
+    OMP_NUM_THREADS=1 python train.py --epochs 2 --fill-steps 2
+        The smallest run: 12 steps on the demo videos in less than a minute on one core. It shows that everything works.
+    python train.py check --data UCF101
+        Print the layout of a data set, its counts by class and split, and every video that cannot be read.
+    deepspeed train.py pretrain --data UCF101 --preset ucf101 --out runs/ucf
+        Pretrain with the published recipe: 200 epochs of UCF101.
+    deepspeed train.py pretrain --config runs/ucf/config.json --lr 0.02 --out runs/ucf-2
+        Repeat that run with another learning rate. --config also reads a TOML file.
+    deepspeed train.py finetune --data UCF101 --preset ucf101 --pretrained runs/ucf --out runs/ucf-finetune
+        Train the whole network on labels, from the pretrained backbone. `linear` trains only a classifier on top.
+    python train.py pack --data UCF101 --out UCF101-packed --workers 12
+        Decode the videos once, into a store that is fast to read: --data UCF101-packed.
+
+Without a subcommand, train.py pretrains. `train.py SUBCOMMAND --help` explains every flag.
+"""
+
+import argparse
+import os
+import sys
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from dclr import config as configuration
+from dclr import programs, progress
+from dclr.distributed import launched_rank
+from dclr.errors import NotConnected, UserError
+from dclr.training import checkpoint, signals
+
+DESCRIPTIONS = {
+    "pretrain": "learn a backbone from videos without labels (DCLR)",
+    "finetune": "train the whole network on labels, from pretrained weights or from random ones",
+    "linear": "train a linear classifier on a frozen backbone",
+    "check": "decode every video once and report what a data set holds",
+    "pack": "decode every video once into a store that is fast to read; without --out, only print its size",
+}
+
+CONFIG_EXAMPLE = """example of a TOML file for --config:
+
+    preset = "ucf101"
+    data = "UCF101"
+    epochs = 50
+    milestones = [30, 40]
+    deterministic = true
+
+Names are those of the flags. They may also stand in the tables of a config.json, for example epochs in [optim].
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = configuration.Parser(
+        prog=programs.name_of("train"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(DESCRIPTIONS) + "}")
+    for command, description in DESCRIPTIONS.items():
+        sub = commands.add_parser(
+            command,
+            help=description,
+            description=description,
+            epilog=CONFIG_EXAMPLE if command in configuration.COMMANDS else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if command in configuration.COMMANDS:
+            add_sources(sub)
+            configuration.add_flags(sub, configuration.groups(command).values(), command=command)
+        else:
+            shown = {"data", "allow_outside", "workers", "video_timeout"} | ({"split"} if command == "check" else set())
+            configuration.add_flags(sub, [configuration.DataConfig], only=shown)
+    add_store_flags(commands.choices["pack"])
+    return parser
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    heading = parser.add_argument_group("Sources of settings. Flags override all of them")
+    heading.add_argument(
+        "--preset",
+        choices=configuration.PRESETS,
+        metavar="NAME",
+        help=f"recipe: {', '.join(configuration.PRESETS)} (default: demo without --data, else ucf101)",
+    )
+    heading.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file with settings (example below), or the config.json of a run to repeat. It overrides the preset, "
+        "which a TOML file may name. The settings out and allow_outside of a config.json are ignored. "
+        "It cannot be used with --preset or --resume",
+    )
+    heading.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue the run in this folder, or in --out if no folder is given, with the settings of that run. "
+        "auto: continue the run in --out if there is a checkpoint, else begin it. "
+        "Use auto to repeat one command until the run is done",
+    )
+
+
+def add_store_flags(parser: argparse.ArgumentParser) -> None:
+    heading = parser.add_argument_group("The store")
+    heading.add_argument(
+        "--out",
+        default=argparse.SUPPRESS,
+        metavar="STORE",
+        help="folder of the store. An interrupted store is continued (default: only print how large it would be)",
+    )
+    heading.add_argument(
+        "--short-side",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="PIXELS",
+        help="shorter side of the stored frames in pixels. Frames are never enlarged. "
+        "Raise it with --crop-size (default: 128)",
+    )
+    heading.add_argument(
+        "--compact",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="store small videos with a keyframe every 12 frames, in place of raw planes. They take at most a twelfth "
+        "of the space and are slower to read. Use it for data sets as large as Kinetics",
+    )
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Return name -> value of the command line. A flag that is not given is absent or None.
+
+    Without a subcommand, the command is pretrain.
+    """
+    given = without_local_rank(arguments)
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given = ["pretrain", *given]
+    configuration.refuse_old_switches(given)
+    return vars(make_parser().parse_args(given))
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """Return the arguments without --local_rank N, --local-rank N, and both with "=".
+
+    deepspeed and torch.distributed.launch add one of them. The variable LOCAL_RANK holds the same number.
+    """
+    given, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in ("--local_rank", "--local-rank"):
+            next(rest, None)
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            given.append(argument)
+    return given
+
+
+def main(arguments: list[str]) -> None:
+    """Run one command line. Raises UserError for wrong input, and `signals.Stopped` if a signal stops a run."""
+    flags = parse(arguments)
+    command = flags.pop("command")
+    if command == "check":
+        from dclr.data.check import check
+
+        check(configuration.DataConfig(**flags))
+        progress.check_output()
+    elif command == "pack":
+        from dclr.data.pack import pack
+
+        store = {name: flags.pop(name) for name in ("out", "short_side", "compact") if name in flags}
+        pack(configuration.DataConfig(**flags), **store)
+    else:
+        train(command, flags)
+
+
+def train(command: str, flags: dict[str, Any]) -> None:
+    """Run pretrain, finetune or linear, in this process and in the others of its launcher."""
+    replace = flags.get("resume") == "auto"
+    from dclr.training import connection, engine
+    from dclr.training.finetune import finetune
+    from dclr.training.heartbeat import Heartbeat
+    from dclr.training.pretrain import pretrain
+
+    # The heartbeat begins first: if one rank fails in any of the lines below, the others do not wait for it.
+    with ExitStack() as at_end, signals.LauncherWatch() as launcher, Heartbeat() as heartbeat:
+        config, preset, folder = resolve(command, flags)
+        interface = connection.choose_interface(heartbeat.peers)
+        device = engine.start_processes()
+        at_end.callback(engine.stop_processes)  # after the heartbeat has ended on all ranks
+        if interface and launched_rank() == 0:
+            print(interface, flush=True)
+        # The inner context ends first: a rank that leaves must not be asked to stop again.
+        with closing(launcher):
+            if isinstance(config, configuration.PretrainConfig):
+                pretrain(config, preset, device, folder, replace)
+            else:
+                finetune(command, config, preset, device, folder, replace)
+
+
+def resolve(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, str, Path | None]:
+    """Return the settings, the name of their preset, and the folder of the run to resume (None: a new run).
+
+    Raises UserError if flags, files and presets contradict each other.
+    """
+    preset, file, resume = (flags.pop(name, None) for name in ("preset", "config", "resume"))
+    if file is not None and preset is not None:
+        raise UserError(f'--preset cannot be used with --config: write  preset = "{preset}"  into {file}')
+    if file is not None and resume is not None:
+        raise UserError("--resume cannot be used with --config: a resumed run has its own settings, leave --config out")
+    folder = run_to_resume(resume, flags)
+    if folder is not None:
+        config, preset = resolve_resumed(command, preset, flags, folder)
+        return config, preset, folder
+    named, values = configuration.read_settings(Path(file), command) if file is not None else ("", {})
+    has_data = bool({**values, **flags}.get("data"))
+    preset = preset or named or ("ucf101" if has_data else "demo")
+    return configuration.resolve(command, preset, flags, file=values), preset, None
+
+
+def resolve_resumed(
+    command: str, preset: str | None, flags: dict[str, Any], folder: Path
+) -> tuple[configuration.Config, str]:
+    """Return the settings of the run in `folder` with the flags that may change, and the name of its preset.
+
+    Raises UserError if a flag contradicts the run.
+    """
+    written_by, preset_of_run, stored = configuration.read_config(folder / "config.json")
+    if written_by != command:
+        raise UserError(
+            f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}"
+        )
+    if preset not in (None, preset_of_run):
+        raise UserError(f"--preset is {preset}, but the run in {folder} has {preset_of_run}: leave the flag out")
+    out = flags.pop("out", folder)
+    if Path(out) != folder:
+        raise UserError(f"--out is {out}, but --resume continues the run in {folder}: leave --out out")
+    configuration.check_resume(folder, flags, stored)
+    if "data" not in flags and stored.get("data") and not os.path.exists(stored["data"]):
+        raise UserError(
+            f"--resume {folder}: its data set, {stored['data']}, is neither in the folder that the run was started in, "
+            f"nor in {Path.cwd()}, nor next to the run: give --data"
+        )
+    return configuration.resolve(command, preset_of_run, flags, resumed={**stored, "out": str(folder)}), preset_of_run
+
+
+def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
+    """Return the folder of the run that --resume continues, or None to begin a run.
+
+    Raises UserError if no folder is named.
+    """
+    if resume is None:
+        return None
+    if resume and resume != "auto":
+        return Path(resume)
+    if "out" not in flags:
+        right = "--resume auto --out RUN" if resume else "--resume RUN, or --resume --out RUN"
+        raise UserError(f"--resume needs the run's folder: {right}")
+    folder = Path(flags["out"])
+    if resume == "auto" and checkpoint.newest(folder / "checkpoints") is None:
+        if (folder / "report.json").exists():
+            raise UserError(f"--resume auto: {folder} holds a finished run without checkpoints: give another --out")
+        return None
+    return folder
+
+
+def refuse(error: UserError) -> None:
+    """Print the error in one line. Ranks other than 0 wait 30 seconds first, or 5 if the ranks are not connected.
+
+    A launcher ends all processes when the first one exits. Rank 0 must print its line before that, and one line is
+    enough. A rank that is still alive after the wait has an error that rank 0 does not have.
+    """
+    if launched_rank() > 0:
+        time.sleep(5 if isinstance(error, NotConnected) else 30)
+    print(f"{programs.name_of('train')}: error: {error}", file=sys.stderr)
+
+
+def run(arguments: list[str]) -> int:
+    """Call `main` and return the exit status.
+
+    0: done. 2: wrong input. 75: stopped by a signal, with a checkpoint to resume from. 130: Ctrl-C before training.
+    """
+    try:
+        main(arguments)
+    except UserError as error:
+        refuse(error)
+        return 2
+    except signals.Stopped as stopped:
+        if launched_rank() == 0:
+            print(f"{programs.name_of('train')}: {stopped}", flush=True)
+        return signals.STATUS
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def start() -> int:
+    """Run the command line of this process and return the exit status."""
+    progress.protect_output()
+    return run(sys.argv[1:])

@@ -1,0 +1,717 @@
+"""Settings of a run: frozen dataclasses with bounds, presets with the published recipes, flags and configuration files.
+
+The sources are the defaults below, the preset, the file given to --config, and the flags. A later source overrides an
+earlier one. A resumed run has its own config.json in place of the preset and the file.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dclr.errors import UserError
+from dclr.files import atomic_write
+from dclr.kernels import BACKENDS, EMBEDDING_SIZES
+from dclr.models import BACKBONES, MAX_WIDTH
+
+METHODS = ("dclr", "moco")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The values that a field accepts. Without arguments, every text and every finite number."""
+
+    choices: tuple[Any, ...] = ()
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def accepts(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, str):
+            return True
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        """Return the accepted values in words: "a, b or c", "from 0 to 1", "at least 0 and below 1", or "" for any."""
+        if self.choices:
+            *others, last = map(str, self.choices)
+            return f"{', '.join(others)} or {last}"
+        if math.isfinite(self.at_least) and math.isfinite(self.at_most):
+            return f"from {self.at_least} to {self.at_most}"
+        limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit))
+
+
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """Return a dataclass field with its default, its text for --help and its `Bounds`.
+
+    A field with the default True or False is a yes/no option.
+    """
+    if isinstance(default, bool):
+        bounds = {"choices": (True, False)}
+    return field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
+
+
+class _Group:
+    """Base class of the groups of settings: it checks every field against its bounds."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its bounds, with the flag, the value and the accepted values."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            found = getattr(self, f.name)
+            for value in found if isinstance(found, tuple) else (found,):
+                if not f.metadata["bounds"].accepts(value):
+                    raise UserError(f"{flag_of(f.name)} is {value}, but must be {f.metadata['bounds']}")
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field, "--log-every" for "log_every"."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Group):
+    """The run: its folder, random seed, execution, log and checkpoints."""
+
+    out: str = option(
+        "", "folder of the run. Change it to keep several runs apart (default: the next free runs/COMMAND-N)"
+    )
+    seed: int = option(
+        0, "seed of every random number. Change it to repeat an experiment with other random numbers", at_least=0
+    )
+    ds_config: str = option(
+        "ds_configs/ddp.json",
+        "DeepSpeed configuration: sharding and precision. Change it to zero1.json or zero2.json if GPU memory is "
+        "short: zero1.json shards the optimizer state over the processes, zero2.json also the gradients",
+    )
+    log_every: int = option(
+        10, "optimizer steps between two log lines. Raise it if a step takes milliseconds", at_least=1
+    )
+    kernels: str = option(
+        "auto",
+        "implementation of the loss and of the views. auto: Triton on a GPU, plain PyTorch and kornia elsewhere. "
+        "Change it to reference to find out whether a result depends on the Triton kernels",
+        choices=BACKENDS,
+    )
+    compile: str = option(
+        "auto",
+        "torch.compile of the backbones. auto: only on a GPU. Change it to off for a run of a few steps, "
+        "which takes less time than the compilation",
+        choices=("auto", "on", "off"),
+    )
+    deterministic: bool = option(
+        False,
+        "use only algorithms that give the same bits every time, which are slower. "
+        "Turn it on if a resumed run on a GPU must equal an uninterrupted run bit for bit. "
+        "On a CPU it does so without this flag",
+    )
+    pad_channels: int = option(
+        8,
+        "pad the channels between the spatial and the temporal convolution with zeros to a multiple of this number, "
+        "for tensor cores. Results and checkpoints stay the same. Try 16, or 1 for no padding",
+        at_least=1,
+        at_most=64,
+    )
+    checkpoint_every: int = option(1, "epochs between two checkpoints. Raise it if an epoch takes seconds", at_least=1)
+    on_nonfinite: str = option(
+        "stop",
+        "what happens at a loss or gradient that is not finite. stop: the run ends and names the step, the loss terms "
+        "and the samples. Change it to skip to undo such steps and count them",
+        choices=("stop", "skip"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Group):
+    """The data: videos, and the clips that are cut from them."""
+
+    data: str = option(
+        "", "folder of a data set, or a list file. If left out, the built-in demo videos are rendered and used"
+    )
+    split: int = option(
+        1,
+        "number of the official train/test split (UCF101, HMDB51). Change it to average a result over the splits",
+        choices=(1, 2, 3),
+    )
+    allow_outside: bool = option(
+        False,
+        'let list files name videos outside the data folder, by an absolute path or by "..". '
+        "Turn it on for lists that you trust",
+    )
+    clip_length: int = option(
+        16,
+        "frames of a clip. Lower it for quick experiments. The last feature map has an eighth of them (mc3_18: all)",
+        at_least=1,
+    )
+    clip_stride: int = option(
+        2,
+        "source frames from one frame of a clip to the next. Raise it for slow motion or high frame rates",
+        at_least=1,
+    )
+    crop_size: int = option(
+        112,
+        "height and width of a clip in pixels. Lower it for quick experiments. "
+        "The last feature map has a sixteenth of each",
+        at_least=16,
+    )
+    workers: int = option(
+        2,
+        "decoding processes of each process of the run. "
+        "Raise it if the progress bar shows that the run waits for data. "
+        "0 decodes in the process itself: a video that crashes the decoder then ends the run, "
+        "and a video on which the decoder hangs blocks the run",
+        at_least=0,
+        at_most=1024,
+    )
+    video_timeout: float = option(
+        60.0,
+        "seconds without a new frame after which a video counts as unreadable. Raise it for slow network disks",
+        above=0,
+    )
+    max_bad: float = option(
+        1.0,
+        "percent of the split's videos that may be unreadable or may fail during training before the run stops. "
+        "Raise it for a data set that is known to be damaged",
+        at_least=0,
+        at_most=100,
+    )
+    max_missing: float = option(
+        1.0,
+        "percent of the listed videos of a split that may be missing. In training, missing means not on disk. "
+        "In eval.py, unreadable videos count too. Raise it for a data set that is known to be incomplete",
+        at_least=0,
+        at_most=100,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Group):
+    """The model: the video backbone."""
+
+    backbone: str = option(
+        "r2plus1d_10",
+        "network architecture. The published recipe uses r2plus1d_10, which the released code calls r2plus1d_18. "
+        "r2plus1d_18 is torchvision's network. Change it to r2plus1d_18 to use that network, at twice the cost",
+        choices=BACKBONES,
+    )
+    width: int = option(
+        64,
+        "channels of the first stage. Every published network has 64. Lower it for quick experiments",
+        at_least=1,
+        at_most=MAX_WIDTH,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(_Group):
+    """The method: dual contrastive learning (DCLR), or MoCo as a baseline."""
+
+    method: str = option(
+        "dclr",
+        "pretraining method. Change it to moco for the baseline of the same shape: "
+        "only rgb clips, one queue, no static view and no dynamic view",
+        choices=METHODS,
+    )
+    static_pairs: bool = option(
+        True, "contrast rgb clips with their static view. Turn it off, which removes that view, to measure its effect"
+    )
+    dynamic_pairs: bool = option(
+        True, "contrast rgb clips with their dynamic view. Turn it off, which removes that view, to measure its effect"
+    )
+    activation_maps: bool = option(
+        True,
+        "weight the rgb features that are compared with a view by the activation map of that view. "
+        "Turn it off to measure its effect",
+    )
+    embedding_dim: int = option(128, "length D of an embedding. The published value is 128", choices=EMBEDDING_SIZES)
+    queue_length: int = option(
+        2048,
+        "number K of queue entries, which are the negatives of each pair. "
+        "Raise it with the size of the data set: 2048 for UCF101, 16384 for Kinetics-400",
+        at_least=1,
+    )
+    temperature: float = option(
+        0.07, "temperature of the contrastive losses. Lower it to give hard negatives more weight", above=0
+    )
+    key_momentum: float = option(
+        0.999,
+        "share of its old weights that the key encoder keeps in a step. Lower it only with a short queue: "
+        "if keys change fast, the loss separates new keys from old keys instead of clips from clips",
+        at_least=0,
+        at_most=1,
+    )
+    mined_positives: int = option(
+        5, "queue entries M that count as further positives of a clip. 0 turns cross-video mining off", at_least=0
+    )
+    alignment_weight: float = option(0.1, "weight of the activation alignment term. 0 turns it off", at_least=0)
+    alignment: str = option(
+        "relative",
+        "scale of the activation maps in the alignment term. relative: divided by their mean, as pooling uses them. "
+        "Change it to raw for the published form, whose values are hundreds of times larger",
+        choices=("relative", "raw"),
+    )
+    repel_weight: float = option(
+        0.0,
+        "weight of a term that pushes static and dynamic features apart. The paper shows this term in a figure, "
+        "but the released code lacks it. Raise it to try the term",
+        at_least=0,
+    )
+    boundary: str = option(
+        "wrap",
+        "first frame of the dynamic view, which has no frame before it. wrap: its difference from the last frame, "
+        "as published. zero: no difference. replicate: the same as the second frame. "
+        "Change it for videos that do not loop",
+        choices=("wrap", "zero", "replicate"),
+    )
+    jitter: float = option(
+        1.0,
+        "strength of the colour jitter. 1 is the published strength, 0 turns it off. "
+        "Lower it if a short run should learn to tell videos apart by their colour",
+        at_least=0,
+        at_most=2,
+    )
+    fill_steps: int = option(
+        256,
+        "first steps, which only fill the queue and do not train. "
+        "Lower it in short runs: queue length / batch size is enough",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mined, length = self.mined_positives, self.queue_length
+        if mined > length:
+            raise UserError(f"--mined-positives is {mined}, but must be from 0 to --queue-length ({length})")
+        if self.method == "dclr" and not self.auxiliary_views:
+            raise UserError("--no-static-pairs and --no-dynamic-pairs together leave only rgb clips: use --method moco")
+        if self.repel_weight and self.method == "dclr" and len(self.auxiliary_views) < 2:
+            raise UserError(
+                "--repel-weight pushes static and dynamic features apart: it needs --static-pairs and --dynamic-pairs"
+            )
+
+    @property
+    def auxiliary_views(self) -> tuple[str, ...]:
+        """The views that rgb clips are contrasted with: "static" and "dynamic", one of them, or none in MoCo."""
+        used = {"static": self.static_pairs, "dynamic": self.dynamic_pairs}
+        return tuple(view for view, is_used in used.items() if is_used and self.method == "dclr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Group):
+    """The optimization: stochastic gradient descent (SGD)."""
+
+    epochs: int = option(
+        200,
+        "passes over the training videos. The published numbers are 200 for pretraining, 10 for finetune and linear",
+        at_least=1,
+    )
+    batch_size: int = option(
+        40, "samples of a step, over all processes together. Raise it to fill a GPU, and raise --lr with it", at_least=1
+    )
+    lr: float = option(0.01, "learning rate of SGD. Lower it if the loss jumps", above=0)
+    milestones: tuple[int, ...] = option(
+        (120, 160), "epochs after which the learning rate drops to a tenth. Change them with --epochs", at_least=1
+    )
+    momentum: float = option(0.9, "momentum of SGD. Lower it if the loss oscillates", at_least=0, below=1)
+    weight_decay: float = option(1e-4, "weight decay of SGD. Raise it if a classifier overfits", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig(_Group):
+    """The transfer: the weights that a classifier starts from."""
+
+    pretrained: str = option(
+        "",
+        "a run's folder, its backbone.safetensors, weights of torchvision, a checkpoint of the released code, or a "
+        "checkpoint of another project whose names are torchvision's after a prefix (default: random weights)",
+    )
+    dropout: float = option(
+        0.7, "dropout before the classifier, in finetune. Lower it for narrow networks", at_least=0, below=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Settings of `pretrain`."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self) -> None:
+        queue_length, batch_size = self.method.queue_length, self.optim.batch_size
+        if queue_length < batch_size:
+            raise UserError(
+                f"--queue-length is {queue_length}, but must be at least --batch-size ({batch_size}): "
+                "each step writes a whole batch to the queue"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Settings of `finetune` and `linear`."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    transfer: TransferConfig = TransferConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+Config = PretrainConfig | FinetuneConfig
+COMMANDS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "linear": FinetuneConfig}
+
+
+def groups(command: str) -> dict[str, type]:
+    """Return name -> dataclass of the groups of settings of a command, in the order of --help."""
+    return {f.name: f.type for f in dataclasses.fields(COMMANDS[command])}  # type: ignore[misc]
+
+
+GROUPS = {name: group for command in COMMANDS for name, group in groups(command).items()}
+FIELDS = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
+
+# The downstream protocols of the released code of DCLR and FAME.
+# finetune: batches of 64 clips, learning rate 0.1. linear: batches of 128 clips, learning rate 5, no weight decay.
+_FINETUNE = {"lr": 0.1, "epochs": 10, "milestones": (6, 8), "batch_size": 64}
+_LINEAR = {"lr": 5.0, "weight_decay": 0.0, "epochs": 10, "milestones": (6, 8), "batch_size": 128}
+
+# The demo finishes in minutes on two cores: its network costs a sixteenth, and its clips have a tenth of the pixels.
+_DEMO = {"clip_length": 8, "clip_stride": 2, "crop_size": 32, "width": 16}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {
+        "pretrain": {
+            **_DEMO,
+            "queue_length": 512,
+            "batch_size": 32,
+            "fill_steps": 16,
+            "epochs": 80,
+            "lr": 0.03,
+            "milestones": (60, 72),
+            "checkpoint_every": 20,
+        },
+        "finetune": {
+            **_DEMO,
+            "batch_size": 32,
+            "lr": 0.05,
+            "epochs": 40,
+            "milestones": (32, 36),
+            "dropout": 0.0,
+            "checkpoint_every": 20,
+        },
+        # At the published learning rate, 5, the loss of this network's linear probe stays above 100 (docs/LOG.md).
+        "linear": {
+            **_DEMO,
+            **_LINEAR,
+            "batch_size": 16,
+            "lr": 0.05,
+            "epochs": 40,
+            "milestones": (24, 32),
+            "checkpoint_every": 20,
+        },
+    },
+    "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
+    "kinetics400": {"pretrain": {"queue_length": 16384}, "finetune": _FINETUNE, "linear": _LINEAR},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UserError for a wrong command line: one line, without the usage of every flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help explains every flag)")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, group_classes: Iterable[type], only: set[str] | None = None, command: str = ""
+) -> None:
+    """Add one flag for each field of the groups, or of the fields in `only`, under one heading for each group.
+
+    The help text of a flag ends with its bounds, its default and the values in the presets of `command`. A flag that is
+    not given is absent from the parsed namespace.
+    """
+    for group_class in group_classes:
+        heading = parser.add_argument_group((group_class.__doc__ or "").rstrip("."))
+        for f in dataclasses.fields(group_class):
+            if only is None or f.name in only:
+                _add_flag(heading, f, command)
+
+
+def _add_flag(heading: Any, f: dataclasses.Field[Any], command: str) -> None:
+    bounds = f.metadata["bounds"]
+    notes = [] if bounds.choices else [str(bounds)]
+    notes += ["" if f.default == "" else f"default: {show(f.default)}"]
+    notes += [f"{name}: {show(of[command][f.name])}" for name, of in PRESETS.items() if f.name in of.get(command, {})]
+    notes = [note for note in notes if note]
+    text = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    names = ["--ds_config", "--ds-config"] if f.name == "ds_config" else [flag_of(f.name)]
+    given: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if isinstance(f.default, bool):
+        heading.add_argument(*names, action=argparse.BooleanOptionalAction, **given)
+        return
+    choices = "{" + ",".join(map(str, bounds.choices)) + "}"
+    given["metavar"] = choices if bounds.choices else f.name.split("_")[-1].upper()
+    if isinstance(f.default, tuple):
+        heading.add_argument(*names, type=int, nargs="*", **given)
+    else:
+        heading.add_argument(*names, type=type(f.default), **given)
+
+
+def show(value: Any) -> str:
+    """Return a value as messages and help texts write it: on or off for True or False, and a tuple without brackets."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# --foreground is a flag of eval.py.
+SWITCHES = {"--foreground", *(flag_of(f.name) for f in FIELDS.values() if isinstance(f.default, bool))}
+
+
+def refuse_old_switches(arguments: Sequence[str]) -> None:
+    """Raise UserError for a yes/no option in the spelling of earlier versions, "--static-pairs no".
+
+    The message names the new spelling.
+    """
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag in SWITCHES and value in ("yes", "no"):
+            raise UserError(
+                f"{flag} {value} is an old spelling: write {flag if value == 'yes' else '--no-' + flag[2:]}"
+            )
+
+
+def make_config(command: str, values: dict[str, Any]) -> Config:
+    """Return the configuration of `command` from flat field values, and from defaults for the other fields.
+
+    Raises UserError for a name that the command does not have, and for a value outside its bounds.
+    """
+    values = dict(values)
+    built: dict[str, Any] = {}
+    for name, group_class in groups(command).items():
+        own = {f.name: values.pop(f.name) for f in dataclasses.fields(group_class) if f.name in values}
+        built[name] = group_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+    if values:
+        raise UserError(f"{command} has no setting named {', '.join(sorted(values))}")
+    return COMMANDS[command](**built)
+
+
+# Settings without effect on MoCo, which has no auxiliary views.
+_ONLY_WITH_AUXILIARY_VIEWS = {
+    "static_pairs", "dynamic_pairs", "activation_maps", "mined_positives", "alignment_weight", "alignment",
+    "repel_weight", "boundary",
+}  # fmt: skip
+
+
+def resolve(
+    command: str,
+    preset: str,
+    flags: dict[str, Any],
+    resumed: dict[str, Any] | None = None,
+    file: dict[str, Any] | None = None,
+) -> Config:
+    """Return the configuration from the preset, the values of the file given to --config, and the flags, in this order.
+
+    A resumed run has its stored values, `resumed`, in place of preset and file.
+
+    Raises UserError for a value that is refused, and for a flag that has no effect on the chosen method.
+    """
+    if resumed is None and preset not in PRESETS:
+        raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
+    stored = resumed if resumed is not None else {**PRESETS[preset][command], **(file or {})}
+    config = make_config(command, {**stored, **flags})
+    useless = sorted(_ONLY_WITH_AUXILIARY_VIEWS & flags.keys())
+    if isinstance(config, PretrainConfig) and config.method.method == "moco" and useless:
+        raise UserError(
+            f"{flag_of(useless[0])} has no effect with --method moco, which has neither static nor dynamic views: "
+            "leave the flag out"
+        )
+    return config
+
+
+# Settings that may change when a run is resumed. Any other change would alter the samples or the network.
+FREE_ON_RESUME = {
+    "data", "workers", "video_timeout", "max_bad", "max_missing",
+    "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
+    "epochs", "lr", "milestones", "momentum", "weight_decay",
+    "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
+}  # fmt: skip
+
+
+def check_resume(folder: Path, flags: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raise UserError if a flag contradicts a stored setting that must not change for the run in `folder`."""
+    for name, value in flags.items():
+        if name not in FREE_ON_RESUME and value != stored.get(name):
+            raise UserError(
+                f"{flag_of(name)} is {show(value)}, but the run in {folder} has {show(stored.get(name))}: "
+                "leave the flag out, or start another run"
+            )
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return field name -> value over all groups."""
+    return {k: v for group in dataclasses.asdict(config).values() for k, v in group.items()}
+
+
+def write_config(path: Path, command: str, preset: str, config: Config) -> None:
+    """Write the resolved configuration as JSON, one object for each group. `read_config` reads this file.
+
+    The file also names the working folder, from which relative paths start.
+    """
+    head = {"command": command, "preset": preset, "started_in": str(Path.cwd())}
+    text = json.dumps({**head, **dataclasses.asdict(config)}, indent=2)
+    atomic_write(path, (text + "\n").encode())
+
+
+def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
+    """Return (command, preset, flat values) of a run's config.json. Its relative paths hold in the working folder now.
+
+    Raises UserError if the file is missing or is not the configuration of a run, or if a value has a wrong type.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        command, preset = str(stored.pop("command")), str(stored.pop("preset"))
+        started_in = str(stored.pop("started_in", ""))
+        values = {name: value for group in stored.values() for name, value in group.items()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{path}: not the configuration of a run (damaged, or written by something else)") from None
+    for name, f in FIELDS.items():
+        # Runs of earlier versions hold "yes" and "no" for true and false.
+        if isinstance(f.default, bool) and values.get(name) in ("yes", "no"):
+            values[name] = values[name] == "yes"
+    values = _typed(path, values)
+    for name in PATHS & values.keys():
+        values[name] = _find(values[name], started_in, path)
+    return command, preset, values
+
+
+PATHS = {"data", "pretrained", "ds_config"}
+"""Settings that are paths of files that a run reads."""
+
+
+def _find(value: str, started_in: str, config: Path) -> str:
+    """Return a path of a config.json, absolute if it does not hold in the working folder.
+
+    A relative path is looked for where the run was started, then in the working folder. The configurations of earlier
+    versions do not say where the run was started. For them, the path is looked for in the working folder, then in the
+    run's folder and the two folders above it: most runs are in runs/NAME.
+    """
+    if not value or Path(value).is_absolute():
+        return value
+    here = Path.cwd()
+    for folder in [Path(started_in), here] if started_in else [here, *config.resolve().parents[:3]]:
+        # Unlike Path.exists, this is False for a folder without permission.
+        if os.path.exists(folder / value):
+            return value if folder == here else str(folder / value)
+    return value
+
+
+def read_settings(path: Path, command: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return (preset, flat values) of the file given to --config: a TOML file, or the config.json of a run.
+
+    The preset is "" if the file names none. The file must be for `command`, or for any command if `command` is None.
+    The result has neither `out` nor `allow_outside` of a config.json. A new run needs a folder of its own, and a file
+    from elsewhere must not permit itself to name videos outside the data folder.
+
+    Raises UserError if the file cannot be read or is for another command, or for an unknown name or a wrong type.
+    """
+    if path.suffix == ".json":
+        written_for, preset, values = read_config(path)
+        values = {name: value for name, value in values.items() if name not in ("out", "allow_outside")}
+    else:
+        written_for, preset, values = _read_toml(path)
+    if command and written_for not in ("", command):
+        raise UserError(
+            f"--config {path} is for {written_for}, but the command is {command}: "
+            f"run {written_for}, or give another file"
+        )
+    allowed = [group for name, group in GROUPS.items() if command is None or name in groups(command)]
+    unknown = sorted(values.keys() - {f.name for group in allowed for f in dataclasses.fields(group)})
+    if unknown:
+        who = f"{command} has no" if command else "no command has a"
+        raise UserError(f"--config {path}: {who} setting named {', '.join(unknown)}")
+    return preset, values
+
+
+def _read_toml(path: Path) -> tuple[str, str, dict[str, Any]]:
+    """Return (command, preset, flat values) of a TOML file. Settings are at the top, or in one table for each group.
+
+    Raises UserError if the file is not TOML, or for an unknown table, a setting given twice, or a wrong type.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a TOML file or a run's config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is not a TOML file: {error!s:.200}") from None
+    command, preset = content.pop("command", ""), content.pop("preset", "")
+    for name, value in (("command", command), ("preset", preset)):
+        if not isinstance(value, str):
+            raise UserError(f"--config {path}: {name} is {_shown(value)}, but must be a text")
+    settings: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        if not isinstance(value, dict):
+            settings.append((key, value))
+        elif key in GROUPS:
+            settings += value.items()
+        else:
+            raise UserError(f"--config {path}: no table is named [{key}]; the tables are {', '.join(GROUPS)}")
+    values: dict[str, Any] = {}
+    for key, value in settings:
+        name = key.replace("-", "_")
+        if name in values:
+            raise UserError(f"--config {path}: {name} is given twice")
+        values[name] = value
+    return command, preset, _typed(path, values)
+
+
+_KINDS = {
+    bool: "true or false",
+    str: "a text",
+    int: "a whole number below 2 ** 31",
+    float: "a number",
+    tuple: "a list of whole numbers",
+}
+
+
+def _typed(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the file with lists as tuples. Raises UserError for a value of a wrong type."""
+    for name, value in values.items():
+        if name in FIELDS and not _is_alike(value, FIELDS[name].default):
+            raise UserError(f"{path}: {name} is {_shown(value)}, but must be {_KINDS[type(FIELDS[name].default)]}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _shown(value: Any) -> str:
+    """Return at most 80 characters of a value from a file."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):  # Python prints no whole number of more than 4,300 digits
+        return f"a value of type {type(value).__name__} that cannot be printed"
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+    """Return whether a value from a file has the type that argparse gives the flag with this default."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(_is_alike(item, 0) for item in value)
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, float) and isinstance(value, float):
+        return True
+    if isinstance(default, int | float):
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+    return isinstance(value, str)

@@ -1,0 +1,205 @@
+"""Videos that a data set lists more than once: by the same path, by links, or as files with equal content.
+
+A video with two labels spoils training. A video in train and test spoils the test. Files are compared by content only
+if their sizes in bytes are equal: first by their first and last 64 KiB, then whole. A packed store is compared by the
+checksums in its index, without reading videos.
+"""
+
+import hashlib
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from dclr.data.catalog import SPLITS, Catalog, Video
+from dclr.data.coverage import shorten
+from dclr.data.store import Arrays
+from dclr.data.string_array import unpack_strings
+from dclr.errors import UserError
+
+SAMPLE_BYTES = 64 * 1024
+"""Bytes at each end of a file that are compared before whole files are."""
+
+OFFICIAL = ("UCF101", "HMDB51", "Kinetics-400", "Diving48")
+"""Layouts whose lists and labels were published. Users cannot correct them."""
+
+THREADS = 8
+"""Files that are read at a time. Most of the time is spent waiting for the disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duplicates:
+    """The videos of a data set that are listed more than once."""
+
+    root: Path
+    """The data folder."""
+    two_labels: tuple[str, ...]
+    """Phrases that name a video, or two files with equal content, and the different labels."""
+    refused: tuple[str, ...]
+    """Those of `two_labels` that are refused. Only official lists may give two labels to two files of equal content,
+    because their figures would no longer be comparable without one of the files."""
+    repeated: dict[str, tuple[str, ...]]
+    """Split -> paths of entries that repeat an earlier entry of the split with the same label."""
+    shared: dict[str, tuple[str, ...]]
+    """Two splits, such as "train and test" -> the videos that are in both. Two paths with equal content are joined
+    by " = "."""
+
+    def lines(self) -> list[str]:
+        """Return one line for each kind of duplicate that was found."""
+        lines = []
+        if self.two_labels:
+            lines.append(f"{_videos(self.two_labels, 'has', 'have')} two labels: {shorten(self.two_labels)}")
+        for splits, paths in self.shared.items():
+            lines.append(f"{_videos(paths, 'is', 'are')} in both {splits}: {shorten(paths)}")
+        for split, paths in self.repeated.items():
+            lines.append(f"{_videos(paths, 'is', 'are')} listed more than once in {split}: {shorten(paths)}")
+        return lines
+
+    def check_labels(self) -> None:
+        """Raise UserError if a video has two labels and this is not the work of official lists."""
+        if self.refused:
+            more = f", and {len(self.refused) - 1} more such videos" if len(self.refused) > 1 else ""
+            raise UserError(
+                f"{self.root}: {self.refused[0]}{more}: one video cannot have two labels; correct the lists or "
+                "delete the wrong file"
+            )
+
+    def report(self) -> dict[str, Any]:
+        """Return the entry of report.json."""
+        return {
+            "two_labels": list(self.two_labels),
+            "in_two_splits": {splits: list(paths) for splits, paths in self.shared.items()},
+            "listed_more_than_once": {split: list(paths) for split, paths in self.repeated.items()},
+        }
+
+
+def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Duplicates:
+    """Compare all listed videos with each other.
+
+    If the test split is the val split, because the data set has no test split of its own, it is compared once.
+
+    Args:
+        unreadable: paths of videos that no result uses. They are not compared: failed downloads are often equal.
+    """
+    splits = {split: catalog.splits[split] for split in SPLITS if split in catalog.splits}
+    if splits.get("val") == splits.get("test"):
+        splits.pop("val", None)
+    paths = dict.fromkeys(video.path for videos in splits.values() for video in videos)
+    compared = [path for path in paths if path not in unreadable]
+    content = content_of_files(catalog.root, compared) if catalog.index is None else content_in_store(catalog.index)
+
+    entries: dict[Hashable, list[tuple[str, Video]]] = defaultdict(list)
+    for split, videos in splits.items():
+        for video in videos:
+            if video.path in content:
+                entries[content[video.path]].append((split, video))
+    two_labels: list[str] = []
+    refused: list[str] = []
+    repeated: dict[str, list[str]] = defaultdict(list)
+    shared: dict[str, list[str]] = defaultdict(list)
+    for equal in entries.values():
+        by_label = {video.label: video for _, video in equal if video.label >= 0}
+        if len(by_label) > 1:
+            first, second, *_ = by_label.values()
+            two_labels.append(_two_labels(first, second, catalog.classes))
+            if first.path == second.path or not catalog.layout.startswith(OFFICIAL):
+                refused.append(two_labels[-1])
+        by_split: dict[str, list[Video]] = defaultdict(list)
+        for split, video in equal:
+            by_split[split].append(video)
+        for one, other in combinations(by_split, 2):
+            names = dict.fromkeys((by_split[one][0].path, by_split[other][0].path))
+            shared[f"{one} and {other}"].append(" = ".join(names))
+        for split, videos_of_split in by_split.items():
+            labels = [video.label for video in videos_of_split]
+            again = [video for position, video in enumerate(videos_of_split) if video.label in labels[:position]]
+            if again:
+                repeated[split] += [video.path for video in again]
+    return Duplicates(
+        root=catalog.root,
+        two_labels=tuple(two_labels),
+        refused=tuple(refused),
+        repeated={split: tuple(paths) for split, paths in repeated.items()},
+        shared={names: tuple(paths) for names, paths in shared.items()},
+    )
+
+
+def content_in_store(index: Arrays) -> dict[str, Hashable]:
+    """Return path -> a value that is equal for videos with equal frames, for the videos that a store holds."""
+    columns = [index[name].tolist() for name in ("sizes", "crc32", "frames", "heights", "widths")]
+    stored = (index["shards"] >= 0).tolist()
+    rows = zip(unpack_strings(index["paths"]), stored, zip(*columns, strict=True), strict=True)
+    return {path: numbers for path, is_stored, numbers in rows if is_stored}
+
+
+def content_of_files(root: Path, paths: Iterable[str]) -> dict[str, Hashable]:
+    """Return path -> a value that is equal for files with equal content. Files that cannot be read are left out."""
+    files: dict[Hashable, str] = {}  # identity of a file -> its first path
+    file_of: dict[str, Hashable] = {}
+    sizes: dict[int, list[Hashable]] = defaultdict(list)
+    for path in paths:
+        try:
+            found = os.stat(root / path)
+        except OSError:
+            continue
+        # Some network disks give several files the same inode number, or all files the number 0.
+        file: Hashable = (found.st_dev, found.st_ino or path, found.st_size, found.st_mtime_ns)
+        if stat.S_ISREG(found.st_mode) and found.st_size:
+            file_of[path] = file
+            if files.setdefault(file, path) == path:
+                sizes[found.st_size].append(file)
+
+    content = {file: file for file in files}
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def divide(groups: Iterable[list[Hashable]], digest: Callable[[Path], bytes | None]) -> list[list[Hashable]]:
+            """Divide groups of files by their digests. A group of one file is dropped."""
+            alike = [group for group in groups if len(group) > 1]
+            members = [(number, file) for number, group in enumerate(alike) for file in group]
+            digests = pool.map(lambda member: digest(root / files[member[1]]), members)
+            divided: dict[tuple[int, bytes], list[Hashable]] = defaultdict(list)
+            for (number, file), value in zip(members, digests, strict=True):
+                if value is not None:
+                    divided[number, value].append(file)
+            return [group for group in divided.values() if len(group) > 1]
+
+        for group in divide(divide(sizes.values(), _digest_of_ends), _digest_of_all):
+            for file in group:
+                content[file] = group[0]
+    return {path: content[file] for path, file in file_of.items()}
+
+
+def _digest_of_ends(file: Path) -> bytes | None:
+    """Return a digest of the first and the last bytes of a file, or None if the file cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            first = opened.read(SAMPLE_BYTES)
+            opened.seek(max(0, os.fstat(opened.fileno()).st_size - SAMPLE_BYTES))
+            return hashlib.sha256(first + opened.read(SAMPLE_BYTES)).digest()
+    except OSError:
+        return None
+
+
+def _digest_of_all(file: Path) -> bytes | None:
+    """Return a digest of a file, or None if the file cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    except OSError:
+        return None
+
+
+def _two_labels(first: Video, second: Video, classes: tuple[str, ...]) -> str:
+    one, other = classes[first.label], classes[second.label]
+    if first.path == second.path:
+        return f"{first.path} is listed as {one} and as {other}"
+    return f"{first.path} ({one}) and {second.path} ({other}) are the same video"
+
+
+def _videos(paths: Collection[str], singular: str, plural: str) -> str:
+    return f"1 video {singular}" if len(paths) == 1 else f"{len(paths)} videos {plural}"

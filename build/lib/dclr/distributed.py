@@ -1,0 +1,151 @@
+"""Communication between the processes (ranks) of a run. In a run of one process, every function returns its input."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dclr.errors import UserError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Return the number of processes of the run, on all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def launched_rank() -> int:
+    """Return the rank that the launcher gave this process. It is known before and after the processes are connected."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def processes_of_machine() -> int:
+    """Return the number of processes that the launcher started on this machine."""
+    # The names are from torchrun, from deepspeed, and from launchers that only name the processes of all machines.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
+
+
+def gather_batch(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks in rank order, on every rank: (B, ...) -> (ranks * B, ...). There is no gradient."""
+    if world_size() == 1:
+        return rows
+    gathered = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the elementwise mean over the ranks, as a new tensor."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Replace `values` by the elementwise maximum over the ranks, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+_group_without_timeout: dist.ProcessGroup | None = None
+"""The group that exchanges objects inside `without_timeout`. None: the default group, whose timeout is 30 minutes."""
+
+
+@contextmanager
+def without_timeout() -> Iterator[None]:
+    """Let `gather_objects`, `on_all_ranks` and `on_rank_zero` wait up to 30 days.
+
+    Verifying a large data set takes hours.
+    """
+    global _group_without_timeout
+    if world_size() > 1:
+        _group_without_timeout = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        _group_without_timeout = None
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the objects of all ranks in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_group_without_timeout)
+    return values
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Call `work` on every rank and return its result. If it raises UserError on one rank, every rank raises the error.
+
+    Without this, the other ranks would wait for a rank that has left.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    for found in gather_objects(problem):
+        if found is not None:
+            raise UserError(found)
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0 and return its result on every rank. If it raises UserError, every rank raises it."""
+    result = [on_all_ranks(lambda: work() if rank() == 0 else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]
+
+
+class DelayedSum:
+    """Sums of whole numbers over the ranks, one call late: each call returns the sums that the call before began.
+
+    A rank calls `add` once a step. The call rarely waits, because the sum had a whole step to complete. All ranks get
+    the same sums at the same step, so they can act on them together. The sum is computed on the CPU (gloo), even if
+    the network is on a GPU. Reading the sum therefore does not make the host wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._begun: tuple[Any, Tensor] | None = None
+
+    def add(self, *numbers: int) -> list[int]:
+        """Begin the sums of these numbers, and return the sums that the call before began: zeros at the first call.
+
+        A run of one process returns the numbers themselves.
+        """
+        own = torch.tensor(numbers, dtype=torch.int64)
+        if self._group is None:
+            return own.tolist()
+        total = self.finish() or [0] * len(numbers)
+        self._begun = (dist.all_reduce(own, group=self._group, async_op=True), own)
+        return total
+
+    def finish(self) -> list[int] | None:
+        """Wait for the last sums and return them, or None if there are none.
+
+        Call this before the processes disconnect.
+        """
+        if self._begun is None:
+            return None
+        work, total = self._begun
+        work.wait()
+        self._begun = None
+        return total.tolist()

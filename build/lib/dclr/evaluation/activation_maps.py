@@ -1,0 +1,211 @@
+"""Activation maps, and the share of each map's sum that is inside the moving region: `eval.py maps`.
+
+Each test video gives its middle test clip. The activation maps A_v, A_s and A_d are the sums over channels of the
+backbone's last feature maps for the rgb, the static and the dynamic view. The static view repeats the clip's middle
+frame. All three maps come from the query encoder, because a run's backbone file holds nothing else. In training, A_s
+and A_d come from the key encoder.
+
+Letters: T frames; H, W pixels of the crop; T', H', W' cells of a map.
+"""
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dclr.config import DataConfig, ModelConfig
+from dclr.data import augmentation
+from dclr.data.clips import evenly_spaced
+from dclr.data.datasets import open_data
+from dclr.data.decode import YuvFrames, rgb_of
+from dclr.data.display import shown
+from dclr.data.failures import Failures
+from dclr.data.loader import TestSampler
+from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips, stack_frames
+from dclr.data.videos import VideoSet
+from dclr.errors import UserError
+from dclr.evaluation import figures
+from dclr.evaluation.benchmark import Benchmark
+from dclr.evaluation.composites import foreground_mask
+from dclr.evaluation.features import SKIPPED, check_outputs, clip_batches, load_features, open_split
+from dclr.kernels import ViewParams, generate_views
+from dclr.models import Backbone, activation_map
+
+MAPS = ("A_v", "A_s", "A_d")
+MAX_VIDEOS = 200
+"""The most videos that are evaluated, evenly spaced over the test split.
+
+The share of a single clip varies by 4 to 8 percentage points, so the mean of 200 clips is precise to about half a
+point."""
+
+SHEET_CLIPS = 8
+
+PIXELS_SHOWN = 512
+"""Pixels of a side above which a picture leaves out rows and columns, so that 200 large frames fit into memory."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One test clip and the crop of it that the network sees."""
+
+    path: str  # as in the catalog
+    name: str  # the class, or the file's name if the video has no label
+    frames: YuvFrames  # T frames, as coded
+    rgb: np.ndarray  # (T, H, W, 3) uint8, the crop as it is shown
+    mask: np.ndarray  # (T, H, W) bool, the foreground of the crop
+
+
+def evaluate_activation_maps(
+    checkpoint: Path,
+    data: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    boundary: Any,
+    device: torch.device,
+    folder: Path,
+) -> dict[str, Any]:
+    """Compute the share of each map's sum inside the foreground, for the checkpoint and for untrained weights.
+
+    Prints the means, writes maps.png to `folder` and returns the entries of report.json.
+
+    Args:
+        seed: the seed of the untrained weights. The seed of the run gives the weights that the run started from.
+        boundary: how the dynamic view treats the first frame, see kernels.generate_views.
+
+    Raises:
+        UserError: see load_backbone, open_data, open_videos and Benchmark; no test clip has a foreground; a map is zero
+            everywhere or not finite.
+    """
+    network, loaded = load_features(checkpoint, model, seed)
+    networks = {"": network}
+    if str(checkpoint) != "random":
+        networks = {"untrained": load_features(Path("random"), model, seed)[0], **networks}
+    catalog = open_data(data)
+    videos = open_split(catalog, "test", data)
+    benchmark = Benchmark(catalog, data, test=videos)
+    for each in networks.values():
+        each.to(device).eval()
+    samples, failures = TestClips(videos, data), Failures(SKIPPED)
+    sampler = TestSampler(samples, evenly_spaced(len(videos), MAX_VIDEOS), [TEST_CLIPS // 2])
+    shares: dict[str, list[float]] = defaultdict(list)
+    rows, without_motion = [], []
+    for _, batch in clip_batches(samples, torch.device("cpu"), sampler):
+        failures.add(batch.failures)
+        if not len(batch.indices):
+            continue
+        clip = clip_of(videos, batch)
+        if not clip.mask.any():
+            without_motion.append(clip.path)
+            continue
+        maps = {
+            f"{name} {which}".strip(): values
+            for which, each in networks.items()
+            for name, values in zip(MAPS, compute_maps(each, clip, data.crop_size, boundary, device), strict=True)
+        }
+        check_maps(clip.path, maps)
+        shares["flat"].append(float(clip.mask.mean()))
+        for name, values in maps.items():
+            shares[name].append(energy_share(values, clip.mask))
+        rows.append(sheet_row(clip, maps))
+        size = maps[MAPS[0]].shape
+    benchmark.add_failures(failures.reasons)
+    if not rows:
+        raise UserError(f"--data {catalog.root}: nothing moves in any of {len(without_motion)} test clips")
+
+    grid = " x ".join(map(str, size))
+    counts = f"{len(rows)} test clips, maps of {grid}; the share of each map in the moving region"
+    print(f"\n{loaded}\non {catalog.root}: {counts}")
+    for name, values in shares.items():
+        print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
+    benchmark.print_faults()
+    shown_rows = [rows[position] for position in evenly_spaced(len(rows), SHEET_CLIPS)]
+    # The name of the run without the folders above it, because pictures are published.
+    title = (
+        f"{checkpoint.resolve().name}, {network.name} (width {network.width})\n"
+        "Activation maps of the rgb (A_v), static (A_s) and dynamic view (A_d), from blue (smallest) to red (largest)"
+    )
+    figures.plot_activation_maps(shown_rows, benchmark.title(title), folder / "maps.png")
+    return {
+        "weights": loaded,
+        "backbone": network.name,
+        "width": network.width,
+        "figures": {name.replace(" ", "_"): statistics.mean(values) for name, values in shares.items()},
+        "deviations": {name.replace(" ", "_"): statistics.pstdev(values) for name, values in shares.items()},
+        "videos": len(rows),
+        "map_size": list(size),
+        "without_motion": without_motion,
+        "left_out": {**videos.unreadable, **failures.reasons},
+        **benchmark.report(),
+    }
+
+
+def clip_of(videos: VideoSet, batch: ClipBatch) -> Clip:
+    """Return the one clip of a test batch. Its frames are valid until the next batch is requested."""
+    own, index = batch.frames, int(batch.indices[0])
+    y, u, v = (plane[0].numpy() for plane in (own.y, own.u, own.v))
+    clip = YuvFrames(y, u, v, bool(own.bt709[0]), bool(own.full_range[0]), videos.source.displays[index])
+    top, left, height, width = augmentation.centre_box(*clip.display.size(*clip.y.shape[1:]))
+    crop = np.s_[:, top : top + height, left : left + width]
+    rgb, mask = (shown(images, clip.display)[crop] for images in (rgb_of(clip), foreground_mask(clip)))
+    path, label = videos.path(index), int(videos.labels[index])
+    name = videos.classes[label] if label >= 0 else Path(path).stem
+    return Clip(path, name, clip, rgb, mask)
+
+
+@torch.no_grad()
+def compute_maps(backbone: Backbone, clip: Clip, size: int, boundary: Any, device: torch.device) -> np.ndarray:
+    """Return A_v, A_s and A_d of a clip that is resized to `size` x `size` pixels: (3, T', H', W') float32."""
+    frames = stack_frames([clip.frames]).to(device)
+    middle = frames.y.shape[1] // 2
+    still = frames.select(np.s_[:, middle])
+    height, width = clip.frames.y.shape[1:]
+    row = augmentation.to_augmentation([augmentation.centre_crop(height, width, clip.frames.display)])
+    views = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
+    return activation_map(backbone(torch.cat(views)))[:, 0].cpu().numpy()
+
+
+def check_maps(path: str, maps: dict[str, np.ndarray]) -> None:
+    """Raise UserError for a map of a video that is not finite or is zero everywhere."""
+    for name, values in maps.items():
+        check_outputs(torch.from_numpy(values)[None], [path])
+        if not values.any():
+            raise UserError(f"the map {name} of {path} is zero everywhere, so no share of it is on moving regions")
+
+
+def energy_share(activation: np.ndarray, mask: np.ndarray) -> float:
+    """Return the share of an activation map's sum that lies inside a mask, from 0 to 1.
+
+    A map that is the same everywhere gives the mask's own share of the pixels.
+
+    Each pixel of the mask takes the value of the map's cell that contains the pixel. Averaging the mask over the map's
+    cells instead would weight pixels unequally where the sizes do not divide.
+
+    Args:
+        activation: (T', H', W') without negative values, coarser than the mask.
+        mask: (T, H, W) bool of the same clip and crop.
+
+    Raises:
+        ValueError: a map with a negative value, or of zeros only.
+    """
+    if activation.min() < 0 or activation.sum() <= 0:
+        raise ValueError("the map must not be negative, nor zero everywhere")
+    cells = (
+        ((np.arange(fine) + 0.5) * coarse / fine).astype(int)
+        for fine, coarse in zip(mask.shape, activation.shape, strict=True)
+    )
+    resized = activation.astype(np.float64)[np.ix_(*cells)]  # (T, H, W)
+    return float(resized[mask].sum() / resized.sum())
+
+
+def sheet_row(clip: Clip, maps: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Return one row of `figures.plot_activation_maps`: the clip's middle frame, and mask and maps at that time."""
+    middle = len(clip.rgb) // 2
+    step = max(1, min(clip.mask.shape[1:]) // PIXELS_SHOWN)
+    pixels = np.s_[middle, ::step, ::step]
+    at_middle = {name: values[middle * len(values) // len(clip.rgb)] for name, values in maps.items()}
+    # Copies: a view would keep all frames of the clip in memory.
+    return clip.name, clip.rgb[pixels].copy(), clip.mask[pixels].copy(), at_middle

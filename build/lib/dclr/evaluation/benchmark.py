@@ -1,0 +1,71 @@
+"""The splits of a data set that an evaluation uses, and what is wrong with them: missing videos and duplicates."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from dclr.config import DataConfig
+from dclr.data.catalog import Catalog, describe_reading, reading_entry
+from dclr.data.coverage import Coverage, class_warnings, coverage, missing_of_unknown_split
+from dclr.data.duplicates import find_duplicates
+from dclr.data.videos import VideoSet
+from dclr.errors import printable
+
+
+class Benchmark:
+    """The open splits of a data set. Figures are computed only if almost all listed videos are there."""
+
+    def __init__(self, catalog: Catalog, data: DataConfig, **videos: VideoSet) -> None:
+        """`videos`: the readable videos of the splits that the evaluation uses, by the name of the split.
+
+        Raises UserError: more than --max-missing percent of a split's listed videos are missing, or a video has two
+        labels.
+        """
+        self.catalog, self.videos, self.max_missing = catalog, videos, data.max_missing
+        self.failures: dict[str, str] = {}
+        for line in describe_reading(catalog):
+            print(line)
+        self.check()
+        unreadable = {path for split in videos.values() for path in split.unreadable}
+        self.duplicates = find_duplicates(catalog, unreadable)
+        self.duplicates.check_labels()
+
+    def check(self) -> list[Coverage]:
+        """Return what the figures cover, by split. Raises UserError: too many videos are missing."""
+        covered = [
+            coverage(self.catalog, split, {**videos.unreadable, **self.failures})
+            for split, videos in self.videos.items()
+        ]
+        for split in covered:
+            split.check(self.max_missing)
+        return covered
+
+    def add_failures(self, failures: Mapping[str, str]) -> None:
+        """Add videos (path -> reason) that failed in the evaluation. Raises UserError: too many videos are missing."""
+        self.failures |= failures
+        self.check()
+
+    def print_faults(self) -> None:
+        """Print one line for each fault: on stdout, below the table of figures, and as a warning on stderr."""
+        warnings = [*class_warnings(self.catalog), *self.duplicates.lines(), *self.catalog.warnings]
+        for line in map(printable, [*self.gaps(), *warnings]):
+            print(line)
+            print(f"warning: {line}", file=sys.stderr)
+
+    def gaps(self) -> list[str]:
+        """Return one line for each split of which the figures do not cover all listed videos and classes."""
+        sentences = [split.sentence() for split in self.check()]
+        gaps = [f"these figures are of {sentence}" for sentence in sentences if sentence]
+        return [*gaps, *missing_of_unknown_split(self.catalog)]
+
+    def title(self, title: str) -> str:
+        """Return the title of a picture, with a line for each gap."""
+        return "\n".join([title, *self.gaps()])
+
+    def report(self) -> dict[str, Any]:
+        """Return the entries of report.json."""
+        return {
+            "data": reading_entry(self.catalog),
+            "coverage": {split.split: split.report() for split in self.check()},
+            "duplicates": self.duplicates.report(),
+        }

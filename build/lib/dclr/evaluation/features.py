@@ -1,0 +1,180 @@
+"""Run a network on the test clips of a split, and open the backbone and the labelled videos for it.
+
+The test protocol is that of the released code: TEST_CLIPS = 10 clips per video, uniformly spaced, centre crop.
+
+Letters: B clips in a batch, N videos, T frames per clip, h, w pixels of the crop, D outputs of the network.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dclr.config import DataConfig, ModelConfig
+from dclr.data.catalog import Catalog
+from dclr.data.failures import Failures
+from dclr.data.loader import Position, TestSampler, batches_ahead
+from dclr.data.prefetch import batches_on
+from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips
+from dclr.data.videos import VideoSet, open_videos
+from dclr.errors import UserError
+from dclr.kernels import Augmentation, Yuv420, augment
+from dclr.models import Backbone, build_backbone, load_backbone
+from dclr.progress import ProgressBar
+
+LARGEST_OUTPUT = 1e15
+"""The largest absolute output of a network that figures are computed from. The squares of larger outputs can overflow
+float32. A trained network's outputs are below 1,000."""
+
+_PIXELS_AT_ONCE = 2**23
+"""Pixels of a clip that are augmented at once on a CPU. The computation takes about 40 bytes for each of them."""
+
+SKIPPED = "it is skipped in the figures"
+"""The consequence that the message about an unreadable video names."""
+
+
+@dataclass(frozen=True)
+class ClipOutputs:
+    """The outputs of a network on the test clips of the readable videos of a split."""
+
+    values: Tensor  # (N, TEST_CLIPS, D) float32, on the CPU
+    labels: Tensor  # (N,) int64
+    indices: Tensor  # (N,) int64, positions in the VideoSet
+    failures: dict[str, str]  # path -> reason: the videos that could not be read, which no result counts
+
+
+def run_on_clips(
+    network: Callable[[Tensor], Tensor],  # clips (B, 3, T, h, w) -> (B, D)
+    videos: VideoSet,
+    config: DataConfig,
+    device: torch.device,
+    title: str,
+) -> ClipOutputs:
+    """Return the outputs of `network` on the test clips of every readable video. `title` labels the progress bar.
+
+    Raises:
+        UserError: no video can be read, or an output is not finite.
+    """
+    return run_on_samples(network, TestClips(videos, config), device, title)
+
+
+@torch.no_grad()
+def run_on_samples(
+    network: Callable[[Tensor], Tensor],  # clips (B, 3, T, h, w) -> (B, ..., D)
+    samples: TestClips,
+    device: torch.device,
+    title: str,
+) -> ClipOutputs:
+    """Do what `run_on_clips` does, for a TestClips object that may change the clips, such as composites.CompositeClips.
+
+    Raises:
+        UserError: no video can be read, or an output is not finite.
+    """
+    videos, config = samples.videos, samples.config
+    size, failures = (config.crop_size, config.crop_size), Failures(SKIPPED)
+    values, indices = [], []
+    with ProgressBar(len(videos), title, "video") as bar:
+        for positions, batch in clip_batches(samples, device):
+            failures.add(batch.failures)
+            bar.advance(int(positions[-1][1] == TEST_CLIPS - 1))
+            if len(batch.indices):
+                output = network(augment_slices(batch.frames, batch.augmentation, size)).float().cpu()
+                check_outputs(output, [videos.path(index) for index in batch.indices.tolist()])
+                values.append(output)
+                indices.append(batch.indices)
+    of_clips = torch.cat([torch.empty(0, dtype=torch.int64), *indices])
+    # A video that failed after some of its clips were read does not count either.
+    complete = torch.bincount(of_clips, minlength=len(videos)) == TEST_CLIPS
+    if not complete.any():
+        raise UserError(
+            f"{videos.root}: not one of {len(videos)} videos can be read any more; was the folder moved or unmounted?"
+        )
+    found = complete.nonzero()[:, 0]
+    of_videos = torch.cat(values)[complete[of_clips]].unflatten(0, (-1, TEST_CLIPS))
+    if len(found) > 1 and (of_videos == of_videos[0, 0]).all():
+        print("warning: the network gives the same output for every clip: figures have no meaning", file=sys.stderr)
+    return ClipOutputs(of_videos, torch.from_numpy(videos.labels)[found], found, failures.reasons)
+
+
+def clip_batches(
+    samples: TestClips, device: torch.device, sampler: TestSampler | None = None
+) -> Iterator[tuple[Sequence[Position], ClipBatch]]:
+    """Yield the positions of each test batch, as `sampler` gives them, and the batch, on `device`.
+
+    A batch is valid until the next one is requested. Without `sampler`, all clips of all videos are read.
+
+    Raises:
+        UserError: the frames are too large for the memory of the machine.
+    """
+    sampler = sampler or TestSampler(samples)
+    ahead = batches_ahead(samples, sampler)
+    yield from zip(sampler, batches_on(device, samples, sampler, samples.config.workers, ahead=ahead), strict=True)
+
+
+def augment_slices(frames: Yuv420, augmentation: Augmentation, size: tuple[int, int]) -> Tensor:
+    """Return what `augment` does for test clips, (B, 3, T, h, w).
+
+    On a CPU it computes large frames a few at a time, so that its memory does not grow with their size.
+    """
+    T, H, W = frames.y.shape[1:]
+    at_once = max(1, _PIXELS_AT_ONCE // (H * W))
+    if frames.y.device.type != "cpu" or at_once >= T:
+        return augment(frames, augmentation, size)
+    slices = [augment(frames.select(np.s_[:, t : t + at_once]), augmentation, size) for t in range(0, T, at_once)]
+    return torch.cat(slices, 2).contiguous(memory_format=torch.channels_last_3d)
+
+
+def check_outputs(outputs: Tensor, paths: Sequence[str]) -> None:
+    """Raise UserError unless all outputs are finite and at most LARGEST_OUTPUT. `paths`: the video of each output."""
+    for output, path in zip(outputs, paths, strict=True):
+        if not (output.abs() <= LARGEST_OUTPUT).all():  # also if it is NaN
+            raise UserError(
+                f"the network's output for {path} is not finite or above {LARGEST_OUTPUT:g}, so there are no figures: "
+                "the run diverged; give an earlier checkpoint"
+            )
+
+
+def load_features(checkpoint: Path, model: ModelConfig, seed: int) -> tuple[Backbone, str]:
+    """Return a checkpoint's backbone and one line that says what was loaded.
+
+    The word `random` as the checkpoint gives an untrained backbone, initialised with `seed`.
+
+    Raises:
+        UserError: see load_backbone.
+    """
+    torch.manual_seed(seed)
+    backbone = build_backbone(model.backbone, model.width)
+    if str(checkpoint) == "random":
+        return backbone, f"random weights of {model.backbone} (width {model.width}), seed {seed}"
+    return backbone, load_backbone(checkpoint, backbone)
+
+
+def open_labelled(catalog: Catalog, data: DataConfig, command: str) -> tuple[VideoSet, VideoSet]:
+    """Return the train split and the test split. `command` names the subcommand of eval.py in an error message.
+
+    Raises:
+        UserError: see open_videos; a video without a label.
+    """
+    train, test = (open_split(catalog, split, data) for split in ("train", "test"))
+    if any((videos.labels < 0).any() for videos in (train, test)):
+        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+    return train, test
+
+
+def open_split(catalog: Catalog, split: str, data: DataConfig) -> VideoSet:
+    """Return the readable videos of a split. Raises UserError: see open_videos."""
+    return open_videos(catalog, split, max(1, data.workers), timeout=data.video_timeout)
+
+
+def check_classes(checkpoint: Path, classes: tuple[str, ...], catalog: Catalog) -> None:
+    """Raise UserError unless the classes of a classifier are those of the data set, in the same order."""
+    if catalog.classes != classes:
+        different = sorted(set(catalog.classes) ^ set(classes))
+        raise UserError(
+            f"--checkpoint {checkpoint} knows {len(classes)} classes and {catalog.root} has {len(catalog.classes)}; "
+            f"they must be the same ({', '.join(different[:3]) or 'their order differs'})"
+        )

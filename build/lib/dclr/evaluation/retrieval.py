@@ -1,0 +1,159 @@
+"""Retrieval: find the train videos whose features are nearest to those of each test video. `eval.py retrieval`.
+
+A video's feature is the mean over its test clips, minus the mean of its split, scaled to length 1. Similarity is the
+cosine. The train split is the gallery; the test split gives the queries.
+
+Letters: Q queries, G gallery videos, D features.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dclr.config import DataConfig, ModelConfig
+from dclr.data.clips import evenly_spaced
+from dclr.data.datasets import open_data
+from dclr.data.decode import rgb_of
+from dclr.data.display import shown
+from dclr.data.videos import VideoSet
+from dclr.evaluation import figures
+from dclr.evaluation.benchmark import Benchmark
+from dclr.evaluation.features import ClipOutputs, load_features, open_labelled, run_on_clips
+from dclr.models import pool
+
+RANKS = (1, 5, 10, 20, 50)
+"""The numbers k of nearest videos for which R@k is reported."""
+
+SHEET_QUERIES, SHEET_NEAREST = 8, 5
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Recall at each k of RANKS that the gallery is large enough for, and the nearest videos of each query."""
+
+    recall: dict[int, float]  # k -> share of queries with a video of their class among the k nearest
+    chance: dict[int, float]  # k -> the expected recall of a gallery in random order
+    nearest: np.ndarray  # (Q, min(50, G)) int64: rows of the gallery, nearest first
+    similarity: np.ndarray  # (Q, min(50, G)) float32: their cosines
+
+
+def evaluate_retrieval(
+    checkpoint: Path, data: DataConfig, model: ModelConfig, seed: int, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """Look up the test videos in the train split. Return the entries of report.json.
+
+    Prints R@k for each k of RANKS and writes retrieval.png to `folder`.
+
+    Args:
+        seed: the seed of random weights, used only if `checkpoint` is the word random.
+
+    Raises:
+        UserError: see load_backbone, open_data, open_videos and Benchmark. A data set without labels.
+    """
+    backbone, loaded = load_features(checkpoint, model, seed)
+    catalog = open_data(data)
+    gallery_videos, query_videos = open_labelled(catalog, data, "retrieval")
+    benchmark = Benchmark(catalog, data, train=gallery_videos, test=query_videos)
+    backbone.to(device).eval()
+    gallery, queries = (
+        run_on_clips(lambda clip: pool(backbone(clip)), videos, data, device, title)
+        for videos, title in ((gallery_videos, "gallery"), (query_videos, "queries"))
+    )
+    benchmark.add_failures({**gallery.failures, **queries.failures})
+    result = retrieval(gallery, queries)
+
+    counts = f"{len(queries.labels)} test videos looked up among {len(gallery.labels)} train videos"
+    print(f"\n{loaded}\non {catalog.root}: {counts}")
+    print("".join([f"{'':10}", *(f"{f'R@{k}':>8}" for k in result.recall)]))
+    for name, shares in (("retrieval", result.recall), ("chance", result.chance)):
+        print("".join([f"{name:10}", *(f"{value:8.1%}" for value in shares.values())]))
+    benchmark.print_faults()
+    title = (
+        f"{loaded}: R@1 {result.recall[1]:.1%}\n"
+        "Each query and its nearest train videos, with cosine similarity. Green: the query's class. Red: another class."
+    )
+    path = folder / "retrieval.png"
+    plot_sheet(result, gallery, queries, gallery_videos, query_videos, benchmark.title(title), path)
+    return {
+        "weights": loaded,
+        "backbone": model.backbone,
+        "width": model.width,
+        "figures": {
+            **{f"recall_at_{k}": value for k, value in result.recall.items()},
+            **{f"chance_at_{k}": value for k, value in result.chance.items()},
+        },
+        "gallery": len(gallery.labels),
+        "queries": len(queries.labels),
+        "left_out": {**gallery_videos.unreadable, **query_videos.unreadable, **gallery.failures, **queries.failures},
+        **benchmark.report(),
+    }
+
+
+def retrieval(gallery: ClipOutputs, queries: ClipOutputs) -> Retrieval:
+    """Look up each query in the gallery. The values of both are features (N, TEST_CLIPS, D)."""
+    found = (normalized(queries) @ normalized(gallery).T).sort(dim=1, descending=True, stable=True)
+    depth = min(max(RANKS), found.indices.shape[1])
+    nearest = found.indices[:, :depth]
+    hits = gallery.labels[nearest] == queries.labels[:, None]  # (Q, depth)
+    ranks = [k for k in RANKS if k <= len(gallery.labels)]
+    same_class = (gallery.labels[None] == queries.labels[:, None]).sum(1).tolist()
+    return Retrieval(
+        recall={k: hits[:, :k].any(1).float().mean().item() for k in ranks},
+        chance={k: sum(chance_of_hit(n, len(gallery.labels), k) for n in same_class) / len(same_class) for k in ranks},
+        nearest=nearest.numpy(),
+        similarity=found.values[:, :depth].numpy(),
+    )
+
+
+def normalized(outputs: ClipOutputs) -> Tensor:
+    """Return each video's mean feature, minus the mean of the split, scaled to length 1: (N, D) float32."""
+    features = outputs.values.mean(1)
+    return F.normalize(features - features.mean(0), dim=1)
+
+
+def chance_of_hit(same_class: int, gallery: int, k: int) -> float:
+    """Return the probability that a random choice of k gallery videos holds a video of the query's class.
+
+    `gallery` is the number of gallery videos, `same_class` the number of those with the query's class.
+
+    With G = gallery and n = same_class: 1 - C(G - n, k) / C(G, k), where C is the binomial coefficient.
+    """
+    return 1 - math.comb(gallery - same_class, k) / math.comb(gallery, k)
+
+
+def plot_sheet(
+    result: Retrieval,
+    gallery: ClipOutputs,
+    queries: ClipOutputs,
+    gallery_videos: VideoSet,
+    query_videos: VideoSet,
+    title: str,
+    path: Path,
+) -> None:
+    """Plot some queries, each with its nearest train videos. The queries are evenly spaced over the test split."""
+    classes = gallery_videos.classes
+    rows = []
+    for row in evenly_spaced(len(queries.labels), SHEET_QUERIES):
+        label = int(queries.labels[row])
+        nearest = [
+            (
+                middle_frame(gallery_videos, int(gallery.indices[g])),
+                f"{classes[gallery.labels[g]]} {similarity:.2f}",
+                int(gallery.labels[g]) == label,
+            )
+            for g, similarity in zip(result.nearest[row][:SHEET_NEAREST], result.similarity[row], strict=False)
+        ]
+        rows.append(((middle_frame(query_videos, int(queries.indices[row])), f"query: {classes[label]}"), nearest))
+    figures.plot_retrieval_sheet(rows, title, path)
+
+
+def middle_frame(videos: VideoSet, index: int) -> np.ndarray:
+    """Return the middle frame of a video as it is shown, (H, W, 3) uint8 RGB. Raises UnreadableVideo."""
+    frame = videos.read(index, np.array([videos.frames[index] // 2]))
+    return shown(rgb_of(frame), frame.display)[0]

@@ -1,0 +1,30 @@
+"""The numerical core of DCLR: contrastive loss, positive mining and view generation.
+
+Each function has two implementations. The reference uses plain torch and kornia, so that a reader can check it against
+the formula. The Triton kernels compute the same values faster. By default CUDA tensors use the kernels and all other
+tensors use the reference. `set_backend` forces one implementation. This package imports nothing from the rest of the
+project.
+"""
+
+from dclr.kernels.backend import BACKENDS, describe, set_backend
+from dclr.kernels.info_nce import contrast, info_nce, mine_positives, mine_positives_by_each
+from dclr.kernels.types import EMBEDDING_SIZES, Augmentation, Contrast, ViewParams, Views, Yuv420
+from dclr.kernels.view_generation import augment, generate_views
+
+__all__ = [
+    "BACKENDS",
+    "EMBEDDING_SIZES",
+    "Augmentation",
+    "Contrast",
+    "ViewParams",
+    "Views",
+    "Yuv420",
+    "augment",
+    "contrast",
+    "describe",
+    "generate_views",
+    "info_nce",
+    "mine_positives",
+    "mine_positives_by_each",
+    "set_backend",
+]

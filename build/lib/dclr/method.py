@@ -1,0 +1,254 @@
+"""Dual Contrastive Learning (DCLR): query and key encoders, the queues, the five pairs and the total loss.
+
+Letters: B clips in a batch, C channels, T frames, H W pixels, D embedding size, K queue length, P pairs, M mined
+positives, S auxiliary views. Small t h w are the sizes of a feature map.
+Source: Ding, Qian, Xiong, "Dual Contrastive Learning for Spatio-temporal Representation", ACM MM 2022
+(arXiv 2207.05340).
+
+The auxiliary views of a clip are its static and its dynamic view, S = 2 and P = 5. An ablation removes one of them,
+together with its pairs and its activation map. Without both (S = 0 and P = 1) the method is MoCo (He et al., CVPR 2020,
+arXiv 1911.05722), the baseline.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dclr import distributed
+from dclr.config import MethodConfig, ModelConfig
+from dclr.kernels import Views, contrast, mine_positives_by_each
+from dclr.kernels.backend import to_device
+from dclr.models import ProjectionHead, activation_map, build_backbone, pool
+
+# An embedding is named by two letters: the view it is pooled from, and the content it stands for. vs is the static
+# content of the rgb clip; sv is the static view itself, compared with the rgb clip.
+# A pair is named by its query. Its key stands for the same content, seen from the other view.
+PAIRS = ("vv", "vs", "vd", "sv", "dv")
+KEY_OF_PAIR = {"vv": "vv", "vs": "sv", "vd": "dv", "sv": "vs", "dv": "vd"}
+
+VIEW_OF_LETTER = {"v": "rgb", "s": "static", "d": "dynamic"}
+
+ByLetter = dict[str, Tensor]
+"""Feature maps or activation maps, by the letter of their view."""
+
+
+class Encoder(nn.Module):
+    """A backbone that all views share, and one projection head for each embedding."""
+
+    def __init__(self, model: ModelConfig, embedding_dim: int, pairs: Sequence[str] = PAIRS) -> None:
+        super().__init__()
+        self.backbone = build_backbone(model.backbone, model.width)
+        self.heads = nn.ModuleDict({name: ProjectionHead(self.backbone.feature_dim, embedding_dim) for name in pairs})
+
+    def embed(self, features: ByLetter, maps: ByLetter) -> dict[str, Tensor]:
+        """Return the embeddings (B, D) by name.
+
+        Args:
+            features: feature maps (B, C, t, h, w) of the views.
+            maps: activation maps (B, 1, t, h, w) that weigh the rgb features for vs and vd.
+        """
+        embeddings = {}
+        for name, head in self.heads.items():
+            view, content = name[0], name[1]
+            weight = maps.get(content) if view == "v" else None  # vv has no weight
+            embeddings[name] = head(pool(features[view], weight))
+        return embeddings
+
+
+class Output(NamedTuple):
+    """The results of a step. Only `loss` carries a gradient. A term that the method does not have is None."""
+
+    loss: Tensor  # () the total
+    losses: Tensor  # (P,) contrastive losses, in the order of DCLR.pairs
+    positive: Tensor  # (P,) mean similarity of query and key
+    hardest_negative: Tensor  # (P,) mean similarity of a query and its most similar queue entry
+    alignment: Tensor | None = None  # () the alignment term before its weight
+    alignment_other_form: Tensor | None = None  # () the form that is not trained: raw or relative
+    alignment_key_maps: Tensor | None = None  # () with the key clip's maps, as a name in the released code suggests
+    repel: Tensor | None = None  # () mean cosine of static and dynamic features
+
+
+class DCLR(nn.Module):
+    """Query encoder, key encoder and queues. The query encoder learns; the key encoder follows it and fills the queues.
+
+    Entry j of every queue belongs to the same past clip. `queue[p]` holds past keys of pairs[p]. Entries that are not
+    yet written are random directions.
+
+    Attributes:
+        auxiliary: letters of the auxiliary views, "sd" in DCLR and "" in MoCo.
+        pairs: names of the P pairs.
+    """
+
+    queue: Tensor  # (P, K, D)
+    enqueued: Tensor  # (1,) int64: clips written so far; the next clip goes to entry enqueued % K
+
+    def __init__(self, model: ModelConfig, method: MethodConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.method, self.seed = method, seed
+        self.auxiliary = "".join(view[0] for view in method.auxiliary_views)
+        self.pairs = tuple(name for name in PAIRS if set(name) <= set("v" + self.auxiliary))
+        self.query = Encoder(model, method.embedding_dim, self.pairs)
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        queue = F.normalize(torch.randn(len(self.pairs), method.queue_length, method.embedding_dim), dim=2)
+        self.register_buffer("queue", queue)
+        # One dimension, because deepspeed.initialize fails on tensors without dimensions.
+        self.register_buffer("enqueued", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, query: Views, key: Views, step: int) -> Output:
+        """Compute one step and write its keys into the queues.
+
+        Args:
+            query, key: the three views of the query clips and of the key clips, each (B, 3, T, H, W).
+            step: the seed of the shuffle of keys over ranks. It must be the same on all ranks.
+        """
+        features = run_backbone(self.query, query, "v" + self.auxiliary)
+        maps, mining = self._look_at_query(query)
+        keys, all_keys, key_maps = self._encode_key(key, step)
+        embeddings = self.query.embed(features, self._weights(maps))
+        queries = torch.stack([embeddings[name] for name in self.pairs])  # (P, B, D)
+
+        # Mined entries exist, so they are not checked: a check would make the host wait for the device.
+        mined, temperature = self._mine(mining), self.method.temperature
+        losses, positive, hardest = contrast(queries, keys, self.queue, mined, temperature, check_rows=False)
+        self._enqueue(all_keys)
+
+        output = Output(losses.sum(), losses.detach(), positive, hardest)
+        return self._with_auxiliary_terms(output, features, maps, key_maps) if self.auxiliary else output
+
+    def _with_auxiliary_terms(self, output: Output, features: ByLetter, maps: ByLetter, key_maps: ByLetter) -> Output:
+        """Add the alignment and the repulsion of the auxiliary views to the loss."""
+        relative = self.method.alignment == "relative"
+        rgb_map = activation_map(features["v"])
+        alignment = align(rgb_map, list(maps.values()), relative)
+        loss = output.loss + self.method.alignment_weight * alignment
+        repel = None
+        if self.auxiliary == "sd":
+            repel = F.cosine_similarity(pool(features["s"]), pool(features["d"])).mean()
+            if self.method.repel_weight:
+                loss = loss + self.method.repel_weight * repel
+            repel = repel.detach()
+        with torch.no_grad():
+            other_form = align(rgb_map, list(maps.values()), not relative)
+            with_key_maps = align(rgb_map, list(key_maps.values()), relative)
+        return output._replace(
+            loss=loss,
+            alignment=alignment.detach(),
+            alignment_other_form=other_form,
+            alignment_key_maps=with_key_maps,
+            repel=repel,
+        )
+
+    @torch.no_grad()
+    def fill(self, key: Views, step: int) -> Tensor:
+        """Write a batch's keys into the queues, without a loss. Return the keys of this rank's clips (P, B, D)."""
+        keys, all_keys, _ = self._encode_key(key, step)
+        self._enqueue(all_keys)
+        return keys
+
+    @torch.no_grad()
+    def update_key(self) -> None:
+        """Move the key encoder: key <- momentum * key + (1 - momentum) * query.
+
+        Only parameters move. The key encoder has batch statistics of its own (MoCo).
+        """
+        torch._foreach_lerp_(
+            [p.data for p in self.key.parameters()],
+            [p.data for p in self.query.parameters()],
+            1 - self.method.key_momentum,
+        )
+
+    def _weights(self, maps: ByLetter) -> ByLetter:
+        """Return the maps that weigh the rgb features: none if --no-activation-maps is given."""
+        return maps if self.method.activation_maps else {}
+
+    @torch.no_grad()
+    def _look_at_query(self, query: Views) -> tuple[ByLetter, Tensor | None]:
+        """Pass the query clips' auxiliary views through the key encoder.
+
+        Returns:
+            Their activation maps (B, 1, t, h, w), and the features (S, B, D) by which similar queue entries are mined.
+        """
+        if not self.auxiliary:
+            return {}, None
+        features = run_backbone(self.key, query, self.auxiliary)
+        mining = torch.stack([self.key.heads[letter + "v"](pool(features[letter])) for letter in self.auxiliary])
+        return {letter: activation_map(features[letter]) for letter in self.auxiliary}, mining
+
+    @torch.no_grad()
+    def _encode_key(self, key: Views, step: int) -> tuple[Tensor, Tensor, ByLetter]:
+        """Encode the key clips.
+
+        Clips are shuffled over the ranks, so that a query and its key never share batch statistics (MoCo, section 3.3).
+        Embeddings and maps are made on the rank that gets the clip, from the same features, and return together.
+
+        Returns:
+            The keys of this rank's clips (P, B, D) and of all ranks' clips (P, ranks * B, D), and the activation
+            maps of this rank's auxiliary views.
+        """
+        ranks, rank, size = distributed.world_size(), distributed.rank(), key.rgb.shape[0]
+        own = slice(rank * size, (rank + 1) * size)
+        if ranks > 1:
+            order = torch.randperm(ranks * size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+            mine = to_device(order[own], key.rgb.device)
+            key = Views(*(distributed.gather_batch(view)[mine] for view in key))
+        features = run_backbone(self.key, key, "v" + self.auxiliary)
+        maps = {letter: activation_map(features[letter]) for letter in self.auxiliary}
+        embeddings = self.key.embed(features, self._weights(maps))
+        keys = torch.stack([embeddings[KEY_OF_PAIR[name]] for name in self.pairs], dim=1)  # (B, P, D)
+        if ranks > 1:
+            back = to_device(order.argsort(), keys.device)
+            keys = distributed.gather_batch(keys)[back]
+            if maps:
+                gathered = distributed.gather_batch(torch.cat(list(maps.values()), dim=1))[back]  # (B, S, t, h, w)
+                maps = dict(zip(self.auxiliary, gathered[own].split(1, dim=1), strict=True))
+        all_keys = keys.transpose(0, 1).contiguous()
+        return all_keys[:, own].contiguous(), all_keys, maps
+
+    @torch.no_grad()
+    def _mine(self, mining: Tensor | None) -> Tensor | None:
+        """Return the numbers (P, B, M) of the queue entries most similar to each query clip.
+
+        All are -1 (none) until every entry is a real key. The queue of pair vs holds past static views (sv keys), and
+        the queue of pair vd holds past dynamic views (dv keys), so mining searches these two.
+        """
+        if mining is None or self.method.mined_positives == 0:
+            return None
+        # vs and vd follow vv in PAIRS, so this slice is a view: (S, K, D).
+        past = self.queue[1 : 1 + len(self.auxiliary)]
+        *by_view, by_all = mine_positives_by_each(mining, past, self.method.mined_positives)
+        entries = {"v": by_all, **dict(zip(self.auxiliary, by_view, strict=True))}
+        mined = torch.stack([entries[name.strip("v") or "v"] for name in self.pairs])
+        # The device decides: if the host asked, it would have to wait for the device.
+        full = self.enqueued >= self.method.queue_length
+        return torch.where(full, mined, -1)
+
+    def _enqueue(self, keys: Tensor) -> None:
+        """Write keys (P, N, D), N <= K, over the oldest entries of the ring."""
+        length = self.method.queue_length
+        if keys.shape[1] > length:
+            raise ValueError(f"keys: {keys.shape[1]} at once, but the queue has {length} entries")
+        entries = (self.enqueued + torch.arange(keys.shape[1], device=keys.device)) % length
+        self.queue.index_copy_(1, entries, keys.to(self.queue.dtype))
+        self.enqueued += keys.shape[1]
+
+
+def run_backbone(encoder: Encoder, views: Views, letters: str) -> ByLetter:
+    """Return the feature maps (B, C, t, h, w) of some views. The views are one batch and share BatchNorm statistics."""
+    stacked = torch.cat([getattr(views, VIEW_OF_LETTER[letter]) for letter in letters])
+    return dict(zip(letters, encoder.backbone(stacked).chunk(len(letters)), strict=True))
+
+
+def align(rgb: Tensor, auxiliary: Sequence[Tensor], relative: bool) -> Tensor:
+    """Return the activation alignment () of a clip's maps, each (B, 1, t, h, w).
+
+    raw, from the paper's figure:  mean((A_v - (A_s + A_d))^2)
+    relative:                      mean((a_v - (a_s + a_d) / 2)^2), each map divided by its own mean, as pooling uses it
+    """
+    if not relative:
+        return (rgb - torch.stack(list(auxiliary)).sum(0)).square().mean()
+    rgb, *others = (m / m.mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-6) for m in (rgb, *auxiliary))
+    return (rgb - torch.stack(others).mean(0)).square().mean()

@@ -1,0 +1,1 @@
+"""Training: the loop, pretraining, finetuning, checkpoints, and what keeps the ranks of a run consistent."""

@@ -1,0 +1,117 @@
+"""Checkpoints on disk. Each is one safetensors file that is either complete or not there.
+
+    RUN/checkpoints/step-0000120.safetensors    tensors by name, and the run's state as JSON in the file's metadata
+    RUN/checkpoints/unfinished                  a file that is being written, or that a kill has left; nobody reads it
+
+A file gets its name by a rename, after all of its bytes are on the disk. A kill or a power failure leaves the rename
+done or not done. So the newest checkpoint is the one with the highest number, and no pointer to it can be out of date.
+DeepSpeed's own checkpoints are several pickles and a file `latest`, written in place and without a barrier: a kill can
+leave `latest` naming an incomplete checkpoint.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dclr.errors import UserError
+from dclr.files import atomic_write
+
+KEPT = 2
+"""Number of newest checkpoints that are kept, in addition to the one with the lowest loss."""
+
+UNFINISHED = "unfinished"
+
+_FORMAT = "dclr checkpoint 1"
+"""Raise the number when the content of the file changes."""
+
+_NAME = re.compile(r"step-(\d{7,})\.safetensors")
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the complete checkpoint of the highest step in `folder`, or None if there is none or no such folder."""
+    return max(_complete(folder), key=_step, default=None)
+
+
+def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write the checkpoint of a step, then delete checkpoints that are neither among the newest nor the best.
+
+    Args:
+        state: anything that JSON can hold. The best checkpoint has the lowest state["loss"]. None
+            stands for no loss.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: it cannot be written. Earlier checkpoints are intact.
+    """
+    # Without parents: if the run's folder has vanished, it must not come back with a checkpoint as its only content.
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:07d}.safetensors"
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": _FORMAT, "state": json.dumps({**state, "step": step})}
+    atomic_write(path, save(content, metadata), aside=folder / UNFINISHED)
+    _delete_old(folder)
+    return path
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a checkpoint's tensors by name, on the CPU, and its state, which includes `step`. Nothing is unpickled.
+
+    Raises:
+        UserError: the file cannot be read, is damaged or has another format. The message
+            names the checkpoint before it.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            state = _state(opened.metadata())
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is not a dict)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        earlier = [other for other in _complete(path.parent) if _step(other) < _step(path)]
+        remedy = (
+            f"delete it, and --resume continues from {max(earlier, key=_step).name}" if earlier else "start another run"
+        )
+        raise UserError(f"--resume: {path} is not a readable checkpoint ({reason}): {remedy}") from None
+    return tensors, state
+
+
+def _state(metadata: dict[str, str] | None) -> dict[str, Any]:
+    if not metadata or metadata.get("format") != _FORMAT:
+        raise ValueError(f"its format is not {_FORMAT!r}")
+    state = json.loads(metadata.get("state", ""))
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
+        raise ValueError("its state names no step")
+    return state
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+
+
+def _step(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else -1
+
+
+def _delete_old(folder: Path) -> None:
+    every = sorted(_complete(folder), key=_step)
+    losses = {path: loss for path in every if (loss := _loss(path)) is not None}
+    best = min(losses, key=lambda path: losses[path], default=None)
+    for path in every[:-KEPT]:
+        if path != best:
+            path.unlink(missing_ok=True)
+
+
+def _loss(path: Path) -> float | None:
+    """Return the loss that `write` stored; None also for an unreadable file, which is kept only among the newest."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return _state(opened.metadata()).get("loss")
+    except (OSError, SafetensorError, ValueError):
+        return None

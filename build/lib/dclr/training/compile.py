@@ -1,0 +1,52 @@
+"""torch.compile of backbones: the decision, the call, and the time it took."""
+
+import os
+import shutil
+
+import torch
+
+from dclr.errors import UserError
+from dclr.models import Backbone
+
+
+def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str]:
+    """Decide whether backbones are compiled.
+
+    Args:
+        choice: --compile: "on", "off" or "auto" (on a GPU).
+
+    Returns:
+        The decision, and one line that says what runs and why.
+
+    Raises:
+        UserError: backbones shall be compiled, but no C or C++ compiler is installed.
+    """
+    if choice == "off":
+        return False, "backbones are not compiled: --compile off"
+    if choice == "auto" and device.type == "cpu":
+        return False, "backbones are not compiled: on a CPU that takes a minute and gains nothing (--compile on to try)"
+    # On a CPU torch generates C++. On a GPU Triton compiles a small C file that launches its kernels.
+    variable, usual = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    compilers = [os.environ[variable]] if variable in os.environ else list(usual)
+    if not any(shutil.which(compiler) for compiler in compilers):
+        raise UserError(
+            f"--compile {choice}: torch.compile needs {' or '.join(compilers)}, which is not installed; "
+            "install it, or pass --compile off"
+        )
+    return True, "backbones will be compiled at their first steps (torch.compile)"
+
+
+def compile_backbone(backbone: Backbone) -> None:
+    """Compile a backbone in place, so that parameter names stay.
+
+    Each input shape and mode is compiled at its first call. Code that does not compile as one graph is an error.
+    """
+    backbone.compile(dynamic=False, fullgraph=True)
+
+
+def compile_seconds() -> float:
+    """Return the seconds that this process has spent on compiling, forward and backward."""
+    # Imported late: evaluation and packing do not need what it loads.
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent()["total_wall_time"]

@@ -1,0 +1,381 @@
+"""DeepSpeed: start the processes, wrap a network, step, save and resume. No other module imports deepspeed."""
+
+import atexit
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dclr import distributed
+from dclr.config import OptimConfig
+from dclr.errors import UserError
+from dclr.training import batchnorm, checkpoint, connection
+
+MOMENTUM = "momentum_buffer"
+"""torch's name for SGD's state of a parameter."""
+
+RANKS = "ranks/statistics"
+"""Name of the tensor in a checkpoint that holds BatchNorm's statistics of every rank: (ranks, N) float32."""
+
+
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}
+"""Environment of a run of one process that no launcher started. The port is set to a free one."""
+
+
+def start_processes() -> torch.device:
+    """Join the run's other processes (started by deepspeed or torchrun) and return this process's device.
+
+    On a CPU the processes of a machine share its cores, unless OMP_NUM_THREADS is set. With OpenMP's default each
+    process uses all cores: two processes on two cores then ran 12 to 20 times slower than with one thread each.
+
+    Raises:
+        UserError: the processes cannot connect.
+    """
+    if "RANK" not in os.environ:  # plain `python train.py`: without these variables DeepSpeed looks for MPI
+        os.environ.update(_ALONE, MASTER_PORT=str(_free_port()))
+    local = int(os.environ["LOCAL_RANK"])
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = import_deepspeed()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.processes_of_machine()))
+    # DeepSpeed would compile a shared-memory kernel at its start: that takes minutes, and fails without a C++ compiler.
+    # gloo does not need it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        with connection.connection_timeout() if connection.several_processes() else nullcontext():
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except RuntimeError as error:
+        raise connection.connection_error(error) from None
+    return device
+
+
+def stop_processes() -> None:
+    """Leave the process group that `start_processes` joined.
+
+    A process that is alone keeps its group until it ends, for further runs, such as those of a notebook: DeepSpeed
+    holds the group in global variables and cannot start twice. Programs that it starts must not take part in the group.
+    """
+    if distributed.world_size() > 1:
+        dist.destroy_process_group()
+    elif dist.is_initialized():
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
+        for name in _ALONE:
+            os.environ.pop(name, None)
+
+
+def local_rank() -> int:
+    """Return this process's number among the run's processes on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed configuration.
+
+    Raises:
+        UserError: the file is missing or not JSON; a section has a wrong type; a section sets what
+            flags of train.py set.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--ds_config {path}: {error.strerror}; ds_configs/ holds zero1.json, zero2.json and ddp.json"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--ds_config {path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--ds_config {path}: must hold a JSON object, as ds_configs/zero1.json does")
+    for section in ("fp16", "bf16", "torch_autocast", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"--ds_config {path}: {section} must be a JSON object, as in ds_configs/zero1.json")
+    accumulation = config.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise UserError(
+            f"--ds_config {path}: gradient_accumulation_steps is {accumulation!r}, but must be a whole number from 1"
+        )
+    for section in ("fp16", "bf16"):
+        if config.get(section, {}).get("enabled"):
+            raise UserError(
+                f"--ds_config {path}: {section} stores parameters in 16 bits, "
+                "which loses the key encoder's small updates; use torch_autocast"
+            )
+    if config.get("torch_autocast", {}).get("dtype", "bfloat16") != "bfloat16":
+        raise UserError(
+            f"--ds_config {path}: torch_autocast.dtype must be bfloat16: float16 needs a loss scale, and its normal "
+            "overflows would stop the run here, as every non-finite gradient does"
+        )
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise UserError(
+                f"--ds_config {path}: has a section {section}; remove it: --lr, --milestones, --momentum and "
+                "--weight-decay set that"
+            )
+    if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
+        raise UserError(
+            f"--ds_config {path}: zero_optimization.stage must be 0, 1 or 2 (the key encoder reads whole parameters)"
+        )
+    return config
+
+
+def resolve_precision(config: dict[str, Any], device: torch.device) -> str:
+    """Turn `torch_autocast` off in `config` if the device has no fast bfloat16.
+
+    Returns:
+        One line that says which precision runs and why.
+    """
+    autocast = config.get("torch_autocast", {})
+    if not autocast.get("enabled"):
+        return "float32: torch_autocast is off in the DeepSpeed configuration"
+    dtype = autocast.get("dtype", "bfloat16")
+    if device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        config["torch_autocast"] = {**autocast, "enabled": False}
+        return (
+            f"float32: this CPU has no fast {dtype} (neither AVX512-BF16 nor AMX); {dtype} would be 2 to 7 times slower"
+        )
+    return f"{dtype} compute, float32 parameters, statistics and loss (torch_autocast)"
+
+
+class Engine:
+    """A network under DeepSpeed with SGD.
+
+    One optimizer step takes `optim.batch_size` samples, over all ranks and micro-batches.
+
+    Attributes:
+        module: the network.
+        device: the network's device.
+        sgd: torch's optimizer, which DeepSpeed wraps.
+        accumulation: number of micro-batches in a step.
+        micro_batch: number of samples in a micro-batch.
+
+    Raises:
+        UserError: see micro_batch_size; DeepSpeed refuses its configuration.
+    """
+
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
+        deepspeed = import_deepspeed()
+        config = dict(ds_config)
+        self.device, self.optim = device, optim
+        self.accumulation = int(config.get("gradient_accumulation_steps", 1))
+        self.micro_batch = micro_batch_size(config, optim.batch_size)
+        config["gradient_accumulation_steps"] = self.accumulation
+        config["train_micro_batch_size_per_gpu"] = self.micro_batch
+        config["train_batch_size"] = optim.batch_size
+        module.to(device)
+        for buffer in module.buffers():  # DeepSpeed broadcasts parameters only
+            if distributed.world_size() > 1:
+                dist.broadcast(buffer, src=0)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        # Every ZeRO stage wraps this optimizer. Only a fused optimizer lets the device skip a step (nonfinite.py).
+        self.sgd = torch.optim.SGD(
+            trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
+        )
+        try:
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=module, optimizer=self.sgd, config=config, dist_init_required=False
+            )
+        except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
+            raise UserError(f"--ds_config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
+        self.module: nn.Module = module
+        # The momentum is created here and not in the first step: a checkpoint may be loaded into it before, and a
+        # skipped first step would leave uninitialised memory. Under ZeRO the groups hold flat shards by now.
+        for group in self.sgd.param_groups:
+            for parameter in group["params"]:
+                self.sgd.state[parameter][MOMENTUM] = torch.zeros_like(parameter)
+        if self._sharded:
+            self._optimizer._lazy_init_hp_params_optimizer_state()  # else DeepSpeed finds it only after its first step
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the network's forward under the configured autocast."""
+        return self._engine(*inputs)
+
+    @property
+    def view_dtype(self) -> torch.dtype:
+        """The dtype of the network's input. It is bfloat16 where the first convolution rounds to it anyway."""
+        bfloat16 = self._engine.torch_autocast_enabled() and self._engine.torch_autocast_dtype() == torch.bfloat16
+        return torch.bfloat16 if bfloat16 else torch.float32
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Apply the configured autocast to calls that do not go through the network's forward."""
+        enabled = self._engine.torch_autocast_enabled()
+        dtype = self._engine.torch_autocast_dtype() if enabled else torch.bfloat16
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+            yield
+
+    def train(self, mode: bool = True) -> None:
+        """Set training or evaluation mode."""
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's loss ()."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """End a micro-batch. The optimizer steps after `accumulation` micro-batches."""
+        self._engine.step()
+
+    @property
+    def overflowed(self) -> bool:
+        """True if ZeRO itself skipped the last step for a non-finite gradient, which it checks if it clips."""
+        return bool(getattr(self._optimizer, "overflow", False))
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint of network and momentum. Both are stored whole, even if ZeRO shards them.
+
+        Args:
+            folder: where checkpoints are. See checkpoint.write.
+            step: number of finished steps.
+            state: anything that JSON can hold.
+
+        Raises:
+            UserError: on all ranks, it cannot be written. Earlier checkpoints are intact.
+        """
+        ranks = batchnorm.gather_statistics(self.module)
+        network = {**self.module.state_dict(), **batchnorm.name_statistics(self.module, ranks.mean(0))}
+        tensors = {f"model/{name}": tensor for name, tensor in network.items()}
+        tensors |= {f"momentum/{name}": tensor for name, tensor in self._momentum().items()}
+        tensors[RANKS] = ranks
+
+        def write() -> None:
+            try:
+                checkpoint.write(folder, step, tensors, {**state, "processes": distributed.world_size()})
+            except OSError as error:
+                last = checkpoint.newest(folder)
+                left = f"the last checkpoint, {last.name}, is intact" if last else "there is no checkpoint before it"
+                raise UserError(
+                    f"the checkpoint of step {step} cannot be written to {folder} ({error.strerror}): {left}; "
+                    "free disk space or fix the folder's permissions, then use --resume"
+                ) from None
+
+        distributed.on_rank_zero(write)
+
+    def resume(self, folder: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Load the newest checkpoint under `folder` into network and optimizer, and return its state.
+
+        The state includes `step`. The run that wrote the checkpoint may have had another number of processes or another
+        ZeRO stage. `check` gets the state before anything is loaded, and may raise UserError.
+
+        Raises:
+            UserError: on all ranks, there is no checkpoint, it is damaged, `check` refuses it, or it holds another
+                network.
+        """
+        tensors, state = distributed.on_all_ranks(lambda: self._read(folder, check))
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            self._set_momentum(parameter, tensors[f"momentum/{name}"].to(self.device))
+        if state["processes"] == distributed.world_size():
+            batchnorm.set_statistics(self.module, tensors[RANKS][distributed.rank()].to(self.device))
+        return state
+
+    def _read(
+        self, folder: Path, check: Callable[[dict[str, Any]], None] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Load the newest checkpoint into the network; return its tensors and its state."""
+        path = checkpoint.newest(folder)
+        if path is None:
+            raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from")
+        tensors, state = checkpoint.read(path)
+        if check is not None:
+            check(state)
+        expected = {f"momentum/{name}": p.shape for name, p in self.module.named_parameters() if p.requires_grad}
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("momentum/")}
+        try:
+            if found != expected:
+                raise RuntimeError(_difference(expected, found))
+            if tensors[RANKS].shape != (state["processes"], batchnorm.count_statistics(self.module)):
+                raise RuntimeError("its batch statistics belong to other layers")
+            self.module.load_state_dict(
+                {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+            )
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"--resume: {path} holds another network ({str(error).splitlines()[0]})") from None
+        return tensors, state
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self._engine.zero_optimization())
+
+    def _momentum(self) -> dict[str, Tensor]:
+        """Return the whole momentum by parameter name, on all ranks."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if self._sharded:
+            return {name: safe_get_full_optimizer_state(p, MOMENTUM) for name, p in trained.items()}
+        return {name: self.sgd.state[p][MOMENTUM] for name, p in trained.items()}
+
+    def _set_momentum(self, parameter: nn.Parameter, momentum: Tensor) -> None:
+        """Set a parameter's momentum, and its value in the copy that ZeRO keeps."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self._sharded:
+            safe_set_full_fp32_param(parameter, parameter.detach())
+            safe_set_full_optimizer_state(parameter, momentum, MOMENTUM)
+        else:
+            self.sgd.state[parameter][MOMENTUM].copy_(momentum)
+
+
+def _difference(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> str:
+    """Return how the shapes of a checkpoint's momentum differ from those of the network, by name."""
+    name = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
+    there, here = ("x".join(map(str, of[name])) if name in of else "absent" for of in (found, expected))
+    return f"{name.removeprefix('momentum/')} is {there} there, and {here} in the network of these settings"
+
+
+def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:
+    """Return the number of samples in a micro-batch: batch_size / (ranks * gradient_accumulation_steps).
+
+    Raises:
+        UserError: the division leaves a remainder, or `ds_config` names another batch size.
+    """
+    ranks, accumulation = distributed.world_size(), int(ds_config.get("gradient_accumulation_steps", 1))
+    if batch_size % (ranks * accumulation):
+        raise UserError(
+            f"--batch-size is {batch_size}, but must be a multiple of {ranks * accumulation} "
+            f"({ranks} processes x {accumulation} accumulation steps)"
+        )
+    micro = batch_size // (ranks * accumulation)
+    for name, ours in (("train_batch_size", batch_size), ("train_micro_batch_size_per_gpu", micro)):
+        given = ds_config.get(name, "auto")
+        if given not in ("auto", ours):
+            raise UserError(f"--ds_config: {name} is {given}, but --batch-size makes it {ours}; leave it out or 'auto'")
+    return micro
+
+
+def import_deepspeed() -> Any:
+    """Import deepspeed late, because the import takes seconds, and quiet, because it prints many progress messages."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("the package deepspeed is not installed: run `make setup`, or pip install deepspeed")
+    import deepspeed
+
+    # It warns that ZeRO is not tested with SGD. Our tests compare ZeRO's steps with plain torch's.
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

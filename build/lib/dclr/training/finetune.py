@@ -1,0 +1,132 @@
+"""Training a classifier on labels: finetuning the whole network, or a linear probe on a frozen backbone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dclr import distributed
+from dclr.config import FinetuneConfig
+from dclr.data.samples import ClipBatch, ClipSamples, TrainSamples
+from dclr.kernels import augment
+from dclr.models import (
+    Backbone,
+    Classifier,
+    build_backbone,
+    count_correct,
+    load_backbone,
+    save_backbone,
+    save_classifier,
+)
+from dclr.report import Stopwatch
+from dclr.training.batchnorm import average_statistics
+from dclr.training.engine import Engine
+from dclr.training.loop import common_bar, common_metrics, train
+from dclr.training.setup import start_run
+
+
+def finetune(
+    command: str,
+    config: FinetuneConfig,
+    preset: str,
+    device: torch.device,
+    resume: Path | None = None,
+    replace: bool = False,
+) -> Path:
+    """Train a classifier and return the run's folder, which then holds classifier.safetensors.
+
+    Args:
+        command: "finetune" trains the whole network; "linear" trains a linear classifier on the frozen backbone.
+        resume: folder of the run to continue; None begins a run.
+        replace: the new run may replace a run in --out that has no checkpoint.
+
+    Raises:
+        UserError: see start_run, load_backbone, Engine and train; a data set without labels.
+        Stopped: a signal asked the run to stop. A checkpoint is written.
+    """
+    torch.manual_seed(config.run.seed)
+    backbone, start = make_backbone(command, config, resume)
+    with start_run(command, preset, config, device, resume, replace) as run:
+        run.say(f"  start: {start}")
+        run.prepare(backbone)
+        classes = run.videos.classes
+        dropout = config.transfer.dropout if command == "finetune" else 0.0
+        classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
+        engine = Engine(classifier, run.ds_config, config.optim, device)
+        task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed))
+        trained = train(run, task, engine)
+
+        average_statistics(classifier)
+        run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors"))
+        run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
+        run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
+        written = run.folder / "classifier.safetensors"
+        run.say(f"done: {written}; evaluate it: python eval.py accuracy --checkpoint {run.folder}")
+        return run.folder
+
+
+def make_backbone(command: str, config: FinetuneConfig, resume: Path | None) -> tuple[Backbone, str]:
+    """Return the backbone to start from and one line that says what its weights are.
+
+    Raises:
+        UserError: on all ranks, see load_backbone.
+    """
+    backbone = build_backbone(config.model.backbone, config.model.width)
+    if resume:
+        return backbone, "the run's checkpoint"
+    if config.transfer.pretrained:
+        return backbone, distributed.on_all_ranks(lambda: load_backbone(Path(config.transfer.pretrained), backbone))
+    if command == "linear":
+        return backbone, "frozen random features (no --pretrained): a baseline"
+    return backbone, "from scratch"
+
+
+class Finetuning:
+    """The Task of finetuning and of the linear probe (see loop.py)."""
+
+    first_trained_step = 0
+
+    def __init__(self, engine: Engine, config: FinetuneConfig, samples: ClipSamples) -> None:
+        self.engine, self.config = engine, config
+        self.samples: TrainSamples = samples
+        self.summary: dict[str, Any] = {}
+
+    def begin_step(self, step: int) -> None:
+        """Seed dropout with the step, so that a resumed run drops the same features as an uninterrupted run."""
+        torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 4_096 + distributed.rank())
+
+    def forward(
+        self, batch: ClipBatch, step: int, micro_step: int, watch: Stopwatch
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Augment the clips and compute the cross-entropy of their labels."""
+        size = (self.config.data.crop_size, self.config.data.crop_size)
+        with watch.section("augment"):
+            clip = augment(batch.frames, batch.augmentation, size, self.engine.view_dtype)
+        with watch.section("forward"):
+            self._logits, self._labels = self.engine(clip), batch.labels
+            self._loss = F.cross_entropy(self._logits, batch.labels)
+        return {"loss": self._loss}, self._loss
+
+    def after_update(self, watch: Stopwatch) -> None:
+        """Do nothing: only pretraining has a key encoder."""
+
+    def metrics(self, lr: float, done: int, skipped: int, watch: Stopwatch) -> dict[str, float]:
+        """Return loss and top-1 accuracy of the latest micro-batch."""
+        correct = count_correct(self._logits, self._labels, 1) / len(self._logits)
+        values = torch.tensor([self._loss.item(), correct], device=self.engine.device)
+        return {
+            **dict(zip(("loss", "train_top1"), distributed.mean_over_ranks(values).tolist(), strict=True)),
+            **common_metrics(lr, self.config.optim.batch_size, self.engine.device, watch),
+        }
+
+    def bar(self, metrics: dict[str, float]) -> dict[str, str]:
+        return {
+            "loss": f"{metrics['loss']:.3f}",
+            "top1": f"{metrics['train_top1']:.0%}",
+            **common_bar(metrics),
+        }
+
+    def picture(self) -> None:
+        """Return None: clips are not logged as pictures."""

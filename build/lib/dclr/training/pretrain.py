@@ -1,0 +1,162 @@
+"""Pretraining without labels: what one micro-batch of DCLR or MoCo computes, and what is logged about it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dclr import distributed
+from dclr.config import PretrainConfig
+from dclr.data.augmentation import pretrain_recipe, view_grid
+from dclr.data.samples import PairBatch, PairSamples, TrainSamples
+from dclr.kernels import Views, generate_views
+from dclr.method import DCLR, Output
+from dclr.models import save_backbone
+from dclr.report import Stopwatch
+from dclr.training.batchnorm import average_statistics
+from dclr.training.engine import Engine
+from dclr.training.loop import common_bar, common_metrics, train
+from dclr.training.setup import start_run
+
+GRID_CLIPS = 4
+"""Clips in the picture of the three views."""
+
+
+def pretrain(
+    config: PretrainConfig, preset: str, device: torch.device, resume: Path | None = None, replace: bool = False
+) -> Path:
+    """Pretrain a backbone and return the run's folder, which then holds backbone.safetensors.
+
+    Args:
+        resume: folder of the run to continue; None begins a run.
+        replace: the new run may replace a run in --out that has no checkpoint.
+
+    Raises:
+        UserError: see start_run, Engine and train.
+        Stopped: a signal asked the run to stop. A checkpoint is written.
+    """
+    with start_run("pretrain", preset, config, device, resume, replace) as run:
+        torch.manual_seed(config.run.seed)
+        network = DCLR(config.model, config.method, seed=config.run.seed)
+        partners = ", ".join(("rgb", *config.method.auxiliary_views))
+        run.say(f"  {config.method.method}: rgb clips contrasted with {partners}")
+        run.prepare(network.query.backbone, network.key.backbone)
+        engine = Engine(network, run.ds_config, config.optim, device)
+        samples = PairSamples(run.videos, config.data, config.run.seed, pretrain_recipe(config.method.jitter))
+        task = Pretraining(network, engine, config, samples)
+        trained = train(run, task, engine)
+
+        average_statistics(network.query.backbone)
+        run.write(lambda: save_backbone(network.query.backbone, run.folder / "backbone.safetensors"))
+        run.write_report({**task.summary, **trained.report()}, trained.failures, trained.seconds)
+        run.say(f"done: {run.folder / 'backbone.safetensors'}")
+        return run.folder
+
+
+class Pretraining:
+    """The Task of pretraining (see loop.py)."""
+
+    def __init__(self, network: DCLR, engine: Engine, config: PretrainConfig, samples: PairSamples) -> None:
+        self.network, self.engine, self.config = network, engine, config
+        self.samples: TrainSamples = samples
+        self.summary: dict[str, Any] = {}
+        self.first_trained_step = config.method.fill_steps + 1
+        self._query: Views | None = None
+        self._output: Output | None = None
+
+    def begin_step(self, step: int) -> None:
+        self._output = None
+
+    def forward(
+        self, batch: PairBatch, step: int, micro_step: int, watch: Stopwatch
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Make the views, then fill the queue (in the first --fill-steps steps) or compute the loss."""
+        with watch.section("views"):
+            self._query, key = make_views(batch, self.config.method.boundary, self.engine.view_dtype)
+        if step < self.config.method.fill_steps:
+            with watch.section("fill"), self.engine.autocast():
+                keys = self.network.fill(key, micro_step)
+            return key_terms(self.network, keys), None
+        with watch.section("forward"):
+            self._output = self.engine(self._query, key, micro_step)
+        return loss_terms(self.network, self._output), self._output.loss
+
+    def after_update(self, watch: Stopwatch) -> None:
+        """Move the key encoder towards the query encoder."""
+        with watch.section("key update"):
+            self.network.update_key()
+
+    def metrics(self, lr: float, done: int, skipped: int, watch: Stopwatch) -> dict[str, float]:
+        """Return the state of the queue and, once the queue is filled, losses and similarities."""
+        config, batch_size = self.config, self.config.optim.batch_size
+        filled = min((done - skipped) * batch_size, config.method.queue_length)
+        metrics = {
+            **common_metrics(lr, batch_size, self.engine.device, watch),
+            "queue/filled_rows": float(filled),
+            "queue/oldest_row_age_steps": filled / batch_size,
+        }
+        if self._output is not None:
+            metrics |= output_metrics(self._output, self.network)
+        if "alignment_at_first_step" not in self.summary and math.isfinite(metrics.get("loss", math.nan)):
+            names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
+            first = {"step": done, **{name: metrics[name] for name in names if name in metrics}}
+            self.summary["alignment_at_first_step"] = first
+        return metrics
+
+    def bar(self, metrics: dict[str, float]) -> dict[str, str]:
+        return {"loss": f"{metrics['loss']:.3f}" if "loss" in metrics else "filling queue", **common_bar(metrics)}
+
+    def picture(self) -> np.ndarray | None:
+        """Return a picture of the query clips' rgb, static and dynamic views, three rows for each clip."""
+        return None if self._query is None else view_grid(self._query, GRID_CLIPS)
+
+
+def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype) -> tuple[Views, Views]:
+    """Return the views of the query clips and of the key clips."""
+    query = (batch.query_frames, batch.query_stills, batch.query_params)
+    key = (batch.key_frames, batch.key_stills, batch.key_params)
+    return generate_views(*query, boundary=boundary, dtype=dtype), generate_views(*key, boundary=boundary, dtype=dtype)
+
+
+def loss_terms(network: DCLR, output: Output) -> dict[str, Tensor]:
+    """Return the loss and its terms, each (), under the names of the log."""
+    terms = {
+        "loss": output.loss.detach(),
+        **by_pair("pair_loss", network, output.losses),
+        "alignment": output.alignment,
+        "repel": output.repel,
+    }
+    return {name: value for name, value in terms.items() if value is not None}
+
+
+def key_terms(network: DCLR, keys: Tensor) -> dict[str, Tensor]:
+    """Return one number for each pair. It is finite if the keys (P, B, D) of the pair are: keys have length 1."""
+    return by_pair("key", network, keys.float().sum((1, 2)))
+
+
+def by_pair(name: str, network: DCLR, values: Tensor) -> dict[str, Tensor]:
+    """Name the numbers (P,) of the pairs: name/pair."""
+    return {f"{name}/{pair}": value for pair, value in zip(network.pairs, values, strict=True)}
+
+
+def output_metrics(output: Output, network: DCLR) -> dict[str, float]:
+    """Return a step's losses and similarities, means over ranks, under the names of the log."""
+    terms = {
+        **loss_terms(network, output),
+        "alignment_other_form": output.alignment_other_form,
+        "alignment_key_maps": output.alignment_key_maps,
+        **by_pair("positive_similarity", network, output.positive),
+        **by_pair("hardest_negative", network, output.hardest_negative),
+    }
+    named = {name: value for name, value in terms.items() if value is not None}
+    values = distributed.mean_over_ranks(torch.stack([value.float() for value in named.values()])).tolist()
+    metrics = dict(zip(named, values, strict=True))
+    # The loss of a network that cannot tell any two clips apart, without mined positives.
+    metrics["pair_loss/ln_K_plus_1"] = math.log(network.method.queue_length + 1)
+    if "alignment" in metrics:
+        share = network.method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
+        metrics["alignment_share"] = share
+    return metrics

@@ -1,0 +1,345 @@
+"""The start of every training run: kernels, precision, data set, folder and configuration, checked on all ranks."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dclr import config as configuration
+from dclr import distributed, kernels, report
+from dclr.config import Config, DataConfig, PretrainConfig
+from dclr.data.catalog import Catalog, describe_reading, describe_warnings, reading_entry
+from dclr.data.coverage import class_warnings, coverage
+from dclr.data.datasets import make_demo, open_data
+from dclr.data.duplicates import find_duplicates
+from dclr.data.failures import Failures, check_bad
+from dclr.data.loader import BatchSampler
+from dclr.data.prefetch import batches_on
+from dclr.data.samples import TrainSamples
+from dclr.data.videos import VideoSet, open_videos
+from dclr.errors import UserError
+from dclr.models import Backbone
+from dclr.training import engine
+from dclr.training.batchnorm import check_batch_statistics
+from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
+from dclr.training.signals import StopRequest
+
+
+@dataclass
+class Run:
+    """A started training run: its settings, its videos and its folder."""
+
+    command: str
+    preset: str
+    config: Config
+    folder: Path
+    device: torch.device
+    ds_config: dict[str, Any]
+    precision: str
+    compiles: bool
+    videos: VideoSet
+    resumed: bool
+    exchange: distributed.DelayedSum = field(default_factory=distributed.DelayedSum)
+    compile_time_reported: bool = False
+    failed_videos: int = 0
+    """Videos that had failed on all ranks together when `any_rank_stops` last looked."""
+    listed: dict[str, Any] = field(default_factory=dict)
+    """Entries of report.json about how the data set was read, and see `check_listed`."""
+
+    @property
+    def main(self) -> bool:
+        """True on rank 0."""
+        return distributed.rank() == 0
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes that the network tells apart; None in pretraining, which uses no labels."""
+        return None if self.command == "pretrain" else list(self.videos.classes)
+
+    def say(self, message: str) -> None:
+        """Print one line, on rank 0."""
+        if self.main:
+            report.say(message)
+
+    def write_config(self) -> None:
+        """Write config.json. Call this when nothing can be refused any more: a refused run leaves nothing behind."""
+        path = self.folder / "config.json"
+        self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
+
+    def prepare(self, *backbones: Backbone) -> None:
+        """Apply --pad-channels and --compile to backbones, in place. Call it before the engine wraps them."""
+        if self.compiles:
+            # Compiled code may assume that weights start at multiples of 16 bytes. In ZeRO's flat buffers they do not.
+            # torch 2.11 does not look at that when it reuses compiled code of another stage, from this process or from
+            # the cache on disk (extract_tensor_metadata_for_cache_key). The result is "misaligned address"
+            # (docs/LOG.md, 2026-11-26). So graphs are dropped here, and the stage is part of the cache's key.
+            torch.compiler.reset()
+            torch.compiler.config.cache_key_tag = f"ZeRO {self.ds_config.get('zero_optimization', {}).get('stage', 0)}"
+        for backbone in backbones:
+            backbone.pad_channels(self.config.run.pad_channels)
+            if self.compiles:
+                compile_backbone(backbone)
+
+    def report_compile_time(self) -> None:
+        """Print how long compiling took, once. Call it after each step that has used all networks."""
+        if self.compiles and not self.compile_time_reported:
+            self.say(f"  compiled in {compile_seconds():.0f} s")
+        self.compile_time_reported = True
+
+    def batch_sampler(self, start: int = 0) -> BatchSampler:
+        """Return this rank's batch sampler from step `start` to the last step."""
+        return BatchSampler(
+            len(self.videos),
+            self.config.optim.batch_size,
+            self.config.optim.epochs,
+            start=start,
+            accumulation=int(self.ds_config.get("gradient_accumulation_steps", 1)),
+            rank=distributed.rank(),
+            ranks=distributed.world_size(),
+        )
+
+    def batches(self, samples: TrainSamples, sampler: BatchSampler) -> Iterator[Any]:
+        """Yield the sampler's micro-batches on the run's device.
+
+        Raises:
+            UserError: on all ranks, there is too little memory for them.
+        """
+        workers, processes = self.config.data.workers, distributed.processes_of_machine()
+        return distributed.on_all_ranks(lambda: batches_on(self.device, samples, sampler, workers, processes))
+
+    def any_rank_stops(self, request: StopRequest, failures: Failures) -> bool:
+        """Return whether any rank was asked to stop. Called once a step; all ranks learn of it at the same step.
+
+        Raises:
+            UserError: on all ranks, more than --max-bad percent of the videos have failed.
+        """
+        asked, failed = self.exchange.add(request.asked, len(failures.reasons))
+        if failed > self.failed_videos:
+            self.failed_videos = failed
+            check_bad(self.videos, self.all_failures(failures)[0], self.config.data.max_bad)
+        return asked > 0
+
+    def finish_exchange(self) -> None:
+        """Wait for the last exchange between ranks. Call it before the processes disconnect."""
+        self.exchange.finish()
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Run `work`, which writes into the run's folder, on rank 0.
+
+        Raises:
+            UserError: on all ranks, the folder cannot be written.
+        """
+
+        def attempt() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to {self.folder} ({error.strerror}): free disk space or fix the folder's "
+                    "permissions, then use --resume"
+                ) from None
+
+        distributed.on_rank_zero(attempt)
+
+    def all_failures(self, failures: Failures) -> tuple[dict[str, str], int]:
+        """Return the failed videos of all ranks (path -> reason) and the number of failed reads.
+
+        Rank 0 of a resumed run starts with the failures from before it was resumed.
+        """
+        everyone = distributed.gather_objects((failures.reasons, failures.count))
+        return {k: v for reasons, _ in everyone for k, v in reasons.items()}, sum(count for _, count in everyone)
+
+    def write_report(self, content: dict[str, Any], failures: Failures, seconds: float) -> None:
+        """Write report.json: what every run reports, and `content`.
+
+        `seconds` is the training time over all parts of a resumed run.
+        """
+        reasons, failed_reads = self.all_failures(failures)
+        steps = self.batch_sampler().stop
+        content = {
+            "command": self.command,
+            "preset": self.preset,
+            "data": {
+                "folder": str(self.videos.root),
+                "layout": self.videos.layout,
+                "videos": len(self.videos),
+                "unreadable": self.videos.unreadable,
+                "failed_while_training": reasons,
+                "failed_reads": failed_reads,
+                "shown": {name: len(found) for name, found in self.videos.source.displays.unusual().items()},
+                **self.listed,
+            },
+            "processes": distributed.world_size(),
+            "precision": self.precision,
+            "compile_seconds": round(compile_seconds(), 1),
+            "steps": steps,
+            "seconds": round(seconds, 1),
+            "samples_per_second": round(steps * self.config.optim.batch_size / seconds, 2),
+            "environment": report.environment(self.device),
+            **content,
+        }
+        self.write(lambda: report.write_json(self.folder / "report.json", content))
+
+
+@contextmanager
+def start_run(
+    command: str, preset: str, config: Config, device: torch.device, resume: Path | None, replace: bool = False
+) -> Iterator[Run]:
+    """Open the run's folder, check all settings, open the videos and print what runs.
+
+    Inside the context, no other process writes to the folder. See report.open_run for `resume` and `replace`.
+
+    Raises:
+        UserError: on all ranks, a setting, the data set or the folder is wrong.
+    """
+    with ExitStack() as stack:
+        folder = distributed.on_rank_zero(
+            lambda: stack.enter_context(report.open_run(config.run.out, command, resume, replace))
+        )
+        yield prepare_run(command, preset, config, folder, device, resume is not None)
+
+
+def prepare_run(command: str, preset: str, config: Config, folder: Path, device: torch.device, resumed: bool) -> Run:
+    """Check all settings, open the videos and print what runs.
+
+    Raises:
+        UserError: on all ranks, a setting or the data set is wrong.
+    """
+    ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(find_ds_config(config.run.ds_config)))
+    micro_batch = engine.micro_batch_size(ds_config, config.optim.batch_size)
+    if command != "linear":  # whose BatchNorm does not use statistics of the batch
+        check_batch_statistics(config, micro_batch)
+    precision = engine.resolve_precision(ds_config, device)
+    choose_kernels(config.run.kernels, device)
+    choose_algorithms(config.run.deterministic)
+    compiles, compiling = distributed.on_all_ranks(lambda: resolve_compile(config.run.compile, device))
+    if not config.data.data:
+        distributed.on_rank_zero(make_demo)
+    catalog = distributed.on_all_ranks(lambda: open_data(config.data))
+    videos = open_videos_once(catalog, config.data)
+    check_videos(command, config, catalog, videos)
+    listed = check_listed(command, catalog, videos, config.data.max_missing)
+
+    run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resumed)
+    run.listed = {**reading_entry(catalog), **listed}
+    run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
+    for line in describe_reading(catalog):
+        run.say(f"  {line}")
+    for line in describe_warnings(catalog) if run.main else []:
+        print(line, file=sys.stderr)
+    if catalog.missing:
+        count = len({video.path for missing in catalog.missing.values() for video in missing})
+        run.say(f"  {count} listed videos are not on disk: train.py check names them")
+    if videos.unreadable:
+        run.say(
+            f"  {len(videos.unreadable)} videos cannot be read and are skipped: "
+            "report.json and train.py check list them"
+        )
+    run.say(
+        f"  {distributed.world_size()} process(es) on {device.type}, "
+        f"{torch.get_num_threads()} thread(s) each; {precision}"
+    )
+    run.say(f"  kernels: {kernels.describe(device)}")
+    run.say(f"  {compiling}")
+    run.say(f"  writing to {folder}")
+    return run
+
+
+def find_ds_config(name: str) -> Path:
+    """Return the file that --ds_config names: a path, or a file of ds_configs/ without or with folder and suffix."""
+    own = Path(configuration.__file__).parent / "ds_configs" / Path(name).with_suffix(".json").name
+    is_own = Path(name).parent in (Path(), Path("ds_configs")) and os.path.exists(own)
+    return own if is_own and not os.path.exists(name) else Path(name)
+
+
+def check_videos(command: str, config: Config, catalog: Catalog, videos: VideoSet) -> None:
+    """Check that the train split's videos are enough for the run.
+
+    Raises:
+        UserError: too many unreadable videos; no labels, but the command needs them; fewer videos than a batch; no step
+            left after --fill-steps.
+    """
+    check_bad(videos, {}, config.data.max_bad)
+    if command != "pretrain" and (videos.labels < 0).any():
+        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+    steps = BatchSampler(len(videos), config.optim.batch_size, config.optim.epochs).stop
+    if isinstance(config, PretrainConfig) and config.method.fill_steps >= steps:
+        raise UserError(
+            f"--fill-steps is {config.method.fill_steps}, but must be below the run's {steps} steps, "
+            "or nothing is trained: lower it, or raise --epochs"
+        )
+
+
+def check_listed(command: str, catalog: Catalog, videos: VideoSet, max_missing: float) -> dict[str, Any]:
+    """Check that the listed train videos are on disk, and look for videos that are listed twice.
+
+    Rank 0 prints a warning for each fault. Pretraining does not use labels, so it accepts a video with two labels.
+
+    Returns:
+        entries of report.json.
+
+    Raises:
+        UserError: on all ranks, too many videos are missing, or a video has two labels and the command needs labels.
+    """
+    coverage(catalog, "train", {}).check(max_missing)
+    with distributed.without_timeout():
+        duplicates = distributed.on_rank_zero(lambda: find_duplicates(catalog, videos.unreadable))
+    if command != "pretrain":
+        duplicates.check_labels()
+    covered = coverage(catalog, "train", videos.unreadable)
+    if distributed.rank() == 0:
+        gaps = [covered.sentence()] if command != "pretrain" or covered.used < covered.listed else []
+        labels = class_warnings(catalog) if command != "pretrain" else []
+        for line in filter(None, [*gaps, *labels, *duplicates.lines()]):
+            print(f"warning: {line}", file=sys.stderr)
+    return {"coverage": {"train": covered.report()}, "duplicates": duplicates.report()}
+
+
+def choose_kernels(backend: str, device: torch.device) -> None:
+    """Choose the implementation of the kernels for this process.
+
+    Raises:
+        UserError: they cannot run on `device`.
+    """
+    try:
+        kernels.set_backend(backend)
+        kernels.describe(device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--kernels {backend}: {error}") from None
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Choose torch's algorithms for this process.
+
+    With `deterministic`, an operation without a deterministic algorithm raises a RuntimeError that names it.
+    """
+    if deterministic:
+        # cuBLAS reads this when it is first used, and is not deterministic without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
+    """Return the train split's readable videos. One process on each machine verifies them; the others read its cache.
+
+    Raises:
+        UserError: on all ranks, see open_videos; the processes do not see the same videos.
+    """
+    first = engine.local_rank() == 0
+    workers, timeout = max(1, data.workers), data.video_timeout
+    with distributed.without_timeout():
+        videos = distributed.on_all_ranks(
+            lambda: open_videos(catalog, "train", workers, timeout=timeout) if first else None
+        )
+        videos = videos or open_videos(catalog, "train", workers, progress=False, timeout=timeout)
+        if len(set(distributed.gather_objects(videos.fingerprint()))) > 1:
+            raise UserError(
+                f"--data {catalog.root}: the processes find different videos there; "
+                "every machine must see the same files"
+            )
+    return videos

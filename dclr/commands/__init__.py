@@ -1,0 +1,1 @@
+"""The two programs: `train` (train.py, dclr-train) and `evaluate` (eval.py, dclr-eval)."""
