@@ -21,6 +21,7 @@ Without a subcommand, train.py pretrains. `train.py SUBCOMMAND --help` explains 
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -177,7 +178,13 @@ def main(arguments: list[str]) -> None:
 
 
 def train(command: str, flags: dict[str, Any]) -> None:
-    """Run pretrain, finetune or linear, in this process and in the others of its launcher."""
+    """Run pretrain, finetune or linear, in this process and in the others of its launcher.
+
+    Raises UserError, and `signals.Stopped` if a signal stops the run.
+    """
+    for package in ("deepspeed", "tensorboard"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"training needs the package {package}, which is not installed: pip install 'dclr[train]'")
     replace = flags.get("resume") == "auto"
     from dclr.training import connection, engine
     from dclr.training.finetune import finetune

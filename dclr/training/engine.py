@@ -365,7 +365,7 @@ def micro_batch_size(ds_config: dict[str, Any], batch_size: int) -> int:
 def import_deepspeed() -> Any:
     """Import deepspeed late, because the import takes seconds, and quiet, because it prints many progress messages."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("the package deepspeed is not installed: run `make setup`, or pip install deepspeed")
+        raise UserError("training needs the package deepspeed, which is not installed: pip install 'dclr[train]'")
     import deepspeed
 
     # It warns that ZeRO is not tested with SGD. Our tests compare ZeRO's steps with plain torch's.
