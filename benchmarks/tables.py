@@ -42,6 +42,32 @@ def step_table(result: Result, gpu: bool) -> str:
     return harness.table([*columns, *(["samples/s", "of the peak", "peak memory"] if gpu else [])], lines)
 
 
+GPU_GIB = (24, 40, 80, 139)
+"""The memory of common GPUs in GiB. An H200, sold with 141 GB, has 139."""
+
+USABLE = 0.9
+"""The share of a GPU's memory that tensors may take. CUDA itself and gaps between tensors need the rest."""
+
+
+def memory_table(result: Result, gpu: bool) -> str:
+    """Return the largest batch by the memory of a GPU, computed from the measured peak of the largest measured batch.
+
+    Nearly all memory holds activations, which grow with the batch. So peak / batch is taken as the memory of a sample,
+    and batches are rounded down to multiples of 8.
+    """
+    if not gpu:
+        return ""
+    lines = []
+    for row in result["rows"]:
+        if (peak := row["providers"].get("ours", {}).get("peak_bytes")) is None:
+            continue
+        sample = peak / row["B"]
+        largest = [int(USABLE * memory * 2**30 / sample) // 8 * 8 for memory in GPU_GIB]
+        clip = f"{row['T']} x {row['side']} x {row['side']}"
+        lines.append([f"{row['backbone']}, {clip}", f"{sample / 2**30:.2f} GiB", *map(str, largest)])
+    return harness.table(["network, clip", "memory of a sample", *(f"{memory} GiB" for memory in GPU_GIB)], lines)
+
+
 def _speedup(found: Result, ours: str, other: str) -> str:
     """Return the median of the rounds' ratios, or why one of the two was skipped."""
     rows = [found.get(name, {}) for name in (other, ours)]
@@ -103,22 +129,23 @@ def goals_table(result: Result, gpu: bool) -> str:
     return harness.goal_table(goals, columns)
 
 
-# file -> title of its table, function that makes it
-TABLES: dict[str, tuple[str, Callable[[Result, bool], str]]] = {
-    "step": ("A training step: speedup of ours over the others", step_table),
-    "loader": ("Reading: speedup over released code in samples/s of one core", loader_table),
-    "train": ("A whole run", train_table),
-    "sharding": ("DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
-    "info_nce": ("The loss", goals_table),
-    "views": ("The views", goals_table),
-}
+# file, title of the table, function that makes it
+TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
+    ("step", "A training step: speedup of ours over the others", step_table),
+    ("step", "Largest batch on one GPU by its memory, computed from the measured peak", memory_table),
+    ("loader", "Reading: speedup over released code in samples/s of one core", loader_table),
+    ("train", "A whole run", train_table),
+    ("sharding", "DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
+    ("info_nce", "The loss", goals_table),
+    ("views", "The views", goals_table),
+]
 
 
 def tables(results: Path = harness.RESULTS) -> str:
     """Return the tables of all devices in markdown."""
     made = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        for name, (title, make) in TABLES.items():
+        for name, title, make in TABLES:
             file = folder / f"{name}.json"
             if not file.is_file():
                 continue
