@@ -1,22 +1,34 @@
 """The names of the two programs in messages, as the user starts them.
 
-They are `python train.py` and `python eval.py` in a checkout, and the installed commands `dclr-train` and `dclr-eval`
-elsewhere.
+They are `python train.py` and `python eval.py` in a checkout. A user without a checkout has the installed commands
+`dclr-train` and `dclr-eval`.
 """
 
+import re
 import sys
 from pathlib import Path
 
 
 def name_of(program: str) -> str:
-    """Return the file or command name of "train" or "eval": "train.py", or "dclr-train"."""
-    return f"dclr-{program}" if Path(sys.argv[0]).name.startswith("dclr-") else f"{program}.py"
+    """Return the file or the installed command of "train" or "eval": "train.py", or "dclr-train"."""
+    return f"dclr-{program}" if _is_installed() else f"{program}.py"
 
 
 def command_of(program: str) -> str:
-    """Return what the user types to start "train" or "eval": "python train.py", or "dclr-train"."""
-    if Path(sys.argv[0]).name.startswith("dclr-"):
+    """Return what the user types to start "train" or "eval": "python train.py" with its folder, or "dclr-train"."""
+    if _is_installed():
         return f"dclr-{program}"
-    script = Path(sys.argv[0])
-    known = script.name in ("train.py", "eval.py")
-    return f"python {script.with_name(f'{program}.py') if known else f'{program}.py'}"
+    started = Path(sys.argv[0])
+    script = started.with_name(f"{program}.py") if started.name in ("train.py", "eval.py") else f"{program}.py"
+    return f"python {script}"
+
+
+def with_names(text: str) -> str:
+    """Return a text that names train.py and eval.py with the names that the user has."""
+    if not _is_installed():
+        return text
+    return re.sub(r"(?<![\w./-])(?:python |deepspeed )?(train|eval)\.py\b", r"dclr-\1", text)
+
+
+def _is_installed() -> bool:
+    return Path(sys.argv[0]).name in ("dclr-train", "dclr-eval")

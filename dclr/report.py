@@ -19,12 +19,13 @@ import torch
 
 from dclr.errors import UserError
 from dclr.files import atomic_write, folder_lock
+from dclr.programs import with_names
 from dclr.progress import write_line
 
 
 def say(message: str) -> None:
     """Print a line, above the progress bar if there is one."""
-    write_line(message, sys.stdout)
+    write_line(with_names(message), sys.stdout)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ add_flags(parser) and run(flags). `flags` holds only the flags that were given."
 def make_parser() -> argparse.ArgumentParser:
     parser = configuration.Parser(
         prog=programs.name_of("eval"),
-        description=__doc__,
+        description=programs.with_names(__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -195,7 +195,7 @@ def start() -> int:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"{programs.name_of('eval')}: error: {error}", file=sys.stderr)
+        print(f"{programs.name_of('eval')}: error: {programs.with_names(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -58,7 +58,7 @@ Names are those of the flags. They may also stand in the tables of a config.json
 def make_parser() -> argparse.ArgumentParser:
     parser = configuration.Parser(
         prog=programs.name_of("train"),
-        description=__doc__,
+        description=programs.with_names(__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -281,7 +281,7 @@ def refuse(error: UserError) -> None:
     """
     if launched_rank() > 0:
         time.sleep(5 if isinstance(error, NotConnected) else 30)
-    print(f"{programs.name_of('train')}: error: {error}", file=sys.stderr)
+    print(f"{programs.name_of('train')}: error: {programs.with_names(str(error))}", file=sys.stderr)
 
 
 def run(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from dclr.files import start_time
+from dclr.programs import name_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -83,7 +84,10 @@ class LauncherWatch:
         while not self._stopped.wait(self.INTERVAL_S):
             for process, started in launchers.items():
                 if not started or start_time(process) != started:
-                    print(f"train.py: the launcher (process {process}) has ended, so the run stops", file=sys.stderr)
+                    print(
+                        f"{name_of('train')}: the launcher (process {process}) has ended, so the run stops",
+                        file=sys.stderr,
+                    )
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
 
