@@ -279,6 +279,95 @@ def test_kinetics_without_videos(tmp_path: Path) -> None:
     refused(tmp_path, "split 2 of Kinetics-400: must be 1: this layout has no numbered splits", split=2)
 
 
+# ---------------------------------------------------------------- Something-Something v2
+
+TEMPLATES = {"Holding something": "0", "Putting something next to something": "1"}
+
+
+def write_something(root: Path, prefix: str = "something-something-v2-", folder: str = "") -> Path:
+    """Write a data set of five videos, one of which is missing, with the four lists as they are published."""
+    touch(root, *(f"20bn-something-something-v2/{name}.webm" for name in ("1", "2", "3", "9")))
+    put = {"label": "putting a cup next to a jar", "template": "Putting [something] next to [something]"}
+    hold = {"label": "holding a pen", "template": "Holding [something]", "placeholders": ["a pen"]}
+    lists = {
+        "labels": TEMPLATES,
+        "train": [{"id": "2", **put}, {"id": "1", **hold}, {"id": "7", **hold}],
+        "validation": [{"id": "3", **hold}],
+        "test": [{"id": "9"}],
+    }
+    for name, content in lists.items():
+        write_lines(root, f"{folder}{prefix}{name}.json", json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("prefix", "folder"), [("something-something-v2-", ""), ("something-something-v2-", "labels/"), ("", "labels/")]
+)
+def test_something_something(tmp_path: Path, prefix: str, folder: str) -> None:
+    catalog = open_catalog(write_something(tmp_path, prefix, folder))
+    assert (catalog.layout, catalog.classes) == ("Something-Something v2", tuple(TEMPLATES))
+    below = "20bn-something-something-v2"
+    assert labels(catalog, "train") == {f"{below}/2.webm": 1, f"{below}/1.webm": 0}
+    assert labels(catalog, "val") == {f"{below}/3.webm": 0}
+    assert catalog.videos("test") == catalog.videos("val")  # the test list has no labels
+    assert missing(catalog) == ("7.webm",)
+    assert catalog.unused == {"test videos without labels": (f"{below}/9.webm",)}
+    assert "1 test videos have no label and are not used" in catalog.recognised[0]
+    assert list(through_a_store({1: catalog}, tmp_path / "store")[1].splits.items()) == list(catalog.splits.items())
+
+
+def test_something_something_without_the_folder_and_without_validation(tmp_path: Path) -> None:
+    write_something(tmp_path)
+    (tmp_path / "something-something-v2-validation.json").unlink()
+    for file in (tmp_path / "20bn-something-something-v2").iterdir():
+        file.rename(tmp_path / f"{file.stem}.mp4")  # converted
+    catalog = open_catalog(tmp_path)
+    assert labels(catalog, "train") == {"2.mp4": 1, "1.mp4": 0}
+    assert labels(catalog, "test") == {"9.mp4": -1}
+    assert catalog.warnings == ("1 videos of the test split have no label",)
+
+
+def test_a_train_json_next_to_another_labels_json_is_no_something_something(tmp_path: Path) -> None:
+    touch(tmp_path, "run/a.mp4", "sit/b.mp4")
+    write_lines(tmp_path, "train.json", "[]")
+    for content in ('["run", "sit"]', '{"run": 0}', "{", '{"run": "x"}'):
+        write_lines(tmp_path, "labels.json", content)
+        assert open_catalog(tmp_path).layout == "class folders"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("labels", {"A": "1"}, 'must map each class name to its number, "0" to the number of classes - 1, each once'),
+        ("labels", {"A": "0", "B": "0"}, "must map each class name to its number"),
+        ("labels", {"A": "0", "B": 1}, "must map each class name to its number"),
+        ("labels", [1], "must map each class name to its number"),
+        ("train", {"id": "1"}, "must hold a JSON list"),
+        ("train", [{"id": "1"}], "entry 0 must have the texts id and template"),
+        ("test", [{"id": 1}], "entry 0 must have the text id"),
+        ("train", [{"id": "1", "template": "Eating [something]"}], "entry 0: class 'Eating something' is not in DATA/"),
+        (
+            "validation",
+            [{"id": "1", "template": "Putting something next to something"}],
+            "entry 0: 1 has label 1, and label 0 before",
+        ),
+    ],
+)
+def test_something_something_mistakes(tmp_path: Path, file: str, content: object, message: str) -> None:
+    written = write_lines(write_something(tmp_path), f"something-something-v2-{file}.json", json.dumps(content))
+    with pytest.raises(UserError) as refusal:
+        open_catalog(tmp_path)
+    assert str(refusal.value).startswith(str(written))
+    assert message in str(refusal.value).replace(str(tmp_path), "DATA")
+
+
+def test_something_something_without_a_list(tmp_path: Path) -> None:
+    write_something(tmp_path)
+    refused(tmp_path, "split 2 of Something-Something v2: must be 1: this layout has no numbered splits", split=2)
+    (tmp_path / "something-something-v2-labels.json").unlink()
+    refused(tmp_path, "missing list file: DATA/something-something-v2-labels.json")
+
+
 # ---------------------------------------------------------------- Diving48
 
 
@@ -478,8 +567,8 @@ def test_no_data_set(tmp_path: Path) -> None:
     file = write_lines(tmp_path, "video.mp4", "x")
     refused(file, "DATA is a file; give a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")
     recognised = (
-        "recognised are UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, "
-        "or a folder of videos"
+        "recognised are UCF101, HMDB51, Kinetics, Something-Something, Diving48, list files (splits/train.txt), "
+        "class folders, or a folder of videos"
     )
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -535,6 +624,7 @@ def test_a_store_gives_the_lists_of_every_split_as_they_were(ucf101: Path, tmp_p
         assert (catalog.root, catalog.layout) == (tmp_path / "store", "UCF101 (packed)")
         assert list(catalog.splits.items()) == list(catalogs[number].splits.items())
         assert (catalog.classes, missing(catalog)) == (("B", "A"), missing(catalogs[number]))
+    assert official_splits(tmp_path / "store") == [1, 3]
     refused(tmp_path / "store", "split 2 of UCF101: the store in DATA holds 1 and 3", split=2)
 
 

@@ -13,7 +13,10 @@ from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError, printable
 
 SPLITS = ("train", "val", "test")
-LAYOUTS = "UCF101, HMDB51, Kinetics, Diving48, list files (splits/train.txt), class folders, or a folder of videos"
+KNOWN_LAYOUTS = (
+    "UCF101, HMDB51, Kinetics, Something-Something, Diving48, list files (splits/train.txt), class folders, "
+    "or a folder of videos"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,7 @@ class Catalog:
     root: Path
     """The folder that the videos' paths start from."""
     layout: str
-    """UCF101, HMDB51, Kinetics-400, Diving48, list file, class folders or folder of videos; of a store, followed by
-    " (packed)"."""
+    """The name of the layout (see datasets.LAYOUTS), or folder of videos; of a store, followed by " (packed)"."""
     classes: tuple[str, ...]
     """Names by label; empty if nothing is labelled."""
     splits: dict[str, tuple[Video, ...]]
@@ -105,7 +107,7 @@ def make_catalog(
     if not present:
         first = next((videos[0].path for videos in absent.values()), "")
         count = sum(map(len, absent.values()))
-        listed = f"; its lists name {count}, such as {first}" if absent else f"; recognised are {LAYOUTS}"
+        listed = f"; its lists name {count}, such as {first}" if absent else f"; recognised are {KNOWN_LAYOUTS}"
         raise UserError(f"no videos found in {root}{listed}")
     if "val" in present and "test" not in present:
         present["test"] = present["val"]

@@ -1,12 +1,13 @@
 """The data set of --data, or the built-in demo videos: recognise the layout and return the catalog.
 
-`open_catalog` recognises a packed store, then the official layouts by their lists, then the user's own lists, then
-class folders:
+A folder that `train.py pack` wrote is a packed store. Every other folder has one of LAYOUTS:
 
-    packed store   written by `train.py pack`; it holds the lists of the data set that it was made from
     UCF101         UCF-101/<Class>/*.avi, ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt
     HMDB51         [videos/]<class>/*.avi, testTrainMulti_7030_splits/<class>_test_splitN.txt
     Kinetics-400   *.csv or annotations/*.csv with a column youtube_id, videos anywhere below
+    Something-Something v2
+                   [labels/]something-something-v2-{train,validation,test,labels}.json, or {train,...}.json, videos
+                   anywhere below
     Diving48       Diving48*_train.json, Diving48*_test.json, [Diving48*_vocab.json], videos anywhere below
     list file      [splits/]{train,test,val,classes}.txt and similar names, or the list itself
     class folders  <class>/*, or {train,val,test}/<class>/*, or the videos side by side (unlabelled)
@@ -26,14 +27,41 @@ from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, catalog_of_store
 from dclr.data.demo import render_demo
 from dclr.data.folders import add_unused, class_folders
-from dclr.data.kinetics import kinetics, kinetics_lists
-from dclr.data.layouts import diving48, hmdb51, ucf101
+from dclr.data.kinetics import is_kinetics, kinetics
+from dclr.data.layout import DataFolder, Layout, check_split
+from dclr.data.layouts import (
+    diving48,
+    hmdb51,
+    hmdb51_numbers,
+    is_diving48,
+    is_hmdb51,
+    is_ucf101,
+    ucf101,
+    ucf101_numbers,
+)
 from dclr.data.own_lists import LIST_SUFFIXES, has_lists, list_catalog, list_numbers
-from dclr.data.store import is_store
-from dclr.data.tree import Tree, read_tree
+from dclr.data.something import is_something, something
+from dclr.data.store import is_store, load_index
+from dclr.data.tree import read_tree
 from dclr.errors import UserError
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
+
+LAYOUTS: dict[str, Layout] = {
+    "class folders": Layout(recognise=lambda data: True, read=lambda folder: class_folders(folder.tree)),
+    "list file": Layout(
+        recognise=has_lists,
+        read=lambda folder: list_catalog(folder.root, folder.split, folder.allow_outside),
+        numbers=list_numbers,
+    ),
+    "Diving48": Layout(recognise=is_diving48, read=diving48),
+    "Something-Something v2": Layout(recognise=is_something, read=something),
+    "Kinetics-400": Layout(recognise=is_kinetics, read=kinetics),
+    "HMDB51": Layout(recognise=is_hmdb51, read=hmdb51, numbers=hmdb51_numbers),
+    "UCF101": Layout(recognise=is_ucf101, read=ucf101, numbers=ucf101_numbers),
+}
+"""The layouts by name, from the most general to the most special. The last one that recognises a folder reads it, so a
+layout that is added later comes before all others. docs/extend.md shows how to add one."""
 
 
 def make_demo() -> None:
@@ -77,43 +105,22 @@ def _open(data: Path, split: int, allow_outside: bool) -> Catalog:
 
     if is_store(data):
         return catalog_of_store(data, split)
+    name, layout = layout_of(data)
+    if layout.numbers is None:
+        check_split(split, name, [1])
     tree = read_tree(data)
-    catalog = _open_folder(data, tree, split, allow_outside)
+    catalog = layout.read(DataFolder(root=data, tree=tree, split=split, allow_outside=allow_outside))
     return add_unused(catalog, tree) if catalog.lists else catalog
 
 
-def _open_folder(data: Path, tree: Tree, split: int, allow_outside: bool) -> Catalog:
-    """Return the catalog of a folder by the first layout that fits. `tree`: all that is below the folder."""
-    if (data / "ucfTrainTestlist").is_dir() or (data / "UCF-101").is_dir():
-        _require_split(split, "UCF101", numbers=3)
-        return ucf101(data, split, allow_outside)
-    if (data / "testTrainMulti_7030_splits").is_dir():
-        _require_split(split, "HMDB51", numbers=3)
-        return hmdb51(data, split, allow_outside)
-    if lists := [file for folder in (data, data / "annotations") for file in kinetics_lists(folder)]:
-        _require_split(split, "Kinetics-400", numbers=1)
-        return kinetics(data, lists, tree)
-    if any(data.glob("Diving48*_train.json")) or any(data.glob("Diving48*_test.json")):
-        _require_split(split, "Diving48", numbers=1)
-        return diving48(data, tree)
-    if has_lists(data):
-        return list_catalog(data, split, allow_outside)
-    _require_split(split, "class folders", numbers=1)
-    return class_folders(tree)
+def layout_of(data: Path) -> tuple[str, Layout]:
+    """Return the name and the layout of a folder: the last of LAYOUTS that recognises it."""
+    return next((name, layout) for name, layout in reversed(LAYOUTS.items()) if layout.recognise(data))
 
 
 def official_splits(data: Path) -> list[int]:
     """Return the numbers of the official splits that a data set has lists for; [1] if it has none."""
-    if (data / "ucfTrainTestlist").is_dir():
-        names = [file.name for file in (data / "ucfTrainTestlist").glob("t*list0[123].txt")]
-    elif numbers := list_numbers(data):
-        return numbers
-    else:
-        names = [file.name for file in (data / "testTrainMulti_7030_splits").glob("*_test_split[123].txt")]
-    return sorted({int(name[-len("1.txt")]) for name in names}) or [1]
-
-
-def _require_split(split: int, layout: str, numbers: int) -> None:
-    if not 1 <= split <= numbers:
-        allowed = "1, 2 or 3" if numbers == 3 else "1: this layout has no numbered splits"
-        raise UserError(f"split {split} of {layout}: must be {allowed}")
+    if data.is_dir() and is_store(data):
+        return sorted(load_index(data)["numbers"].tolist())
+    numbers = list_numbers if data.is_file() else layout_of(data)[1].numbers
+    return sorted(numbers(data) if numbers else []) or [1]

@@ -25,7 +25,7 @@ from dclr.errors import UserError
 SAMPLE_BYTES = 64 * 1024
 """Bytes at each end of a file that are compared before whole files are."""
 
-OFFICIAL = ("UCF101", "HMDB51", "Kinetics-400", "Diving48")
+OFFICIAL = ("UCF101", "HMDB51", "Kinetics-400", "Something-Something v2", "Diving48")
 """Layouts whose lists and labels were published. Users cannot correct them."""
 
 THREADS = 8

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from dclr.data.catalog import LAYOUTS, SPLITS, Catalog, Video, make_catalog
+from dclr.data.catalog import KNOWN_LAYOUTS, SPLITS, Catalog, Video, make_catalog
 from dclr.data.listed_paths import count_videos
 from dclr.data.tree import LISTS, PICTURES, Tree, looks_like_list, open_unknown, suffix_of
 from dclr.errors import UserError
@@ -269,7 +269,7 @@ def describe_nothing(tree: Tree) -> str:
     if PICTURES not in tree.unused and any(suffix in (".jpg", ".jpeg", ".png") for suffix in suffixes):
         seen.append("pictures are not read as frames of videos")
     what = f": {'; '.join(seen)}" if seen else ""
-    return f"no videos found in {tree.root}{what}; recognised are {LAYOUTS}"
+    return f"no videos found in {tree.root}{what}; recognised are {KNOWN_LAYOUTS}"
 
 
 # ---------------------------------------------------------------- videos that lists name

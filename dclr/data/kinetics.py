@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from dclr.data.catalog import SPLITS, Catalog, Video, make_catalog
 from dclr.data.folders import videos_by_stem
+from dclr.data.layout import DataFolder
 from dclr.data.listed_paths import describe_equal_names
 from dclr.data.lists import MAX_LINE, reading
 from dclr.data.own_lists import SPLIT_NAMES, parse_list_name
-from dclr.data.tree import Tree
 from dclr.errors import UserError
 
 
@@ -30,9 +30,9 @@ class Segment:
     """Empty: the list gives no label."""
 
 
-def kinetics_lists(folder: Path) -> Iterator[Path]:
-    """Yield the CSV files of a folder whose header has a column youtube_id."""
-    for file in sorted(folder.glob("*.csv")):
+def kinetics_lists(data: Path) -> Iterator[Path]:
+    """Yield the CSV files of a data folder and of its folder annotations whose header has a column youtube_id."""
+    for file in [*sorted(data.glob("*.csv")), *sorted((data / "annotations").glob("*.csv"))]:
         with reading(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
             first = text.readline(MAX_LINE)
         with suppress(csv.Error):  # not a table at all
@@ -44,7 +44,11 @@ def _column_names(header: Sequence[str]) -> list[str]:
     return [name.strip().lower() for name in header]
 
 
-def kinetics(data: Path, lists: list[Path], tree: Tree) -> Catalog:
+def is_kinetics(data: Path) -> bool:
+    return any(kinetics_lists(data))
+
+
+def kinetics(folder: DataFolder) -> Catalog:
     """Return the catalog of Kinetics. Rows of split "validate" are "val".
 
     Accuracy on Kinetics is reported on the validation split, which is then "test" too. So a test list without labels,
@@ -52,6 +56,7 @@ def kinetics(data: Path, lists: list[Path], tree: Tree) -> Catalog:
 
     Raises UserError: a row is wrong; one file stands for two segments with different labels or splits.
     """
+    lists = list(kinetics_lists(folder.root))
     segments = _read_segments(lists)
     labelled = {split: [s for s in segments if s.split == split and s.class_name] for split in SPLITS}
     recognised, warnings = [], []
@@ -69,7 +74,7 @@ def kinetics(data: Path, lists: list[Path], tree: Tree) -> Catalog:
 
     classes = tuple(sorted({segment.class_name for segment in segments} - {""}))
     labels = {class_name: label for label, class_name in enumerate(classes)} | {"": -1}
-    on_disk = videos_by_stem(tree)
+    on_disk = videos_by_stem(folder.tree)
     splits: dict[str, list[Video]] = {split: [] for split in SPLITS}
     missing: dict[str, list[Video]] = {split: [] for split in SPLITS}
     owner: dict[str, Segment] = {}
@@ -101,7 +106,7 @@ def kinetics(data: Path, lists: list[Path], tree: Tree) -> Catalog:
         )
     warnings += describe_equal_names(equal_names)
     return make_catalog(
-        data, "Kinetics-400", classes, splits, missing, recognised=recognised, warnings=warnings, lists=lists
+        folder.root, "Kinetics-400", classes, splits, missing, recognised=recognised, warnings=warnings, lists=lists
     )
 
 

@@ -5,13 +5,24 @@ from pathlib import Path, PurePosixPath
 
 from dclr.data.catalog import Catalog, Video, make_catalog
 from dclr.data.folders import videos_by_stem
+from dclr.data.layout import DataFolder, check_split
 from dclr.data.listed_paths import Disk, describe_equal_names, find_videos
 from dclr.data.lists import MAX_CLASSES, label_number, path_inside, read_json_list, read_lines
-from dclr.data.tree import Tree, has_video_name
+from dclr.data.tree import has_video_name
 from dclr.errors import UserError
 
 
-def ucf101(data: Path, split: int, allow_outside: bool) -> Catalog:
+def is_ucf101(data: Path) -> bool:
+    return (data / "ucfTrainTestlist").is_dir() or (data / "UCF-101").is_dir()
+
+
+def ucf101_numbers(data: Path) -> list[int]:
+    return _numbers(data / "ucfTrainTestlist", "t*list0[123].txt")
+
+
+def ucf101(folder: DataFolder) -> Catalog:
+    data, split, allow_outside = folder.root, folder.split, folder.allow_outside
+    check_split(split, "UCF101", (1, 2, 3))
     lists = data / "ucfTrainTestlist"
     class_file = lists / "classInd.txt"
     names: dict[int, str] = {}
@@ -70,7 +81,17 @@ def ucf101(data: Path, split: int, allow_outside: bool) -> Catalog:
     )
 
 
-def hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
+def is_hmdb51(data: Path) -> bool:
+    return (data / "testTrainMulti_7030_splits").is_dir()
+
+
+def hmdb51_numbers(data: Path) -> list[int]:
+    return _numbers(data / "testTrainMulti_7030_splits", "*_test_split[123].txt")
+
+
+def hmdb51(folder: DataFolder) -> Catalog:
+    data, split, allow_outside = folder.root, folder.split, folder.allow_outside
+    check_split(split, "HMDB51", (1, 2, 3))
     lists = data / "testTrainMulti_7030_splits"
     classes = tuple(sorted({file.name.rpartition("_test_split")[0] for file in lists.glob("*_test_split[123].txt")}))
     if not classes:
@@ -78,13 +99,13 @@ def hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
     splits: dict[str, list[Video]] = {"train": [], "test": []}
     for label, name in enumerate(classes):
         inner = (data / "videos" / name).is_dir() or ((data / "videos").is_dir() and not (data / name).is_dir())
-        folder = f"videos/{name}" if inner else name
+        videos = f"videos/{name}" if inner else name
         for where, line in read_lines(lists / f"{name}_test_split{split}.txt"):
             file, _, use = line.rpartition(" ")
             if not file or use not in ("0", "1", "2"):
                 raise UserError(f"{where}: expected `video.avi 0|1|2` (unused, train, test), got {line!r}")
             if use != "0":
-                path = path_inside(PurePosixPath(folder, file.strip()), where, allow_outside)
+                path = path_inside(PurePosixPath(videos, file.strip()), where, allow_outside)
                 splits["train" if use == "1" else "test"].append(Video(path=path, label=label))
     official = sorted(lists.glob("*_test_split[123].txt"))  # those of the other splits are not forgotten either
     found = find_videos(Disk(data), splits)
@@ -100,7 +121,12 @@ def hmdb51(data: Path, split: int, allow_outside: bool) -> Catalog:
     )
 
 
-def diving48(data: Path, tree: Tree) -> Catalog:
+def is_diving48(data: Path) -> bool:
+    return any(data.glob("Diving48*_train.json")) or any(data.glob("Diving48*_test.json"))
+
+
+def diving48(folder: DataFolder) -> Catalog:
+    data = folder.root
     entries: dict[str, list[tuple[str, int]]] = {}
     labels: dict[str, int] = {}
     for split in ("train", "test"):
@@ -130,7 +156,7 @@ def diving48(data: Path, tree: Tree) -> Catalog:
     else:
         classes = tuple(str(label) for label in range(largest + 1))
 
-    on_disk = videos_by_stem(tree)
+    on_disk = videos_by_stem(folder.tree)
     splits: dict[str, list[Video]] = {split: [] for split in entries}
     missing: dict[str, list[Video]] = {split: [] for split in entries}
     for split, listed in entries.items():
@@ -149,6 +175,11 @@ def diving48(data: Path, tree: Tree) -> Catalog:
         warnings=describe_equal_names([on_disk[name] for name in labels if len(on_disk.get(name, [])) > 1]),
         lists=sorted(read),
     )
+
+
+def _numbers(lists: Path, pattern: str) -> list[int]:
+    """Return the numbers at the end of the names of list files, each once."""
+    return sorted({int(file.stem[-1]) for file in lists.glob(pattern)})
 
 
 def _only(folder: Path, pattern: str) -> Path:
