@@ -26,7 +26,9 @@ def start_rank(
     own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     own |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "DCLR_START_TIMEOUT": limit}
-    program = "import sys, train\ndef main(arguments):\n" + "".join(f"    {line}\n" for line in code.splitlines())
+    program = "import sys\nfrom dclr.commands import train\ndef main(arguments):\n" + "".join(
+        f"    {line}\n" for line in code.splitlines()
+    )
     return subprocess.Popen(
         [sys.executable, "-c", program + "train.main = main\nsys.exit(train.run([]))"],
         cwd=REPOSITORY, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

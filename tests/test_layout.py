@@ -4,6 +4,7 @@ python tests/test_layout.py      prints the parts by level, with what each impor
 """
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,10 +22,15 @@ def modules() -> dict[str, Path]:
     return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): file for path, file in found.items()}
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imports(name: str, known: dict[str, Path]) -> set[tuple[str, str]]:
     """Return (module, name) of everything that a module imports from the others; the name is "" for a module."""
     found = set()
-    for node in ast.walk(ast.parse(known[name].read_text())):
+    for node in ast.walk(parsed(known[name])):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -103,7 +109,7 @@ def test_one_module_each_imports_deepspeed_and_av():
     for name, file in modules().items():
         if not name.startswith("dclr"):
             continue
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for package in importers.keys() & {imported.split(".")[0] for imported in names}:
