@@ -16,7 +16,7 @@ from dclr.commands import evaluate as evaluation
 from dclr.config import make_config, write_config
 from dclr.data.encode import write_video
 from dclr.errors import UserError
-from dclr.evaluation.activation_maps import check_maps, energy_share
+from dclr.evaluation.activation_maps import check_maps, energy_share, why_too_coarse
 from dclr.models import build_backbone, save_backbone
 
 
@@ -69,6 +69,11 @@ def test_the_energy_share_is_a_sum_over_pixels_and_a_flat_map_gives_the_masks_sh
     assert energy_share(activation, mask) == pytest.approx(inside / whole, rel=1e-12)
 
 
+def test_a_warning_comes_with_maps_of_fewer_than_four_cells_a_side():
+    assert why_too_coarse(4, 4) == why_too_coarse(7, 7) == ""
+    assert "3 x 4 cells" in why_too_coarse(3, 4)
+
+
 def test_a_map_inside_the_mask_has_all_its_energy_there():
     activation, mask = np.zeros((1, 2, 2)), np.zeros((4, 10, 10), bool)
     activation[0, 1, 0] = 3
@@ -99,7 +104,9 @@ def test_maps_report_shares_for_the_run_an_untrained_network_and_a_flat_map(walk
     assert (result["videos"], result["map_size"], result["without_motion"]) == (2, [1, 2, 2], [])
     assert all(0 < share < 0.5 for share in result["figures"].values())
     assert len(set(result["figures"].values())) == 7  # all maps differ
-    assert re.search(r"A_d untrained +\d+\.\d%\n", capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert re.search(r"A_d untrained +\d+\.\d%\n", shown.out)
+    assert "warning: a map of 2 x 2 cells hardly shows where the network responds: one cell covers 25%" in shown.err
     with Image.open(tmp_path / "out" / "pictures" / "maps.png") as image:
         assert image.width > 1200
 

@@ -194,9 +194,10 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
     ]  # fmt: skip
     figures.plot_retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
     pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
+    # 3 columns of 1.7 inches, 2 rows of 1.6 inches, the title and the legend, at 100 dots per inch.
+    assert pixels.shape[:2] == (420, 510)
+    pixels, legend = np.split(pixels, [390])
     height, width = pixels.shape[:2]
-    # 3 columns of 1.7 inches, 2 rows of 1.85 inches and the title, at 100 dots per inch.
-    assert (width, height) == (510, 420)
 
     def boxes(colour):
         """Return the (row, column) of the cells, of 2 rows and 3 columns, that show the colour."""
@@ -211,6 +212,26 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
     assert boxes(red) == {(0, 2), (1, 1)}
     assert boxes((0, 0, 200)) == {(0, 0), (1, 0)}
     assert boxes((120, 120, 120)) == {(0, 2)}
+    for colour in (green, red, (0, 0, 0)):  # the legend explains each
+        assert (np.abs(legend - colour).sum(2) < 12).sum() > 40
+
+
+def test_the_sheet_of_mistakes_shows_every_frame_and_names_that_are_no_formula(tmp_path):
+    """A $ would start a formula of matplotlib, and this one would raise an error."""
+    colours = [(0, 0, 40 + 20 * i) for i in range(8)]
+    name = "$\\no$ " + 40 * "long "
+    cells = [(np.full((24, 32, 3), colour, np.uint8), name, "b", 0.5) for colour in colours]
+    figures.plot_mistakes(cells, "title $\\no$", tmp_path / "mistakes.png")
+    pixels = np.asarray(Image.open(tmp_path / "mistakes.png").convert("RGB")).astype(int)
+    assert all((pixels == colour).all(2).sum() > 5000 for colour in colours)
+    assert pixels.shape[1] == 6 * 170
+
+
+def test_a_title_longer_than_the_picture_is_broken_into_lines(tmp_path):
+    cells = [(np.zeros((24, 32, 3), np.uint8), "a", "b", 0.5)]
+    figures.plot_mistakes(cells, 30 * "words ", tmp_path / "mistakes.png")
+    pixels = np.asarray(Image.open(tmp_path / "mistakes.png").convert("L"))
+    assert (pixels[:, [0, -1]] > 250).all()  # nothing is cut at the left or the right edge
 
 
 # ---------------------------------------------------------------- the table of `make demo`

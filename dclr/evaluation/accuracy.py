@@ -63,8 +63,12 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
     ):
         print(f"{name:14}{top1:8.1%}{top5:8.1%}")
     benchmark.print_faults()
-    title = f"{checkpoint}: top-1 by video {result.top1_video:.1%} of {result.videos} (chance {result.chance_top1:.1%})"
-    figures.plot_confusion_matrix(result.confusion, classes, benchmark.title(title), folder / "confusion.png")
+    title = benchmark.title(
+        checkpoint,
+        f"top-1 accuracy by video {result.top1_video:.1%} (chance {result.chance_top1:.1%})",
+        f"{result.videos} test videos",
+    )
+    figures.plot_confusion_matrix(result.confusion, classes, title, folder / "confusion.png")
     return {
         "backbone": classifier.backbone.name,
         "width": classifier.backbone.width,

@@ -9,6 +9,7 @@ Letters: T frames; H, W pixels of the crop; T', H', W' cells of a map.
 """
 
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ The share of a single clip varies by 4 to 8 percentage points, so the mean of 20
 point."""
 
 SHEET_CLIPS = 8
+
+LEAST_CELLS = 4
+"""Cells of a map's side below which a warning says that the map is coarse. With 4, one cell covers 6 % of the picture.
+The published crop of 112 pixels gives 7."""
 
 PIXELS_SHOWN = 512
 """Pixels of a side above which a picture leaves out rows and columns, so that 200 large frames fit into memory."""
@@ -121,14 +126,22 @@ def evaluate_activation_maps(
     print(f"\n{loaded}\non {catalog.root}: {counts}")
     for name, values in shares.items():
         print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
+    coarse = why_too_coarse(*size[1:])
+    if coarse:
+        print(f"warning: {coarse}", file=sys.stderr)
     benchmark.print_faults()
     shown_rows = [rows[position] for position in evenly_spaced(len(rows), SHEET_CLIPS)]
-    # The name of the run without the folders above it, because pictures are published.
-    title = (
-        f"{checkpoint.resolve().name}, {network.name} (width {network.width})\n"
-        "Activation maps of the rgb (A_v), static (A_s) and dynamic view (A_d), from blue (smallest) to red (largest)"
+    means = ", ".join(f"{name} {statistics.mean(shares[name]):.1%}" for name in MAPS)
+    title = benchmark.title(
+        checkpoint,
+        f"share of the activation maps in the moving region: {means} "
+        f"(a map that is the same everywhere: {statistics.mean(shares['flat']):.1%})",
+        f"{len(rows)} test clips, {network.name} (width {network.width}), maps of {grid} cells",
+        "A_v: rgb view; A_s: static view, the middle frame repeated; A_d: dynamic view, the differences of frames; "
+        "untrained: the same network with random weights",
+        *([f"warning: {coarse}"] if coarse else []),
     )
-    figures.plot_activation_maps(shown_rows, benchmark.title(title), folder / "maps.png")
+    figures.plot_activation_maps(shown_rows, title, folder / "maps.png")
     return {
         "weights": loaded,
         "backbone": network.name,
@@ -154,6 +167,16 @@ def clip_of(videos: VideoSet, batch: ClipBatch) -> Clip:
     path, label = videos.path(index), int(videos.labels[index])
     name = videos.classes[label] if label >= 0 else Path(path).stem
     return Clip(path, name, clip, rgb, mask)
+
+
+def why_too_coarse(height: int, width: int) -> str:
+    """Return one line that says why maps of so few cells show little, or the empty string if they have enough."""
+    if min(height, width) >= LEAST_CELLS:
+        return ""
+    return (
+        f"a map of {height} x {width} cells hardly shows where the network responds: one cell covers "
+        f"{1 / (height * width):.0%} of the picture; use a network that was trained on larger crops (--crop-size 112)"
+    )
 
 
 @torch.no_grad()

@@ -144,8 +144,15 @@ def evaluate_background(
         tested = evaluate_foreground(logits, features, samples, test, device)
         benchmark.add_failures(tested.failures)
         print_foreground(tested, predictor, motion.chance)
-        title = f"{loaded}: moving {tested.moving:.1%}, static {tested.static:.1%}, contrasted {tested.contrasted:.1%}"
-        plot_sheet(samples, tested.indices, benchmark.title(title), folder / "foreground.png")
+        title = benchmark.title(
+            checkpoint,
+            f"accuracy on moving composites {tested.moving:.1%}, on static composites {tested.static:.1%}, "
+            f"on moving but not on static ones {tested.contrasted:.1%} (chance {motion.chance:.1%})",
+            f"{len(tested.indices)} test videos, each on the background of a video of another class",
+            "foreground: the moving region, in white; moving: the foreground on the other background, frame by frame; "
+            "static: the middle frame of it, repeated",
+        )
+        plot_sheet(samples, tested.indices, title, folder / "foreground.png")
         result["figures"] |= {f"foreground_{name}": getattr(tested, name) for name in FOREGROUND}
         result["foreground"] = {
             "predicted_by": predictor,

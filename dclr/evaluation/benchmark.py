@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dclr.config import DataConfig
@@ -58,9 +59,21 @@ class Benchmark:
         gaps = [f"these figures are of {sentence}" for sentence in sentences if sentence]
         return [*gaps, *missing_of_unknown_split(self.catalog)]
 
-    def title(self, title: str) -> str:
-        """Return the title of a picture, with a line for each gap."""
-        return "\n".join([title, *self.gaps()])
+    def title(self, checkpoint: Path, finding: str, videos: str, *more: str) -> str:
+        """Return the title of a picture: a line for the checkpoint, one for the data set, others, and one for each gap.
+
+        Checkpoint and data set are named without the folders above them, because pictures are published.
+
+        Args:
+            finding: what was found for the checkpoint, next to chance.
+            videos: which videos of the data set it was found for.
+            more: other lines.
+        """
+        names = checkpoint.resolve().parts
+        run = "/".join(names[-2:]) if checkpoint.is_file() else names[-1]
+        return "\n".join(
+            [f"{run}: {finding}", f"data set {self.catalog.root.resolve().name}: {videos}", *more, *self.gaps()]
+        )
 
     def report(self) -> dict[str, Any]:
         """Return the entries of report.json."""

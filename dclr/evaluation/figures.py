@@ -1,15 +1,31 @@
 """Pictures of an evaluation, written as files by matplotlib. Each `plot_*` function writes one picture."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # writes files; needs no screen
 from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+
+QUERY, RIGHT, WRONG = "black", "tab:green", "tab:red"
+"""The colours of the borders in a retrieval sheet."""
+
+CROP = "tab:orange"
+"""The colour of the outline of a crop."""
+
+_as_written = matplotlib.rc_context({"text.parse_math": False})
+"""Decorator of the functions that plot names of classes and files. A $ in a name must not start a formula."""
 
 
+@_as_written
 def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
     """Plot numbers of videos, true class by predicted class. The colour shows the share of the true class's videos.
 
@@ -21,11 +37,12 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str
     figure, axes = plt.subplots(figsize=(side + 1.2, side))
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     size = 8 if len(classes) <= 40 else 4
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(classes)), classes, fontsize=size)
+    names = [_shortened(name, 2.5, size) for name in classes]
+    axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(classes)), names, fontsize=size)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(title, fontsize=10, wrap=True)
+    axes.set_title(_wrapped(title, side + 1.2, 10), fontsize=10)
     if len(classes) <= 20:
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.5 else "black"
@@ -35,6 +52,7 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str
     plt.close(figure)
 
 
+@_as_written
 def plot_retrieval_sheet(
     rows: Sequence[tuple[tuple[np.ndarray, str], Sequence[tuple[np.ndarray, str, bool]]]], title: str, path: Path
 ) -> None:
@@ -46,27 +64,40 @@ def plot_retrieval_sheet(
             Frames are (H, W, 3) uint8.
     """
     columns = 1 + max(len(nearest) for _, nearest in rows)
-    figure, grid = plt.subplots(len(rows), columns, figsize=(1.7 * columns, 1.85 * len(rows) + 0.5), squeeze=False)
+    figure, grid = _grid(len(rows), columns, (1.7, 1.6))
     for line, ((frame, name), nearest) in zip(grid, rows, strict=True):
-        cells = [(frame, name, None), *nearest]
-        for axes, cell in zip(line, cells + [None] * (columns - len(cells)), strict=True):
+        cells = [(frame, name, QUERY), *((frame, name, RIGHT if same else WRONG) for frame, name, same in nearest)]
+        for axes, (picture, caption, colour) in zip(line, cells, strict=False):
+            axes.axis("on")
             axes.set_xticks([])
             axes.set_yticks([])
-            if cell is None:
-                axes.axis("off")
-                continue
-            picture, caption, right = cell
             axes.imshow(picture)
-            axes.set_title(caption, fontsize=7, pad=5)
-            colour = "black" if right is None else "tab:green" if right else "tab:red"
+            axes.set_title(_shortened(caption, 1.6, 7), fontsize=7, pad=5)
             for edge in axes.spines.values():
                 edge.set(color=colour, linewidth=3)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    meanings = {QUERY: "query", RIGHT: "same class as the query", WRONG: "another class"}
+    legend = [Patch(fill=False, edgecolor=colour, linewidth=3, label=words) for colour, words in meanings.items()]
+    _finish(figure, title, path, legend)
 
 
+@_as_written
+def plot_mistakes(cells: Sequence[tuple[np.ndarray, str, str, float]], title: str, path: Path) -> None:
+    """Plot videos whose predicted class is wrong, side by side.
+
+    Args:
+        cells: for each video a frame (H, W, 3) uint8, the true class, the predicted class and its probability.
+    """
+    columns = min(6, len(cells))
+    figure, grid = _grid(-(-len(cells) // columns), columns, (1.7, 1.65))
+    for axes, (frame, true, predicted, probability) in zip(grid.flat, cells, strict=False):
+        axes.imshow(frame)
+        percent = f" {probability:.0%}"
+        words = f"true: {_shortened(true, 1.2, 7)}\npredicted: {_shortened(predicted, 0.8, 7)}{percent}"
+        axes.set_title(words, fontsize=7, pad=3)
+    _finish(figure, title, path)
+
+
+@_as_written
 def plot_view_sheet(
     samples: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Sequence[np.ndarray]]],
     shown: Sequence[int],
@@ -85,11 +116,7 @@ def plot_view_sheet(
         shown: positions of the frames to show, one column each.
     """
     lines = 4 * len(samples)
-    figure, grid = plt.subplots(
-        lines, len(shown) + 1, figsize=(1.45 * (len(shown) + 1) + 1.2, 1.5 * lines + 0.7), squeeze=False
-    )
-    for axes in grid.flat:
-        axes.axis("off")
+    figure, grid = _grid(lines, len(shown) + 1, (1.45, 1.3), left=1.4)
     for number, (name, source, still, clip_row, still_row, views) in enumerate(samples):
         block = grid[4 * number : 4 * number + 4]
         for line, label, pictures in zip(
@@ -107,15 +134,13 @@ def plot_view_sheet(
         difference = "rgb[t] - rgb[t-1]\nat half contrast"
         for line, words in zip(block[1:], (_changes(clip_row), _changes(still_row), difference), strict=True):
             line[-1].text(0, 0.5, words, transform=line[-1].transAxes, va="center", fontsize=6.5)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(rect=(0.06, 0, 1, 0.985), h_pad=0.3, w_pad=0.2)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    legend = [Patch(fill=False, edgecolor=CROP, linewidth=1.5, label="the random crop that the view shows")]
+    _finish(figure, title, path, legend)
 
 
 def _outline(axes: plt.Axes, box: np.ndarray) -> None:
     top, left, height, width = box
-    axes.add_patch(plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color="tab:orange", linewidth=1.5))
+    axes.add_patch(plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=CROP, linewidth=1.5))
 
 
 def _changes(row: np.ndarray) -> str:
@@ -129,6 +154,7 @@ def _changes(row: np.ndarray) -> str:
     return "\n".join(words) or "no change of colour"
 
 
+@_as_written
 def plot_composites(
     rows: Sequence[tuple[tuple[str, str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]], title: str, path: Path
 ) -> None:
@@ -138,24 +164,24 @@ def plot_composites(
         rows: names of the clip's class and of the background's class; frames (T, H, W, 3) uint8; mask (T, H, W) bool;
             background of any size (H', W', 3) uint8; the composite (T, H, W, 3) uint8.
     """
-    figure, grid = plt.subplots(len(rows), 7, figsize=(1.75 * 7, 1.6 * len(rows) + 0.6), squeeze=False)
+    figure, grid = _grid(len(rows), 7, (1.75, 1.5))
     for line, ((name, other), frames, mask, background, composed) in zip(grid, rows, strict=True):
         last = len(frames) - 1
         middle = len(frames) // 2
         cells = (
-            (frames[middle], f"{name}, t = {middle}"),
+            (frames[middle], f"{_shortened(name, 1.1, 7)}, t = {middle}"),
             (mask[middle], f"foreground, {mask.mean():.0%} of the clip"),
-            (background, f"background: {other}"),
+            (background, f"background: {_shortened(other, 0.9, 7)}"),
             *((composed[t], f"moving, t = {t}") for t in (0, middle, last)),
             (composed[middle], f"static, t = {middle}"),
         )
         for axes, (picture, caption) in zip(line, cells, strict=True):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
             axes.set_title(caption, fontsize=7, pad=3)
-            axes.axis("off")
     _finish(figure, title, path)
 
 
+@_as_written
 def plot_activation_maps(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray, Mapping[str, np.ndarray]]], title: str, path: Path
 ) -> None:
@@ -166,25 +192,67 @@ def plot_activation_maps(
             every row. The colours of each map go from its own smallest value (blue) to its own largest value (red).
     """
     columns = 2 + len(rows[0][3])
-    figure, grid = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.75 * len(rows) + 0.8), squeeze=False)
+    figure, grid = _grid(len(rows), columns, (1.6, 1.7), below=0.4)
     for line, (name, frame, mask, maps) in zip(grid, rows, strict=True):
         height, width = mask.shape
         for axes, picture, caption in zip(line, (frame, mask), (name, "foreground"), strict=False):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            axes.set_title(caption, fontsize=7, pad=3)
+            axes.set_title(_shortened(caption, 1.5, 7), fontsize=7, pad=3)
         for axes, (caption, values) in zip(line[2:], maps.items(), strict=True):
             axes.imshow(frame)
             axes.imshow(
                 values, cmap="jet", alpha=0.5, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5)
             )
             axes.set_title(caption, fontsize=7, pad=3)
-        for axes in line:
-            axes.axis("off")
+    colours = ScalarMappable(Normalize(0, 1), "jet")
+    bar = figure.colorbar(colours, ax=grid, location="bottom", shrink=0.35, aspect=40, alpha=0.5, pad=0.01)
+    bar.ax.set_xticks([0, 1], ["the map's smallest value", "its largest value"], fontsize=8)
     _finish(figure, title, path)
 
 
-def _finish(figure: plt.Figure, title: str, path: Path) -> None:
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=0.4, w_pad=0.3)
+# ---------------------------------------------------------------- the page
+
+
+def _grid(
+    rows: int, columns: int, cell: tuple[float, float], left: float = 0.0, below: float = 0.3
+) -> tuple[plt.Figure, np.ndarray]:
+    """Return a figure and its cells without axes, (rows, columns).
+
+    Args:
+        cell: width and height in inches of a cell.
+        left, below: inches of free room at the left of the cells, and below them for a legend.
+    """
+    size = (cell[0] * columns + left, cell[1] * rows + 0.7 + below)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in grid.flat:
+        axes.axis("off")
+    return figure, grid
+
+
+def _finish(figure: plt.Figure, title: str, path: Path, legend: Sequence[Any] = ()) -> None:
+    """Write the title above the cells and the legend below them, and save the figure."""
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(w_pad=0.03, h_pad=0.05)  # inches
+    figure.suptitle(_wrapped(title, figure.get_figwidth(), 9), fontsize=9)
+    if legend:
+        figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _characters(inches: float, points: float) -> int:
+    """Return how many characters of a font size fit. A character is about 0.6 times as wide as it is high."""
+    return int(inches * 72 / (0.6 * points))
+
+
+def _wrapped(text: str, inches: float, points: float) -> str:
+    """Break lines that are longer than `inches`."""
+    lines = [textwrap.wrap(line, _characters(inches, points)) or [""] for line in text.split("\n")]
+    return "\n".join(part for line in lines for part in line)
+
+
+def _shortened(text: str, inches: float, points: float) -> str:
+    """Return the text, or its beginning and its end with an ellipsis between them if it is longer than `inches`."""
+    most = _characters(inches, points)
+    return text if len(text) <= most else f"{text[: most - 6]}…{text[-5:]}"

@@ -74,12 +74,13 @@ def evaluate_retrieval(
     for name, shares in (("retrieval", result.recall), ("chance", result.chance)):
         print("".join([f"{name:10}", *(f"{value:8.1%}" for value in shares.values())]))
     benchmark.print_faults()
-    title = (
-        f"{loaded}: R@1 {result.recall[1]:.1%}\n"
-        "Each query and its nearest train videos, with cosine similarity. Green: the query's class. Red: another class."
+    title = benchmark.title(
+        checkpoint,
+        f"recall at 1 {result.recall[1]:.1%} (chance {result.chance[1]:.1%})",
+        counts,
+        "each query and its nearest train videos, nearest first, with their cosine similarity",
     )
-    path = folder / "retrieval.png"
-    plot_sheet(result, gallery, queries, gallery_videos, query_videos, benchmark.title(title), path)
+    plot_sheet(result, gallery, queries, gallery_videos, query_videos, title, folder / "retrieval.png")
     return {
         "weights": loaded,
         "backbone": model.backbone,
