@@ -25,7 +25,7 @@ from dclr.data.augmentation import PRETRAIN
 from dclr.kernels import ViewParams, Views, Yuv420, generate_views, set_backend
 from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
-from dclr.models.backbone import Factored, FactoredStem
+from dclr.models.video_resnet import Factored, FactoredStem
 from dclr.training.compile import compile_backbone, resolve_compile
 from dclr.training.engine import Engine, read_ds_config, resolve_precision
 

@@ -9,7 +9,7 @@ import torch
 
 from dclr.config import Config, DataConfig, FinetuneConfig, MethodConfig, ModelConfig, PretrainConfig
 from dclr.errors import UserError
-from dclr.models import BACKBONES, build_backbone, map_size
+from dclr.models import BACKBONES, backbone_without_memory, build_backbone, map_size
 from dclr.training.batchnorm import check_batch_statistics
 
 
@@ -23,18 +23,22 @@ def refused(config: Config, micro_batch: int = 1) -> str:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize(("frames", "pixels"), [(1, 16), (8, 16), (9, 16), (2, 17)])
+@pytest.mark.parametrize(("frames", "pixels"), [(1, 16), (8, 16), (9, 16), (2, 17), (5, 17)])
 def test_settings_are_refused_exactly_if_torch_fails(name, frames, pixels):
+    width = 64 if name == "s3d" else 4
     data = DataConfig(clip_length=frames, crop_size=pixels)
-    config = FinetuneConfig(data=data, model=ModelConfig(backbone=name, width=4))
-    network = build_backbone(name, 4).train()
+    config = FinetuneConfig(data=data, model=ModelConfig(backbone=name, width=width))
+    network = build_backbone(name, width).train()
     for micro_batch in (1, 2):
+        if name == "s3d" and (frames < 5 or pixels < 17):
+            assert "s3d takes clips of at least 5 frames of 17 x 17 pixels" in refused(config, micro_batch)
+            continue
         clips = torch.zeros(micro_batch, 3, frames, pixels, pixels)
         if refused(config, micro_batch):
             with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
                 network(clips)
         else:
-            assert network(clips).shape[2:] == map_size(name, frames, pixels)
+            assert network(clips).shape[2:] == map_size(backbone_without_memory(name, width), frames, pixels)
 
 
 def test_the_message_names_the_smallest_settings_that_work():

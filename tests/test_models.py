@@ -27,8 +27,8 @@ from dclr.models import (
     pool,
     save_backbone,
     save_classifier,
+    video_resnet,
 )
-from dclr.models import backbone as backbone_module
 from dclr.models.backbone import BatchNorm
 
 
@@ -45,6 +45,7 @@ TORCHVISION: dict[str, Callable[[], nn.Module]] = {
     "r2plus1d_18": video.r2plus1d_18,
     "r3d_18": video.r3d_18,
     "mc3_18": video.mc3_18,
+    "s3d": video.s3d,
 }
 
 
@@ -65,7 +66,9 @@ def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def without_fc(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    return {
+        name: tensor for name, tensor in network.state_dict().items() if not name.startswith(("fc.", "classifier."))
+    }
 
 
 def assert_equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -77,7 +80,7 @@ def assert_equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 # ---- backbones ----
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", [name for name in TORCHVISION if name != "s3d"])
 def test_backbone_is_torchvisions(name: str) -> None:
     theirs = randomized(TORCHVISION[name]()).eval()
     ours = build_backbone(name).eval()
@@ -91,6 +94,35 @@ def test_backbone_is_torchvisions(name: str) -> None:
         torch.testing.assert_close(classifier(pool(features)), theirs(clip))
 
 
+def test_s3d_is_torchvisions_in_evaluation_and_training() -> None:
+    """Features, and after a step's forward pass the running statistics, which follow torchvision's momentum of 0.001.
+
+    In float64 a rounding error cannot hide a wrong eps.
+    """
+    theirs = randomized(video.s3d()).double().eval()
+    ours = build_backbone("s3d").double().eval()
+    assert ours.feature_dim == 1024
+    ours.load_state_dict(without_fc(theirs), strict=True)
+    clip = torch.randn(2, 3, 9, 40, 49, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(clip), theirs.features(clip))
+        torch.testing.assert_close(ours.train()(clip), theirs.train().features(clip))
+    assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+@pytest.mark.parametrize(("frames", "pixels"), [(5, 17), (4, 17), (5, 16)])
+def test_s3d_refuses_clips_exactly_if_torchvision_fails(frames: int, pixels: int) -> None:
+    clip = torch.zeros(1, 3, frames, pixels, 64)
+    ours, theirs = build_backbone("s3d").eval(), video.s3d().eval().features
+    if (frames, pixels) == (5, 17):
+        assert ours(clip).shape == (1, 1024, 1, 1, 2)
+        return
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        theirs(clip)
+    with pytest.raises(UserError, match=f"at least 5 frames of 17 x 17 pixels, not {frames} of {pixels} x 64: raise"):
+        ours(clip)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -98,13 +130,14 @@ def test_backbone_is_torchvisions(name: str) -> None:
         ("r2plus1d_18", 31_505_325 - 513 * 400),  # torchvision's published counts without the classifier
         ("r3d_18", 33_371_472 - 513 * 400),
         ("mc3_18", 11_695_440 - 513 * 400),
+        ("s3d", 8_320_048 - 1025 * 400),
     ],
 )
 def test_parameter_count(name: str, parameters: int) -> None:
     assert sum(p.numel() for p in build_backbone(name).parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "s3d"])
 def test_narrow_backbone(name: str) -> None:
     backbone = build_backbone(name, width=8)
     assert (backbone.name, backbone.width, backbone.feature_dim) == (name, 8, 64)
@@ -182,13 +215,13 @@ def test_padded_channels_stay_zero_through_training_with_weight_decay(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, Tensor]] = []
-    convolve = backbone_module._in_time
+    convolve = video_resnet.in_time
 
     def watched(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
         seen.append((conv.in_channels, x.detach().clone()))
         return convolve(x, weight, conv)
 
-    monkeypatch.setattr(backbone_module, "_in_time", watched)
+    monkeypatch.setattr(video_resnet, "in_time", watched)
     network = randomized(build_backbone("r2plus1d_10", width))
     before = {name: tensor.shape for name, tensor in network.state_dict().items()}
     network.pad_channels(8)
@@ -225,6 +258,8 @@ def test_unknown_backbone() -> None:
         build_backbone("resnet50")
     with pytest.raises(UserError, match="width must be 1 to 1024, not 0"):
         build_backbone("r3d_18", width=0)
+    with pytest.raises(UserError, match=r"^--width is 16, but s3d has only the width 64: pass --width 64$"):
+        build_backbone("s3d", width=16)
 
 
 # ---- heads ----

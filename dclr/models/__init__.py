@@ -1,6 +1,7 @@
 """Networks: video backbones, projection heads and classifiers, and files of their weights."""
 
-from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone, map_size
+from dclr.models.backbone import Backbone
+from dclr.models.backbones import BACKBONES, MAX_WIDTH, backbone_without_memory, build_backbone, map_size
 from dclr.models.classifier import Classifier, count_correct, load_classifier, save_classifier
 from dclr.models.heads import ProjectionHead, activation_map, pool
 from dclr.models.weights import load_backbone, save_backbone
@@ -12,6 +13,7 @@ __all__ = [
     "Classifier",
     "ProjectionHead",
     "activation_map",
+    "backbone_without_memory",
     "build_backbone",
     "count_correct",
     "load_backbone",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dclr.errors import UserError
-from dclr.models.backbone import Backbone, build_backbone
+from dclr.models.backbone import Backbone
+from dclr.models.backbones import backbone_without_memory, build_backbone
 from dclr.models.heads import pool
 from dclr.models.tensor_file import read_tensors, write_safetensors
 from dclr.models.weights import check_finite, check_fits
@@ -80,8 +81,7 @@ def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
         classes = json.loads(metadata["classes"])
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise ValueError("its classes are not a list of names")
-        with torch.device("meta"):  # shapes without memory
-            backbone = build_backbone(metadata["backbone"], int(metadata["width"]))
+        backbone = backbone_without_memory(metadata["backbone"], int(metadata["width"]))
         check_fits(file, body, backbone)
         shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
         if shapes != {"weight": (len(classes), backbone.feature_dim), "bias": (len(classes),)}:

@@ -9,24 +9,23 @@ Weights that are not finite are refused: every figure from them would be meaning
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dclr.errors import UserError
-from dclr.models.backbone import BACKBONES, MAX_WIDTH, Backbone, build_backbone
+from dclr.models.backbone import Backbone
+from dclr.models.backbones import BACKBONES, MAX_WIDTH, backbone_without_memory
 from dclr.models.tensor_file import read_tensors, write_safetensors
 
 FILE_NAME = "backbone.safetensors"
 """The name of the query backbone's file in a run's folder."""
 
 # Prefixes of parameters in foreign files that are not the backbone's: a classifier, and the authors' five heads.
-_CLASSIFIER = ("fc.",)
+_CLASSIFIER = ("fc.", "classifier.")
 _AUTHORS_HEADS = ("fc.", "fvv.", "fvs.", "fvd.", "fsv.", "fdv.")
-
-_FIRST_NAME = "stem.0.weight"
-"""A name that every backbone has. What stands before it in a file is the prefix of the backbone's names."""
 
 # torch adds these to names, anywhere, when it compiles, shards or checkpoints a module.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -95,10 +94,12 @@ def _find_backbone(
     bare = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
     if len(bare) == len(tensors):
         tensors = bare
+    # What stands before the backbone's first name in a file is the prefix of its names.
+    first_name = next(iter(backbone.state_dict()))
     prefixes = [
         prefix
         for name in tensors
-        if name.endswith(_FIRST_NAME) and (prefix := name.removesuffix(_FIRST_NAME))[-1:] in ("", ".", "/")
+        if name.endswith(first_name) and (prefix := name.removesuffix(first_name))[-1:] in ("", ".", "/")
     ]
     if len(prefixes) > MAX_NETWORKS:
         raise UserError(f"{file} holds {len(prefixes):,} networks: give a file that holds only one")
@@ -192,15 +193,17 @@ def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, remov
 
 def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
     """Return the name and the width of the backbone that has exactly these shapes, or None."""
-    first_norm = found.get("layer1.0.conv1.1.weight")  # its length is the width, in every backbone
-    if first_norm is None or len(first_norm) != 1 or not 1 <= first_norm[0] <= MAX_WIDTH:
-        return None
-    width = first_norm[0]
     for name in BACKBONES:
-        with torch.device("meta"):  # shapes without memory
-            candidate = build_backbone(name, width)
-        if _shapes(candidate.state_dict()) == found:
-            return name, width
+        standard = _shapes(backbone_without_memory(name, 64).state_dict())
+        if standard == found:
+            return name, 64
+        if standard.keys() != found.keys():
+            continue
+        # The width is the length of some vector in the file.
+        for width in sorted({shape[0] for shape in found.values() if len(shape) == 1 and 1 <= shape[0] <= MAX_WIDTH}):
+            with suppress(UserError):  # the backbone has no such width
+                if _shapes(backbone_without_memory(name, width).state_dict()) == found:
+                    return name, width
     return None
 
 

@@ -11,25 +11,29 @@ from torch import Tensor, nn
 from dclr import distributed
 from dclr.config import Config, PretrainConfig
 from dclr.errors import UserError
-from dclr.models import map_size
+from dclr.models import backbone_without_memory, map_size
 
 
 def check_batch_statistics(config: Config, micro_batch: int) -> None:
     """Raise UserError if BatchNorm gets only one value per channel in training, whose variance is not defined.
 
-    The last feature map is the smallest. `micro_batch`: number of samples that a rank computes at once.
+    The last feature map is the smallest. Clips that are too small for the backbone are refused too.
+    `micro_batch`: number of samples that a rank computes at once.
     """
     views = len(config.method.auxiliary_views) if isinstance(config, PretrainConfig) else 1
-    name, frames, pixels = config.model.backbone, config.data.clip_length, config.data.crop_size
-    time, height, width = map_size(name, frames, pixels)
+    backbone = backbone_without_memory(config.model.backbone, config.model.width)
+    frames, pixels = config.data.clip_length, config.data.crop_size
+    time, height, width = map_size(backbone, frames, pixels)
     if micro_batch * max(views, 1) * time * height * width > 1:
         return
-    longer = next(length for length in range(frames + 1, frames + 9) if map_size(name, length, pixels)[0] > 1)
-    larger = next(size for size in range(pixels + 1, pixels + 17) if map_size(name, frames, size)[1] > 1)
+    larger = next((n for n in range(pixels + 1, pixels + 65) if map_size(backbone, frames, n)[1] > 1), None)
+    longer = next((n for n in range(frames + 1, frames + 65) if map_size(backbone, n, pixels)[0] > 1), None)
+    flags = {"--batch-size": 2 * config.optim.batch_size, "--crop-size": larger, "--clip-length": longer}
+    *remedies, last = [f"{flag} {value}" for flag, value in flags.items() if value is not None]
     raise UserError(
         f"--batch-size {config.optim.batch_size} gives micro-batches of 1 clip, and the last feature map of a clip is "
         "1 x 1 x 1, but BatchNorm needs 2 values per channel: "
-        f"use at least --batch-size {2 * config.optim.batch_size}, --crop-size {larger} or --clip-length {longer}"
+        f"use at least {', '.join(remedies)}{' or ' if remedies else ''}{last}"
     )
 
 

@@ -1,0 +1,45 @@
+"""S3D (Xie et al., ECCV 2018, arXiv 1712.04851) without a classifier, built from torchvision's blocks.
+
+Its inception blocks have convolutions in space followed by convolutions in time. It has 7.9 M parameters. Parameter
+names are torchvision's, so torchvision's weights load strictly, except `classifier`.
+"""
+
+from torch import Tensor
+from torchvision.models.video import s3d
+
+from dclr.errors import UserError
+from dclr.models.backbone import Backbone, initialise, replace_norms
+
+LEAST_FRAMES, LEAST_PIXELS = 5, 17
+"""The smallest clip that the network takes. Its last pooling layer would get less than it needs from a smaller one."""
+
+
+class S3D(Backbone):
+    """torchvision's s3d. Its feature map has 1024 channels.
+
+    Batch normalisation keeps torchvision's eps and momentum, both 0.001.
+    """
+
+    def __init__(self, width: int) -> None:
+        if width != 64:
+            raise UserError(f"--width is {width}, but s3d has only the width 64: pass --width 64")
+        super().__init__(feature_dim=1024)
+        self.features = s3d().features
+        replace_norms(self)
+        initialise(self)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Compute the last feature map: (B, 3, T, H, W) -> (B, 1024, T/8, H/32, W/32).
+
+        All divisions by 2 round up, except the last one, which rounds down.
+
+        Raises:
+            UserError: the clips have less than LEAST_FRAMES frames or a side of less than LEAST_PIXELS pixels.
+        """
+        frames, height, width = x.shape[2:]
+        if frames < LEAST_FRAMES or min(height, width) < LEAST_PIXELS:
+            raise UserError(
+                f"s3d takes clips of at least {LEAST_FRAMES} frames of {LEAST_PIXELS} x {LEAST_PIXELS} pixels, not "
+                f"{frames} of {height} x {width}: raise --clip-length or --crop-size"
+            )
+        return self.features(x)
