@@ -62,6 +62,24 @@ def atomic_write(path: Path, content: bytes, aside: Path | None = None) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which becomes `path` at the end of the context. After an error it is deleted.
+
+    Use it in place of `atomic_write` for a file that is written without holding all of it in memory. Raises OSError.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the folder's list of names to disk, so that new names survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -564,8 +564,8 @@ def test_every_suffix_in_any_case(tmp_path: Path) -> None:
 
 def test_no_data_set(tmp_path: Path) -> None:
     refused(tmp_path / "none", "no such folder: DATA")
-    file = write_lines(tmp_path, "video.mp4", "x")
-    refused(file, "DATA is a file; give a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")
+    file = write_lines(tmp_path, "weights.pth", "x")
+    refused(file, "DATA is a file; give a video, a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")
     recognised = (
         "recognised are UCF101, HMDB51, Kinetics, Something-Something, Diving48, list files (splits/train.txt), "
         "class folders, or a folder of videos"

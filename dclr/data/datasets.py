@@ -12,6 +12,8 @@ A folder that `train.py pack` wrote is a packed store. Every other folder has on
     list file      [splits/]{train,test,val,classes}.txt and similar names, or the list itself
     class folders  <class>/*, or {train,val,test}/<class>/*, or the videos side by side (unlabelled)
 
+A video file is a data set of one video without a label.
+
 No video is opened here, except files whose suffix does not say what they are. Everything below the data folder is used,
 or it is in `Catalog.unused`. A file that a list names and the disk does not hold is in no split and is named in
 `missing`.
@@ -27,6 +29,7 @@ from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, catalog_of_store
 from dclr.data.demo import render_demo
 from dclr.data.folders import add_unused, class_folders
+from dclr.data.given_videos import catalog_of_files
 from dclr.data.kinetics import is_kinetics, kinetics
 from dclr.data.layout import DataFolder, Layout, check_split
 from dclr.data.layouts import (
@@ -42,7 +45,7 @@ from dclr.data.layouts import (
 from dclr.data.own_lists import LIST_SUFFIXES, has_lists, list_catalog, list_numbers
 from dclr.data.something import is_something, something
 from dclr.data.store import is_store, load_index
-from dclr.data.tree import read_tree
+from dclr.data.tree import may_be_video, read_tree
 from dclr.errors import UserError
 
 DEMO_VIDEOS = Path("runs") / "demo-videos"
@@ -76,7 +79,7 @@ def open_data(data: DataConfig) -> Catalog:
 
 
 def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Catalog:
-    """Return the catalog of the data set in a folder, or of a list file.
+    """Return the catalog of the data set in a folder, of a list file, or of a single video file.
 
     Args:
         split: number of the split of UCF101 and HMDB51, 1 to 3, or of numbered lists. Other layouts have only 1.
@@ -94,9 +97,14 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
 
 def _open(data: Path, split: int, allow_outside: bool) -> Catalog:
     """Do what `open_catalog` does. Raises PermissionError too."""
+    if data.is_file() and data.suffix.lower() not in LIST_SUFFIXES:
+        if not may_be_video(data):
+            raise UserError(
+                f"{data} is a file; give a video, a folder of videos or a list of them (.txt, .csv, .tsv, .lst)"
+            )
+        check_split(split, "video files", [1])
+        return catalog_of_files([data])
     if data.is_file():
-        if data.suffix.lower() not in LIST_SUFFIXES:
-            raise UserError(f"{data} is a file; give a folder of videos or a list of them (.txt, .csv, .tsv, .lst)")
         catalog = list_catalog(data, split, allow_outside)
         named = [*catalog.lists, *(video.path for videos in catalog.splits.values() for video in videos)]
         return add_unused(catalog, read_tree(catalog.root, only={Path(path).parts[0] for path in named}))

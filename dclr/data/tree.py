@@ -195,6 +195,11 @@ def has_video_name(file: PurePath) -> bool:
     return file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith(".")
 
 
+def may_be_video(file: PurePath) -> bool:
+    """Return whether the name of a file leaves it possible that the file is a video."""
+    return suffix_of(file.name) not in PICTURE_SUFFIXES | LIST_SUFFIXES | OTHER_SUFFIXES
+
+
 def looks_like_list(name: str) -> bool:
     """Return whether a file is a list of videos or classes, by its name."""
     return suffix_of(name) in LIST_SUFFIXES and any(word in name.lower() for word in LIST_WORDS)
