@@ -328,7 +328,7 @@ class OptimConfig(_Group):
 
 @dataclass(frozen=True, kw_only=True)
 class TransferConfig(_Group):
-    """The transfer: the weights that a classifier starts from."""
+    """The transfer: the weights that a classifier starts from, and the labels that it is trained on."""
 
     pretrained: str = option(
         "",
@@ -338,6 +338,31 @@ class TransferConfig(_Group):
     dropout: float = option(
         0.7, "dropout before the classifier, in finetune. Lower it for narrow networks", at_least=0, below=1
     )
+    label_share: float = option(
+        1.0,
+        "share of each class's training videos that is used, rounded, at least 1 video. --seed and the listed paths "
+        "choose the videos, so every method gets the same ones. Lower it to measure how many labels a method needs",
+        above=0,
+        at_most=1,
+    )
+    shots: int = option(
+        0,
+        "training videos of each class that are used, chosen like those of --label-share. 0 uses all. "
+        "Raise it to measure how many labels a method needs",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shots and self.label_share < 1:
+            raise UserError("--shots cannot be used with --label-share: both choose the number of videos of a class")
+
+    @property
+    def few_labels(self) -> str:
+        """The flag that keeps only some training videos, such as "--shots 2"; empty if all are used."""
+        if self.shots:
+            return f"--shots {self.shots}"
+        return f"--label-share {self.label_share:g}" if self.label_share < 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,9 +578,11 @@ FREE_ON_RESUME = {
 def check_resume(folder: Path, flags: dict[str, Any], stored: dict[str, Any]) -> None:
     """Raise UserError if a flag contradicts a stored setting that must not change for the run in `folder`."""
     for name, value in flags.items():
-        if name not in FREE_ON_RESUME and value != stored.get(name):
+        # A configuration of an earlier version lacks settings that were added since.
+        then = stored.get(name, FIELDS[name].default)
+        if name not in FREE_ON_RESUME and value != then:
             raise UserError(
-                f"{flag_of(name)} is {show(value)}, but the run in {folder} has {show(stored.get(name))}: "
+                f"{flag_of(name)} is {show(value)}, but the run in {folder} has {show(then)}: "
                 "leave the flag out, or start another run"
             )
 

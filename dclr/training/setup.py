@@ -12,12 +12,13 @@ import torch
 
 from dclr import config as configuration
 from dclr import distributed, kernels, report
-from dclr.config import Config, DataConfig, PretrainConfig
+from dclr.config import Config, DataConfig, FinetuneConfig, PretrainConfig
 from dclr.data.catalog import Catalog, describe_reading, describe_warnings, reading_entry
 from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import make_demo, open_data
 from dclr.data.duplicates import find_duplicates
 from dclr.data.failures import Failures, check_bad
+from dclr.data.few_labels import keep_few
 from dclr.data.loader import BatchSampler
 from dclr.data.prefetch import batches_on
 from dclr.data.samples import TrainSamples
@@ -221,13 +222,16 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
     catalog = distributed.on_all_ranks(lambda: open_data(config.data))
+    catalog, few_labels = distributed.on_all_ranks(lambda: keep_labelled(command, config, catalog))
     videos = open_videos_once(catalog, config.data)
-    check_videos(command, config, catalog, videos)
+    check_videos(config, videos)
     listed = check_listed(command, catalog, videos, config.data.max_missing)
 
     run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resumed)
-    run.listed = {**reading_entry(catalog), **listed}
+    run.listed = {**reading_entry(catalog), **listed, **few_labels}
     run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
+    if few_labels:
+        run.say("  few labels: {videos} of {of} train videos (choice {fingerprint})".format(**few_labels["few_labels"]))
     for line in describe_reading(catalog):
         run.say(f"  {line}")
     for line in describe_warnings(catalog) if run.main else []:
@@ -257,16 +261,35 @@ def find_ds_config(name: str) -> Path:
     return own if is_own and not os.path.exists(name) else Path(name)
 
 
-def check_videos(command: str, config: Config, catalog: Catalog, videos: VideoSet) -> None:
+def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catalog, dict[str, Any]]:
+    """Return the catalog with the train videos that the run uses, and entries of report.json about that choice.
+
+    Raises:
+        UserError: finetune or linear, but the train videos have no labels; see keep_few.
+    """
+    if not isinstance(config, FinetuneConfig):
+        return catalog, {}
+    if any(video.label < 0 for video in catalog.videos("train")):
+        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+    if not config.transfer.few_labels:
+        return catalog, {}
+    few, entry = keep_few(catalog, config.transfer.label_share, config.transfer.shots, config.run.seed)
+    return few, {"few_labels": entry}
+
+
+def check_videos(config: Config, videos: VideoSet) -> None:
     """Check that the train split's videos are enough for the run.
 
     Raises:
-        UserError: too many unreadable videos; no labels, but the command needs them; fewer videos than a batch; no step
-            left after --fill-steps.
+        UserError: too many unreadable videos; fewer videos than a batch; no step left after --fill-steps.
     """
     check_bad(videos, {}, config.data.max_bad)
-    if command != "pretrain" and (videos.labels < 0).any():
-        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+    few = config.transfer.few_labels if isinstance(config, FinetuneConfig) else ""
+    if few and len(videos) < config.optim.batch_size:
+        raise UserError(
+            f"--batch-size is {config.optim.batch_size}, but {few} leaves {len(videos)} readable training videos: "
+            f"lower --batch-size, or raise {few.split()[0]}"
+        )
     steps = BatchSampler(len(videos), config.optim.batch_size, config.optim.epochs).stop
     if isinstance(config, PretrainConfig) and config.method.fill_steps >= steps:
         raise UserError(
