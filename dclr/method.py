@@ -237,9 +237,13 @@ class DCLR(nn.Module):
 
 
 def run_backbone(encoder: Encoder, views: Views, letters: str) -> ByLetter:
-    """Return the feature maps (B, C, t, h, w) of some views. The views are one batch and share BatchNorm statistics."""
+    """Return the feature maps (B, C, t, h, w) of some views. The views are one batch and share BatchNorm statistics.
+
+    The dynamic view, a difference of frames, must be the last of `letters`.
+    """
     stacked = torch.cat([getattr(views, VIEW_OF_LETTER[letter]) for letter in letters])
-    return dict(zip(letters, encoder.backbone(stacked).chunk(len(letters)), strict=True))
+    differences = len(views.dynamic) if letters.endswith("d") else 0
+    return dict(zip(letters, encoder.backbone(stacked, differences).chunk(len(letters)), strict=True))
 
 
 def align(rgb: Tensor, auxiliary: Sequence[Tensor], relative: bool) -> Tensor:

@@ -18,6 +18,8 @@ from torchvision.models.video import resnet
 from dclr.errors import UserError
 from dclr.models import (
     BACKBONES,
+    IMAGENET,
+    KINETICS,
     Classifier,
     ProjectionHead,
     activation_map,
@@ -363,7 +365,13 @@ def test_save_and_load(tmp_path: Path) -> None:
     save_backbone(saved, path)  # overwrites the file
     assert [file.name for file in path.parent.iterdir()] == ["backbone.safetensors"]
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "dclr", "backbone": "r2plus1d_10", "width": "8"}
+        assert file.metadata() == {
+            "format": "dclr",
+            "backbone": "r2plus1d_10",
+            "width": "8",
+            "mean": "[0.485, 0.456, 0.406]",
+            "std": "[0.229, 0.224, 0.225]",
+        }
         assert sorted(file.keys()) == sorted(authors_network().state_dict().keys() - {"fc.weight", "fc.bias"})
 
     for given in (path, path.parent):  # the file, or the folder of its run
@@ -392,7 +400,11 @@ def test_load_torchvisions_weights(name: str, tmp_path: Path) -> None:
     theirs = randomized(TORCHVISION[name]())
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     backbone = build_backbone(name)
-    assert load_backbone(tmp_path / "weights.pth", backbone).endswith(f"weights.pth: {name} (width 64), a state dict")
+    line = load_backbone(tmp_path / "weights.pth", backbone)
+    published = name != "r2plus1d_10"
+    kind = "torchvision's weights (mean and standard deviation of Kinetics)" if published else "a state dict"
+    assert line == f"{tmp_path / 'weights.pth'}: {name} (width 64), {kind}"
+    assert backbone.statistics == (KINETICS if published else IMAGENET)
     assert_equal_states(backbone.state_dict(), without_fc(theirs))
 
 

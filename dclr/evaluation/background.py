@@ -50,7 +50,7 @@ from dclr.evaluation.features import (
 from dclr.evaluation.linear_probe import Probe, fit_probe
 from dclr.evaluation.retrieval import retrieval
 from dclr.models import Backbone, Classifier, load_classifier, pool
-from dclr.models.classifier import FILE_NAME
+from dclr.models.weights import CLASSIFIER_FILE_NAME as FILE_NAME
 
 SHEET_VIDEOS = 8
 FOREGROUND = ("ordinary", "moving", "static", "contrasted")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dclr.models.clip_format import IMAGENET, Statistics
+
 
 class Backbone(nn.Module):
     """Base class of backbones: clips (B, 3, T, H, W) -> feature maps (B, feature_dim, T', H', W').
@@ -23,6 +25,8 @@ class Backbone(nn.Module):
         name: the backbone's name in BACKBONES. `build_backbone` sets it.
         width: channels of the first stage, 64 in the standard networks. `build_backbone` sets it.
         feature_dim: channels of the feature map.
+        statistics: mean and standard deviation that the weights expect. `forward` takes clips normalised with
+            ImageNet's statistics all the same.
     """
 
     name: str
@@ -31,10 +35,14 @@ class Backbone(nn.Module):
     def __init__(self, feature_dim: int) -> None:
         super().__init__()
         self.feature_dim = feature_dim
+        self.statistics = IMAGENET
 
     @abstractmethod
     def feature_map(self, x: Tensor) -> Tensor:
-        """Compute the last feature map of clips (B, 3, T, H, W) in the memory format channels_last_3d."""
+        """Compute the last feature map of clips (B, 3, T, H, W) in the memory format channels_last_3d.
+
+        The clips are normalised with `statistics`.
+        """
 
     def pad_channels(self, multiple: int) -> None:
         """Pad channels inside the network with zeros, to a multiple of `multiple`. 1 switches the padding off.
@@ -43,10 +51,38 @@ class Backbone(nn.Module):
         backbone whose numbers of channels are multiples of 8 does nothing here.
         """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the feature maps (B, feature_dim, T', H', W') of clips (B, 3, T, H, W)."""
+    def forward(self, x: Tensor, differences: int = 0) -> Tensor:
+        """Compute the feature maps (B, feature_dim, T', H', W') of clips (B, 3, T, H, W).
+
+        Args:
+            x: clips normalised with ImageNet's statistics, whatever the weights expect.
+            differences: how many clips, the last of the batch, are differences of frames (dynamic views).
+        """
+        x = convert(x, self.statistics, differences)
         # CPUs in bfloat16 and tensor cores take half the time of the default memory format.
         return self.feature_map(x.contiguous(memory_format=torch.channels_last_3d))
+
+
+def convert(x: Tensor, statistics: Statistics, differences: int = 0) -> Tensor:
+    """Convert clips (B, 3, T, H, W) from ImageNet's statistics to others.
+
+    A normalised value is x = (v - m) / s with ImageNet's mean m and deviation s. With mean m' and deviation s' it is
+    (v - m') / s' = x * s / s' + (m - m') / s'. A difference of two frames has no mean: it is only multiplied.
+
+    Args:
+        differences: how many clips, the last of the batch, are differences of frames.
+    """
+    if statistics == IMAGENET:
+        return x
+    clips = len(x) - differences
+    channels = []
+    # In float32, because views may be bfloat16: the result is rounded once.
+    for channel, values in enumerate(zip(*IMAGENET, *statistics, strict=True)):
+        mean, std, new_mean, new_std = values
+        scaled = x[:, channel].float() * (std / new_std)
+        shift = (mean - new_mean) / new_std
+        channels.append(torch.cat([scaled[:clips] + shift, scaled[clips:]]) if differences else scaled + shift)
+    return torch.stack(channels, dim=1).to(x.dtype)
 
 
 class BatchNorm(nn.BatchNorm3d):

@@ -1,27 +1,52 @@
-"""Files of a backbone's weights: written as safetensors, read from files of other projects too.
+"""Files of weights: written as safetensors, read from files of other projects too.
 
-    a run's folder, or its backbone.safetensors    as `save_backbone` writes it
+    a run's folder, or a file in it                written by `save_weights`
+    a run's checkpoint step-N, also of a run       the query encoder, with BatchNorm's statistics averaged over ranks
+    that is still going or was stopped
     torchvision's weights, .pth                    a state dict; `fc` is ignored
     a checkpoint of any project with this network  safetensors or torch.save; the backbone's names may have any prefix
     the DCLR authors' checkpoint_*.pth.tar         the query encoder "module.encoder_q."; its heads are ignored
 
+A file that this project writes tells all that is needed to use the weights. Its tensors have torchvision's names; names
+of projection heads begin with "heads." and names of a classifier with "fc.". Its metadata are texts:
+
+    format                               dclr, or "dclr checkpoint 1"
+    backbone, width                      the architecture
+    clip_length, clip_stride, crop_size  the clips of the training
+    mean, std                            their statistics, JSON lists of three numbers
+    heads                                JSON list of the heads' names
+    classes                              JSON list of the classifier's classes
+
 Weights that are not finite are refused: every figure from them would be meaningless.
 """
 
+import json
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone
 from dclr.models.backbones import BACKBONES, MAX_WIDTH, backbone_without_memory
+from dclr.models.clip_format import IMAGENET, KINETICS, ClipFormat, Statistics
 from dclr.models.tensor_file import read_tensors, write_safetensors
 
 FILE_NAME = "backbone.safetensors"
 """The name of the query backbone's file in a run's folder."""
+
+CLASSIFIER_FILE_NAME = "classifier.safetensors"
+"""The name of the classifier's file in a run's folder. The file holds the backbone too."""
+
+EXPORT_FILE_NAME = "model.safetensors"
+"""The name of the file in a folder that was made for others to use."""
+
+FORMAT = "dclr"
+CHECKPOINT_FORMAT = "dclr checkpoint 1"
+"""The metadata `format` of training checkpoints. Raise the number when the content of the file changes."""
 
 # Prefixes of parameters in foreign files that are not the backbone's: a classifier, and the authors' five heads.
 _CLASSIFIER = ("fc.", "classifier.")
@@ -36,20 +61,215 @@ MAX_NETWORKS = 100
 _AVERAGE = re.compile(r"(^|[._/])(k|m|key|teacher|target|momentum|ema)([._/]|$)")
 """A part of a prefix that marks a moving average of another network in the file, such as encoder_k."""
 
+_CHECKPOINT_NAME = re.compile(r"step-(\d{7,})\.safetensors")
 
-def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write a backbone as safetensors under torchvision's parameter names, with its name and width as metadata.
+_PUBLISHED = ("r2plus1d_18", "r3d_18", "mc3_18", "s3d")
+"""The networks that torchvision publishes weights for, trained on the 400 classes of Kinetics-400."""
+
+_KINETICS_CLASSES = 400
+
+
+# ---------------------------------------------------------------- writing
+
+
+def metadata_of(backbone: Backbone, clips: ClipFormat | None) -> dict[str, str]:
+    """Return the metadata that describe a network. Statistics are those that the backbone's weights expect."""
+    metadata = {"backbone": backbone.name, "width": str(backbone.width)}
+    if clips is not None:
+        lengths = {"clip_length": clips.length, "clip_stride": clips.stride, "crop_size": clips.crop}
+        metadata |= {name: str(value) for name, value in lengths.items()}
+    mean, std = backbone.statistics
+    return {**metadata, "mean": json.dumps(mean), "std": json.dumps(std)}
+
+
+def save_weights(
+    path: Path,
+    backbone: Backbone,
+    clips: ClipFormat | None = None,
+    heads: nn.Module | None = None,
+    fc: nn.Module | None = None,
+    classes: tuple[str, ...] = (),
+) -> None:
+    """Write a network as one safetensors file that tells all that is needed to use it (see above).
+
+    Args:
+        clips: the clips of the training; None: unknown.
+        heads: projection heads by name.
+        fc: a linear classifier of `classes`.
 
     Raises:
         UserError: the weights are not finite. Nothing is written.
     """
-    check_finite(path, backbone.state_dict())
-    metadata = {"format": "dclr", "backbone": backbone.name, "width": str(backbone.width)}
-    write_safetensors(backbone.state_dict(), metadata, path)
+    metadata = {"format": FORMAT, **metadata_of(backbone, clips)}
+    tensors = dict(backbone.state_dict())
+    if heads is not None:
+        tensors |= {f"heads.{name}": tensor for name, tensor in heads.state_dict().items()}
+        metadata["heads"] = json.dumps([name for name, _ in heads.named_children()])
+    if fc is not None:
+        tensors |= {f"fc.{name}": tensor for name, tensor in fc.state_dict().items()}
+        metadata["classes"] = json.dumps(classes)
+    check_finite(path, tensors)
+    write_safetensors(tensors, metadata, path)
+
+
+def save_backbone(
+    backbone: Backbone, path: Path, clips: ClipFormat | None = None, heads: nn.Module | None = None
+) -> None:
+    """Write a backbone and its projection heads, if any. Raises UserError: see save_weights."""
+    save_weights(path, backbone, clips, heads=heads)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file of weights, by their use. Nothing is checked yet."""
+
+    file: Path
+    backbone: dict[str, Tensor]  # under torchvision's names
+    heads: dict[str, Tensor]  # under names such as vd.0.weight
+    fc: dict[str, Tensor]  # weight and bias of a classifier whose classes are known
+    metadata: dict[str, str]
+    kind: str  # what the file is, in words
+    removed: str  # which prefix the names no longer have, in words
+    torchvision: bool  # whether this is a file of torchvision's published weights
+
+    @property
+    def statistics(self) -> Statistics:
+        """The statistics that the weights expect. Raises UserError if the file states wrong ones."""
+        return self.clips({}).statistics
+
+    def clips(self, recorded: dict[str, object]) -> ClipFormat:
+        """Return the clips that the file states, and for other values `recorded` or the published recipe.
+
+        Raises:
+            UserError: a value is not a number or outside its bounds.
+        """
+        known = IMAGENET if not self.torchvision else KINETICS
+        stated = {**recorded, **self.metadata}
+        try:
+            sizes = {
+                name: int(str(stated[key]))
+                for name, key in (("length", "clip_length"), ("stride", "clip_stride"), ("crop", "crop_size"))
+                if key in stated
+            }
+            mean, std = (
+                tuple(float(value) for value in json.loads(stated[name])) if name in stated else default
+                for name, default in zip(("mean", "std"), known, strict=True)
+            )
+            return ClipFormat(**sizes, mean=mean, std=std)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{self.file}: its metadata do not describe clips ({str(error)[:200]})") from None
+
+
+def find_file(source: Path, names: tuple[str, ...] = (FILE_NAME, CLASSIFIER_FILE_NAME, EXPORT_FILE_NAME)) -> Path:
+    """Return the file of weights that `source` names: a file, a checkpoint without suffix, or a run's folder.
+
+    In a folder, the first of `names` that exists is the file; in the folder of a run that is still going or was
+    stopped, the newest checkpoint.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if source.is_dir():
+        found = [source / name for name in names if (source / name).is_file()]
+        found += reversed(checkpoints_in(source / "checkpoints") or checkpoints_in(source))
+        if not found:
+            raise UserError(f"{source} holds no {names[0]}: give the folder of a run that has one, or a file")
+        return found[0]
+    with_suffix = source.with_name(source.name + ".safetensors") if source.name else source
+    file = with_suffix if with_suffix.is_file() and not source.is_file() else source
+    if not file.is_file():
+        raise UserError(f"no such file: {source}")
+    return file
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, in the order of their steps. `folder` need not exist."""
+    return sorted((path for path in folder.glob("step-*.safetensors") if step_of(path) >= 0), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint, or -1 if it is not the name of a checkpoint."""
+    found = _CHECKPOINT_NAME.fullmatch(path.name)
+    return int(found[1]) if found else -1
+
+
+def read_weights(file: Path, backbone: Backbone | None = None) -> Weights:
+    """Read a file of weights.
+
+    Args:
+        backbone: the network that is looked for in a foreign file; None: any known network.
+
+    Raises:
+        UserError: the file cannot be read, needs unsafe unpickling, or holds several networks that fit.
+    """
+    tensors, metadata = read_tensors(file)
+    form = metadata.get("format")
+    if form == FORMAT:
+        return _by_use(file, tensors, metadata, "written by dclr")
+    if form == CHECKPOINT_FORMAT:
+        return _read_checkpoint(file, tensors, metadata)
+    prefix, wrappers, found = _find_backbone(file, tensors, backbone)
+    kind = "the query encoder of a MoCo checkpoint" if "encoder_q." in prefix else "a state dict"
+    prefixes = [*wrappers, prefix] if prefix else wrappers
+    removed = f" (names without the prefix {' and '.join(prefixes)})" if prefixes else ""
+    torchvision = not prefixes and is_torchvisions(tensors, found)
+    if torchvision:
+        kind = "torchvision's weights (mean and standard deviation of Kinetics)"
+    return Weights(file, found, {}, {}, {}, kind, removed, torchvision)
+
+
+def is_torchvisions(tensors: dict[str, Tensor], backbone: dict[str, Tensor]) -> bool:
+    """Return whether a file is taken for torchvision's published video weights, which expect Kinetics' statistics.
+
+    Their names have no prefix, the network is one that torchvision publishes weights for, and the classifier has the
+    400 classes of Kinetics. torchvision's networks have the same names and shapes whatever they are trained on, so a
+    file finetuned on other classes is not recognised.
+    """
+    classifier = tensors.get("fc.weight", tensors.get("classifier.1.weight"))
+    if classifier is None or classifier.ndim == 0 or classifier.shape[0] != _KINETICS_CLASSES:
+        return False
+    name, width = identify(shapes_of(backbone)) or ("", 0)
+    return name in _PUBLISHED and width == 64
+
+
+def _by_use(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str], kind: str) -> Weights:
+    """Split the tensors of a file of this project into those of backbone, heads and classifier."""
+    parts: dict[str, dict[str, Tensor]] = {"heads.": {}, "fc.": {}, "": {}}
+    for name, tensor in tensors.items():
+        # Without classes, the tensors of a classifier cannot be used: they stay with the backbone's, which is refused.
+        uses = [use for use in ("heads.", "fc.") if name.startswith(use) and (use == "heads." or "classes" in metadata)]
+        prefix = (uses or [""])[0]
+        parts[prefix][name.removeprefix(prefix)] = tensor
+    return Weights(file, parts[""], parts["heads."], parts["fc."], metadata, kind, "", False)
+
+
+def _read_checkpoint(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Weights:
+    """Return the weights in a training checkpoint: the query encoder of pretraining, or a classifier.
+
+    Their BatchNorm statistics are averaged over the ranks (see training/batchnorm.py).
+    """
+    try:
+        state = json.loads(metadata.get("state", ""))
+        step, classes = state["step"], state.get("classes")
+        if not isinstance(step, int):
+            raise ValueError("its step is not a number")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{file} is not a checkpoint of a training run ({str(error)[:200]})") from None
+    if classes is not None:
+        metadata = {"classes": json.dumps(classes), **metadata}
+    prefix = "model/query." if any(name.startswith("model/query.") for name in tensors) else "model/"
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    own = {name.removeprefix("backbone."): tensor for name, tensor in own.items()}
+    return _by_use(file, own, metadata, f"the checkpoint of step {step:,}")
 
 
 def load_backbone(path: Path, backbone: Backbone) -> str:
     """Load weights from a run's folder or a file into `backbone`. An error leaves the backbone as it was.
+
+    The backbone also gets the statistics that the weights expect.
 
     Returns:
         one line that says which weights were loaded, from which file, and which prefix of their names was removed.
@@ -58,30 +278,20 @@ def load_backbone(path: Path, backbone: Backbone) -> str:
         UserError: the file does not exist, cannot be read, needs unsafe unpickling, holds another network, several
             networks that fit, or weights that are not finite.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
-        if path.is_dir():
-            raise UserError(f"{path} holds no {FILE_NAME}: give the folder of a run that has one, or a file")
-        raise UserError(f"no such file: {path}")
-
-    tensors, metadata = read_tensors(file)
-    kind, removed = "written by dclr", ""
-    if metadata.get("format") != "dclr":
-        prefix, wrappers, tensors = _find_backbone(file, tensors, backbone)
-        kind = "the query encoder of a MoCo checkpoint" if "encoder_q." in prefix else "a state dict"
-        prefixes = [*wrappers, prefix] if prefix else wrappers
-        removed = f" (names without the prefix {' and '.join(prefixes)})" if prefixes else ""
-    check_fits(file, tensors, backbone, removed)
-    check_finite(file, tensors)
+    weights = read_weights(find_file(path), backbone)
+    check_fits(weights.file, weights.backbone, backbone, weights.removed)
+    check_finite(weights.file, weights.backbone)
+    statistics = weights.statistics
     # Not strict, because `check_fits` accepts files without BatchNorm's step counters.
-    backbone.load_state_dict(tensors, strict=False)
-    return f"{file}: {backbone.name} (width {backbone.width}), {kind}{removed}"
+    backbone.load_state_dict(weights.backbone, strict=False)
+    backbone.statistics = statistics
+    return f"{weights.file}: {backbone.name} (width {backbone.width}), {weights.kind}{weights.removed}"
 
 
 def _find_backbone(
-    file: Path, tensors: dict[str, Tensor], backbone: Backbone
+    file: Path, tensors: dict[str, Tensor], backbone: Backbone | None
 ) -> tuple[str, list[str], dict[str, Tensor]]:
-    """Find the backbone in a foreign file.
+    """Find `backbone`, or any known one, in a foreign file.
 
     Returns:
         the prefix of its names, the wrappers that torch added to them, and its tensors under their names without
@@ -94,18 +304,18 @@ def _find_backbone(
     bare = {_without_wrappers(name): tensor for name, tensor in tensors.items()}
     if len(bare) == len(tensors):
         tensors = bare
-    # What stands before the backbone's first name in a file is the prefix of its names.
-    first_name = next(iter(backbone.state_dict()))
+    # What stands before a backbone's first name in a file is the prefix of its names.
+    sought = [backbone] if backbone is not None else [backbone_without_memory(name, 64) for name in BACKBONES]
     prefixes = [
         prefix
+        for first_name in dict.fromkeys(next(iter(network.state_dict())) for network in sought)
         for name in tensors
         if name.endswith(first_name) and (prefix := name.removesuffix(first_name))[-1:] in ("", ".", "/")
     ]
     if len(prefixes) > MAX_NETWORKS:
         raise UserError(f"{file} holds {len(prefixes):,} networks: give a file that holds only one")
     networks = {prefix: _below(tensors, prefix) for prefix in prefixes or [""]}
-    expected = _shapes(backbone.state_dict())
-    fitting = [prefix for prefix in networks if _shapes(networks[prefix]) == expected]
+    fitting = [prefix for prefix, network in networks.items() if _is_sought(network, backbone)]
     candidates = fitting or list(networks)
     first, *others = [prefix for prefix in candidates if not _AVERAGE.search(prefix)] or candidates
     different = [prefix for prefix in others if not _equal(networks[first], networks[prefix])]
@@ -115,6 +325,12 @@ def _find_backbone(
             f"{', '.join(different)}: give a file that holds only one"
         )
     return first, wrappers, networks[first]
+
+
+def _is_sought(network: dict[str, Tensor], backbone: Backbone | None) -> bool:
+    """Return whether tensors have the shapes of `backbone`, or of any known backbone if that is None."""
+    found = shapes_of(network)
+    return identify(found) is not None if backbone is None else found == shapes_of(backbone.state_dict())
 
 
 def _without_wrappers(name: str) -> str:
@@ -163,12 +379,12 @@ def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, remov
 
     `removed` says at the end of the message which prefix the names no longer have.
     """
-    expected = _shapes(backbone.state_dict())
-    found = _shapes(tensors)
+    expected = shapes_of(backbone.state_dict())
+    found = shapes_of(tensors)
     if found == expected:
         return
 
-    holds = _identify(found)
+    holds = identify(found)
     if holds is not None:
         name, width = holds
         if name != backbone.name:
@@ -191,10 +407,10 @@ def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, remov
     )
 
 
-def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
+def identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
     """Return the name and the width of the backbone that has exactly these shapes, or None."""
     for name in BACKBONES:
-        standard = _shapes(backbone_without_memory(name, 64).state_dict())
+        standard = shapes_of(backbone_without_memory(name, 64).state_dict())
         if standard == found:
             return name, 64
         if standard.keys() != found.keys():
@@ -202,12 +418,12 @@ def _identify(found: dict[str, torch.Size]) -> tuple[str, int] | None:
         # The width is the length of some vector in the file.
         for width in sorted({shape[0] for shape in found.values() if len(shape) == 1 and 1 <= shape[0] <= MAX_WIDTH}):
             with suppress(UserError):  # the backbone has no such width
-                if _shapes(backbone_without_memory(name, width).state_dict()) == found:
+                if shapes_of(backbone_without_memory(name, width).state_dict()) == found:
                     return name, width
     return None
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     """Return shapes by name, without BatchNorm's step counters: no code uses them, and torch before 0.4.1 had none."""
     counters = {name for name, tensor in tensors.items() if name.endswith("num_batches_tracked") and tensor.ndim == 0}
     return {name: tensor.shape for name, tensor in tensors.items() if name not in counters}

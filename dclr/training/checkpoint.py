@@ -10,7 +10,6 @@ leave `latest` naming an incomplete checkpoint.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,17 @@ from torch import Tensor
 
 from dclr.errors import UserError
 from dclr.files import atomic_write
+from dclr.models.weights import CHECKPOINT_FORMAT, checkpoints_in, step_of
 
 KEPT = 2
 """Number of newest checkpoints that are kept, in addition to the one with the lowest loss."""
 
 UNFINISHED = "unfinished"
 
-_FORMAT = "dclr checkpoint 1"
-"""Raise the number when the content of the file changes."""
-
-_NAME = re.compile(r"step-(\d{7,})\.safetensors")
-
 
 def newest(folder: Path) -> Path | None:
     """Return the complete checkpoint of the highest step in `folder`, or None if there is none or no such folder."""
-    return max(_complete(folder), key=_step, default=None)
+    return (checkpoints_in(folder) or [None])[-1]
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
@@ -54,7 +49,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:07d}.safetensors"
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": _FORMAT, "state": json.dumps({**state, "step": step})}
+    metadata = {"format": CHECKPOINT_FORMAT, "state": json.dumps({**state, "step": step})}
     atomic_write(path, save(content, metadata), aside=folder / UNFINISHED)
     _delete_old(folder)
     return path
@@ -73,34 +68,27 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is not a dict)
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        earlier = [other for other in _complete(path.parent) if _step(other) < _step(path)]
+        earlier = [other for other in checkpoints_in(path.parent) if step_of(other) < step_of(path)]
         remedy = (
-            f"delete it, and --resume continues from {max(earlier, key=_step).name}" if earlier else "start another run"
+            f"delete it, and --resume continues from {max(earlier, key=step_of).name}"
+            if earlier
+            else "start another run"
         )
         raise UserError(f"--resume: {path} is not a readable checkpoint ({reason}): {remedy}") from None
     return tensors, state
 
 
 def _state(metadata: dict[str, str] | None) -> dict[str, Any]:
-    if not metadata or metadata.get("format") != _FORMAT:
-        raise ValueError(f"its format is not {_FORMAT!r}")
+    if not metadata or metadata.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"its format is not {CHECKPOINT_FORMAT!r}")
     state = json.loads(metadata.get("state", ""))
     if not isinstance(state, dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
         raise ValueError("its state names no step")
     return state
 
 
-def _complete(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
-
-
-def _step(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found else -1
-
-
 def _delete_old(folder: Path) -> None:
-    every = sorted(_complete(folder), key=_step)
+    every = checkpoints_in(folder)
     losses = {path: loss for path in every if (loss := _loss(path)) is not None}
     best = min(losses, key=lambda path: losses[path], default=None)
     for path in every[:-KEPT]:
