@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import touch, write_lines
+from helpers import REPOSITORY, touch, write_lines
 
 from dclr.data.catalog import Catalog
 from dclr.data.datasets import official_splits, open_catalog
@@ -104,6 +104,68 @@ def test_a_table_with_a_column_of_splits(tmp_path: Path) -> None:
         assert catalog.classes == ("jump", "run", "sit")
     write_lines(tmp_path, "videos.csv", "class,path,split", "run,run/0.mp4,holdout")
     assert refusal(table) == "DATA:2: split must be train, val or test, got 'holdout'"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "path,label,split",
+        "video_path,class,subset",
+        "filename;label;split",
+        "Video;Class Name;Split",
+        ",file_name,label,split",
+    ],
+)
+def test_headers_that_people_write(tmp_path: Path, header: str) -> None:
+    touch(tmp_path, *VIDEOS)
+    separator = ";" if ";" in header else ","
+    first = ["0"] if header.startswith(",") else []
+    rows = [[*first, path, path.split("/")[0], "train" if "0" in path else "test"] for path in VIDEOS]
+    table = write_lines(tmp_path, "labels.csv", header, *map(separator.join, rows))
+    for catalog in (open_catalog(tmp_path), open_catalog(table)):
+        assert labels(catalog) | labels(catalog, "test") == EXPECTED
+        assert catalog.classes == ("jump", "run", "sit")
+
+
+def test_a_header_with_an_unknown_name_for_the_paths_is_no_video(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    write_lines(tmp_path, "train.csv", "video_url,label", *(f"{path},{path.split('/')[0]}" for path in VIDEOS))
+    assert refusal(tmp_path) == (
+        "DATA/train.csv:1: 'video_url label' looks like a header, but no column has a known name for the paths: call "
+        "'video_url' `path`"
+    )
+
+
+def test_a_header_decides_even_if_no_video_is_on_disk(tmp_path: Path) -> None:
+    """Ids do not look like videos, so the lines could also be paths with a comma in them."""
+    touch(tmp_path, *VIDEOS)
+    write_lines(tmp_path, "train.csv", "video_id,label", "x7a,run", "x7b,sit")
+    assert refusal(tmp_path) == "no videos found in DATA; its lists name 2, such as x7a"
+
+
+def test_the_converter_of_the_docs_makes_a_table_of_activitynets_json(tmp_path: Path, monkeypatch) -> None:
+    section = (REPOSITORY / "docs" / "data.md").read_text().split("### ActivityNet's JSON")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 14
+    segment = {"segment": [0.5, 3.0]}
+    database = {
+        "a": {"subset": "training", "annotations": [{"label": "Long jump", **segment}, {"label": "Long jump"}]},
+        "b": {"subset": "validation", "annotations": [{"label": "Rope, skipping", **segment}]},
+        "c": {"subset": "testing", "annotations": []},
+        "d": {"subset": "training", "annotations": [{"label": "Long jump"}, {"label": "Rope, skipping"}]},
+        "e": {"subset": "training", "annotations": [{"label": "Rope, skipping"}]},
+        "gone": {"subset": "training", "annotations": [{"label": "Long jump"}]},
+    }
+    data = tmp_path / "ACTIVITYNET"
+    touch(data, "videos/v_a.mp4", "videos/v_b.mp4", "videos/v_c.mp4", "videos/v_d.mp4", "videos/v_e.mkv")
+    write_lines(data, "activity_net.v1-3.min.json", json.dumps({"version": "1.3", "database": database}))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/data.md", "exec"), {})
+    catalog = open_catalog(data)
+    assert catalog.classes == ("Long jump", "Rope, skipping")
+    assert labels(catalog) == {"videos/v_a.mp4": 0, "videos/v_e.mkv": 1}
+    assert labels(catalog, "val") == labels(catalog, "test") == {"videos/v_b.mp4": 1}
+    assert [video.path for video in catalog.missing["train"]] == ["v_gone"]
 
 
 # ---------------------------------------------------------------- columns

@@ -116,10 +116,29 @@ def read_table(file: Path, disk: Disk) -> Table:
     best = [table for table, count in zip(tables, on_disk, strict=True) if count == max(on_disk)]
     if not best:
         raise _no_reading(lines)
+    if len(best) > 1:  # a header that names the columns says more than the number of the columns
+        best = [table for table in best if table.header] or best
     if len(best) > 1:
         ways = " or ".join(f"`{' '.join(table.roles)}` separated by {table.separator}" for table in best)
         raise UserError(f"{best[0].rows[0].where}: can be read as {ways}; {HEADER_HINT}")
+    _refuse_unknown_header(best[0], disk)
     return best[0]
+
+
+def _refuse_unknown_header(table: Table, disk: Disk) -> None:
+    """Raise UserError if the first row is a header whose name for the path is not known, such as `url,label`.
+
+    Otherwise, its other fields would become a class called `label`.
+    """
+    if table.header or "label" not in table.roles:
+        return
+    path, label = table.column("path")[0], table.column("label")[0]
+    is_path = has_video_name(PurePosixPath(path)) or bool(disk.find(path)[0])
+    if label.lower() in NAMES["label"] and not is_path:
+        raise UserError(
+            f"{table.rows[0].where}: {' '.join(table.rows[0].fields)!r} looks like a header, but no column has a known "
+            f"name for the paths: call {path!r} `path`"
+        )
 
 
 def _first_fields(line: str) -> set[str]:

@@ -270,7 +270,10 @@ def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catal
     if not isinstance(config, FinetuneConfig):
         return catalog, {}
     if any(video.label < 0 for video in catalog.videos("train")):
-        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+        raise UserError(
+            f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders, or lists "
+            "with a column `label`"
+        )
     if not config.transfer.few_labels:
         return catalog, {}
     few, entry = keep_few(catalog, config.transfer.label_share, config.transfer.shots, config.run.seed)
