@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,16 +19,18 @@ from typing import Any, NoReturn
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.kernels import BACKENDS, EMBEDDING_SIZES
+from dclr.method import METHODS
 from dclr.models import BACKBONES, MAX_WIDTH
-
-METHODS = ("dclr", "moco")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The values that a field accepts. Without arguments, every text and every finite number."""
+    """The values that a field accepts. Without arguments, every text and every finite number.
 
-    choices: tuple[Any, ...] = ()
+    `choices` may be a dictionary. Entries that are added to it later are accepted too.
+    """
+
+    choices: Collection[Any] = ()
     at_least: float = -math.inf
     above: float = -math.inf
     at_most: float = math.inf
@@ -292,9 +294,9 @@ class MethodConfig(_Group):
         mined, length = self.mined_positives, self.queue_length
         if mined > length:
             raise UserError(f"--mined-positives is {mined}, but must be from 0 to --queue-length ({length})")
-        if self.method == "dclr" and not self.auxiliary_views:
+        if METHODS[self.method].auxiliary_views and not self.auxiliary_views:
             raise UserError("--no-static-pairs and --no-dynamic-pairs together leave only rgb clips: use --method moco")
-        if self.repel_weight and self.method == "dclr" and len(self.auxiliary_views) < 2:
+        if self.repel_weight and METHODS[self.method].auxiliary_views and len(self.auxiliary_views) < 2:
             raise UserError(
                 "--repel-weight pushes static and dynamic features apart: it needs --static-pairs and --dynamic-pairs"
             )
@@ -303,7 +305,7 @@ class MethodConfig(_Group):
     def auxiliary_views(self) -> tuple[str, ...]:
         """The views that rgb clips are contrasted with: "static" and "dynamic", one of them, or none in MoCo."""
         used = {"static": self.static_pairs, "dynamic": self.dynamic_pairs}
-        return tuple(view for view, is_used in used.items() if is_used and self.method == "dclr")
+        return tuple(view for view in METHODS[self.method].auxiliary_views if used[view])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +379,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         queue_length, batch_size = self.method.queue_length, self.optim.batch_size
-        if queue_length < batch_size:
+        if METHODS[self.method.method].has_queue and queue_length < batch_size:
             raise UserError(
                 f"--queue-length is {queue_length}, but must be at least --batch-size ({batch_size}): "
                 "each step writes a whole batch to the queue"
@@ -533,11 +535,14 @@ def make_config(command: str, values: dict[str, Any]) -> Config:
     return COMMANDS[command](**built)
 
 
-# Settings without effect on MoCo, which has no auxiliary views.
+# Settings without effect on a method without auxiliary views, such as MoCo.
 _ONLY_WITH_AUXILIARY_VIEWS = {
     "static_pairs", "dynamic_pairs", "activation_maps", "mined_positives", "alignment_weight", "alignment",
     "repel_weight", "boundary",
 }  # fmt: skip
+
+# Settings without effect on a method without a queue.
+_ONLY_WITH_QUEUE = {"queue_length", "fill_steps", "mined_positives"}
 
 
 def resolve(
@@ -557,12 +562,19 @@ def resolve(
         raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
     stored = resumed if resumed is not None else {**PRESETS[preset][command], **(file or {})}
     config = make_config(command, {**stored, **flags})
-    useless = sorted(_ONLY_WITH_AUXILIARY_VIEWS & flags.keys())
-    if isinstance(config, PretrainConfig) and config.method.method == "moco" and useless:
-        raise UserError(
-            f"{flag_of(useless[0])} has no effect with --method moco, which has neither static nor dynamic views: "
-            "leave the flag out"
-        )
+    if not isinstance(config, PretrainConfig):
+        return config
+    name, method = config.method.method, METHODS[config.method.method]
+    for has, what, useless in (
+        (method.auxiliary_views, "neither static nor dynamic views", _ONLY_WITH_AUXILIARY_VIEWS & flags.keys()),
+        (method.has_queue, "no queue", _ONLY_WITH_QUEUE & flags.keys()),
+    ):
+        if useless and not has:
+            raise UserError(
+                f"{flag_of(min(useless))} has no effect with --method {name}, which has {what}: leave the flag out"
+            )
+    if not method.has_queue:
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, fill_steps=0))
     return config
 
 

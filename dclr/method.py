@@ -1,4 +1,6 @@
-"""Dual Contrastive Learning (DCLR): query and key encoders, the queues, the five pairs and the total loss.
+"""Pretraining methods: the base class of all, and Dual Contrastive Learning (DCLR) with MoCo, its baseline.
+
+DCLR has query and key encoders, queues, five pairs and a total loss. docs/extend.md shows how to add another method.
 
 Letters: B clips in a batch, C channels, T frames, H W pixels, D embedding size, K queue length, P pairs, M mined
 positives, S auxiliary views. Small t h w are the sizes of a feature map.
@@ -11,18 +13,21 @@ arXiv 1911.05722), the baseline.
 """
 
 import copy
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dclr import distributed
-from dclr.config import MethodConfig, ModelConfig
 from dclr.kernels import Views, contrast, mine_positives_by_each
 from dclr.kernels.backend import to_device
 from dclr.models import ProjectionHead, activation_map, build_backbone, pool
+
+if TYPE_CHECKING:  # config.py imports this module for the names in METHODS
+    from dclr.config import MethodConfig, ModelConfig
 
 # An embedding is named by two letters: the view it is pooled from, and the content it stands for. vs is the static
 # content of the rgb clip; sv is the static view itself, compared with the rgb clip.
@@ -39,7 +44,7 @@ ByLetter = dict[str, Tensor]
 class Encoder(nn.Module):
     """A backbone that all views share, and one projection head for each embedding."""
 
-    def __init__(self, model: ModelConfig, embedding_dim: int, pairs: Sequence[str] = PAIRS) -> None:
+    def __init__(self, model: "ModelConfig", embedding_dim: int, pairs: Sequence[str] = PAIRS) -> None:
         super().__init__()
         self.backbone = build_backbone(model.backbone, model.width)
         self.heads = nn.ModuleDict({name: ProjectionHead(self.backbone.feature_dim, embedding_dim) for name in pairs})
@@ -59,6 +64,57 @@ class Encoder(nn.Module):
         return embeddings
 
 
+class Method(nn.Module):
+    """Base class of pretraining methods. Pretraining builds METHODS[name](model, method, seed).
+
+    A method defines `query` and `forward`. If it has a queue or a key encoder, it also defines `fill` or `update_key`.
+    All parameters with a gradient learn by SGD. Checkpoints hold all parameters and buffers of the module.
+
+    Attributes:
+        query: the encoder that learns. Pretraining writes its backbone and its heads into the run's folder.
+        auxiliary_views: the views that rgb clips can be contrasted with: "static", "dynamic", both or none. The flags
+            of these views are refused for a method without them.
+        has_queue: whether the first --fill-steps steps only call `fill`. If not, --fill-steps and --queue-length are
+            refused.
+    """
+
+    query: Encoder
+    auxiliary_views: ClassVar[tuple[str, ...]] = ()
+    has_queue: ClassVar[bool] = False
+
+    def forward(self, query: Views, key: Views, step: int) -> Any:
+        """Compute a training step of one micro-batch.
+
+        Args:
+            query, key: the three views of two clips of each video, each (B, 3, T, H, W), augmented independently. B is
+                the size of this rank's micro-batch.
+            step: the number of the micro-batch, the same on all ranks.
+
+        Returns:
+            an object whose `loss` () carries the gradient, such as Output. `terms` and `metrics` get this object.
+        """
+        raise NotImplementedError
+
+    def fill(self, key: Views, step: int) -> dict[str, Tensor]:
+        """Write a micro-batch's keys into the queues, without a loss. Only called with `has_queue`.
+
+        Returns:
+            values () by name that must be finite, else the step counts as non-finite.
+        """
+        raise NotImplementedError
+
+    def update_key(self) -> None:
+        """Do the work that follows the optimizer's step, such as moving a key encoder."""
+
+    def terms(self, output: Any) -> dict[str, Tensor]:
+        """Return "loss" and its terms, each (), under the names of the log. All must be finite."""
+        return {"loss": output.loss.detach()}
+
+    def metrics(self, output: Any) -> dict[str, float]:
+        """Return the log line of a step, means over ranks. Every rank calls this method at the same step."""
+        return means_over_ranks(self.terms(output))
+
+
 class Output(NamedTuple):
     """The results of a step. Only `loss` carries a gradient. A term that the method does not have is None."""
 
@@ -72,7 +128,7 @@ class Output(NamedTuple):
     repel: Tensor | None = None  # () mean cosine of static and dynamic features
 
 
-class DCLR(nn.Module):
+class DCLR(Method):
     """Query encoder, key encoder and queues. The query encoder learns; the key encoder follows it and fills the queues.
 
     Entry j of every queue belongs to the same past clip. `queue[p]` holds past keys of pairs[p]. Entries that are not
@@ -83,10 +139,12 @@ class DCLR(nn.Module):
         pairs: names of the P pairs.
     """
 
+    auxiliary_views: ClassVar[tuple[str, ...]] = ("static", "dynamic")
+    has_queue = True
     queue: Tensor  # (P, K, D)
     enqueued: Tensor  # (1,) int64: clips written so far; the next clip goes to entry enqueued % K
 
-    def __init__(self, model: ModelConfig, method: MethodConfig, seed: int = 0) -> None:
+    def __init__(self, model: "ModelConfig", method: "MethodConfig", seed: int = 0) -> None:
         super().__init__()
         self.method, self.seed = method, seed
         self.auxiliary = "".join(view[0] for view in method.auxiliary_views)
@@ -143,11 +201,15 @@ class DCLR(nn.Module):
         )
 
     @torch.no_grad()
-    def fill(self, key: Views, step: int) -> Tensor:
-        """Write a batch's keys into the queues, without a loss. Return the keys of this rank's clips (P, B, D)."""
+    def fill(self, key: Views, step: int) -> dict[str, Tensor]:
+        """Write a batch's keys into the queues, without a loss.
+
+        Returns:
+            one number for each pair. It is finite if the pair's keys are: keys have length 1.
+        """
         keys, all_keys, _ = self._encode_key(key, step)
         self._enqueue(all_keys)
-        return keys
+        return self._by_pair("key", keys.float().sum((1, 2)))
 
     @torch.no_grad()
     def update_key(self) -> None:
@@ -160,6 +222,37 @@ class DCLR(nn.Module):
             [p.data for p in self.query.parameters()],
             1 - self.method.key_momentum,
         )
+
+    def terms(self, output: Output) -> dict[str, Tensor]:
+        """Return the loss and its terms, each (), under the names of the log."""
+        terms = {
+            **super().terms(output),
+            **self._by_pair("pair_loss", output.losses),
+            "alignment": output.alignment,
+            "repel": output.repel,
+        }
+        return {name: value for name, value in terms.items() if value is not None}
+
+    def metrics(self, output: Output) -> dict[str, float]:
+        """Return a step's losses and similarities, means over ranks, under the names of the log."""
+        terms = {
+            **self.terms(output),
+            "alignment_other_form": output.alignment_other_form,
+            "alignment_key_maps": output.alignment_key_maps,
+            **self._by_pair("positive_similarity", output.positive),
+            **self._by_pair("hardest_negative", output.hardest_negative),
+        }
+        metrics = means_over_ranks({name: value for name, value in terms.items() if value is not None})
+        # The loss of a network that cannot tell any two clips apart, without mined positives.
+        metrics["pair_loss/ln_K_plus_1"] = math.log(self.method.queue_length + 1)
+        if "alignment" in metrics:
+            share = self.method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
+            metrics["alignment_share"] = share
+        return metrics
+
+    def _by_pair(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        """Name the numbers (P,) of the pairs: name/pair."""
+        return {f"{name}/{pair}": value for pair, value in zip(self.pairs, values, strict=True)}
 
     def _weights(self, maps: ByLetter) -> ByLetter:
         """Return the maps that weigh the rgb features: none if --no-activation-maps is given."""
@@ -234,6 +327,23 @@ class DCLR(nn.Module):
         entries = (self.enqueued + torch.arange(keys.shape[1], device=keys.device)) % length
         self.queue.index_copy_(1, entries, keys.to(self.queue.dtype))
         self.enqueued += keys.shape[1]
+
+
+class MoCo(DCLR):
+    """DCLR without auxiliary views: only rgb clips, one pair and one queue (He et al., CVPR 2020)."""
+
+    auxiliary_views = ()
+
+
+METHODS: dict[str, type[Method]] = {"dclr": DCLR, "moco": MoCo}
+"""Name -> class of every method. Flags and files read this dictionary when they need it, so an entry that is added
+before the command line is parsed counts everywhere."""
+
+
+def means_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """Return the means over ranks of values (), by name. Every rank must call this with the same names."""
+    means = distributed.mean_over_ranks(torch.stack([value.float() for value in values.values()])).tolist()
+    return dict(zip(values, means, strict=True))
 
 
 def run_backbone(encoder: Encoder, views: Views, letters: str) -> ByLetter:

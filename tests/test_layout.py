@@ -24,7 +24,14 @@ def modules() -> dict[str, Path]:
 
 @cache
 def parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
+    """Return the statements of a file without its imports for the type checker, which do not run.
+
+    dclr.method needs the types of its settings, and dclr.config needs the names of the methods.
+    """
+    tree = ast.parse(file.read_text())
+    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    tree.body = [node for node in tree.body if node not in for_types]
+    return tree
 
 
 def imports(name: str, known: dict[str, Path]) -> set[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Pretraining without labels: what one micro-batch of DCLR or MoCo computes, and what is logged about it."""
+"""Pretraining without labels by a method of METHODS: what one micro-batch computes, and what is logged about it."""
 
 import math
 from pathlib import Path
@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dclr import distributed
 from dclr.config import PretrainConfig
 from dclr.data.augmentation import pretrain_recipe, view_grid
 from dclr.data.samples import PairBatch, PairSamples, TrainSamples
 from dclr.kernels import Views, generate_views
-from dclr.method import DCLR, Output
-from dclr.models import save_backbone
+from dclr.method import METHODS, Method
+from dclr.models import Backbone, save_backbone
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
@@ -40,10 +39,10 @@ def pretrain(
     """
     with start_run("pretrain", preset, config, device, resume, replace) as run:
         torch.manual_seed(config.run.seed)
-        network = DCLR(config.model, config.method, seed=config.run.seed)
+        network = METHODS[config.method.method](config.model, config.method, seed=config.run.seed)
         partners = ", ".join(("rgb", *config.method.auxiliary_views))
         run.say(f"  {config.method.method}: rgb clips contrasted with {partners}")
-        run.prepare(network.query.backbone, network.key.backbone)
+        run.prepare(*(module for module in network.modules() if isinstance(module, Backbone)))
         engine = Engine(network, run.ds_config, config.optim, device)
         samples = PairSamples(run.videos, config.data, config.run.seed, pretrain_recipe(config.method.jitter))
         task = Pretraining(network, engine, config, samples)
@@ -59,13 +58,14 @@ def pretrain(
 class Pretraining:
     """The Task of pretraining (see loop.py)."""
 
-    def __init__(self, network: DCLR, engine: Engine, config: PretrainConfig, samples: PairSamples) -> None:
+    def __init__(self, network: Method, engine: Engine, config: PretrainConfig, samples: PairSamples) -> None:
         self.network, self.engine, self.config = network, engine, config
         self.samples: TrainSamples = samples
         self.summary: dict[str, Any] = {}
-        self.first_trained_step = config.method.fill_steps + 1
+        self.fill_steps = config.method.fill_steps if network.has_queue else 0
+        self.first_trained_step = self.fill_steps + 1
         self._query: Views | None = None
-        self._output: Output | None = None
+        self._output: Any = None
 
     def begin_step(self, step: int) -> None:
         self._output = None
@@ -76,13 +76,12 @@ class Pretraining:
         """Make the views, then fill the queue (in the first --fill-steps steps) or compute the loss."""
         with watch.section("views"):
             self._query, key = make_views(batch, self.config.method.boundary, self.engine.view_dtype)
-        if step < self.config.method.fill_steps:
+        if step < self.fill_steps:
             with watch.section("fill"), self.engine.autocast():
-                keys = self.network.fill(key, micro_step)
-            return key_terms(self.network, keys), None
+                return self.network.fill(key, micro_step), None
         with watch.section("forward"):
             self._output = self.engine(self._query, key, micro_step)
-        return loss_terms(self.network, self._output), self._output.loss
+        return self.network.terms(self._output), self._output.loss
 
     def after_update(self, watch: Stopwatch) -> None:
         """Move the key encoder towards the query encoder."""
@@ -92,14 +91,12 @@ class Pretraining:
     def metrics(self, lr: float, done: int, skipped: int, watch: Stopwatch) -> dict[str, float]:
         """Return the state of the queue and, once the queue is filled, losses and similarities."""
         config, batch_size = self.config, self.config.optim.batch_size
-        filled = min((done - skipped) * batch_size, config.method.queue_length)
-        metrics = {
-            **common_metrics(lr, batch_size, self.engine.device, watch),
-            "queue/filled_rows": float(filled),
-            "queue/oldest_row_age_steps": filled / batch_size,
-        }
+        metrics = common_metrics(lr, batch_size, self.engine.device, watch)
+        if self.network.has_queue:
+            filled = min((done - skipped) * batch_size, config.method.queue_length)
+            metrics |= {"queue/filled_rows": float(filled), "queue/oldest_row_age_steps": filled / batch_size}
         if self._output is not None:
-            metrics |= output_metrics(self._output, self.network)
+            metrics |= self.network.metrics(self._output)
         if "alignment_at_first_step" not in self.summary and math.isfinite(metrics.get("loss", math.nan)):
             names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
             first = {"step": done, **{name: metrics[name] for name in names if name in metrics}}
@@ -119,44 +116,3 @@ def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype) -> tuple[Vie
     query = (batch.query_frames, batch.query_stills, batch.query_params)
     key = (batch.key_frames, batch.key_stills, batch.key_params)
     return generate_views(*query, boundary=boundary, dtype=dtype), generate_views(*key, boundary=boundary, dtype=dtype)
-
-
-def loss_terms(network: DCLR, output: Output) -> dict[str, Tensor]:
-    """Return the loss and its terms, each (), under the names of the log."""
-    terms = {
-        "loss": output.loss.detach(),
-        **by_pair("pair_loss", network, output.losses),
-        "alignment": output.alignment,
-        "repel": output.repel,
-    }
-    return {name: value for name, value in terms.items() if value is not None}
-
-
-def key_terms(network: DCLR, keys: Tensor) -> dict[str, Tensor]:
-    """Return one number for each pair. It is finite if the keys (P, B, D) of the pair are: keys have length 1."""
-    return by_pair("key", network, keys.float().sum((1, 2)))
-
-
-def by_pair(name: str, network: DCLR, values: Tensor) -> dict[str, Tensor]:
-    """Name the numbers (P,) of the pairs: name/pair."""
-    return {f"{name}/{pair}": value for pair, value in zip(network.pairs, values, strict=True)}
-
-
-def output_metrics(output: Output, network: DCLR) -> dict[str, float]:
-    """Return a step's losses and similarities, means over ranks, under the names of the log."""
-    terms = {
-        **loss_terms(network, output),
-        "alignment_other_form": output.alignment_other_form,
-        "alignment_key_maps": output.alignment_key_maps,
-        **by_pair("positive_similarity", network, output.positive),
-        **by_pair("hardest_negative", network, output.hardest_negative),
-    }
-    named = {name: value for name, value in terms.items() if value is not None}
-    values = distributed.mean_over_ranks(torch.stack([value.float() for value in named.values()])).tolist()
-    metrics = dict(zip(named, values, strict=True))
-    # The loss of a network that cannot tell any two clips apart, without mined positives.
-    metrics["pair_loss/ln_K_plus_1"] = math.log(network.method.queue_length + 1)
-    if "alignment" in metrics:
-        share = network.method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
-        metrics["alignment_share"] = share
-    return metrics
