@@ -133,6 +133,17 @@ class RunConfig(_Group):
     )
 
 
+ALL: Any = "all"
+"""The value of --split that stands for every official split. No DataConfig has it: a command replaces it by numbers."""
+
+
+def split_number(text: str) -> Any:
+    """Return the value of --split: a number, or ALL."""
+    if text == ALL or text.isdecimal():
+        return text if text == ALL else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number or all")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Group):
     """The data: videos, and the clips that are cut from them."""
@@ -142,8 +153,9 @@ class DataConfig(_Group):
     )
     split: int = option(
         1,
-        "number of the official train/test split (UCF101, HMDB51). Change it to average a result over the splits",
-        choices=(1, 2, 3),
+        "number of the official train/test split (UCF101, HMDB51, numbered lists). "
+        "Change it to all to average over the splits, in finetune, linear, accuracy and retrieval",
+        at_least=1,
     )
     allow_outside: bool = option(
         False,
@@ -194,6 +206,11 @@ class DataConfig(_Group):
         at_least=0,
         at_most=100,
     )
+
+    def __post_init__(self) -> None:
+        if self.split == ALL:
+            raise UserError("--split is all, which only finetune, linear, accuracy and retrieval take: give a number")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,7 +510,7 @@ def _add_flag(heading: Any, f: dataclasses.Field[Any], command: str) -> None:
     if isinstance(f.default, tuple):
         heading.add_argument(*names, type=int, nargs="*", **given)
     else:
-        heading.add_argument(*names, type=type(f.default), **given)
+        heading.add_argument(*names, type=split_number if f.name == "split" else type(f.default), **given)
 
 
 def show(value: Any) -> str:

@@ -84,6 +84,7 @@ def test_numbered_lists_are_chosen_by_the_split(tmp_path: Path) -> None:
     assert labels(open_catalog(tmp_path, 2)) == {"run/1.mp4": 0}
     assert labels(open_catalog(tmp_path, 2), "test") == {"sit/0.mp4": 0}
     assert open_catalog(tmp_path, 2).recognised[0] == "split 2 of the lists numbered 1 and 2"
+    assert not any(".txt" in path for paths in open_catalog(tmp_path, 1).unused.values() for path in paths)
     assert "numbered 1 and 2" in refusal(tmp_path, 3)
 
 

@@ -14,6 +14,7 @@ The program runs alone, under the deepspeed launcher, or under torchrun. A launc
         Repeat that run with another learning rate. --config also reads a TOML file.
     deepspeed train.py finetune --data UCF101 --preset ucf101 --pretrained runs/ucf --out runs/ucf-finetune
         Train the whole network on labels, from the pretrained backbone. `linear` trains only a classifier on top.
+        With --split all, the command trains on each official split in turn.
     python train.py pack --data UCF101 --out UCF101-packed --workers 12
         Decode the videos once, into a store that is fast to read: --data UCF101-packed.
 
@@ -34,6 +35,7 @@ from dclr import programs, progress
 from dclr.distributed import launched_rank
 from dclr.errors import NotConnected, UserError
 from dclr.training import checkpoint, signals
+from dclr.training.split_folders import begun_splits, split_folder
 
 DESCRIPTIONS = {
     "pretrain": "learn a backbone from videos without labels (DCLR)",
@@ -190,10 +192,12 @@ def train(command: str, flags: dict[str, Any]) -> None:
     from dclr.training.finetune import finetune
     from dclr.training.heartbeat import Heartbeat
     from dclr.training.pretrain import pretrain
+    from dclr.training.splits import finetune_splits
 
     # The heartbeat begins first: if one rank fails in any of the lines below, the others do not wait for it.
     with ExitStack() as at_end, signals.LauncherWatch() as launcher, Heartbeat() as heartbeat:
-        config, preset, folder = resolve(command, flags)
+        all_splits = takes_all_splits(command, flags)
+        config, preset, folder = (resolve_splits if all_splits else resolve)(command, flags)
         interface = connection.choose_interface(heartbeat.peers)
         device = engine.start_processes()
         at_end.callback(engine.stop_processes)  # after the heartbeat has ended on all ranks
@@ -203,8 +207,51 @@ def train(command: str, flags: dict[str, Any]) -> None:
         with closing(launcher):
             if isinstance(config, configuration.PretrainConfig):
                 pretrain(config, preset, device, folder, replace)
+            elif all_splits:
+                finetune_splits(command, config, preset, flags, device, folder)
             else:
                 finetune(command, config, preset, device, folder, replace)
+
+
+def takes_all_splits(command: str, flags: dict[str, Any]) -> bool:
+    """Return whether the command is for all official splits: --split all, or --resume with a folder of such runs.
+
+    Raises UserError if one split of such a folder is named.
+    """
+    if command not in ("finetune", "linear"):
+        return False
+    split, resume = flags.get("split"), flags.get("resume")
+    folder = flags.get("out") if resume in ("", "auto") else resume
+    holds_splits = bool(folder) and not (Path(folder) / "config.json").exists() and bool(begun_splits(Path(folder)))
+    if holds_splits and split not in (None, configuration.ALL):
+        run = split_folder(Path(folder), split)
+        raise UserError(f"--split is {split}, but {folder} holds runs on all splits: use --resume {run}")
+    return holds_splits or split == configuration.ALL
+
+
+def resolve_splits(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, str, Path | None]:
+    """Do what `resolve` does for runs on all splits. Then remove from `flags` all but those that every run has.
+
+    Splits without a run take the settings of the last split that has one.
+    """
+    flags.pop("split", None)
+    resume = flags.get("resume")
+    folder = run_to_resume(None if resume == "auto" else resume, flags)
+    if resume == "auto":
+        run_to_resume(resume, flags)
+        folder = Path(flags["out"]) if begun_splits(Path(flags["out"])) else None
+    if folder is None:
+        config, preset, _ = resolve(command, flags)
+        flags.pop("out", None)
+        return config, preset, None
+    out = flags.pop("out", folder)
+    if Path(out) != folder:
+        raise UserError(f"--out is {out}, but --resume continues the runs in {folder}: leave --out out")
+    if not begun_splits(folder):
+        raise UserError(f"--resume {folder}: no run of --split all is there: leave --split out, or give another folder")
+    flags["resume"] = str(begun_splits(folder)[-1])
+    config, preset, _ = resolve(command, flags)
+    return config, preset, folder
 
 
 def resolve(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, str, Path | None]:

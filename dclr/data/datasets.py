@@ -132,3 +132,14 @@ def official_splits(data: Path) -> list[int]:
         return sorted(load_index(data)["numbers"].tolist())
     numbers = list_numbers if data.is_file() else layout_of(data)[1].numbers
     return sorted(numbers(data) if numbers else []) or [1]
+
+
+def several_splits(data: DataConfig) -> list[int]:
+    """Return the numbers of the official splits for --split all. Raises UserError: there are not several."""
+    if data.data and not Path(data.data).exists():
+        raise UserError(f"no such folder: {data.data}")
+    numbers = official_splits(Path(data.data)) if data.data else [1]
+    if len(numbers) < 2:
+        named = data.data or "the set of demo videos"
+        raise UserError(f"--split all needs several official splits, but {named} has lists for one: leave the flag out")
+    return numbers

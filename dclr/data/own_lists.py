@@ -99,7 +99,8 @@ def list_catalog(data: Path, split: int, allow_outside: bool) -> Catalog:
         raise UserError(f"missing list file: {folder / 'train.txt'}")
     disk = Disk(root)
     tables = {name: read_table(file, disk) for name, file in files.items()}
-    return _catalog(disk, tables, recognised, allow_outside)
+    others = [found.file for found in lists if found.number not in (None, split)]
+    return _catalog(disk, tables, recognised, allow_outside, others)
 
 
 # ---------------------------------------------------------------- which files are lists
@@ -184,8 +185,13 @@ def _join(values: Iterable[object]) -> str:
 # ---------------------------------------------------------------- the catalog
 
 
-def _catalog(disk: Disk, tables: Mapping[str, Table], recognised: list[str], allow_outside: bool) -> Catalog:
-    """Return the catalog of lists by split. The only list may have the split "": then its rows say their split."""
+def _catalog(
+    disk: Disk, tables: Mapping[str, Table], recognised: list[str], allow_outside: bool, others: Sequence[Path]
+) -> Catalog:
+    """Return the catalog of lists by split. The only list may have the split "": then its rows say their split.
+
+    `others`: the lists of other official splits. They are not read, but they are no files that were forgotten.
+    """
     root = disk.root
     class_file = next(iter(tables.values())).file.with_name("classes.txt")
     names = [line for _, line in read_lines(class_file)] if class_file.is_file() else None
@@ -219,7 +225,7 @@ def _catalog(disk: Disk, tables: Mapping[str, Table], recognised: list[str], all
         found.missing,
         recognised=recognised,
         warnings=[*warnings, *found.warnings],
-        lists=read,
+        lists=[*read, *others],
     )
 
 
