@@ -25,8 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from dclr import config as configuration
-from dclr import programs, progress
-from dclr.commands import export
+from dclr import hub, programs, progress
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
@@ -36,7 +35,7 @@ DESCRIPTIONS = {
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
-USES: dict[str, ModuleType] = {"export": export}
+USES: dict[str, ModuleType] = {}
 """Commands that use a checkpoint instead of measuring it. Each is a module of this package with DESCRIPTION,
 add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
 
@@ -108,6 +107,8 @@ def main(arguments: list[str]) -> None:
     configuration.refuse_old_switches(arguments)
     flags = vars(make_parser().parse_args(arguments))
     command = flags.pop("command")
+    if hub.is_on_hub(flags.get("checkpoint", "")):
+        flags["checkpoint"] = str(hub.download(flags["checkpoint"]))
     if command in USES:
         USES[command].run(flags)
         return

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dclr import hub
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone
 from dclr.models.backbones import BACKBONES, MAX_WIDTH, backbone_without_memory
@@ -164,14 +165,16 @@ class Weights:
 
 
 def find_file(source: Path, names: tuple[str, ...] = (FILE_NAME, CLASSIFIER_FILE_NAME, EXPORT_FILE_NAME)) -> Path:
-    """Return the file of weights that `source` names: a file, a checkpoint without suffix, or a run's folder.
+    """Return the file of weights that `source` names: a file, a checkpoint without suffix, a run's folder, or "hf:...".
 
     In a folder, the first of `names` that exists is the file; in the folder of a run that is still going or was
     stopped, the newest checkpoint.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file; see `hub.download`.
     """
+    if hub.is_on_hub(source):
+        return hub.download(str(source))
     if source.is_dir():
         found = [source / name for name in names if (source / name).is_file()]
         found += reversed(checkpoints_in(source / "checkpoints") or checkpoints_in(source))

@@ -1,0 +1,286 @@
+"""Tests of dclr.load: a pretrained network in Python."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dclr
+from dclr.data.datasets import open_catalog
+from dclr.data.decode import YuvFrames, rgb_of
+from dclr.data.samples import TEST_CLIPS, stack_frames
+from dclr.data.videos import open_videos
+from dclr.kernels.colour import yuv_box_to_rgb, yuv_coefficients
+from dclr.models import ClipFormat, ProjectionHead, build_backbone
+from dclr.models.weights import save_weights
+
+CLIPS = ClipFormat(length=4, stride=2, crop=32)
+CLASSES = ("up", "down", "across")
+PAIRS = ("vv", "vs", "vd", "sv", "dv")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: for networks this small, a thread that waits for a busy core costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a network with heads and a classifier, and BatchNorm statistics that are not those of a new network."""
+    torch.manual_seed(0)
+    backbone = build_backbone("r2plus1d_10", 4).train()
+    with torch.no_grad():
+        for _ in range(3):
+            backbone(torch.randn(4, 3, 4, 32, 32))
+    heads = nn.ModuleDict({pair: ProjectionHead(backbone.feature_dim, 32) for pair in PAIRS})
+    fc = nn.Linear(backbone.feature_dim, len(CLASSES))
+    file = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_weights(file, backbone, CLIPS, heads, fc, CLASSES)
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> dclr.VideoModel:
+    return dclr.load(weights, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def videos(demo_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return three videos, which are all that their folder holds."""
+    folder = tmp_path_factory.mktemp("folder")
+    for path in sorted((demo_videos / "videos").rglob("*.mp4"))[::9]:
+        shutil.copy(path, folder)
+    return sorted(folder.iterdir())
+
+
+def planes_of(video: Path) -> YuvFrames:
+    """Return all frames of a video file."""
+    found = open_videos(open_catalog(video), "train", 1, progress=False)
+    return found.read(0, np.arange(found.frames[0]))
+
+
+def frames_of(video: Path) -> np.ndarray:
+    """Return all frames of a video file as FFmpeg converts them, (T, H, W, 3) uint8."""
+    return rgb_of(planes_of(video))
+
+
+def exact_frames_of(video: Path) -> np.ndarray:
+    """Return all frames of a video file, (T, H, W, 3) uint8, each value rounded to the nearest whole number."""
+    planes = stack_frames([planes_of(video)])
+    coefficients = yuv_coefficients(planes.bt709, planes.full_range)[0].tolist()
+    rgb = yuv_box_to_rgb(planes, coefficients, 0, 0, 0, *planes.y.shape[2:])
+    return rgb.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_one_video_several_and_clips(model, videos):
+    one, several = model.embed(str(videos[1])), model.embed(videos)
+    assert (one.shape, one.dtype, several.shape, several.dtype) == ((32,), np.float32, (3, 32), np.float32)
+    np.testing.assert_allclose(one, several[1], atol=1e-6)
+    clips = model.embed(videos[1], clips=True)
+    assert clips.shape == (TEST_CLIPS, 32)
+    np.testing.assert_allclose(clips.mean(0), one, atol=1e-6)
+    assert model.embed(videos, clips=True).shape == (3, TEST_CLIPS, 32)
+
+
+def test_the_rows_of_a_list_are_in_its_order_and_may_repeat(model, videos):
+    order = [videos[2], videos[0], videos[2]]
+    rows = model.embed(order)
+    np.testing.assert_array_equal(rows, model.embed(videos)[[2, 0, 2]])
+
+
+def test_a_folder_gives_the_rows_of_find_videos_for_any_number_of_workers(model, videos):
+    assert dclr.find_videos(videos[0].parent) == videos
+    rows = model.embed(videos)
+    np.testing.assert_array_equal(model.embed(videos[0].parent), rows)
+    np.testing.assert_array_equal(model.embed(str(videos[0].parent), workers=1), rows)
+
+
+def test_frames_give_the_embedding_of_their_file_up_to_the_conversion_of_colours(model, videos):
+    """The colours of a file are converted without rounding. FFmpeg's RGB is lower by 1 of 255 levels on average."""
+    other = model.embed(videos[1])
+    for video in (videos[0], videos[2]):
+        of_file = model.embed(video)
+        length = np.linalg.norm(of_file)
+        assert np.linalg.norm(model.embed(exact_frames_of(video)) - of_file) <= 0.005 * length
+        assert np.linalg.norm(model.embed(frames_of(video)) - of_file) <= 0.03 * length
+        assert np.linalg.norm(other - of_file) >= 0.15 * length  # so the tolerances tell videos apart
+    frames = frames_of(videos[0])
+    np.testing.assert_array_equal(model.embed(torch.from_numpy(frames)), model.embed(frames))
+
+
+def test_motion_and_scene_are_the_embeddings_of_the_heads(model, videos):
+    motion, scene = (model.embed(videos[0], like, clips=True) for like in ("motion", "scene"))
+    assert motion.shape == scene.shape == (TEST_CLIPS, 32)
+    for embeddings in (motion, scene):
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert np.abs(motion - scene).max() > 1e-3
+
+
+def test_predictions_are_class_names_with_probabilities(model, videos):
+    found = model.predict(videos[0])
+    assert {name for name, _ in found} == set(CLASSES)
+    probabilities = [probability for _, probability in found]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1)
+    assert model.predict(videos[0], top=1) == found[:1]
+    several = model.predict(videos[:2], top=1)
+    assert [len(each) for each in several] == [1, 1]
+    assert several[0][0][0] == found[0][0]
+
+
+def test_preprocess_returns_what_the_backbone_takes(model, videos):
+    frames = frames_of(videos[0])[: 2 * CLIPS.length : CLIPS.stride]
+    clip = model.preprocess(frames)
+    assert (clip.shape, clip.dtype) == ((3, 4, 32, 32), torch.float32)
+    batch = model.preprocess(torch.from_numpy(np.stack([frames, frames[::-1]])))
+    assert torch.equal(batch[0], clip)
+    with torch.no_grad():
+        features = model.backbone(batch)
+    assert features.shape[:2] == (2, model.backbone.feature_dim)
+    np.testing.assert_allclose(features[0].mean((1, 2, 3)), model.embed(frames_of(videos[0]), clips=True)[0], atol=1e-5)
+
+
+def test_embedding_leaves_a_network_in_training_as_it_was(weights, videos):
+    model = dclr.load(weights, device="cpu")
+    expected = model.embed(videos[0])
+    model.backbone.train()
+    model.backbone.layer1.eval()
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    np.testing.assert_array_equal(model.embed(videos[0]), expected)
+    assert model.backbone.training
+    assert model.backbone.stem.training
+    assert not model.backbone.layer1.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.state_dict().items())
+
+
+def test_unreadable_videos_of_several_are_rows_of_nan_and_named(model, videos, tmp_path, capsys):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    rows = model.embed([videos[0], bad])
+    assert np.isnan(rows[1]).all()
+    assert np.isfinite(rows[0]).all()
+    assert "bad.mp4 cannot be read (" in capsys.readouterr().err
+    assert model.predict([bad, videos[0]])[0] == []
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("nothing.mp4", "no such"),
+        (["nothing.mp4"], "no such file: "),
+        ([], "no video files are given"),
+        (17, "give a video file, a folder, a list of files, or the frames of one video"),
+        ([np.zeros((4, 32, 32, 3), np.uint8)], "give a video file, a folder, a list of files"),
+        (np.zeros((4, 32, 32, 3), np.float32), "frames must be uint8, from 0 to 255, not float32"),
+        (np.zeros((3, 4, 32, 32), np.uint8), r"frames must be \(T, H, W, 3\), RGB, not \(3, 4, 32, 32\)"),
+        (np.zeros((0, 32, 32, 3), np.uint8), r"frames must be \(T, H, W, 3\), RGB, not \(0, 32, 32, 3\)"),
+        (np.zeros((2, 4, 32, 32, 3), np.uint8), r"frames must be \(T, H, W, 3\), RGB, not \(2, 4, 32, 32, 3\)"),
+    ],
+)
+def test_wrong_input_is_one_line(model, what, message):
+    with pytest.raises(dclr.UserError, match=message) as caught:
+        model.embed(what)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_weights_do_not_have_is_one_line(tmp_path, videos):
+    save_weights(tmp_path / "plain.safetensors", build_backbone("r2plus1d_10", 4), CLIPS)
+    plain = dclr.load(tmp_path / "plain.safetensors", device="cpu")
+    assert plain.embed(videos[0]).shape == (32,)
+    with pytest.raises(dclr.UserError, match=r"plain\.safetensors has no classifier: give the folder of a finetune"):
+        plain.predict(videos[0])
+    with pytest.raises(dclr.UserError, match=r"plain\.safetensors has no projection heads"):
+        plain.embed(videos[0], "motion")
+    with pytest.raises(dclr.UserError, match="like is 'colour', but must be one of pooled, motion, scene"):
+        plain.embed(videos[0], "colour")
+    with pytest.raises(dclr.UserError, match="device nothing cannot be used"):
+        dclr.load(tmp_path / "plain.safetensors", device="nothing")
+    with pytest.raises(dclr.UserError, match="no such file: "):
+        dclr.load(tmp_path / "other")
+
+
+# ---------------------------------------------------------------- save_pretrained
+
+
+def test_a_saved_folder_is_the_same_network_bit_for_bit(model, videos, tmp_path):
+    folder = model.save_pretrained(tmp_path / "published")
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    other = dclr.load(folder, device="cpu")
+    assert (other.clips, other.classes, sorted(other.heads)) == (CLIPS, CLASSES, sorted(PAIRS))
+    for mine, theirs in (
+        (model.backbone, other.backbone),
+        (model.heads, other.heads),
+        (model.classifier, other.classifier),
+    ):
+        ours = mine.state_dict()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.state_dict().items())
+    for like in ("pooled", "motion", "scene"):
+        np.testing.assert_array_equal(other.embed(videos[0], like), model.embed(videos[0], like))
+    assert other.predict(videos[0]) == model.predict(videos[0])
+    with pytest.raises(dclr.UserError, match=r"already holds a model\.safetensors: give another folder"):
+        other.save_pretrained(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(dclr.UserError, match="cannot write there"):
+        other.save_pretrained(tmp_path / "file")
+
+
+def test_the_model_card_has_the_figures_of_the_run_and_no_folders_of_its_machine(weights, tmp_path):
+    run = tmp_path / "secret" / "ucf"
+    (run / "retrieval").mkdir(parents=True)
+    (run / "random").mkdir()
+    (run / "backbone.safetensors").write_bytes(weights.read_bytes())
+    report = {
+        "data": {"folder": "/secret/UCF101", "layout": "UCF101", "videos": 9537},
+        "command": "pretrain",
+        "steps": 4,
+    }
+    (run / "report.json").write_text(json.dumps(report))
+    evaluation = {"command": "retrieval", "figures": {"recall_at_1": 0.51239}, "clips": {"data": "/secret/UCF101"}}
+    (run / "retrieval" / "report.json").write_text(json.dumps({**evaluation, "checkpoint": "/secret/ucf"}))
+    other = {**evaluation, "figures": {"recall_at_1": 0.03}, "checkpoint": "random"}
+    (run / "random" / "report.json").write_text(json.dumps(other))
+    card = (dclr.load(run, device="cpu").save_pretrained(tmp_path / "out") / "README.md").read_text()
+    assert "| retrieval | UCF101 | recall_at_1 | 0.5124 |" in card
+    assert "- data set: UCF101 (UCF101), 9537 training videos" in card
+    assert "0.03" not in card
+    assert "# license:" in card
+    assert "3: up, down, across" in card
+    assert "secret" not in card + (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_model_card_without_a_run_invents_nothing(model, tmp_path):
+    card = (model.save_pretrained(tmp_path / "out") / "README.md").read_text()
+    assert "nothing is known about their training" in card
+    assert "No evaluation of dclr was found" in card
+
+
+# ---------------------------------------------------------------- the package
+
+
+def test_importing_the_package_imports_nothing_large():
+    code = (
+        "import sys, dclr\n"
+        "print(sorted({'torch', 'numpy', 'av', 'matplotlib'} & sys.modules.keys()), dclr.__version__)\n"
+        "dclr.load\n"
+        "print(sorted({'deepspeed', 'tensorboard', 'matplotlib', 'huggingface_hub'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"[] {dclr.__version__}", "[]"]
+
+
+def test_every_public_name_exists_and_an_unknown_one_is_refused():
+    assert all(hasattr(dclr, name) for name in dclr.__all__)
+    assert set(dclr.__all__) <= set(dir(dclr))
+    with pytest.raises(AttributeError, match="module 'dclr' has no attribute 'nothing'"):
+        dclr.nothing  # noqa: B018
