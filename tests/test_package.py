@@ -14,6 +14,8 @@ import pytest
 from helpers import REPOSITORY
 from packaging.requirements import Requirement
 
+import dclr
+
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 ONLY_TRAINING = ("deepspeed", "tensorboard")
 EXTRAS = ("pyarrow", "onnx", "onnxscript", "onnxruntime", "huggingface_hub", "nbclient", "nbformat", "ipykernel")
@@ -28,7 +30,7 @@ def test_links_lead_to_the_folders_at_the_top():
 
 
 def test_versions_are_the_same_everywhere():
-    version = re.escape(PROJECT["version"])
+    version = re.escape(dclr.__version__)
     for file, line in (("CITATION.cff", rf"version: {version}$"), ("CHANGELOG.md", rf"## {version}\b")):
         assert re.search(f"^{line}", (REPOSITORY / file).read_text(), re.M), file
 
@@ -112,7 +114,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         (metadata,) = (name for name in names if name.endswith("METADATA"))
         described = email.message_from_bytes(archive.read(metadata))
     # "kernels" is the name of another package on PyPI, so no such top-level package may be installed.
-    assert {name.split("/")[0] for name in names} == {"dclr", f"dclr-{PROJECT['version']}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"dclr", f"dclr-{dclr.__version__}.dist-info"}
     sources = {f"dclr/{file.relative_to(REPOSITORY / 'dclr')}" for file in (REPOSITORY / "dclr").rglob("*.py")}
     sources |= {f"dclr/kernels/{file.name}" for file in (REPOSITORY / "kernels").glob("*.py")}
     data = {f"dclr/ds_configs/{file.name}" for file in (REPOSITORY / "ds_configs").glob("*.json")}
