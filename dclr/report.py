@@ -84,6 +84,13 @@ def make_writable(folder: Path) -> None:
         ) from None
 
 
+def require_new_file(out: Path) -> None:
+    """Raise UserError unless `out` is a new file in a folder that can be written to. The folder is made if needed."""
+    if out.exists():
+        raise UserError(f"--out {out} exists already: delete it, or give another name")
+    make_writable(out.parent)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     atomic_write(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

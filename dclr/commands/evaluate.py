@@ -26,6 +26,7 @@ from typing import Any
 
 from dclr import config as configuration
 from dclr import hub, programs, progress
+from dclr.commands import export
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
@@ -35,7 +36,7 @@ DESCRIPTIONS = {
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
-USES: dict[str, ModuleType] = {}
+USES: dict[str, ModuleType] = {"export": export}
 """Commands that use a checkpoint instead of measuring it. Each is a module of this package with DESCRIPTION,
 add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
 
