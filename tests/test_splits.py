@@ -1,13 +1,17 @@
 """--split all: a run on each official split, their mean and standard deviation, and how they are continued."""
 
 import json
+import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import make_list, steps, write_lines
 
+from dclr.commands import evaluate
 from dclr.errors import UserError
+from dclr.evaluation.splits import describe_splits, over_splits
 from dclr.training import finetune as finetuning
 from dclr.training.signals import Stopped
 
@@ -126,3 +130,53 @@ def test_what_is_refused(train_main, few, tiny, tmp_path) -> None:
     refused("--out is elsewhere, but --resume continues the runs in", "linear", resume=out, out="elsewhere")
     refused("--seed is 3, but the run in", "linear", resume=out, seed=3)
     refused("--resume cannot be used with --config", "linear", resume=out, config=out / "split-1" / "config.json")
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_mean_and_standard_deviation_of_a_sample() -> None:
+    figures = {1: {"top1": 0.5, "only": 1.0}, 2: {"top1": 0.6}, 3: {"top1": 0.7}}
+    means, deviations = over_splits(figures)
+    assert means == {"top1": pytest.approx(0.6)}
+    assert deviations == {"top1": pytest.approx(0.1)}
+    assert describe_splits(figures) == [
+        "       split 1   split 2   split 3      mean      sd",
+        "top1     50.0%     60.0%     70.0%     60.0%   10.0%",
+        "sd: standard deviation over the 3 splits (n - 1)",
+    ]
+
+
+def test_accuracy_and_retrieval_on_all_splits(train_main, few, data, tmp_path, capsys) -> None:
+    out = tmp_path / "all"
+    train_main("linear", **few, split="all", out=out)
+    for command, name in (("accuracy", "top1_video"), ("retrieval", "recall_at_1")):
+        flags = ["--checkpoint", str(out), "--data", str(data), "--workers", "0"]
+        evaluate.main([command, *flags, "--split", "all"])
+        content = json.loads((out / command / "report.json").read_text())
+        values = []
+        for number in (1, 2):
+            own = json.loads((out / command / f"split-{number}" / "report.json").read_text())
+            assert (own["clips"]["split"], own["checkpoint"]) == (number, str(out / f"split-{number}"))
+            assert content["splits"][str(number)] == own["figures"]
+            values.append(own["figures"][name])
+        assert content["mean"][name] == statistics.mean(values)
+        assert content["standard_deviation"][name] == statistics.stdev(values)
+        assert f"{statistics.mean(values):.1%}" in capsys.readouterr().out
+
+    def refused(message: str, *arguments: str) -> None:
+        with pytest.raises(UserError) as refusal:
+            evaluate.main(list(arguments))
+        assert message in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+    single = ["--checkpoint", str(out / "split-1"), "--data", str(data), "--split", "all"]
+    refused("split-1 has no runs on splits, such as split-1", "accuracy", *single)
+    refused("--split is all, which only finetune, linear, accuracy", "maps", *single)
+    evaluate.main(["retrieval", *single, "--workers", "0"])  # the run's features may be looked up on other splits
+    assert "warning: one checkpoint for all splits" in capsys.readouterr().err
+    shutil.rmtree(out / "split-2")
+    refused(
+        f"{out} has no finished run on split 2: train.py linear --split all --resume {out} trains it",
+        *("accuracy", "--checkpoint", str(out), "--data", str(data), "--split", "all"),
+    )

@@ -12,6 +12,9 @@
         The smallest command: an untrained network on the built-in demo videos. It takes about 30 seconds on one core.
         Its recall at 1 is 12.5 %, which is chance.
 
+    python eval.py accuracy --split all --data UCF101 --checkpoint runs/ucf-all
+        Accuracy on every official split, for the runs of `train.py finetune --split all --out runs/ucf-all`.
+
 Each command runs in one process. Without --data, it uses the built-in demo videos.
 `eval.py SUBCOMMAND --help` explains every flag.
 """
@@ -119,10 +122,23 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"--checkpoint {checkpoint}: no such file or folder; give a run's folder, or a file as --help says"
         )
+    folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
+    if flags.get("split") == configuration.ALL and command in ("accuracy", "retrieval"):
+        evaluate_splits(command, checkpoint, flags, folder)
+    else:
+        evaluate(command, checkpoint, flags, folder, foreground)
+
+
+def evaluate(
+    command: str, checkpoint: Path, flags: dict[str, Any], folder: Path, foreground: bool = False
+) -> dict[str, Any]:
+    """Run one evaluation and return the content of its report.json, which is in `folder`.
+
+    Raises UserError for wrong input, see the function of each command.
+    """
     settings = settings_of(checkpoint, flags)
     data = pick(configuration.DataConfig, settings)
     model, seed = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
-    folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
 
     import torch
 
@@ -158,6 +174,64 @@ def main(arguments: list[str]) -> None:
     }
     report.write_json(folder / "report.json", content)
     print(f"\n{folder / 'report.json'} and {pictures} written")
+    return content
+
+
+def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path) -> None:
+    """Evaluate on every official split. Print mean and standard deviation and write them to report.json.
+
+    Each split has a report.json of its own, in `folder`/split-N. Each split has a checkpoint of its own too, if
+    `checkpoint` is a folder that train.py --split all wrote. Retrieval also takes one checkpoint for all splits.
+
+    Raises UserError: the data set has one official split; a split has no finished run; see `evaluate`.
+    """
+    from dclr import report
+    from dclr.data.datasets import several_splits
+    from dclr.evaluation.splits import describe_splits, over_splits
+    from dclr.training.split_folders import begun_splits, split_folder
+
+    begun = begun_splits(checkpoint)
+    if command == "accuracy" and not begun:
+        raise UserError(
+            f"--split all: {checkpoint} has no runs on splits, such as split-1, which train.py finetune --split all "
+            "makes: a classifier has seen the test videos of the other splits"
+        )
+    data = {name: value for name, value in flags.items() if name != "split"}
+    settings = settings_of(begun[0] if begun else checkpoint, dict(data))
+    numbers = several_splits(pick(configuration.DataConfig, settings))
+    checkpoints = {number: split_folder(checkpoint, number) if begun else checkpoint for number in numbers}
+    for number, run in checkpoints.items():
+        if begun and not (run / "report.json").exists():
+            trained_by = configuration.read_config(begun[0] / "config.json")[0]
+            raise UserError(
+                f"--split all: {checkpoint} has no finished run on split {number}: train.py {trained_by} --split all "
+                f"--resume {checkpoint} trains it"
+            )
+    if not begun and (checkpoint / "config.json").exists():
+        print(
+            "warning: one checkpoint for all splits: if it was pretrained on a split of this data set, it has seen "
+            "test videos of the other splits, without their labels",
+            file=sys.stderr,
+        )
+    began = time.monotonic()
+    results = {}
+    for number, run in checkpoints.items():
+        results[number] = evaluate(command, run, {**data, "split": number}, folder / f"split-{number}")
+    figures = {number: result["figures"] for number, result in results.items()}
+    print("\n" + "\n".join(describe_splits(figures)))
+    means, deviations = over_splits(figures)
+    content = {
+        "command": command,
+        "checkpoint": str(checkpoint),
+        "split": configuration.ALL,
+        "splits": figures,
+        "mean": means,
+        "standard_deviation": deviations,
+        "seconds": round(time.monotonic() - began, 1),
+        "environment": results[numbers[0]]["environment"],
+    }
+    report.write_json(folder / "report.json", content)
+    print(f"\n{folder / 'report.json'} written")
 
 
 def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:

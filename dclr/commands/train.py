@@ -222,11 +222,11 @@ def takes_all_splits(command: str, flags: dict[str, Any]) -> bool:
         return False
     split, resume = flags.get("split"), flags.get("resume")
     folder = flags.get("out") if resume in ("", "auto") else resume
-    holds_splits = bool(folder) and not (Path(folder) / "config.json").exists() and bool(begun_splits(Path(folder)))
-    if holds_splits and split not in (None, configuration.ALL):
+    holds_splits = folder and not Path(folder, "config.json").exists() and begun_splits(Path(folder))
+    if folder and holds_splits and split not in (None, configuration.ALL):
         run = split_folder(Path(folder), split)
         raise UserError(f"--split is {split}, but {folder} holds runs on all splits: use --resume {run}")
-    return holds_splits or split == configuration.ALL
+    return bool(holds_splits) or split == configuration.ALL
 
 
 def resolve_splits(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, str, Path | None]:

@@ -56,6 +56,7 @@ def finetune_splits(
             _, preset_of_run, stored = configuration.read_config(run / "config.json")
             configuration.check_resume(run, flags, stored)
             own = configuration.resolve(command, preset_of_run, flags, resumed={**stored, "out": str(run)})
+            assert isinstance(own, FinetuneConfig)
             return own, preset_of_run
 
         folder = distributed.on_rank_zero(open_folder)
