@@ -28,6 +28,11 @@ REFRESH_S = 5.0
 SILENCE_S = 60.0
 """Seconds without such a change after which an owner on another machine counts as gone."""
 
+
+class FolderInUse(UserError):
+    """Another process writes to the folder."""
+
+
 _descriptors: set[int] = set()
 """Descriptors of the lock files that this process holds."""
 
@@ -99,7 +104,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     changes the file's time every REFRESH_S seconds, and a change within SILENCE_S seconds shows that it is alive.
 
     Raises:
-        UserError: another process writes to the folder. The message names it.
+        FolderInUse: another process writes to the folder. The message names it.
         OSError: the folder does not exist or cannot be written.
     """
     path = folder / LOCK
@@ -215,11 +220,11 @@ def _read_owner(descriptor: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _refusal(path: Path, owner: dict[str, Any]) -> UserError:
+def _refusal(path: Path, owner: dict[str, Any]) -> FolderInUse:
     who = "another process"
     if "process" in owner:
         who = f"process {owner['process']} on {owner.get('host')}, since {owner.get('since')}"
-    return UserError(
+    return FolderInUse(
         f"{path.parent} is being written by {who}: wait until that process has ended, stop it, or give another --out"
     )
 

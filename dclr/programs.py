@@ -1,4 +1,4 @@
-"""The names of the two programs in messages, as the user starts them.
+"""The names of the two programs in messages, as the user starts them, and the flag that launchers add.
 
 They are `python train.py` and `python eval.py` in a checkout. A user without a checkout has the installed commands
 `dclr-train` and `dclr-eval`.
@@ -28,6 +28,20 @@ def with_names(text: str) -> str:
     if not _is_installed():
         return text
     return re.sub(r"(?<![\w./-])(?:python |deepspeed )?(train|eval)\.py\b", r"dclr-\1", text)
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """Return the arguments without --local_rank N, --local-rank N, and both with "=".
+
+    deepspeed and torch.distributed.launch add one of them. The variable LOCAL_RANK holds the same number.
+    """
+    given, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in ("--local_rank", "--local-rank"):
+            next(rest, None)
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            given.append(argument)
+    return given
 
 
 def _is_installed() -> bool:

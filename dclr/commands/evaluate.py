@@ -1,4 +1,5 @@
 """Evaluate a checkpoint: accuracy | retrieval | bias | maps. Each prints a table and writes report.json and pictures.
+Use a checkpoint: features | export.
 
     python eval.py accuracy --data UCF101 --checkpoint runs/ucf-finetune
         Top-1 and top-5 accuracy of a classifier, by video and by clip, and its confusion matrix.
@@ -8,6 +9,8 @@
         Background bias: how well features predict the motion and the scene, also on the backgrounds of other videos.
     python eval.py maps --data UCF101 --checkpoint runs/ucf
         The share of each activation map on moving regions, and pictures of the maps.
+    python eval.py features --data VIDEOS --checkpoint runs/ucf --out features.parquet
+        The embedding of each video of a folder, a list or a file, with or without labels.
     OMP_NUM_THREADS=1 python eval.py retrieval --checkpoint random --preset demo
         The smallest command: an untrained network on the built-in demo videos. It takes about 30 seconds on one core.
         Its recall at 1 is 12.5 %, which is chance.
@@ -15,7 +18,8 @@
     python eval.py accuracy --split all --data UCF101 --checkpoint runs/ucf-all
         Accuracy on every official split, for the runs of `train.py finetune --split all --out runs/ucf-all`.
 
-Each command runs in one process. Without --data, it uses the built-in demo videos.
+Each command runs in one process, except features, which a launcher can start in several. Without --data, the first
+four use the built-in demo videos.
 `eval.py SUBCOMMAND --help` explains every flag.
 """
 
@@ -29,7 +33,7 @@ from typing import Any
 
 from dclr import config as configuration
 from dclr import hub, programs, progress
-from dclr.commands import export
+from dclr.commands import export, features
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
@@ -39,7 +43,7 @@ DESCRIPTIONS = {
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
-USES: dict[str, ModuleType] = {"export": export}
+USES: dict[str, ModuleType] = {"features": features, "export": export}
 """Commands that use a checkpoint instead of measuring it. Each is a module of this package with DESCRIPTION,
 add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
 
@@ -108,6 +112,7 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    arguments = programs.without_local_rank(arguments)
     configuration.refuse_old_switches(arguments)
     flags = vars(make_parser().parse_args(arguments))
     command = flags.pop("command")

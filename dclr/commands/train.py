@@ -140,25 +140,11 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
     Without a subcommand, the command is pretrain.
     """
-    given = without_local_rank(arguments)
+    given = programs.without_local_rank(arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["pretrain", *given]
     configuration.refuse_old_switches(given)
     return vars(make_parser().parse_args(given))
-
-
-def without_local_rank(arguments: list[str]) -> list[str]:
-    """Return the arguments without --local_rank N, --local-rank N, and both with "=".
-
-    deepspeed and torch.distributed.launch add one of them. The variable LOCAL_RANK holds the same number.
-    """
-    given, rest = [], iter(arguments)
-    for argument in rest:
-        if argument in ("--local_rank", "--local-rank"):
-            next(rest, None)
-        elif not argument.startswith(("--local_rank=", "--local-rank=")):
-            given.append(argument)
-    return given
 
 
 def main(arguments: list[str]) -> None:

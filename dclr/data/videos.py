@@ -24,6 +24,18 @@ from dclr.data.string_array import StringArray
 from dclr.errors import UserError
 
 
+class NoReadableVideo(UserError):
+    """Not one of the requested videos can be read.
+
+    Attributes:
+        reasons: path of each video -> why it cannot be read.
+    """
+
+    def __init__(self, message: str, reasons: dict[str, str]) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+
+
 class Source(Protocol):
     """A reader of the frames of N videos, by index."""
 
@@ -187,6 +199,7 @@ def open_videos(
         timeout: seconds without a frame after which a decoder process is killed, now and when training reads.
 
     Raises:
+        NoReadableVideo: none of the videos can be read.
         UserError: there are no such videos, or the store is damaged (see `store.check_sizes`).
     """
     listed = catalog.videos(split)
@@ -202,9 +215,10 @@ def open_videos(
     videos = [video for video in listed if video.path not in unreadable]
     if not videos:
         first, reason = next(iter(unreadable.items()))
-        raise UserError(
+        raise NoReadableVideo(
             f"{catalog.root}: none of the {len(listed)} videos of split {split} can be read ({first}: {reason}); "
-            "see train.py check"
+            "see train.py check",
+            unreadable,
         )
     paths = StringArray(video.path for video in videos)
     source: Source

@@ -71,6 +71,21 @@ def check_suffix(path: Path) -> None:
         _pyarrow(path)
 
 
+def parts_folder(out: Path) -> Path:
+    """Return the folder of the finished parts of a file of features, see feature_parts.py."""
+    return out.with_name(f"{out.name}.parts")
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError if a file of features cannot be written to `out`, or if it exists."""
+    check_suffix(out)
+    if out.exists():
+        left = f", and {parts_folder(out)} is left over from writing it" if parts_folder(out).exists() else ""
+        raise UserError(f"--out {out} exists{left}: delete it, or give another name")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+
+
 def _pyarrow(path: Path) -> ModuleType:
     """Return pyarrow.parquet. Raises UserError if it is not installed."""
     try:
@@ -119,10 +134,10 @@ def _numbers(table: FeatureTable) -> dict[str, np.ndarray]:
 
 
 def _write_npz(table: FeatureTable, metadata: dict[str, Any], aside: Path) -> None:
-    columns: dict[str, Any] = {METADATA: np.array(json.dumps(metadata))}
+    columns: dict[str, Any] = {METADATA: np.array(json.dumps(metadata)), **_numbers(table)}
     columns |= {name: np.array(column, dtype=np.str_) for name, column in _strings(table).items()}
     with aside.open("wb") as file:
-        np.savez(file, **columns, **_numbers(table))
+        np.savez(file, **columns)
 
 
 def _write_safetensors(table: FeatureTable, metadata: dict[str, Any], aside: Path) -> None:

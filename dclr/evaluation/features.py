@@ -100,6 +100,35 @@ def run_on_samples(
     return ClipOutputs(of_videos, torch.from_numpy(videos.labels)[found], found, failures.reasons)
 
 
+def embed_videos(
+    embed: Callable[[Tensor], dict[str, Tensor]],  # clips (B, 3, T, h, w) -> kind -> (B, D)
+    samples: TestClips,
+    device: torch.device,
+) -> Iterator[dict[str, Tensor] | str]:
+    """Yield the embeddings of the test clips of each video: kind -> (TEST_CLIPS, D) float32, on the CPU.
+
+    A video that cannot be read gives the reason in place of embeddings. The clips of a video are computed together, and
+    never with those of another video. So the embeddings do not depend on which other videos are read.
+
+    Raises:
+        UserError: the frames are too large for the memory of the machine, or an embedding is not finite.
+    """
+    size = (samples.config.crop_size, samples.config.crop_size)
+    found: list[dict[str, Tensor]] = []  # of the batches of one video
+    reason = ""
+    for positions, batch in clip_batches(samples, device):
+        reason = reason or next(iter(batch.failures.values()), "")
+        if not reason:
+            with torch.no_grad():
+                embeddings = embed(augment_slices(batch.frames, batch.augmentation, size))
+            found.append({kind: values.float().cpu() for kind, values in embeddings.items()})
+            for values in found[-1].values():
+                check_outputs(values, [samples.videos.path(positions[0][0])] * len(values))
+        if positions[-1][1] == TEST_CLIPS - 1:
+            yield reason or {kind: torch.cat([batch[kind] for batch in found]) for kind in found[0]}
+            found, reason = [], ""
+
+
 def clip_batches(
     samples: TestClips, device: torch.device, sampler: TestSampler | None = None
 ) -> Iterator[tuple[Sequence[Position], ClipBatch]]:
