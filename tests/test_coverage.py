@@ -134,5 +134,8 @@ def test_finite_weights_whose_outputs_overflow_give_no_figures(command, tmp_path
 def test_accuracy_of_test_videos_without_labels_is_refused(train_main, tiny, tmp_path):
     data = make_list(tmp_path / "data", train=TRAIN, test=[("e.mp4", -1), ("f.mp4", -1)])
     train_main("finetune", **{**tiny, "data": str(data), "epochs": 1, "batch_size": 2}, out=tmp_path / "run")
-    with pytest.raises(UserError, match="some test videos have no label, which accuracy needs"):
+    with pytest.raises(
+        UserError,
+        match=r"no labels, which accuracy needs; its lists must give the class .*test\.txt.* predict needs no labels",
+    ):
         evaluation.main(["accuracy", "--data", str(data), "--checkpoint", str(tmp_path / "run"), "--workers", "0"])

@@ -1,5 +1,5 @@
 """Evaluate a checkpoint: accuracy | retrieval | bias | maps. Each prints a table and writes report.json and pictures.
-Use a checkpoint: features | export.
+Use a checkpoint: features | predict | export.
 
     python eval.py accuracy --data UCF101 --checkpoint runs/ucf-finetune
         Top-1 and top-5 accuracy of a classifier, by video and by clip, and its confusion matrix.
@@ -11,6 +11,10 @@ Use a checkpoint: features | export.
         The share of each activation map on moving regions, and pictures of the maps.
     python eval.py features --data VIDEOS --checkpoint runs/ucf --out features.parquet
         The embedding of each video of a folder, a list or a file, with or without labels.
+    python eval.py predict --data VIDEOS --checkpoint runs/ucf-finetune --out predictions.csv
+        The most probable classes of each video, with their probabilities.
+    python eval.py export --checkpoint runs/ucf-finetune --out network.onnx
+        The network as one file for ONNX Runtime or torch.export, which needs no code of dclr.
     OMP_NUM_THREADS=1 python eval.py retrieval --checkpoint random --preset demo
         The smallest command: an untrained network on the built-in demo videos. It takes about 30 seconds on one core.
         Its recall at 1 is 12.5 %, which is chance.
@@ -33,7 +37,7 @@ from typing import Any
 
 from dclr import config as configuration
 from dclr import hub, programs, progress
-from dclr.commands import export, features
+from dclr.commands import export, features, predict
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
@@ -43,7 +47,7 @@ DESCRIPTIONS = {
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
-USES: dict[str, ModuleType] = {"features": features, "export": export}
+USES: dict[str, ModuleType] = {"features": features, "predict": predict, "export": export}
 """Commands that use a checkpoint instead of measuring it. Each is a module of this package with DESCRIPTION,
 add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
 
@@ -161,7 +165,7 @@ def evaluate(
     if not data.data:
         make_demo()
     if command == "accuracy":
-        result = evaluate_accuracy(checkpoint, data, device, pictures)
+        result = evaluate_accuracy(checkpoint, data, device, folder)
     elif command == "retrieval":
         result = evaluate_retrieval(checkpoint, data, model, seed, device, pictures)
     elif command == "bias":

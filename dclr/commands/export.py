@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from dclr import config as configuration
-from dclr import report
 from dclr.errors import UserError
 
 DESCRIPTION = "write a backbone, or a classifier, as a torch.export program or as ONNX, with a check of its outputs"
@@ -35,6 +34,8 @@ def run(flags: dict[str, Any]) -> None:
     Raises:
         UserError: see load_pretrained and export_network; --out exists or has another suffix than the format.
     """
+    from dclr import report
+
     out = Path(flags["out"])
     form = _form(out, flags.get("format"))
     report.require_new_file(out)

@@ -19,6 +19,10 @@ KNOWN_LAYOUTS = (
 )
 
 
+SHOWN_NAMES = 5
+"""Most names that a line or an entry gives for one reason."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Video:
     """One video of a catalog."""
@@ -139,10 +143,16 @@ def _require_strings(root: Path, strings: list[str]) -> None:
     raise UserError(f"{root}: its lists hold characters that no file name can have (null, or half of a surrogate pair)")
 
 
-# ---------------------------------------------------------------- how the data set was read
+def label_advice(catalog: Catalog) -> str:
+    """Return the end of a message that says how videos without labels get some."""
+    if catalog.index is not None:
+        return "pack a data set whose videos have labels"
+    if catalog.lists:
+        return f"its lists must give the class of each video ({', '.join(catalog.lists[:SHOWN_NAMES])})"
+    return "use class folders (test/<class>/video.mp4), or lists with a column `label`"
 
-SHOWN_NAMES = 5
-"""Most names that a line or an entry gives for one reason."""
+
+# ---------------------------------------------------------------- how the data set was read
 
 
 def describe_reading(catalog: Catalog) -> list[str]:

@@ -3,6 +3,7 @@
 The prediction for a video is the class with the highest mean of the logits over its test clips.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,21 @@ import torch
 
 from dclr.config import DataConfig
 from dclr.data.datasets import open_data
-from dclr.errors import UserError
+from dclr.data.decode import UnreadableVideo
+from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
-from dclr.evaluation.features import ClipOutputs, check_classes, open_split, run_on_clips
+from dclr.evaluation.features import ClipOutputs, check_classes, check_labels, open_split, run_on_clips
+from dclr.evaluation.predictions import Predictions, name_of_label, write_predictions
+from dclr.evaluation.retrieval import middle_frame
 from dclr.models import count_correct, load_classifier
+from dclr.programs import command_of
+
+SHEET_MISTAKES = 24
+"""Most mistakes that the sheet shows."""
+
+WRITTEN_CLASSES = 5
+"""Classes of a video in predictions.csv."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Accuracy:
 def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, folder: Path) -> dict[str, Any]:
     """Compute a classifier's accuracies on the test split. Return the entries of report.json.
 
-    Prints a table and writes confusion.png to `folder`.
+    Prints a table. Writes predictions.csv to `folder`. Writes confusion.png and mistakes.png, a sheet of the most
+    confident mistakes, to its folder `pictures`.
 
     Raises:
         UserError: see load_classifier, open_data, open_videos and Benchmark. The data set has other classes than the
@@ -46,8 +58,8 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
     catalog = open_data(data)
     check_classes(checkpoint, classes, catalog)
     videos = open_split(catalog, "test", data)
-    if (videos.labels < 0).any():
-        raise UserError(f"--data {catalog.root}: some test videos have no label, which accuracy needs")
+    without = f"; {command_of('eval')} predict needs no labels"
+    check_labels(catalog, "test", videos, "accuracy", without)
     benchmark = Benchmark(catalog, data, test=videos)
     outputs = run_on_clips(classifier.to(device).eval(), videos, data, device, "accuracy")
     benchmark.add_failures(outputs.failures)
@@ -68,7 +80,26 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
         f"top-1 accuracy by video {result.top1_video:.1%} (chance {result.chance_top1:.1%})",
         f"{result.videos} test videos",
     )
-    figures.plot_confusion_matrix(result.confusion, classes, title, folder / "confusion.png")
+    figures.plot_confusion_matrix(result.confusion, classes, title, folder / "pictures" / "confusion.png")
+    paths = [videos.path(index) for index in outputs.indices.tolist()]
+    predictions = Predictions(
+        paths,
+        [name_of_label(classes, label) for label in outputs.labels.tolist()],
+        ["test"] * len(paths),
+        classes,
+        outputs.values.mean(1),
+        {**videos.unreadable, **outputs.failures},
+    )
+    write_predictions(predictions, folder / "predictions.csv", WRITTEN_CLASSES)
+    mistakes = most_confident_mistakes(predictions)
+    print(f"{len(mistakes)} of {result.videos} test videos are predicted wrongly: {folder / 'predictions.csv'}")
+    title = benchmark.title(
+        checkpoint,
+        f"the {min(SHEET_MISTAKES, len(mistakes))} most confident of {len(mistakes)} mistakes, most confident first",
+        f"{result.videos} test videos",
+        "the probability is that of the predicted class",
+    )
+    plot_mistakes(mistakes[:SHEET_MISTAKES], predictions, outputs, videos, title, folder / "pictures" / "mistakes.png")
     return {
         "backbone": classifier.backbone.name,
         "width": classifier.backbone.width,
@@ -86,6 +117,28 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
         "classes": list(classes),
         "confusion": result.confusion.tolist(),
     }
+
+
+def most_confident_mistakes(predictions: Predictions) -> list[int]:
+    """Return the rows whose first class is not the label, those with the highest probability first."""
+    best = [row[0] for row in predictions.best(1)]
+    wrong = [row for row, (name, _) in enumerate(best) if name != predictions.labels[row]]
+    return sorted(wrong, key=lambda row: -best[row][1])
+
+
+def plot_mistakes(
+    rows: list[int], predictions: Predictions, outputs: ClipOutputs, videos: VideoSet, title: str, path: Path
+) -> None:
+    """Plot the middle frame of the videos of these rows. Without rows, a sheet of an earlier evaluation is deleted."""
+    best, cells = predictions.best(1), []
+    for row in rows:
+        with suppress(UnreadableVideo):  # the file has changed since its clips were read
+            frame = middle_frame(videos, int(outputs.indices[row]))
+            cells.append((frame, predictions.labels[row], *best[row][0]))
+    if cells:
+        figures.plot_mistakes(cells, title, path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def accuracy(outputs: ClipOutputs) -> Accuracy:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dclr.config import DataConfig, ModelConfig
-from dclr.data.catalog import Catalog
+from dclr.data.catalog import Catalog, label_advice
 from dclr.data.failures import Failures
 from dclr.data.loader import Position, TestSampler, batches_ahead
 from dclr.data.prefetch import batches_on
@@ -189,9 +189,25 @@ def open_labelled(catalog: Catalog, data: DataConfig, command: str) -> tuple[Vid
         UserError: see open_videos; a video without a label.
     """
     train, test = (open_split(catalog, split, data) for split in ("train", "test"))
-    if any((videos.labels < 0).any() for videos in (train, test)):
-        raise UserError(f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders")
+    for split, videos in (("train", train), ("test", test)):
+        check_labels(catalog, split, videos, command)
     return train, test
+
+
+def check_labels(catalog: Catalog, split: str, videos: VideoSet, command: str, otherwise: str = "") -> None:
+    """Raise UserError if a video has no label, with what is right for the layout.
+
+    Args:
+        command: the subcommand of eval.py, for the message.
+        otherwise: what the user can do without labels.
+    """
+    bare = np.flatnonzero(videos.labels < 0).tolist()
+    if bare:
+        start = "its videos have" if len(bare) == len(videos) else f"{len(bare)} of {len(videos)} {split} videos have"
+        raise UserError(
+            f"--data {catalog.root}: {start} no labels, which {command} needs; "
+            f"{label_advice(catalog)}, the first without one is {videos.path(bare[0])}{otherwise}"
+        )
 
 
 def open_split(catalog: Catalog, split: str, data: DataConfig) -> VideoSet:

@@ -1,0 +1,191 @@
+"""Predicted classes of videos with probabilities: `eval.py predict`, and the predictions.csv of `eval.py accuracy`.
+
+The probabilities of a video are the softmax of the mean of the logits over its test clips. So the first class is the
+one that `eval.py accuracy` compares with the label.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dclr.config import DataConfig
+from dclr.data.catalog import Catalog
+from dclr.data.given_videos import EVERYTHING, everything, splits_of
+from dclr.data.samples import TestClips
+from dclr.data.videos import open_videos
+from dclr.errors import UserError, printable
+from dclr.evaluation.features import embed_videos
+from dclr.files import atomic_file
+from dclr.models import Classifier
+from dclr.progress import ProgressBar
+
+SUFFIXES = (".csv", ".parquet")
+
+MISSING = "its list names it, and it is not on disk"
+"""The reason why a listed video without a file has no prediction."""
+
+NAME_COLUMN = 28
+"""Characters of a class's name in the printed table."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predicted classes of N videos, and the videos that have none."""
+
+    paths: list[str]
+    """Relative to the root of the data set."""
+    labels: list[str]
+    """The class that the data set gives, which the classifier may not know. Empty: unlabelled."""
+    splits: list[str]
+    """train, val or test."""
+    classes: tuple[str, ...]
+    """Names of the classifier's classes."""
+    logits: Tensor
+    """(N, classes) float32, means over the test clips."""
+    skipped: dict[str, str]
+    """Path -> reason."""
+
+    def best(self, top: int) -> list[list[tuple[str, float]]]:
+        """Return, for each video, the `top` most probable classes with their probabilities, or all if there are fewer.
+
+        The order is that of the logits, because softmax can round unequal logits to equal probabilities.
+        """
+        order = self.logits.argsort(dim=1, descending=True, stable=True)[:, :top]
+        probabilities = self.logits.double().softmax(1).gather(1, order)
+        return [
+            [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
+            for row in zip(order.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+
+def predict_videos(
+    classifier: Classifier, classes: tuple[str, ...], catalog: Catalog, data: DataConfig, device: torch.device
+) -> Predictions:
+    """Predict the class of every video of all splits of a data set, each video once.
+
+    Raises:
+        UserError: see open_videos; no video can be read, or a logit is not finite.
+    """
+    listed, splits = everything(catalog), splits_of(catalog)
+    videos = open_videos(listed, EVERYTHING, max(1, data.workers), timeout=data.video_timeout)
+    skipped = dict(videos.unreadable) | {video.path: MISSING for video in listed.missing.get(EVERYTHING, ())}
+    classifier.to(device).eval()
+    read, logits = [], []
+    with ProgressBar(len(videos), "predict", "video") as bar:
+        results = embed_videos(lambda clips: {"logits": classifier(clips)}, TestClips(videos, data), device)
+        for index, result in enumerate(results):
+            bar.advance()
+            if isinstance(result, str):
+                skipped[videos.path(index)] = result
+            else:
+                read.append(index)
+                logits.append(result["logits"].mean(0))
+    if not read:
+        raise UserError(f"{catalog.root}: not one of {len(videos)} videos can be read any more; was the folder moved?")
+    paths = [videos.path(index) for index in read]
+    labels = [name_of_label(catalog.classes, int(videos.labels[index])) for index in read]
+    return Predictions(paths, labels, [splits[path] for path in paths], classes, torch.stack(logits), skipped)
+
+
+def name_of_label(classes: tuple[str, ...], label: int) -> str:
+    """Return the name of a label, the empty string for an unlabelled video."""
+    return classes[label] if label >= 0 else ""
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_suffix(out: Path) -> None:
+    """Raise UserError if no file of predictions has this suffix, or if the package that writes it is missing."""
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise UserError(
+                f"--out {out} needs pyarrow: pip install 'dclr[parquet]', or give a name that ends in .csv"
+            ) from None
+
+
+def write_predictions(predictions: Predictions, out: Path, top: int) -> None:
+    """Write a table with a row for each video: first the predicted videos, then the skipped ones. The write is atomic.
+
+    One row a video, with the classes side by side, can be joined with other tables by its path. The columns are path,
+    split, label, class_1, probability_1, class_2, ..., skipped. Text is UTF-8. A byte of a file name that is not UTF-8
+    is written as \\xff.
+
+    Raises:
+        UserError: the suffix is unknown, a package is missing, or the file cannot be written.
+    """
+    check_suffix(out)
+    rows = list(_rows(predictions, min(top, len(predictions.classes))))
+    try:
+        with atomic_file(out) as aside:
+            if out.suffix == ".csv":
+                aside.write_bytes(_csv(rows))
+            else:
+                _write_parquet(rows, aside)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
+Row = Mapping[str, str | float | None]
+
+
+def _rows(predictions: Predictions, top: int) -> Iterator[Row]:
+    """Yield the row of each video, column -> value. None: no value."""
+    columns = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, top + 1)]
+    described = zip(predictions.paths, predictions.splits, predictions.labels, predictions.best(top), strict=True)
+    for path, split, label, best in described:
+        found: dict[str, str | float | None] = {"path": as_utf8(path), "split": split, "label": as_utf8(label) or None}
+        for (class_column, probability_column), (name, probability) in zip(columns, best, strict=True):
+            found |= {class_column: as_utf8(name), probability_column: probability}
+        yield {**found, "skipped": None}
+    nothing = dict.fromkeys(column for pair in columns for column in pair)
+    for path, reason in predictions.skipped.items():
+        yield {"path": as_utf8(path), "split": None, "label": None, **nothing, "skipped": as_utf8(reason)}
+
+
+def as_utf8(text: str) -> str:
+    r"""Return a string with its bytes that are not UTF-8 written as \xff."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _csv(rows: list[Row]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        # Six digits are more than the floating-point difference between machines.
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    return text.getvalue().encode()
+
+
+def _write_parquet(rows: list[Row], aside: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {name: pyarrow.float64() if name.startswith("probability_") else pyarrow.string() for name in rows[0]}
+    table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types.items()))
+    pyarrow.parquet.write_table(table, aside)
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+def print_predictions(predictions: Predictions, top: int) -> None:
+    """Print a line for each video with its classes and their probabilities, and a line for each skipped video."""
+    for path, best in zip(predictions.paths, predictions.best(top), strict=True):
+        print(printable(path))
+        for name, probability in best:
+            shown = printable(name)
+            shown = shown if len(shown) <= NAME_COLUMN else shown[: NAME_COLUMN - 1] + "…"
+            print(f"    {shown:{NAME_COLUMN}} {probability:6.1%}")
+    for path, reason in predictions.skipped.items():
+        print(f"{printable(path)}: skipped: {printable(reason)}")
