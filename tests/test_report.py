@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -219,9 +220,11 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
 def test_the_sheet_of_mistakes_shows_every_frame_and_names_that_are_no_formula(tmp_path):
     """A $ would start a formula of matplotlib, and this one would raise an error."""
     colours = [(0, 0, 40 + 20 * i) for i in range(8)]
-    name = "$\\no$ " + 40 * "long "
+    name = "跑 $\\no$ " + 40 * "long "
     cells = [(np.full((24, 32, 3), colour, np.uint8), name, "b", 0.5) for colour in colours]
-    figures.plot_mistakes(cells, "title $\\no$", tmp_path / "mistakes.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.plot_mistakes(cells, "title $\\no$", tmp_path / "mistakes.png")
     pixels = np.asarray(Image.open(tmp_path / "mistakes.png").convert("RGB")).astype(int)
     assert all((pixels == colour).all(2).sum() > 5000 for colour in colours)
     assert pixels.shape[1] == 6 * 170

@@ -1,7 +1,9 @@
 """Pictures of an evaluation, written as files by matplotlib. Each `plot_*` function writes one picture."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,19 @@ QUERY, RIGHT, WRONG = "black", "tab:green", "tab:red"
 CROP = "tab:orange"
 """The colour of the outline of a crop."""
 
-_as_written = matplotlib.rc_context({"text.parse_math": False})
-"""Decorator of the functions that plot names of classes and files. A $ in a name must not start a formula."""
+
+@contextmanager
+def _names_as_text() -> Iterator[None]:
+    """Plot the names of classes and files as they are: a $ starts no formula.
+
+    A character that matplotlib's font lacks, such as a Chinese one, becomes a box without a warning.
+    """
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
-@_as_written
+@_names_as_text()
 def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
     """Plot numbers of videos, true class by predicted class. The colour shows the share of the true class's videos.
 
@@ -36,13 +46,14 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str
     side = min(3 + 0.35 * len(classes), 24)
     figure, axes = plt.subplots(figsize=(side + 1.2, side))
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    size = 8 if len(classes) <= 40 else 4
+    size = min(8, 50 * side / len(classes))  # 70 % of the height of a cell
+    large = max(10, 0.7 * side)
     names = [_shortened(name, 2.5, size) for name in classes]
     axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(classes)), names, fontsize=size)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(_wrapped(title, side + 1.2, 10), fontsize=10)
+    axes.set_xlabel("predicted class", fontsize=large)
+    axes.set_ylabel("true class", fontsize=large)
+    axes.set_title(_wrapped(title, side + 1.2, large), fontsize=large)
     if len(classes) <= 20:
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.5 else "black"
@@ -52,7 +63,7 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str
     plt.close(figure)
 
 
-@_as_written
+@_names_as_text()
 def plot_retrieval_sheet(
     rows: Sequence[tuple[tuple[np.ndarray, str], Sequence[tuple[np.ndarray, str, bool]]]], title: str, path: Path
 ) -> None:
@@ -80,7 +91,7 @@ def plot_retrieval_sheet(
     _finish(figure, title, path, legend)
 
 
-@_as_written
+@_names_as_text()
 def plot_mistakes(cells: Sequence[tuple[np.ndarray, str, str, float]], title: str, path: Path) -> None:
     """Plot videos whose predicted class is wrong, side by side.
 
@@ -97,7 +108,7 @@ def plot_mistakes(cells: Sequence[tuple[np.ndarray, str, str, float]], title: st
     _finish(figure, title, path)
 
 
-@_as_written
+@_names_as_text()
 def plot_view_sheet(
     samples: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Sequence[np.ndarray]]],
     shown: Sequence[int],
@@ -154,7 +165,7 @@ def _changes(row: np.ndarray) -> str:
     return "\n".join(words) or "no change of colour"
 
 
-@_as_written
+@_names_as_text()
 def plot_composites(
     rows: Sequence[tuple[tuple[str, str], np.ndarray, np.ndarray, np.ndarray, np.ndarray]], title: str, path: Path
 ) -> None:
@@ -181,7 +192,7 @@ def plot_composites(
     _finish(figure, title, path)
 
 
-@_as_written
+@_names_as_text()
 def plot_activation_maps(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray, Mapping[str, np.ndarray]]], title: str, path: Path
 ) -> None:

@@ -19,15 +19,13 @@ from dclr.data.given_videos import EVERYTHING, everything, splits_of
 from dclr.data.samples import TestClips
 from dclr.data.videos import open_videos
 from dclr.errors import UserError, printable
+from dclr.evaluation.feature_table import MISSING
 from dclr.evaluation.features import embed_videos
 from dclr.files import atomic_file
 from dclr.models import Classifier
 from dclr.progress import ProgressBar
 
 SUFFIXES = (".csv", ".parquet")
-
-MISSING = "its list names it, and it is not on disk"
-"""The reason why a listed video without a file has no prediction."""
 
 NAME_COLUMN = 28
 """Characters of a class's name in the printed table."""
