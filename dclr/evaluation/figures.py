@@ -17,8 +17,12 @@ from matplotlib.colors import Normalize
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-QUERY, RIGHT, WRONG = "black", "tab:green", "tab:red"
-"""The colours of the borders in a retrieval sheet."""
+QUERY, RIGHT, WRONG, UNKNOWN = "black", "tab:green", "tab:red", "tab:gray"
+"""The colours of the borders in the sheets of retrieval and search. UNKNOWN: the class of the query
+or of the video is not known."""
+
+SEARCH_COLUMNS = 5
+"""Videos at the right of a query in a row of a search sheet."""
 
 CROP = "tab:orange"
 """The colour of the outline of a crop."""
@@ -79,16 +83,57 @@ def plot_retrieval_sheet(
     for line, ((frame, name), nearest) in zip(grid, rows, strict=True):
         cells = [(frame, name, QUERY), *((frame, name, RIGHT if same else WRONG) for frame, name, same in nearest)]
         for axes, (picture, caption, colour) in zip(line, cells, strict=False):
-            axes.axis("on")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.imshow(picture)
-            axes.set_title(_shortened(caption, 1.6, 7), fontsize=7, pad=5)
-            for edge in axes.spines.values():
-                edge.set(color=colour, linewidth=3)
+            _bordered(axes, picture, caption, colour)
     meanings = {QUERY: "query", RIGHT: "same class as the query", WRONG: "another class"}
     legend = [Patch(fill=False, edgecolor=colour, linewidth=3, label=words) for colour, words in meanings.items()]
     _finish(figure, title, path, legend)
+
+
+@_names_as_text()
+def plot_search_sheet(
+    blocks: Sequence[tuple[tuple[np.ndarray | None, str], Sequence[tuple[np.ndarray | None, str, str]]]],
+    title: str,
+    path: Path,
+) -> None:
+    """Plot queries at the left, each with its nearest videos at its right, SEARCH_COLUMNS a row.
+
+    Args:
+        blocks: for each query its frame and caption, then for each video found, nearest first, its frame, its caption
+            and the colour of its border. Frames are (H, W, 3) uint8, or None for a video that cannot be read.
+    """
+    heights = [max(1, -(-len(nearest) // SEARCH_COLUMNS)) for _, nearest in blocks]
+    columns = 1 + min(SEARCH_COLUMNS, max(1, *(len(nearest) for _, nearest in blocks)))
+    figure, grid = _grid(sum(heights), columns, (1.7, 1.75))
+    row = 0
+    for height, ((frame, caption), nearest) in zip(heights, blocks, strict=True):
+        _bordered(grid[row, 0], frame, caption, QUERY)
+        right = grid[row : row + height, 1:].reshape(-1)
+        for axes, (picture, words, colour) in zip(right, nearest, strict=False):
+            _bordered(axes, picture, words, colour)
+        row += height
+    colours = {colour for _, nearest in blocks for _, _, colour in nearest}
+    meanings = {QUERY: "query", RIGHT: "same class as the query", WRONG: "another class", UNKNOWN: "class not known"}
+    legend = [
+        Patch(fill=False, edgecolor=colour, linewidth=3, label=words)
+        for colour, words in meanings.items()
+        if colour in {QUERY, *colours}
+    ]
+    _finish(figure, title, path, legend)
+
+
+def _bordered(axes: plt.Axes, frame: np.ndarray | None, caption: str, colour: str) -> None:
+    """Show a frame with a border, and its caption above it. Each line of the caption is shortened to the width."""
+    axes.axis("on")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if frame is None:
+        axes.text(0.5, 0.5, "cannot be read", transform=axes.transAxes, ha="center", va="center", fontsize=7)
+        axes.set_box_aspect(0.75)
+    else:
+        axes.imshow(frame)
+    axes.set_title("\n".join(_shortened(line, 1.6, 7) for line in caption.split("\n")), fontsize=7, pad=5)
+    for edge in axes.spines.values():
+        edge.set(color=colour, linewidth=3)
 
 
 @_names_as_text()
