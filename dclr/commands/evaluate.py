@@ -1,5 +1,5 @@
 """Evaluate a checkpoint: accuracy | retrieval | bias | maps. Each prints a table and writes report.json and pictures.
-Use a checkpoint: features | predict | export.
+Use a checkpoint: features | search | predict | export.
 
     python eval.py accuracy --data UCF101 --checkpoint runs/ucf-finetune
         Top-1 and top-5 accuracy of a classifier, by video and by clip, and its confusion matrix.
@@ -11,6 +11,8 @@ Use a checkpoint: features | predict | export.
         The share of each activation map on moving regions, and pictures of the maps.
     python eval.py features --data VIDEOS --checkpoint runs/ucf --out features.parquet
         The embedding of each video of a folder, a list or a file, with or without labels.
+    python eval.py search --data VIDEOS --checkpoint runs/ucf --query video.mp4 --like motion --html
+        The videos nearest to a query, by motion, by scene or by both: a table, a picture and a page that plays them.
     python eval.py predict --data VIDEOS --checkpoint runs/ucf-finetune --out predictions.csv
         The most probable classes of each video, with their probabilities.
     python eval.py export --checkpoint runs/ucf-finetune --out network.onnx
@@ -37,7 +39,7 @@ from typing import Any
 
 from dclr import config as configuration
 from dclr import hub, programs, progress
-from dclr.commands import export, features, predict
+from dclr.commands import export, features, predict, search
 from dclr.errors import UserError
 
 DESCRIPTIONS = {
@@ -47,7 +49,7 @@ DESCRIPTIONS = {
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
-USES: dict[str, ModuleType] = {"features": features, "predict": predict, "export": export}
+USES: dict[str, ModuleType] = {"features": features, "search": search, "predict": predict, "export": export}
 """Commands that use a checkpoint instead of measuring it. Each is a module of this package with DESCRIPTION,
 add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
 

@@ -127,11 +127,18 @@ def mean_of_clips(table: FeatureTable) -> FeatureTable:
     """Return a table of clips as a table of videos. The clips of a video are consecutive rows."""
     starts = [next(rows) for _, rows in groupby(range(len(table.paths)), key=table.paths.__getitem__)]
     counts = np.diff([*starts, len(table.paths)])[:, None]
-    columns = {name: [getattr(table, name)[row] for row in starts] for name in ("paths", "labels", "groups", "splits")}
     embeddings = {
         kind: np.add.reduceat(rows.astype(np.float32), starts) / counts for kind, rows in table.embeddings.items()
     }
-    return replace(table, **columns, embeddings=embeddings, clips=None)
+    return replace(
+        table,
+        paths=[table.paths[row] for row in starts],
+        labels=[table.labels[row] for row in starts],
+        groups=[table.groups[row] for row in starts],
+        splits=[table.splits[row] for row in starts],
+        clips=None,
+        embeddings=embeddings,
+    )
 
 
 def search(

@@ -62,8 +62,8 @@ def write_results(
     """
     write_csv(found, gallery, folder / "results.csv")
     blocks = make_blocks(found, gallery, html, timeout)
-    hidden = {cell.name: cell.preview for block in blocks for cell in (block.query, *block.nearest)}
-    hidden = {name: reason for name, reason in hidden.items() if isinstance(reason, str)}
+    cells = [cell for block in blocks for cell in (block.query, *block.nearest)]
+    hidden = {cell.name: cell.preview for cell in cells if isinstance(cell.preview, str)}
     for name in list(hidden)[:1]:
         print(
             f"warning: {len(hidden)} videos cannot be shown, such as {printable(name)}: {printable(hidden[name])}",
