@@ -180,6 +180,10 @@ def test_accuracy_and_retrieval_on_all_splits(train_main, few, data, tmp_path, c
     refused("--split is all, which only finetune, linear, accuracy", "maps", *single)
     evaluate.main(["retrieval", *single, "--workers", "0"])  # the run's features may be looked up on other splits
     assert "warning: one checkpoint for all splits" in capsys.readouterr().err
+    folder = ["--checkpoint", str(out), "--data", str(data)]
+    one = f"give one of them, {out / 'split-1'}"
+    refused(f"{out} holds runs on single splits: use --split all for every split, or {one}", "accuracy", *folder)
+    refused(f"{out} holds runs on single splits: {one}", "maps", *folder)
     shutil.rmtree(out / "split-2")
     refused(
         f"{out} has no finished run on split 2: train.py linear --split all --resume {out} trains it",

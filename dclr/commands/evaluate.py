@@ -41,6 +41,7 @@ from dclr import config as configuration
 from dclr import hub, programs, progress
 from dclr.commands import export, features, predict, search
 from dclr.errors import UserError
+from dclr.training.split_folders import begun_splits, split_folder
 
 DESCRIPTIONS = {
     "accuracy": "top-1 and top-5 accuracy of a finetuned or linear classifier on the test split; confusion matrix",
@@ -136,6 +137,9 @@ def main(arguments: list[str]) -> None:
     folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
     if flags.get("split") == configuration.ALL and command in ("accuracy", "retrieval"):
         evaluate_splits(command, checkpoint, flags, folder)
+    elif runs := [] if (checkpoint / "config.json").exists() else begun_splits(checkpoint):
+        every = "use --split all for every split, or " if command in ("accuracy", "retrieval") else ""
+        raise UserError(f"--checkpoint {checkpoint} holds runs on single splits: {every}give one of them, {runs[0]}")
     else:
         evaluate(command, checkpoint, flags, folder, foreground)
 
@@ -199,7 +203,6 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
     from dclr import report
     from dclr.data.datasets import several_splits
     from dclr.evaluation.splits import describe_splits, over_splits
-    from dclr.training.split_folders import begun_splits, split_folder
 
     begun = begun_splits(checkpoint)
     if command == "accuracy" and not begun:
