@@ -31,15 +31,16 @@ from dclr.data.clips import uniform_clips
 from dclr.data.datasets import open_catalog
 from dclr.data.given_videos import EVERYTHING, catalog_of_files, everything
 from dclr.data.own_lists import LIST_SUFFIXES
-from dclr.data.samples import TEST_CLIPS
-from dclr.data.videos import open_videos
-from dclr.errors import UserError
+from dclr.data.samples import TEST_CLIPS, TestClips
+from dclr.data.videos import NoReadableVideo, open_videos
+from dclr.errors import UserError, printable
 from dclr.evaluation.embedding import KINDS, POOLED, make_embedder
-from dclr.evaluation.features import check_outputs, run_on_clips
+from dclr.evaluation.features import check_outputs, embed_videos
 from dclr.evaluation.model_card import write_model_card
 from dclr.kernels import augment
 from dclr.models import Backbone, Classifier, ClipFormat, Pretrained, load_pretrained
 from dclr.models.weights import EXPORT_FILE_NAME, save_weights
+from dclr.progress import ProgressBar
 
 Frames = np.ndarray | Tensor
 """The frames of one video: (T, H, W, 3) uint8, RGB."""
@@ -199,20 +200,35 @@ class VideoModel:
 
     def _run_on_videos(self, network: Callable[[Tensor], Tensor], catalog: Catalog, workers: int | None) -> Tensor:
         """Return the outputs for every video of a catalog, (N, C, D). Those of unreadable videos are NaN."""
-        listed = everything(catalog).videos(EVERYTHING)
+        listed = everything(catalog)
+        paths = [video.path for video in listed.videos(EVERYTHING)]
         if workers is None:
-            workers = 0 if len(listed) <= MOST_WORKERS else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+            workers = 0 if len(paths) <= MOST_WORKERS else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         config = DataConfig(
             clip_length=self.clips.length, clip_stride=self.clips.stride, crop_size=self.clips.crop, workers=workers
         )
-        videos = open_videos(everything(catalog), EVERYTHING, max(1, workers), progress=len(listed) > 1)
-        outputs = run_on_clips(network, videos, config, self.device, "embedding videos")
-        rows = {video.path: row for row, video in enumerate(listed)}
-        values = torch.full((len(listed), *outputs.values.shape[1:]), torch.nan)
-        values[[rows[videos.path(index)] for index in outputs.indices.tolist()]] = outputs.values
-        for path, reason in videos.unreadable.items():
-            print(f"warning: {path} cannot be read ({reason}); it has no result", file=sys.stderr)
-        return values
+        outputs: dict[str, Tensor] = {}
+        try:
+            videos = open_videos(listed, EVERYTHING, max(1, workers), progress=len(paths) > 1)
+            reasons = dict(videos.unreadable)
+            found = embed_videos(lambda clips: {"": network(clips)}, TestClips(videos, config), self.device)
+            with ProgressBar(len(videos), "embedding videos", "video", shown=len(videos) > 1) as bar:
+                for index, output in enumerate(found):
+                    bar.advance()
+                    if isinstance(output, str):
+                        reasons[videos.path(index)] = output
+                    else:
+                        outputs[videos.path(index)] = output[""]
+        except NoReadableVideo as error:
+            reasons = error.reasons
+        if not outputs:
+            path, reason = next(iter(reasons.items()))
+            others = f", nor can the {len(paths) - 1} other videos" if len(paths) > 1 else ""
+            raise UserError(f"{os.path.join(catalog.root, path)} cannot be read ({reason}){others}")
+        for path, reason in reasons.items():
+            print(f"warning: {printable(path)} cannot be read ({reason}); it has no result", file=sys.stderr)
+        nothing = torch.full_like(next(iter(outputs.values())), torch.nan)
+        return torch.stack([outputs.get(path, nothing) for path in paths])
 
     @torch.no_grad()
     def _run_on_frames(self, network: Callable[[Tensor], Tensor], frames: Frames) -> Tensor:
@@ -226,10 +242,10 @@ class VideoModel:
         return values
 
     def _best(self, logits: Tensor, top: int) -> list[tuple[str, float]]:
-        """Return the `top` most probable classes. None for NaN, the logits of an unreadable video."""
+        """Return the `top` most probable classes; an empty list for NaN, the logits of an unreadable video."""
         if logits.isnan().any():
             return []
-        best = logits.softmax(0).topk(min(top, len(logits)))
+        best = logits.double().softmax(0).topk(min(top, len(logits)))
         return [(self.classes[label], value) for value, label in zip(*(t.tolist() for t in best), strict=True)]
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import dclr
 from dclr import hub
+from dclr.commands import evaluate
 from dclr.errors import UserError
+from dclr.models import ClipFormat, build_backbone
+from dclr.models.weights import save_weights
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -142,3 +146,12 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package huggingface_hub.*pip install 'dclr\[hub\]'$"):
         hub.download("hf:lab/videos")
+
+
+def test_a_name_of_the_hub_is_weights_in_python_and_in_the_shell(fake_hub, tmp_path, monkeypatch, capsys):
+    save_weights(tmp_path / "model.safetensors", build_backbone("r2plus1d_10", 4), ClipFormat(length=4, crop=32))
+    fake_hub.files["lab/videos/resolve/main/model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    assert dclr.load("hf:lab/videos", device="cpu").clips.length == 4
+    monkeypatch.setattr("sys.argv", ["eval.py", "features", "--checkpoint", "hf:lab/none", "--out", "x.npz"])
+    assert evaluate.start() == 2
+    assert capsys.readouterr().err.startswith("eval.py: error: hf:lab/none: the hub has no such repository")

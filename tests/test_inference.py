@@ -1,5 +1,6 @@
 """Tests of dclr.load: a pretrained network in Python."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 
 import dclr
+from dclr.commands import evaluate
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import YuvFrames, rgb_of
 from dclr.data.samples import TEST_CLIPS, stack_frames
 from dclr.data.videos import open_videos
+from dclr.evaluation.feature_file import read_features
 from dclr.kernels.colour import yuv_box_to_rgb, yuv_coefficients
 from dclr.models import ClipFormat, ProjectionHead, build_backbone
 from dclr.models.weights import save_weights
@@ -119,6 +122,21 @@ def test_frames_give_the_embedding_of_their_file_up_to_the_conversion_of_colours
     np.testing.assert_array_equal(model.embed(torch.from_numpy(frames)), model.embed(frames))
 
 
+def test_the_embeddings_and_probabilities_are_those_of_the_commands(model, weights, videos, tmp_path):
+    """The clips, too, are those of the file of weights: no flag names them."""
+    common = ["--checkpoint", str(weights), "--data", str(videos[0].parent), "--workers", "0"]
+    evaluate.main(["features", *common, "--out", str(tmp_path / "features.npz"), "--like", "pooled", "motion", "scene"])
+    table = read_features(tmp_path / "features.npz")
+    assert [videos[0].parent / path for path in table.paths] == videos
+    for kind, rows in table.embeddings.items():
+        np.testing.assert_array_equal(rows, model.embed(videos, kind))
+    evaluate.main(["predict", *common, "--out", str(tmp_path / "classes.csv")])
+    lines = list(csv.DictReader((tmp_path / "classes.csv").open()))
+    for line, predicted in zip(lines, model.predict(videos), strict=True):
+        assert line["class_1"] == predicted[0][0]
+        assert float(line["probability_1"]) == pytest.approx(predicted[0][1], abs=1e-4)
+
+
 def test_motion_and_scene_are_the_embeddings_of_the_heads(model, videos):
     motion, scene = (model.embed(videos[0], like, clips=True) for like in ("motion", "scene"))
     assert motion.shape == scene.shape == (TEST_CLIPS, 32)
@@ -172,6 +190,11 @@ def test_unreadable_videos_of_several_are_rows_of_nan_and_named(model, videos, t
     assert np.isfinite(rows[0]).all()
     assert "bad.mp4 cannot be read (" in capsys.readouterr().err
     assert model.predict([bad, videos[0]])[0] == []
+    with pytest.raises(dclr.UserError, match=r"bad\.mp4 cannot be read \("):
+        model.embed(bad)
+    shutil.copy(bad, tmp_path / "other.mp4")
+    with pytest.raises(dclr.UserError, match=r"bad\.mp4 cannot be read \(.*\), nor can the 1 other videos"):
+        model.embed(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def run_on_samples(
     videos, config = samples.videos, samples.config
     size, failures = (config.crop_size, config.crop_size), Failures(SKIPPED)
     values, indices = [], []
-    with ProgressBar(len(videos), title, "video", shown=len(videos) > 1) as bar:
+    with ProgressBar(len(videos), title, "video") as bar:
         for positions, batch in clip_batches(samples, device):
             failures.add(batch.failures)
             bar.advance(int(positions[-1][1] == TEST_CLIPS - 1))

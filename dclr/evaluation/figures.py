@@ -1,5 +1,6 @@
 """Pictures of an evaluation, written as files by matplotlib. Each `plot_*` function writes one picture."""
 
+import os
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")  # writes files; needs no screen
+# Files need no screen. A notebook keeps its own backend, which shows pictures in the page.
+if not os.environ.get("MPLBACKEND", "").startswith("module://"):
+    matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
