@@ -13,6 +13,7 @@ from dclr.commands import evaluate as evaluation
 from dclr.commands import predict
 from dclr.data.encode import write_video
 from dclr.errors import UserError
+from dclr.evaluation.accuracy import most_confident_mistakes
 from dclr.evaluation.predictions import Predictions, write_predictions
 from dclr.models import Classifier, ClipFormat, build_backbone, save_backbone, save_classifier
 
@@ -80,8 +81,13 @@ def test_probabilities_are_the_softmax_of_the_logits_and_the_first_class_has_the
         assert [name for name, _ in row] == [("a", "b", "c")[index] for index in order]
         assert [probability for _, probability in row] == pytest.approx(shares[order], rel=1e-6)
     assert make([[1000.0, 999.0, -1000.0]]).best(9)[0][0] == ("a", pytest.approx(0.731, abs=1e-3))
-    # Both probabilities are 1 in float64. The higher logit is still the first.
-    assert make([[0.0, 99.0, 0.0]]).best(1)[0][0][0] == "b"
+    # The two lowest probabilities are 0 in float64. The higher logit still comes first.
+    assert [name for name, _ in make([[-2000.0, -1000.0, 0.0]]).best(3)[0]] == ["c", "b", "a"]
+
+
+def test_mistakes_are_ordered_by_the_probability_of_the_wrong_class():
+    predictions = make([[0.0, 1, 0], [2, 0, 0], [0, 0, 3], [0, 2, 0]], labels=["a", "a", "b", "c"])
+    assert most_confident_mistakes(predictions) == [2, 3, 0]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

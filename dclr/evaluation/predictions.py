@@ -5,7 +5,6 @@ one that `eval.py accuracy` compares with the label.
 """
 
 import csv
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,13 +121,11 @@ def write_predictions(predictions: Predictions, out: Path, top: int) -> None:
         UserError: the suffix is unknown, a package is missing, or the file cannot be written.
     """
     check_suffix(out)
-    rows = list(_rows(predictions, min(top, len(predictions.classes))))
+    top = min(top, len(predictions.classes))
+    write = _write_csv if out.suffix == ".csv" else _write_parquet
     try:
         with atomic_file(out) as aside:
-            if out.suffix == ".csv":
-                aside.write_bytes(_csv(rows))
-            else:
-                _write_parquet(rows, aside)
+            write(_columns(top), _rows(predictions, top), aside)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
 
@@ -136,18 +133,28 @@ def write_predictions(predictions: Predictions, out: Path, top: int) -> None:
 Row = Mapping[str, str | float | None]
 
 
+def _columns(top: int) -> list[str]:
+    ranks = range(1, top + 1)
+    return [
+        "path",
+        "split",
+        "label",
+        *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability")),
+        "skipped",
+    ]
+
+
 def _rows(predictions: Predictions, top: int) -> Iterator[Row]:
-    """Yield the row of each video, column -> value. None: no value."""
-    columns = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, top + 1)]
+    """Yield the row of each video, column -> value. A column without a value is None."""
+    nothing: dict[str, str | float | None] = dict.fromkeys(_columns(top))
     described = zip(predictions.paths, predictions.splits, predictions.labels, predictions.best(top), strict=True)
     for path, split, label, best in described:
-        found: dict[str, str | float | None] = {"path": as_utf8(path), "split": split, "label": as_utf8(label) or None}
-        for (class_column, probability_column), (name, probability) in zip(columns, best, strict=True):
-            found |= {class_column: as_utf8(name), probability_column: probability}
-        yield {**found, "skipped": None}
-    nothing = dict.fromkeys(column for pair in columns for column in pair)
+        row = {**nothing, "path": as_utf8(path), "split": split, "label": as_utf8(label) or None}
+        for rank, (name, probability) in enumerate(best, start=1):
+            row |= {f"class_{rank}": as_utf8(name), f"probability_{rank}": probability}
+        yield row
     for path, reason in predictions.skipped.items():
-        yield {"path": as_utf8(path), "split": None, "label": None, **nothing, "skipped": as_utf8(reason)}
+        yield {**nothing, "path": as_utf8(path), "skipped": as_utf8(reason)}
 
 
 def as_utf8(text: str) -> str:
@@ -155,22 +162,23 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _csv(rows: list[Row]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        # Six digits are more than the floating-point difference between machines.
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-    return text.getvalue().encode()
+def _write_csv(columns: list[str], rows: Iterator[Row], aside: Path) -> None:
+    with aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            # Six digits are more than the floating-point difference between machines.
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
 
 
-def _write_parquet(rows: list[Row], aside: Path) -> None:
+def _write_parquet(columns: list[str], rows: Iterator[Row], aside: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    types = {name: pyarrow.float64() if name.startswith("probability_") else pyarrow.string() for name in rows[0]}
-    table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(types.items()))
+    types = {name: pyarrow.float64() if name.startswith("probability_") else pyarrow.string() for name in columns}
+    table = pyarrow.Table.from_pylist(list(rows), schema=pyarrow.schema(types.items()))
     pyarrow.parquet.write_table(table, aside)
 
 
