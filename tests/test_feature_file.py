@@ -1,11 +1,14 @@
 """Files of features: what is written is read, and other files are refused."""
 
 import builtins
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers import REPOSITORY
 
 from dclr.errors import UserError
 from dclr.evaluation.feature_file import SUFFIXES, FeatureTable, read_features, write_features
@@ -111,3 +114,17 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypat
 def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
         write_features(table(), tmp_path / "none" / "x.npz")
+
+
+def test_the_examples_of_the_documentation_read_each_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (REPOSITORY / "docs" / "use.md").read_text()
+    section = page.split("\n## ")[1]
+    monkeypatch.chdir(tmp_path)
+    written = table()
+    for suffix, code in zip(SUFFIXES, re.findall(r"```python\n(.*?)```", section, re.S), strict=True):
+        write_features(written, Path(f"features{suffix}"))
+        names: dict[str, Any] = {}
+        exec(code, names)
+        np.testing.assert_array_equal(names["embeddings"], written.embeddings["pooled"])
+        assert list(names["paths"])[:2] == written.paths[:2]
+        assert names["about"]["fingerprint"] == "0123"
