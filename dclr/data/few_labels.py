@@ -47,10 +47,11 @@ def keep_few(catalog: Catalog, share: float, shots: int, seed: int) -> tuple[Cat
             f"{catalog.root}: the {len(kept)} train videos that --label-share or --shots keeps are not on disk, such "
             f"as {min(kept)}: complete the data set, or give another --seed"
         )
+    missing = {**catalog.missing, "train": chosen(absent)}
     few = replace(
         catalog,
         splits={**catalog.splits, "train": chosen(there)},
-        missing={**catalog.missing, "train": chosen(absent)} if absent else catalog.missing,
+        missing={split: found for split, found in missing.items() if found},
     )
     counts = Counter(video.label for video in (*chosen(there), *chosen(absent)))
     return few, {
