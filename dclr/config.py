@@ -22,6 +22,9 @@ from dclr.kernels import BACKENDS, EMBEDDING_SIZES
 from dclr.method import METHODS
 from dclr.models import BACKBONES, MAX_WIDTH
 
+AUTOMATIC = -1
+"""The value of --fill-steps that lets the run choose a number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
@@ -300,10 +303,11 @@ class MethodConfig(_Group):
         at_most=2,
     )
     fill_steps: int = option(
-        256,
-        "first steps, which only fill the queue and do not train. "
-        "Lower it in short runs: queue length / batch size is enough",
-        at_least=0,
+        AUTOMATIC,
+        "first steps, which only fill the queue and do not train. -1 chooses: 256 as published, and in a run of fewer "
+        "than 2560 steps a tenth of them, or what fills the queue if that is more. Raise it if the loss jumps at the "
+        "first trained steps",
+        at_least=AUTOMATIC,
     )
 
     def __post_init__(self) -> None:
@@ -346,6 +350,19 @@ class OptimConfig(_Group):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MonitorConfig(_Group):
+    """The monitor: measurements during pretraining."""
+
+    knn_every: int = option(
+        0,
+        "epochs between two measurements of the features by nearest neighbours: accuracy and recall at 1 on labelled "
+        "test videos (at most 500, and 1000 training videos). They show whether the network learns, which the loss "
+        "alone does not. 0: none. Raise it if measuring takes long",
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransferConfig(_Group):
     """The transfer: the weights that a classifier starts from, and the labels that it is trained on."""
 
@@ -356,6 +373,12 @@ class TransferConfig(_Group):
     )
     dropout: float = option(
         0.7, "dropout before the classifier, in finetune. Lower it for narrow networks", at_least=0, below=1
+    )
+    test_every: int = option(
+        1,
+        "epochs between two measurements of the accuracy on test videos (at most 500, one clip each). They appear in "
+        "the log and do not change the training. 0: none. Raise it if measuring takes long",
+        at_least=0,
     )
     label_share: float = option(
         1.0,
@@ -393,6 +416,7 @@ class PretrainConfig:
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
     optim: OptimConfig = OptimConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     def __post_init__(self) -> None:
         queue_length, batch_size = self.method.queue_length, self.optim.batch_size
@@ -445,6 +469,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "lr": 0.03,
             "milestones": (60, 72),
             "checkpoint_every": 20,
+            "knn_every": 40,
         },
         "finetune": {
             **_DEMO,
@@ -454,6 +479,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "milestones": (32, 36),
             "dropout": 0.0,
             "checkpoint_every": 20,
+            "test_every": 20,
         },
         # At the published learning rate, 5, the loss of this network's linear probe stays above 100 (docs/LOG.md).
         "linear": {
@@ -464,6 +490,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "epochs": 40,
             "milestones": (24, 32),
             "checkpoint_every": 20,
+            "test_every": 20,
         },
     },
     "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
@@ -511,6 +538,13 @@ def _add_flag(heading: Any, f: dataclasses.Field[Any], command: str) -> None:
         heading.add_argument(*names, type=int, nargs="*", **given)
     else:
         heading.add_argument(*names, type=split_number if f.name == "split" else type(f.default), **given)
+
+
+def as_flag(name: str, value: Any) -> str:
+    """Return a setting as one writes it on a command line: "--width 16", "--no-compact"."""
+    if isinstance(value, bool):
+        return flag_of(name) if value else f"--no-{flag_of(name)[2:]}"
+    return f"{flag_of(name)} {show(value)}"
 
 
 def show(value: Any) -> str:
@@ -599,6 +633,7 @@ def resolve(
 FREE_ON_RESUME = {
     "data", "workers", "video_timeout", "max_bad", "max_missing",
     "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
+    "knn_every", "test_every",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
 }  # fmt: skip

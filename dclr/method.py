@@ -122,6 +122,7 @@ class Output(NamedTuple):
     losses: Tensor  # (P,) contrastive losses, in the order of DCLR.pairs
     positive: Tensor  # (P,) mean similarity of query and key
     hardest_negative: Tensor  # (P,) mean similarity of a query and its most similar queue entry
+    queries: Tensor  # (P, B, D) embeddings of this rank's query clips, for `DCLR.nearest_key`
     alignment: Tensor | None = None  # () the alignment term before its weight
     alignment_other_form: Tensor | None = None  # () the form that is not trained: raw or relative
     alignment_key_maps: Tensor | None = None  # () with the key clip's maps, as a name in the released code suggests
@@ -174,7 +175,7 @@ class DCLR(Method):
         losses, positive, hardest = contrast(queries, keys, self.queue, mined, temperature, check_rows=False)
         self._enqueue(all_keys)
 
-        output = Output(losses.sum(), losses.detach(), positive, hardest)
+        output = Output(losses.sum(), losses.detach(), positive, hardest, queries.detach())
         return self._with_auxiliary_terms(output, features, maps, key_maps) if self.auxiliary else output
 
     def _with_auxiliary_terms(self, output: Output, features: ByLetter, maps: ByLetter, key_maps: ByLetter) -> Output:
@@ -241,14 +242,40 @@ class DCLR(Method):
             "alignment_key_maps": output.alignment_key_maps,
             **self._by_pair("positive_similarity", output.positive),
             **self._by_pair("hardest_negative", output.hardest_negative),
+            **self._by_pair("nearest_key", self.nearest_key(output.queries)),
         }
         metrics = means_over_ranks({name: value for name, value in terms.items() if value is not None})
-        # The loss of a network that cannot tell any two clips apart, without mined positives.
+        # The loss of a network that cannot tell any two clips apart, without mined positives and with them.
         metrics["pair_loss/ln_K_plus_1"] = math.log(self.method.queue_length + 1)
+        metrics["pair_loss/plateau"] = self.plateau()
+        metrics["loss_plateau"] = len(self.pairs) * metrics["pair_loss/plateau"]
+        metrics["nearest_key/mean"] = sum(metrics[f"nearest_key/{pair}"] for pair in self.pairs) / len(self.pairs)
         if "alignment" in metrics:
             share = self.method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
             metrics["alignment_share"] = share
         return metrics
+
+    def plateau(self) -> float:
+        """Return the loss of a pair if all similarities are equal: ln(K + 1), less ln(M + 1) once entries are mined.
+
+        The loss is -ln(sum over positives / sum over all) of K + 1 equal terms, of which 1 + M are positives.
+        """
+        mines = bool(self.auxiliary) and int(self.enqueued) >= self.method.queue_length
+        mined = self.method.mined_positives if mines else 0
+        return math.log((self.method.queue_length + 1) / (mined + 1))
+
+    @torch.no_grad()
+    def nearest_key(self, queries: Tensor) -> Tensor:
+        """Return for each pair the share (P,) of queries to which their own key is nearer than all other queue entries.
+
+        `queries`: (P, B, D) of the newest step, whose keys are the newest entries of the queue. So the keys of the
+        step's other clips count as negatives here, which the loss does not use.
+        """
+        rank, size, length = distributed.rank(), queries.shape[1], self.method.queue_length
+        first = self.enqueued - (distributed.world_size() - rank) * size
+        own = (first + torch.arange(size, device=queries.device)) % length  # (B,)
+        nearest = (queries.float() @ self.queue.float().transpose(1, 2)).argmax(2)  # (P, B)
+        return (nearest == own).float().mean(1)
 
     def _by_pair(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """Name the numbers (P,) of the pairs: name/pair."""

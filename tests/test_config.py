@@ -11,6 +11,7 @@ from dclr import config as configuration
 from dclr.commands import evaluate as evaluation
 from dclr.commands import train
 from dclr.config import (
+    AUTOMATIC,
     COMMANDS,
     PRESETS,
     DataConfig,
@@ -39,7 +40,7 @@ PUBLISHED_PRETRAINING = {
     "alignment_weight": 0.1,
     "boundary": "wrap",
     "repel_weight": 0.0,
-    "fill_steps": 256,
+    "fill_steps": AUTOMATIC,
     "epochs": 200,
     "batch_size": 40,
     "lr": 0.01,
@@ -181,7 +182,7 @@ def test_a_file_that_is_not_a_configuration_is_refused_by_its_path(tmp_path, con
             {"mined_positives": 9, "queue_length": 8},
             "--mined-positives is 9, but must be from 0 to --queue-length (8)",
         ),
-        (MethodConfig, {"fill_steps": -1}, "--fill-steps is -1, but must be at least 0"),
+        (MethodConfig, {"fill_steps": -2}, "--fill-steps is -2, but must be at least -1"),
         (MethodConfig, {"alignment_weight": -0.1}, "--alignment-weight is -0.1, but must be at least 0"),
         (MethodConfig, {"alignment_weight": float("nan")}, "--alignment-weight is nan, but must be at least 0"),
         (MethodConfig, {"repel_weight": -1.0}, "--repel-weight is -1.0, but must be at least 0"),
@@ -426,7 +427,7 @@ def test_a_runs_configuration_repeats_the_run_in_another_folder(tmp_path):
 def test_a_configuration_of_an_earlier_version_can_be_repeated(tmp_path):
     (tmp_path / "config.json").write_text(OLD_CONFIG)
     found, preset = settings_of("--config", tmp_path / "config.json")
-    assert found == flat(resolve("pretrain", "ucf101", {"static_pairs": False, "seed": 3}))
+    assert found == flat(resolve("pretrain", "ucf101", {"static_pairs": False, "seed": 3, "fill_steps": 256}))
     assert preset == "ucf101"
 
 

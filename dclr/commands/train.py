@@ -174,6 +174,7 @@ def train(command: str, flags: dict[str, Any]) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"training needs the package {package}, which is not installed: pip install 'dclr[train]'")
     replace = flags.get("resume") == "auto"
+    from dclr.evaluation.monitor import open_accuracy, open_knn
     from dclr.training import connection, engine
     from dclr.training.finetune import finetune
     from dclr.training.heartbeat import Heartbeat
@@ -192,11 +193,11 @@ def train(command: str, flags: dict[str, Any]) -> None:
         # The inner context ends first: a rank that leaves must not be asked to stop again.
         with closing(launcher):
             if isinstance(config, configuration.PretrainConfig):
-                pretrain(config, preset, device, folder, replace)
+                pretrain(config, preset, device, folder, replace, open_knn)
             elif all_splits:
-                finetune_splits(command, config, preset, flags, device, folder)
+                finetune_splits(command, config, preset, flags, device, folder, open_accuracy)
             else:
-                finetune(command, config, preset, device, folder, replace)
+                finetune(command, config, preset, device, folder, replace, open_accuracy)
 
 
 def takes_all_splits(command: str, flags: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Training a classifier on labels: finetuning the whole network, or a linear probe on a frozen backbone."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from dclr import distributed
 from dclr.config import FinetuneConfig
 from dclr.data.samples import ClipBatch, ClipSamples, TrainSamples
+from dclr.errors import UserError
 from dclr.kernels import augment
 from dclr.models import (
     Backbone,
@@ -20,11 +22,12 @@ from dclr.models import (
     save_backbone,
     save_classifier,
 )
+from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
-from dclr.training.loop import common_bar, common_metrics, train
-from dclr.training.setup import start_run
+from dclr.training.loop import common_bar, common_metrics, measure_on_rank_zero, train
+from dclr.training.setup import Monitor, OpenMonitor, Run, start_run
 
 
 def finetune(
@@ -34,6 +37,7 @@ def finetune(
     device: torch.device,
     resume: Path | None = None,
     replace: bool = False,
+    open_accuracy: OpenMonitor | None = None,
 ) -> Path:
     """Train a classifier and return the run's folder, which then holds classifier.safetensors.
 
@@ -41,6 +45,7 @@ def finetune(
         command: "finetune" trains the whole network; "linear" trains a linear classifier on the frozen backbone.
         resume: folder of the run to continue; None begins a run.
         replace: the new run may replace a run in --out that has no checkpoint.
+        open_accuracy: opens the measurement of the classifier that --test-every asks for.
 
     Raises:
         UserError: see start_run, load_backbone, Engine and train; a data set without labels.
@@ -55,7 +60,8 @@ def finetune(
         dropout = config.transfer.dropout if command == "finetune" else 0.0
         classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
         engine = Engine(classifier, run.ds_config, config.optim, device)
-        task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed))
+        test = open_test(run, open_accuracy) if open_accuracy and config.transfer.test_every else None
+        task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed), test)
         trained = train(run, task, engine)
 
         average_statistics(classifier)
@@ -63,8 +69,19 @@ def finetune(
         run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
         run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
         written = run.folder / "classifier.safetensors"
-        run.say(f"done: {written}; evaluate it: python eval.py accuracy --checkpoint {run.folder}")
+        data = f" --data {shlex.quote(config.data.data)}" if config.data.data else ""
+        run.say(f"done: {written}")
+        run.say(f"  next: {command_of('eval')} accuracy --checkpoint {shlex.quote(str(run.folder))}{data}")
         return run.folder
+
+
+def open_test(run: Run, open_accuracy: OpenMonitor) -> Monitor | None:
+    """Return the measurement of the classifier, or None if the data set has no labelled test videos."""
+    try:
+        return run.open_monitor(open_accuracy)
+    except UserError as error:
+        run.say(f"  no test accuracy during training: {error}")
+        return None
 
 
 def make_backbone(command: str, config: FinetuneConfig, resume: Path | None) -> tuple[Backbone, str]:
@@ -88,8 +105,11 @@ class Finetuning:
 
     first_trained_step = 0
 
-    def __init__(self, engine: Engine, config: FinetuneConfig, samples: ClipSamples) -> None:
-        self.engine, self.config = engine, config
+    def __init__(
+        self, engine: Engine, config: FinetuneConfig, samples: ClipSamples, test: Monitor | None = None
+    ) -> None:
+        self.engine, self.config, self._test = engine, config, test
+        self._measured: dict[str, float] = {}
         self.samples: TrainSamples = samples
         self.summary: dict[str, Any] = {}
 
@@ -125,8 +145,17 @@ class Finetuning:
         return {
             "loss": f"{metrics['loss']:.3f}",
             "top1": f"{metrics['train_top1']:.0%}",
+            **({"test": f"{self._measured['test/top1']:.0%}"} if self._measured else {}),
             **common_bar(metrics),
         }
+
+    def measure(self, epochs: int) -> dict[str, float]:
+        """Return the accuracy on test videos, every --test-every epochs."""
+        if self._test is None or epochs % self.config.transfer.test_every:
+            return {}
+        test, classifier = self._test, self.engine.module
+        self._measured = measure_on_rank_zero(lambda: test(classifier))
+        return self._measured
 
     def picture(self) -> None:
         """Return None: clips are not logged as pictures."""

@@ -5,6 +5,7 @@ pretrain.py and finetune.py supply a Task: what a micro-batch computes, and what
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,6 +76,10 @@ class Task(Protocol):
 
     def bar(self, metrics: dict[str, float]) -> dict[str, str]:
         """Return the few values that the progress bar shows, name -> text."""
+        ...
+
+    def measure(self, epochs: int) -> dict[str, float]:
+        """Return what is measured on other videos after this number of epochs, or nothing. Every rank calls this."""
         ...
 
     def picture(self) -> np.ndarray | None:
@@ -151,14 +156,15 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
             stops = run.any_rank_stops(request, failures)
             epoch_ends = done % sampler.steps_per_epoch == 0
             saves = epoch_ends and ((epoch + 1) % config.run.checkpoint_every == 0 or done == sampler.stop)
-            logs = done % config.run.log_every == 0 or saves or done == task.first_trained_step
+            measured = task.measure(epoch + 1) if epoch_ends else {}
+            logs = done % config.run.log_every == 0 or saves or done == task.first_trained_step or bool(measured)
             if log and (step == start or epoch_ends) and (picture := task.picture()) is not None:
                 log.picture("views", picture, done)
             if logs or stops:
                 guard.check()
                 check_replicas(engine.module, done)
             if logs:
-                last = task.metrics(lr, done, guard.skipped, watch) | guard.metrics()
+                last = task.metrics(lr, done, guard.skipped, watch) | guard.metrics() | measured
                 if log:
                     log.write(done, last, task.bar(last))
             if saves or stops:
@@ -205,6 +211,21 @@ def common_bar(metrics: dict[str, float]) -> dict[str, str]:
         "samples/s": f"{metrics['samples_per_second']:.1f}",
         "wait": f"{metrics['data_wait_share']:.0%}",
     }
+
+
+def measure_on_rank_zero(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return what `measure` returns on rank 0, on all ranks. The other ranks wait. Random numbers are not used up.
+
+    Raises:
+        UserError: on all ranks, `measure` raised it.
+    """
+    with distributed.without_timeout(), torch.random.fork_rng(devices=_cuda_devices()):
+        return distributed.on_rank_zero(measure)
+
+
+def _cuda_devices() -> list[int]:
+    """Return the device whose random state this process uses."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 def load_state(run: Run, engine: Engine) -> dict[str, Any]:

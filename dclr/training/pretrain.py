@@ -1,43 +1,52 @@
 """Pretraining without labels by a method of METHODS: what one micro-batch computes, and what is logged about it."""
 
 import math
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dclr.config import PretrainConfig
+from dclr.config import PRESETS, PretrainConfig, as_flag, flat, resolve
 from dclr.data.augmentation import pretrain_recipe, view_grid
 from dclr.data.samples import PairBatch, PairSamples, TrainSamples
 from dclr.kernels import Views, generate_views
 from dclr.method import METHODS, Method
 from dclr.models import Backbone, save_backbone
+from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
-from dclr.training.loop import common_bar, common_metrics, train
-from dclr.training.setup import start_run
+from dclr.training.loop import common_bar, common_metrics, measure_on_rank_zero, train
+from dclr.training.setup import Monitor, OpenMonitor, Run, start_run
 
 GRID_CLIPS = 4
 """Clips in the picture of the three views."""
 
 
 def pretrain(
-    config: PretrainConfig, preset: str, device: torch.device, resume: Path | None = None, replace: bool = False
+    config: PretrainConfig,
+    preset: str,
+    device: torch.device,
+    resume: Path | None = None,
+    replace: bool = False,
+    open_knn: OpenMonitor | None = None,
 ) -> Path:
     """Pretrain a backbone and return the run's folder, which then holds backbone.safetensors.
 
     Args:
         resume: folder of the run to continue; None begins a run.
         replace: the new run may replace a run in --out that has no checkpoint.
+        open_knn: opens the measurement of the backbone that --knn-every asks for.
 
     Raises:
         UserError: see start_run, Engine and train.
         Stopped: a signal asked the run to stop. A checkpoint is written.
     """
     with start_run("pretrain", preset, config, device, resume, replace) as run:
+        config = cast(PretrainConfig, run.config)
         torch.manual_seed(config.run.seed)
         network = METHODS[config.method.method](config.model, config.method, seed=config.run.seed)
         partners = ", ".join(("rgb", *config.method.auxiliary_views))
@@ -45,21 +54,50 @@ def pretrain(
         run.prepare(*(module for module in network.modules() if isinstance(module, Backbone)))
         engine = Engine(network, run.ds_config, config.optim, device)
         samples = PairSamples(run.videos, config.data, config.run.seed, pretrain_recipe(config.method.jitter))
-        task = Pretraining(network, engine, config, samples)
+        knn = run.open_monitor(open_knn) if open_knn and config.monitor.knn_every else None
+        task = Pretraining(network, engine, config, samples, knn)
         trained = train(run, task, engine)
 
         average_statistics(network.query.backbone)
         run.write(lambda: save_backbone(network.query.backbone, run.folder / "backbone.safetensors"))
         run.write_report({**task.summary, **trained.report()}, trained.failures, trained.seconds)
         run.say(f"done: {run.folder / 'backbone.safetensors'}")
+        for line in next_steps(run):
+            run.say(f"  {line}")
         return run.folder
+
+
+def next_steps(run: Run) -> list[str]:
+    """Return lines with commands that use the backbone, as the user can type them."""
+    data = f" --data {shlex.quote(run.config.data.data)}" if run.config.data.data else ""
+    checkpoint = shlex.quote(str(run.folder))
+    if not run.videos.classes or (run.videos.labels < 0).any():
+        features = shlex.quote(f"{run.folder}-features.npz")
+        return [f"next: {command_of('eval')} features --checkpoint {checkpoint}{data} --out {features}"]
+    same = ("clip_length", "clip_stride", "crop_size", "split", "allow_outside", "backbone", "width")
+    preset = run.preset if run.preset in PRESETS else "ucf101"
+    ours, theirs = flat(run.config), flat(resolve("finetune", preset, {}))
+    flags = "".join(f" {as_flag(name, ours[name])}" for name in same if ours[name] != theirs[name])
+    out = shlex.quote(f"{run.folder}-finetune")
+    return [
+        f"next: {command_of('train')} finetune --preset {preset}{data}{flags} --pretrained {checkpoint} --out {out}",
+        f"  or: {command_of('eval')} retrieval --checkpoint {checkpoint}{data}",
+    ]
 
 
 class Pretraining:
     """The Task of pretraining (see loop.py)."""
 
-    def __init__(self, network: Method, engine: Engine, config: PretrainConfig, samples: PairSamples) -> None:
-        self.network, self.engine, self.config = network, engine, config
+    def __init__(
+        self,
+        network: Method,
+        engine: Engine,
+        config: PretrainConfig,
+        samples: PairSamples,
+        knn: Monitor | None = None,
+    ) -> None:
+        self.network, self.engine, self.config, self._knn = network, engine, config, knn
+        self._measured: dict[str, float] = {}
         self.samples: TrainSamples = samples
         self.summary: dict[str, Any] = {}
         self.fill_steps = config.method.fill_steps if network.has_queue else 0
@@ -104,7 +142,24 @@ class Pretraining:
         return metrics
 
     def bar(self, metrics: dict[str, float]) -> dict[str, str]:
-        return {"loss": f"{metrics['loss']:.3f}" if "loss" in metrics else "filling queue", **common_bar(metrics)}
+        if "loss" not in metrics:
+            return {"loss": "filling queue", **common_bar(metrics)}
+        shown = {"loss": f"{metrics['loss']:.3f}"}
+        if "loss_plateau" in metrics:
+            shown["plateau"] = f"{metrics['loss_plateau']:.3f}"
+        if "nearest_key/mean" in metrics:
+            shown["nearest"] = f"{metrics['nearest_key/mean']:.0%}"
+        if self._measured:
+            shown["R@1"] = f"{self._measured['knn/recall_at_1']:.0%} (chance {self._measured['knn/chance']:.0%})"
+        return {**shown, **common_bar(metrics)}
+
+    def measure(self, epochs: int) -> dict[str, float]:
+        """Return the k-NN accuracy of the features, every --knn-every epochs."""
+        if self._knn is None or epochs % self.config.monitor.knn_every:
+            return {}
+        knn, backbone = self._knn, self.network.query.backbone
+        self._measured = measure_on_rank_zero(lambda: knn(backbone))
+        return self._measured
 
     def picture(self) -> np.ndarray | None:
         """Return a picture of the query clips' rgb, static and dynamic views, three rows for each clip."""

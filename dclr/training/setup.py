@@ -1,5 +1,7 @@
 """The start of every training run: kernels, precision, data set, folder and configuration, checked on all ranks."""
 
+import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import torch
 
 from dclr import config as configuration
 from dclr import distributed, kernels, report
-from dclr.config import Config, DataConfig, FinetuneConfig, PretrainConfig
+from dclr.config import AUTOMATIC, Config, DataConfig, FinetuneConfig, PretrainConfig
 from dclr.data.catalog import Catalog, describe_reading, describe_warnings, reading_entry
 from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import make_demo, open_data
@@ -29,6 +31,22 @@ from dclr.training import engine
 from dclr.training.batchnorm import check_batch_statistics
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
 from dclr.training.signals import StopRequest
+
+PUBLISHED_FILL_STEPS = 256
+
+PUBLISHED_SIZE = 64 * 112
+"""Width times side of the published recipe, as a measure of its cost."""
+
+SLOW_ON_A_CPU = (
+    "warning: no GPU is used. A step of the published size takes half a minute or more on a CPU. "
+    "--preset demo has a small network and small clips"
+)
+
+Monitor = Callable[[torch.nn.Module], dict[str, float]]
+"""A measurement of a network on fixed videos during training: name in the log -> value. See evaluation/monitor.py."""
+
+OpenMonitor = Callable[[DataConfig, torch.device], Monitor]
+"""Opens the videos of a measurement. Raises UserError if the data set has none for it."""
 
 
 @dataclass
@@ -66,6 +84,17 @@ class Run:
         """Print one line, on rank 0."""
         if self.main:
             report.say(message)
+
+    def open_monitor(self, open_monitor: OpenMonitor) -> Monitor:
+        """Open a measurement on rank 0, where it is called.
+
+        Raises:
+            UserError: on all ranks, the data set has no videos for it.
+        """
+        opened: list[Monitor] = []
+        with distributed.without_timeout():
+            distributed.on_rank_zero(lambda: opened.append(open_monitor(self.config.data, self.device)))
+        return opened[0] if opened else lambda network: {}
 
     def write_config(self) -> None:
         """Write config.json. Call this when nothing can be refused any more: a refused run leaves nothing behind."""
@@ -224,6 +253,7 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     catalog = distributed.on_all_ranks(lambda: open_data(config.data))
     catalog, few_labels = distributed.on_all_ranks(lambda: keep_labelled(command, config, catalog))
     videos = open_videos_once(catalog, config.data)
+    config = choose_fill_steps(config, len(videos))
     check_videos(config, videos)
     listed = check_listed(command, catalog, videos, config.data.max_missing)
 
@@ -250,6 +280,10 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     )
     run.say(f"  kernels: {kernels.describe(device)}")
     run.say(f"  {compiling}")
+    if isinstance(config, PretrainConfig) and config.method.fill_steps:
+        run.say(f"  the first {config.method.fill_steps} of {run.batch_sampler().stop} steps only fill the queue")
+    if device.type == "cpu" and config.model.width * config.data.crop_size >= PUBLISHED_SIZE and run.main:
+        print(SLOW_ON_A_CPU, file=sys.stderr)
     run.say(f"  writing to {folder}")
     return run
 
@@ -278,6 +312,20 @@ def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catal
         return catalog, {}
     few, entry = keep_few(catalog, config.transfer.label_share, config.transfer.shots, config.run.seed)
     return few, {"few_labels": entry}
+
+
+def choose_fill_steps(config: Config, videos: int) -> Config:
+    """Return the settings with a number in place of AUTOMATIC for --fill-steps. The run's config.json keeps the number.
+
+    A run of 2,560 or more steps gets the published 256. A shorter run gets a tenth of its steps, or as many as fill the
+    queue if that is more, but at most half of its steps.
+    """
+    if not isinstance(config, PretrainConfig) or config.method.fill_steps != AUTOMATIC:
+        return config
+    steps = videos // config.optim.batch_size * config.optim.epochs
+    fills_queue = math.ceil(config.method.queue_length / config.optim.batch_size)
+    chosen = min(PUBLISHED_FILL_STEPS, max(steps // 10, min(fills_queue, steps // 2)))
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, fill_steps=chosen))
 
 
 def check_videos(config: Config, videos: VideoSet) -> None:

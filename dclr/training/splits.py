@@ -18,6 +18,7 @@ from dclr.errors import UserError
 from dclr.programs import command_of
 from dclr.training import checkpoint
 from dclr.training.finetune import finetune
+from dclr.training.setup import OpenMonitor
 from dclr.training.signals import Stopped
 from dclr.training.split_folders import begun_splits, split_folder
 
@@ -25,7 +26,13 @@ FINISHED, CONTINUED, BEGUN = "finished before", "continued", "begun"
 
 
 def finetune_splits(
-    command: str, config: FinetuneConfig, preset: str, flags: dict[str, Any], device: torch.device, resume: Path | None
+    command: str,
+    config: FinetuneConfig,
+    preset: str,
+    flags: dict[str, Any],
+    device: torch.device,
+    resume: Path | None,
+    open_accuracy: OpenMonitor | None = None,
 ) -> Path:
     """Train a classifier on each official split and return the folder of the runs.
 
@@ -33,6 +40,7 @@ def finetune_splits(
         config: the settings of all runs but for --split and --out.
         flags: the flags that were given, without --split and --out. Runs that are continued take them over.
         resume: folder of runs to continue; None begins them in `config.run.out`.
+        open_accuracy: see finetune.
 
     Raises:
         UserError: the data set has one official split; `config.run.out` already holds runs; see finetune.
@@ -69,7 +77,7 @@ def finetune_splits(
                 continue
             own, own_preset = distributed.on_all_ranks(lambda: settings_of(run, number))  # noqa: B023
             try:
-                finetune(command, own, own_preset, device, run if state == CONTINUED else None, replace=True)
+                finetune(command, own, own_preset, device, run if state == CONTINUED else None, True, open_accuracy)
             except Stopped as stopped:
                 raise Stopped(f"split {number}: {stopped}; --resume {folder} continues all splits") from None
     if distributed.rank() == 0:

@@ -1,0 +1,147 @@
+"""Measurements during training, on a fixed sample of videos: k-NN of features, or the accuracy of a classifier.
+
+A measurement reads the middle test clip of each video of the sample. The videos are evenly spaced over their split. The
+network is in evaluation mode and gets back its mode. So training gives the same result with and without measurements.
+
+Letters: N training videos, Q test videos, D features, C classes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dclr.config import DataConfig
+from dclr.data.catalog import Catalog
+from dclr.data.clips import evenly_spaced
+from dclr.data.datasets import open_data
+from dclr.data.loader import TestSampler
+from dclr.data.samples import TEST_CLIPS, TestClips
+from dclr.errors import UserError
+from dclr.evaluation.features import augment_slices, check_outputs, clip_batches, open_split
+from dclr.models import pool
+
+TRAIN_VIDEOS, TEST_VIDEOS = 1000, 500
+"""The most videos of a sample."""
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+"""Weighted k-NN of Wu et al. (CVPR 2018, arXiv 1805.01978). They use 200 neighbours, for 1.3 million images."""
+
+Monitor = Callable[[nn.Module], dict[str, float]]
+"""Measures a network: name in the log -> value."""
+
+
+class Sample:
+    """The middle clips of some videos of a split."""
+
+    def __init__(self, catalog: Catalog, split: str, data: DataConfig, most: int) -> None:
+        """Raises UserError: there is no such split, or its videos have no labels."""
+        videos = open_split(catalog, split, data)
+        if (videos.labels < 0).any():
+            raise UserError(f"the {split} videos of {catalog.root} have no labels")
+        self._samples = TestClips(videos, data)
+        self._indices = evenly_spaced(len(videos), most)
+
+    @torch.no_grad()
+    def outputs(self, network: Callable[[Tensor], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the network's outputs (N, D) float32 and the labels (N,) of the readable videos, on the CPU.
+
+        Args:
+            network: clips (B, 3, T, h, w) -> (B, D).
+
+        Raises:
+            UserError: no video can be read, or an output is not finite.
+        """
+        videos, side = self._samples.videos, self._samples.config.crop_size
+        sampler = TestSampler(self._samples, self._indices, [TEST_CLIPS // 2])
+        outputs, labels = [], []
+        for _, batch in clip_batches(self._samples, device, sampler):
+            if not len(batch.indices):
+                continue
+            clips = augment_slices(batch.frames, batch.augmentation, (side, side))
+            outputs.append(network(clips).float().cpu())
+            check_outputs(outputs[-1], [videos.path(index) for index in batch.indices.tolist()])
+            labels.append(batch.labels.cpu())
+        if not outputs:
+            raise UserError(f"{videos.root}: not one of {len(self._indices)} videos can be read any more")
+        return torch.cat(outputs), torch.cat(labels)
+
+
+def open_knn(data: DataConfig, device: torch.device) -> Monitor:
+    """Return a measurement of a backbone: how well the features of training videos predict the classes of test videos.
+
+    Its values are `knn/top1` and `knn/recall_at_1`, see `knn`, and `knn/chance`, the recall at 1 of a random order.
+
+    Raises:
+        UserError: the data set has no test split or no labels.
+    """
+    try:
+        catalog = open_data(data)
+        train, test = Sample(catalog, "train", data, TRAIN_VIDEOS), Sample(catalog, "test", data, TEST_VIDEOS)
+    except UserError as error:
+        raise UserError(f"--knn-every needs labelled training and test videos: {error}") from None
+
+    def measure(backbone: nn.Module) -> dict[str, float]:
+        with evaluating(backbone):
+            gallery, queries = (sample.outputs(lambda x: pool(backbone(x)), device) for sample in (train, test))
+        top1, recall = knn(*gallery, *queries, len(catalog.classes))
+        same_class = (gallery[1][None] == queries[1][:, None]).float().mean().item()
+        return {"knn/top1": top1, "knn/recall_at_1": recall, "knn/chance": same_class}
+
+    return measure
+
+
+def open_accuracy(data: DataConfig, device: torch.device) -> Monitor:
+    """Return a measurement of a classifier: `test/top1` on test videos, and `test/chance` of a uniform guess.
+
+    Raises:
+        UserError: the data set has no test split, or one without labels.
+    """
+    catalog = open_data(data)
+    test = Sample(catalog, "test", data, TEST_VIDEOS)
+
+    def measure(classifier: nn.Module) -> dict[str, float]:
+        with evaluating(classifier):
+            logits, labels = test.outputs(classifier, device)
+        return {
+            "test/top1": (logits.argmax(1) == labels).float().mean().item(),
+            "test/chance": 1 / len(catalog.classes),
+        }
+
+    return measure
+
+
+def knn(
+    gallery: Tensor,  # (N, D)
+    gallery_labels: Tensor,  # (N,)
+    queries: Tensor,  # (Q, D)
+    query_labels: Tensor,  # (Q,)
+    classes: int,
+) -> tuple[float, float]:
+    """Return the accuracy of weighted k-NN and the recall at 1, as shares of the queries.
+
+    Features lose the mean of the gallery and are scaled to length 1. Each of the NEIGHBOURS nearest gallery videos
+    votes for its class with the weight exp(cosine / TEMPERATURE).
+    """
+    mean = gallery.mean(0)
+    cosine = F.normalize(queries - mean, dim=1) @ F.normalize(gallery - mean, dim=1).T  # (Q, N)
+    nearest = cosine.sort(dim=1, descending=True, stable=True)
+    k = min(NEIGHBOURS, len(gallery))
+    labels, weights = gallery_labels[nearest.indices[:, :k]], (nearest.values[:, :k] / TEMPERATURE).exp()
+    votes = torch.zeros(len(queries), classes).scatter_add_(1, labels, weights)
+    hits = (votes.argmax(1) == query_labels).float().mean().item()
+    return hits, (labels[:, 0] == query_labels).float().mean().item()
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode. Afterwards each of its modules gets back its own mode."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
