@@ -127,9 +127,8 @@ def test_a_configuration_of_an_earlier_version_is_read_with_yes_and_no_as_true_a
     switches = ("deterministic", "allow_outside", "static_pairs", "dynamic_pairs", "activation_maps")
     assert [values[name] for name in switches] == [False, True, False, True, True]
     config = resolve("pretrain", preset, {"epochs": 3}, values)
-    assert config == resolve(
-        "pretrain", "ucf101", {"static_pairs": False, "allow_outside": True, "seed": 3, "epochs": 3}
-    )
+    changed = {"static_pairs": False, "allow_outside": True, "seed": 3, "epochs": 3, "fill_steps": 256}
+    assert config == resolve("pretrain", "ucf101", changed)
     configuration.check_resume(tmp_path, {"static_pairs": False}, values)
     with pytest.raises(UserError, match=r"^--static-pairs is on, but the run in .* has off"):
         configuration.check_resume(tmp_path, {"static_pairs": True}, values)
