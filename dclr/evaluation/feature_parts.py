@@ -31,7 +31,6 @@ from dclr.evaluation.embedding import make_embedder
 from dclr.evaluation.feature_file import FeatureTable, parts_folder, write_features
 from dclr.evaluation.feature_table import Request, Rows, clip_format, collect, embed_listed, join
 from dclr.files import FolderInUse, atomic_file, atomic_write, folder_lock
-from dclr.progress import ProgressBar
 
 VERSION = 1
 """Version of the parts' format: raise it when the format or the rows change."""
@@ -92,10 +91,9 @@ def _make_parts(request: Request, folder: Path, device: torch.device, process: P
     own = [position for position in range(len(request)) if position // chunk % process.count == process.rank]
     todo = [position for position in own if not parts[position // chunk].exists()]
     title = "embedding videos" + (f" (process {process.rank} of {process.count})" if process.count > 1 else "")
-    with ProgressBar(len(own), title, "video", start=len(own) - len(todo), shown=shown) as bar:
-        results = embed_listed(request, todo, device, bar, progress=shown)
-        for number, of_part in groupby(results, key=lambda result: result[0] // chunk):
-            _write_part(parts[number], collect(of_part))
+    results = embed_listed(request, todo, device, title if shown else "", done=len(own) - len(todo))
+    for number, of_part in groupby(results, key=lambda result: result[0] // chunk):
+        _write_part(parts[number], collect(of_part))
     # If no part was missing, only process 0 writes the file.
     return all(part.exists() for part in parts) and (process.rank == 0 or bool(todo))
 

@@ -94,21 +94,19 @@ def feature_table(request: Request, device: torch.device, title: str = "embeddin
     Raises:
         UserError: no video can be read, the network has no such embedding, or an embedding is not finite.
     """
-    positions = range(len(request))
-    with ProgressBar(len(request), title, "video", shown=bool(title)) as bar:
-        rows = collect(embed_listed(request, positions, device, bar, progress=bool(title)))
-    return join(request, [rows])
+    return join(request, [collect(embed_listed(request, range(len(request)), device, title))])
 
 
 def embed_listed(
-    request: Request, positions: Sequence[int], device: torch.device, bar: ProgressBar, progress: bool = True
+    request: Request, positions: Sequence[int], device: torch.device, title: str, done: int = 0
 ) -> Iterator[Result]:
-    """Yield the position and the rows of each listed video at `positions`, in this order, and count it on the bar.
+    """Yield the position and the rows of each listed video at `positions`, in this order.
 
     A video that cannot be read gives the reason in place of rows.
 
     Args:
-        progress: whether the verification of the videos shows its progress.
+        title: labels the progress bar; empty: no progress is shown.
+        done: number of videos that were embedded before, for the progress bar.
 
     Raises:
         UserError: the network has no such embedding, or an embedding is not finite.
@@ -123,21 +121,23 @@ def embed_listed(
     embedded: Iterator[dict[str, Tensor] | str] = iter(())
     workers, timeout = max(1, request.data.workers), request.data.video_timeout
     try:
-        videos = open_videos(chosen, EVERYTHING, workers, progress=progress, timeout=timeout)
+        videos = open_videos(chosen, EVERYTHING, workers, progress=bool(title), timeout=timeout)
         unreadable = videos.unreadable
         embedded = embed_videos(embed, TestClips(videos, request.data), device)
     except NoReadableVideo as error:
         unreadable = error.reasons
-    for position in positions:
-        path = listed[position].path
-        found = unreadable[path] if path in unreadable else next(embedded)
-        bar.advance()
-        if isinstance(found, str):
-            if path not in unreadable:
-                print(f"warning: {printable(path)} can no longer be read ({found}); it is skipped", file=sys.stderr)
-            yield position, found
-        else:
-            yield position, request.rows(found, path)
+    # The bar begins after the verification, so that its rate is that of the network.
+    with ProgressBar(done + len(positions), title, "video", start=done, shown=bool(title)) as bar:
+        for position in positions:
+            path = listed[position].path
+            found = unreadable[path] if path in unreadable else next(embedded)
+            bar.advance()
+            if isinstance(found, str):
+                if path not in unreadable:
+                    print(f"warning: {printable(path)} can no longer be read ({found}); it is skipped", file=sys.stderr)
+                yield position, found
+            else:
+                yield position, request.rows(found, path)
 
 
 def collect(results: Iterable[Result]) -> Rows:
