@@ -1,12 +1,14 @@
 """Exported files give the outputs of the model on the values that the model is trained on, and say how to use them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import REPOSITORY
 
 from dclr.commands import evaluate as evaluation
 from dclr.data.augmentation import centre_crop, to_augmentation
@@ -47,6 +49,14 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_classifier(tmp_path_factory.mktemp("run") / "classifier.safetensors")
 
 
+def run_example(first_line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the example of docs/use.md that begins with a line, in the folder that holds the exported file."""
+    page = (REPOSITORY / "docs" / "use.md").read_text()
+    (example,) = re.findall(rf"```python\n({re.escape(first_line)}\n.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(example, {})
+
+
 def export_by_command(checkpoint: Path, out: Path, *flags: str) -> None:
     evaluation.main(["export", "--checkpoint", str(checkpoint), "--out", str(out), *flags])
 
@@ -64,13 +74,17 @@ def test_the_network_takes_rgb_from_0_to_1_where_the_model_takes_normalised_clip
     assert (outputs["logits"][0] - outputs["logits"][1]).abs().max() > 1e-3
 
 
-def test_a_program_gives_the_models_outputs_for_every_batch_size_and_names_the_classes(checkpoint, tmp_path, capsys):
+def test_a_program_gives_the_models_outputs_for_every_batch_size_and_names_the_classes(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "new folder" / "network.pt2"
     export_by_command(checkpoint, out)
     shown = capsys.readouterr().out
     assert "clips: float32 (batch, 3, 8, 32, 32), RGB from 0 to 1" in shown
     assert "logits: (batch, 3)" in shown
     clips = random_clips(5, 8, 32)
+    run_example("# torch.export", out.parent, monkeypatch)
+    assert "resized to 32 x 32" in capsys.readouterr().out
     extra = {"dclr.json": ""}
     outputs = torch.export.load(out, extra_files=extra).module()(clips)
     expected = ExportedNetwork(load_pretrained(checkpoint)).eval()(clips)
@@ -94,7 +108,9 @@ assert network(torch.rand(2, 3, 8, 32, 32))["logits"].shape == (2, 3)
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, timeout=120)
 
 
-def test_an_onnx_file_gives_the_models_outputs_for_every_batch_size_and_names_the_classes(checkpoint, tmp_path):
+def test_an_onnx_file_gives_the_models_outputs_for_every_batch_size_and_names_the_classes(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     export_by_command(checkpoint, tmp_path / "network.onnx")
@@ -105,6 +121,8 @@ def test_an_onnx_file_gives_the_models_outputs_for_every_batch_size_and_names_th
     expected = ExportedNetwork(load_pretrained(checkpoint)).eval()(clips)
     outputs = {"features": torch.from_numpy(features), "logits": torch.from_numpy(logits)}
     assert largest_difference(outputs, expected) < 1e-5
+    run_example("# ONNX Runtime", tmp_path, monkeypatch)
+    assert "resized to 32 x 32" in capsys.readouterr().out
     information = session.get_modelmeta().custom_metadata_map
     assert json.loads(information["classes"]) == list(CLASSES)
     assert information["clip_stride"] == "3"
