@@ -316,7 +316,11 @@ def test_the_deepspeed_configuration_has_both_spellings():
         (train, ["pretrian"], "invalid choice: 'pretrian' (choose from pretrain, finetune, linear, check, pack)"),
         (evaluation, ["accuracy"], "the following arguments are required: --checkpoint"),
         (evaluation, ["--checkpoint", "x"], "accuracy, retrieval"),
-        (evaluation, [], "the following arguments are required: {accuracy,retrieval,bias,maps}"),
+        (
+            evaluation,
+            [],
+            "the following arguments are required: {accuracy,retrieval,bias,maps,features,search,predict,export}",
+        ),
         (evaluation, ["accuracy", "--check", "x"], "--checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

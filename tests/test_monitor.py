@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
 import shlex
 
 import numpy as np
 import pytest
 import torch
-from helpers import as_flags
+from helpers import REPOSITORY, as_flags
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dclr.commands import evaluate as evaluation
 from dclr.commands import train
@@ -16,7 +18,8 @@ from dclr.config import AUTOMATIC, FinetuneConfig, MethodConfig, ModelConfig, ma
 from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.evaluation import monitor
-from dclr.method import DCLR
+from dclr.kernels import contrast
+from dclr.method import DCLR, PAIRS
 from dclr.training.finetune import finetune
 from dclr.training.pretrain import pretrain
 from dclr.training.setup import choose_fill_steps
@@ -110,8 +113,6 @@ def test_nearest_key_and_plateau_of_a_queue():
     constant = torch.ones(5, 4, 32) / 32**0.5
     network.queue[:] = constant[:, :1]
     mined = torch.tensor([0, 1]).expand(5, 4, 2)
-    from dclr.kernels import contrast
-
     losses = contrast(constant, constant, network.queue, mined, 0.07).losses
     assert losses.tolist() == pytest.approx([network.plateau()] * 5, abs=1e-5)
 
@@ -171,3 +172,23 @@ def test_on_a_cpu_the_published_size_is_said_to_be_slow(tiny_pretrain, train_mai
         with pytest.raises(Started):
             train_main("pretrain", **{**tiny_pretrain, **size, "out": ""})
         assert ("--preset demo has a small network" in capfd.readouterr().err) == warned
+
+
+def test_the_page_of_curves_names_every_curve_that_a_run_writes(tiny, tiny_pretrain, one_process, tmp_path):
+    def pretraining(name: str, **changes):
+        settings = {**tiny_pretrain, "epochs": 1, "out": str(tmp_path / name), **changes}
+        return pretrain(make_config("pretrain", settings), "demo", one_process, open_knn=monitor.open_knn)
+
+    config = make_config("finetune", {**tiny, "epochs": 1, "out": str(tmp_path / "finetune")})
+    runs = [
+        pretraining("dclr", on_nonfinite="skip", knn_every=1),
+        pretraining("moco", method="moco"),
+        finetune("finetune", config, "demo", one_process, open_accuracy=monitor.open_accuracy),
+    ]
+    written: set[str] = set()
+    for run in runs:
+        (file,) = (run / "tensorboard").glob("events.out.tfevents.*")
+        tags = EventAccumulator(str(file)).Reload().Tags()
+        written |= {*tags["scalars"], *tags["images"]}
+    named = set(re.findall(r"^\| `([^`]+)` \|", (REPOSITORY / "docs" / "curves.md").read_text(), re.M))
+    assert {re.sub(rf"/({'|'.join(PAIRS)})$", "/PAIR", name) for name in written} == named
