@@ -14,12 +14,15 @@ from dclr.commands import evaluate as evaluation
 from dclr.data.augmentation import centre_crop, to_augmentation
 from dclr.errors import UserError
 from dclr.evaluation import export
+from dclr.evaluation.embedding import make_embedder
 from dclr.evaluation.export import ExportedNetwork, export_network, largest_difference, random_clips
 from dclr.kernels import augment
 from dclr.models import (
+    IMAGENET,
     KINETICS,
     Classifier,
     ClipFormat,
+    ProjectionHead,
     build_backbone,
     load_pretrained,
     save_backbone,
@@ -147,6 +150,22 @@ def test_a_backbone_without_classifier_gives_features_only(tmp_path):
     assert {name: tuple(values.shape) for name, values in outputs.items()} == {"features": (1, 32)}
 
 
+def test_the_embeddings_of_motion_and_scene_are_those_of_the_embedder(tmp_path):
+    torch.manual_seed(0)
+    backbone = build_backbone("r3d_10", 4)
+    heads = torch.nn.ModuleDict({pair: ProjectionHead(backbone.feature_dim, 32) for pair in ("dv", "sv")})
+    save_backbone(backbone, tmp_path / "backbone.safetensors", CLIPS, heads)
+    export_by_command(tmp_path / "backbone.safetensors", tmp_path / "network.pt2", "--like", "motion", "scene")
+    clips = random_clips(2, 8, 32)
+    outputs = torch.export.load(tmp_path / "network.pt2").module()(clips)
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in IMAGENET)
+    embed = make_embedder(load_pretrained(tmp_path / "backbone.safetensors"), ["pooled", "motion", "scene"])
+    expected = embed((clips - mean) / std)
+    expected["features"] = expected.pop("pooled")
+    assert largest_difference(outputs, expected) < 1e-5
+    assert outputs["motion"].shape == (2, 32)
+
+
 def test_a_file_whose_outputs_differ_is_not_kept(checkpoint, tmp_path, monkeypatch):
     original = export._open_torch
     monkeypatch.setattr(
@@ -166,6 +185,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(checkpoint, tmp_path, mo
         (checkpoint, "network.pth", (), "its name must end in .pt2 or .onnx"),
         (checkpoint, "network.pt2", ("--format", "onnx"), "for --format onnx its name must end in .onnx"),
         (checkpoint, "there.pt2", (), "exists already"),
+        (checkpoint, "network.pt2", ("--like", "motion"), "no projection heads"),
         (tmp_path / "text.safetensors", "network.pt2", (), "text.safetensors"),
         (tmp_path / "none", "network.pt2", (), "none"),
     ]

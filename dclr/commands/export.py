@@ -25,6 +25,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "(default: by the suffix of --out)",
     )
     heading.add_argument("--out", required=True, metavar="FILE", help="the file to write: .pt2 (torch) or .onnx (onnx)")
+    heading.add_argument(
+        "--like",
+        nargs="+",
+        choices=("motion", "scene"),
+        default=[],
+        metavar="KIND",
+        help="also give the embeddings motion or scene of the projection heads, which files of pretraining with DCLR "
+        "have. Each takes one more pass through the backbone",
+    )
     configuration.add_flags(parser, [configuration.DataConfig], only={"clip_length", "crop_size"})
 
 
@@ -50,11 +59,14 @@ def run(flags: dict[str, Any]) -> None:
         clip_length=flags.get("clip_length", clips.length), crop_size=flags.get("crop_size", clips.crop)
     )
     print(pretrained.loaded)
-    difference = export_network(pretrained, size.clip_length, size.crop_size, form, out)
+    kinds = tuple(dict.fromkeys(flags["like"]))
+    difference = export_network(pretrained, size.clip_length, size.crop_size, form, out, kinds)
     print(f"input   {describe(pretrained, size.clip_length, size.crop_size)['input']}")
     print(f"output  features: (batch, {pretrained.backbone.feature_dim})")
     if pretrained.classes:
         print(f"output  logits: (batch, {len(pretrained.classes)}); the names of the classes are in the file")
+    for kind in kinds:
+        print(f"output  {kind}: the embedding of a projection head, of length 1")
     print(
         f"checked: outputs differ from the model's by at most {difference:.1e} of the largest (limit {TOLERANCE:.0e})"
     )

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dclr.data.augmentation import CENTRE
 from dclr.data.samples import TEST_CLIPS
 from dclr.errors import UserError
+from dclr.evaluation.embedding import HEADS, check_head, view_for
 from dclr.files import atomic_file
 from dclr.kernels.types import MEAN, STD
 from dclr.models import Pretrained, pool
@@ -47,26 +48,38 @@ class ExportedNetwork(nn.Module):
     """The network in an exported file.
 
     It takes clips (B, 3, T, h, w) float32, RGB from 0 to 1, and returns "features" (B, D) float32, the pooled features
-    of the backbone. With a classifier it also returns "logits" (B, classes) float32.
+    of the backbone. With a classifier it also returns "logits" (B, classes) float32. For each of `kinds`, "motion" or
+    "scene", it returns the embedding of this name as `embedding.make_embedder` does.
+
+    Raises UserError: the weights have no head for a kind.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pretrained: Pretrained) -> None:
+    def __init__(self, pretrained: Pretrained, kinds: Sequence[str] = ()) -> None:
         super().__init__()
+        for kind in kinds:
+            check_head(pretrained, kind)
         self.backbone = pretrained.backbone
         self.fc = pretrained.classifier.fc if pretrained.classifier else None
+        self.heads = nn.ModuleDict({kind: pretrained.heads[HEADS[kind]] for kind in kinds})
         # The backbone takes clips with ImageNet's statistics, whatever its weights were trained with.
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1, 1))
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        features = pool(self.backbone((clips - self.mean) / self.std))
-        return {"features": features} | ({"logits": self.fc(features)} if self.fc else {})
+        clips = (clips - self.mean) / self.std
+        features = pool(self.backbone(clips))
+        outputs = {"features": features} | ({"logits": self.fc(features)} if self.fc else {})
+        for kind, head in self.heads.items():
+            outputs[kind] = head(pool(self.backbone(view_for(kind, clips))))
+        return outputs
 
 
-def export_network(pretrained: Pretrained, length: int, crop: int, form: str, out: Path) -> float:
+def export_network(
+    pretrained: Pretrained, length: int, crop: int, form: str, out: Path, kinds: Sequence[str] = ()
+) -> float:
     """Write the network to `out`, and return the largest difference of its outputs from those of the model.
 
     The difference is a share of the model's largest absolute output. The file is read again and run on random clips of
@@ -75,13 +88,14 @@ def export_network(pretrained: Pretrained, length: int, crop: int, form: str, ou
     Args:
         length, crop: frames of a clip and pixels of its side. They are fixed in the file; the batch size is not.
         form: "torch" or "onnx".
+        kinds: see ExportedNetwork.
 
     Raises:
-        UserError: packages are missing, clips are too small for the network, the file cannot be written, or its outputs
-            differ.
+        UserError: the weights have no head for a kind, packages are missing, clips are too small for the network, the
+            file cannot be written, or its outputs differ.
     """
     check_packages(form)
-    network = ExportedNetwork(pretrained).eval().requires_grad_(False)
+    network = ExportedNetwork(pretrained, kinds).eval().requires_grad_(False)
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     if form == "onnx" and size > MOST_BYTES:
         raise UserError(f"{pretrained.file} has {size / 1e9:.1f} GB of weights, and an ONNX file holds 2 GB: use torch")
@@ -93,7 +107,8 @@ def export_network(pretrained: Pretrained, length: int, crop: int, form: str, ou
     information = describe(pretrained, length, crop)
     with quiet():
         program = torch.export.export(network, (example,), dynamic_shapes=batch)
-        content = (_torch_file if form == "torch" else _onnx_file)(program, information)
+        write = _torch_file if form == "torch" else _onnx_file
+        content = write(program, list(expected[0]), information)
     try:
         with atomic_file(out) as aside:
             aside.write_bytes(content)
@@ -166,7 +181,7 @@ def largest_difference(outputs: Outputs, expected: Outputs) -> float:
 # ---------------------------------------------------------------- the two formats
 
 
-def _torch_file(program: torch.export.ExportedProgram, information: dict[str, str]) -> bytes:
+def _torch_file(program: torch.export.ExportedProgram, _: list[str], information: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(information)})
     return buffer.getvalue()
@@ -177,8 +192,7 @@ def _open_torch(file: Path) -> Callable[[Tensor], Outputs]:
         return torch.export.load(opened).module()
 
 
-def _onnx_file(program: torch.export.ExportedProgram, information: dict[str, str]) -> bytes:
-    names = ["features", "logits"][: len(program.graph_signature.user_outputs)]
+def _onnx_file(program: torch.export.ExportedProgram, names: list[str], information: dict[str, str]) -> bytes:
     converted = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=names, verbose=False)
     assert converted is not None
     converted.model.metadata_props.update(information)
