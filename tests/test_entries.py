@@ -207,6 +207,12 @@ def test_ranks_other_than_0_wait_before_they_print_an_error(monkeypatch, capsys)
         train.refuse(UserError("a line"))
         assert capsys.readouterr().err == "train.py: error: a line\n"
         assert printed_before_waiting == [""] * waits
+    monkeypatch.setattr("sys.argv", ["eval.py", "accuracy", "--checkpoint", "no-such-run"])
+    for rank, waits in (("0", 1), ("1", 2)):
+        monkeypatch.setenv("RANK", rank)
+        assert evaluation.start() == 2
+        assert capsys.readouterr().err.startswith("eval.py: error: --checkpoint no-such-run: no such file")
+        assert printed_before_waiting == [""] * waits
 
 
 # ---------------------------------------------------------------- in this process

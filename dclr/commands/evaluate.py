@@ -31,6 +31,7 @@ four use the built-in demo videos.
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,11 @@ DESCRIPTIONS = {
 USES: dict[str, ModuleType] = {"features": features, "search": search, "predict": predict, "export": export}
 """Commands that use a checkpoint instead of measuring it. Each is a module of this package with DESCRIPTION,
 add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
+
+
+RANK_WAIT_S = 30.0
+"""Seconds that a process other than 0 waits before it prints an error and ends. A launcher ends all processes when the
+first one ends. Process 0 must print its line before that, and one line is enough."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -286,6 +292,8 @@ def start() -> int:
     try:
         main(sys.argv[1:])
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(RANK_WAIT_S)
         print(f"{programs.name_of('eval')}: error: {programs.with_names(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
