@@ -42,6 +42,9 @@ def print_table(found: Sequence[Found], gallery: Gallery, kind: str) -> None:
     for each in found:
         itself = "; it is among the searched videos and does not find itself" if each.own_rows else ""
         print(f"\nquery: {printable(each.query)}{itself}")
+        if not each.neighbours:
+            print("there is no other video to find")
+            continue
         labels = [table.labels[neighbour.row] or "" for neighbour in each.neighbours]
         width = max(map(len, [*labels, "class"]))
         known = any(labels)
@@ -73,8 +76,10 @@ def write_results(
     if html:
         remarks = [
             f"Searched: {len(gallery):,} videos of {Path(gallery.table.root).name}. Similarity is a cosine, at most 1.",
-            f"The previews play {FPS} frames per second. Green: the query's class. Red: another class.",
+            f"The previews play {FPS} frames per second.",
         ]
+        if any(likeness_of_class(cell, block.query) for block in blocks for cell in block.nearest):
+            remarks[1] += " Green: the query's class. Red: another class."
         atomic_write(folder / "search.html", search_page(title, remarks, blocks).encode())
 
 
