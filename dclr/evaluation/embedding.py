@@ -3,6 +3,9 @@
 DCLR trains projection heads on the clip's dynamic view (its frame difference) and on its static view (one frame,
 repeated). Only a DCLR checkpoint with its heads gives them, but every checkpoint gives the pooled feature.
 
+The heads vd and vs embed the motion and the scene of the rgb clip, but they do not separate the two: among the ten
+nearest videos by vd, 11.8 % have the query's motion, compared with 27.5 % by dv and 12.2 % by chance (docs/use.md).
+
 Letters: B clips, T frames, h, w pixels, D numbers of an embedding.
 """
 

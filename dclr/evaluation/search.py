@@ -1,6 +1,7 @@
 """Search: the videos whose embeddings are nearest to the embedding of a query video.
 
-A video's embedding is the mean over its clips. Similarity is the cosine.
+A video's embedding is the mean over its clips, minus the mean of the gallery. Similarity is the cosine. `retrieval`
+has the same definition, but it subtracts the mean of its own split from each query.
 
 Letters: N rows of a gallery, D numbers of an embedding.
 """
@@ -60,10 +61,12 @@ class Gallery:
             raise UserError(f"{table.root} has no {kind} embeddings, only {', '.join(table.embeddings)}")
         self.table = table if table.clips is None else mean_of_clips(table)
         self.rows = self.table.embeddings[kind]
-        self.mean = np.zeros(self.rows.shape[1], np.float32)
+        total = np.zeros(self.rows.shape[1])
         for _, rows in self._chunks():
-            if not np.isfinite(rows).all():
-                raise UserError(f"{table.root}: its {kind} embeddings are not finite")
+            total += rows.sum(0, dtype=np.float64)
+        if not np.isfinite(total).all():
+            raise UserError(f"{table.root}: its {kind} embeddings are not finite")
+        self.mean = (total / len(self)).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.rows)
