@@ -189,6 +189,8 @@ class VideoModel:
             if isinstance(what, np.ndarray | Tensor):
                 return self._run_on_frames(network, what)
             if isinstance(what, str | os.PathLike):
+                if not os.path.exists(what):
+                    raise UserError(f"no such file or folder: {os.fspath(what)}")
                 catalog = open_catalog(Path(what))
                 is_one = os.path.isfile(what) and Path(what).suffix.lower() not in LIST_SUFFIXES
                 values = self._run_on_videos(network, catalog, workers)

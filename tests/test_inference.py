@@ -2,15 +2,18 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import REPOSITORY
 from torch import nn
 
 import dclr
@@ -200,7 +203,7 @@ def test_unreadable_videos_of_several_are_rows_of_nan_and_named(model, videos, t
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("nothing.mp4", "no such"),
+        ("nothing.mp4", "no such file or folder: nothing.mp4"),
         (["nothing.mp4"], "no such file: "),
         ([], "no video files are given"),
         (17, "give a video file, a folder, a list of files, or the frames of one video"),
@@ -289,6 +292,28 @@ def test_a_model_card_without_a_run_invents_nothing(model, tmp_path):
 
 
 # ---------------------------------------------------------------- the package
+
+
+def test_the_examples_of_the_page_run(weights, videos, tmp_path, monkeypatch, capsys):
+    """The blocks of docs/python.md run one after the other, as a reader types them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dclr.inference._device", lambda device: torch.device("cpu"))
+    shutil.copytree(weights.parent, "runs/ucf")
+    shutil.copytree(videos[0].parent, "videos")
+    shutil.copy(videos[0], "video.mp4")
+    shutil.copy(videos[1], "other.mp4")
+    blocks = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "docs" / "python.md").read_text(), re.M | re.S)
+    assert len(blocks) == 7
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["embedding"].shape == names["motion"].shape == (32,)
+    assert names["rows"].shape == (3, 32)
+    assert names["clips"].shape == (TEST_CLIPS, 32)
+    assert [path.name for path in names["paths"]] == [path.name for path in videos]
+    assert names["logits"].shape == (2, 5)
+    assert (tmp_path / "published" / "README.md").is_file()
+    assert capsys.readouterr().out == "no such file or folder: missing.mp4\n"
 
 
 def test_importing_the_package_imports_nothing_large():
