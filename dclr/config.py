@@ -21,6 +21,7 @@ from dclr.files import atomic_write
 from dclr.kernels import BACKENDS, EMBEDDING_SIZES
 from dclr.method import METHODS
 from dclr.models import BACKBONES, MAX_WIDTH
+from dclr.models.clip_format import MAX_SIZE
 
 AUTOMATIC = -1
 """The value of --fill-steps that lets the run choose a number."""
@@ -169,17 +170,20 @@ class DataConfig(_Group):
         16,
         "frames of a clip. Lower it for quick experiments. The last feature map has an eighth of them (mc3_18: all)",
         at_least=1,
+        at_most=MAX_SIZE,
     )
     clip_stride: int = option(
         2,
         "source frames from one frame of a clip to the next. Raise it for slow motion or high frame rates",
         at_least=1,
+        at_most=MAX_SIZE,
     )
     crop_size: int = option(
         112,
         "height and width of a clip in pixels. Lower it for quick experiments. "
         "The last feature map has a sixteenth of each",
         at_least=16,
+        at_most=MAX_SIZE,
     )
     workers: int = option(
         2,
@@ -349,6 +353,23 @@ class OptimConfig(_Group):
     weight_decay: float = option(1e-4, "weight decay of SGD. Raise it if a classifier overfits", at_least=0)
 
 
+_WEIGHTS = (
+    "a run's folder (finished, stopped or still going), one of its files, weights of torchvision, a checkpoint of the "
+    "released code, or a checkpoint of another project whose names are torchvision's after a prefix"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig(_Group):
+    """The start: the weights that pretraining starts from."""
+
+    init: str = option(
+        "",
+        f"{_WEIGHTS}. Both encoders start from its backbone, and from its projection heads where it has the same ones. "
+        "Give it to continue learning on other videos (default: random weights)",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig(_Group):
     """The monitor: measurements during pretraining."""
@@ -368,8 +389,7 @@ class TransferConfig(_Group):
 
     pretrained: str = option(
         "",
-        "a run's folder, its backbone.safetensors, weights of torchvision, a checkpoint of the released code, or a "
-        "checkpoint of another project whose names are torchvision's after a prefix (default: random weights)",
+        f"{_WEIGHTS} (default: random weights)",
     )
     dropout: float = option(
         0.7, "dropout before the classifier, in finetune. Lower it for narrow networks", at_least=0, below=1
@@ -415,6 +435,7 @@ class PretrainConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
+    start: StartConfig = StartConfig()
     optim: OptimConfig = OptimConfig()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -690,7 +711,7 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
     return command, preset, values
 
 
-PATHS = {"data", "pretrained", "ds_config"}
+PATHS = {"data", "pretrained", "init", "ds_config"}
 """Settings that are paths of files that a run reads."""
 
 

@@ -103,6 +103,9 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def reset_key(self) -> None:
+        """Make the key encoder, if there is one, equal to the query encoder, whose weights --init has loaded."""
+
     def update_key(self) -> None:
         """Do the work that follows the optimizer's step, such as moving a key encoder."""
 
@@ -211,6 +214,11 @@ class DCLR(Method):
         keys, all_keys, _ = self._encode_key(key, step)
         self._enqueue(all_keys)
         return self._by_pair("key", keys.float().sum((1, 2)))
+
+    def reset_key(self) -> None:
+        """Make the key encoder equal to the query encoder."""
+        self.key.load_state_dict(self.query.state_dict())
+        self.key.backbone.statistics = self.query.backbone.statistics
 
     @torch.no_grad()
     def update_key(self) -> None:

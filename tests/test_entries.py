@@ -18,7 +18,7 @@ from dclr.commands import evaluate as evaluation
 from dclr.commands import train
 from dclr.data.encode import write_video
 from dclr.errors import UserError
-from dclr.models import build_backbone, save_backbone
+from dclr.models import build_backbone, load_backbone, load_pretrained, save_backbone
 
 
 def run(
@@ -416,6 +416,42 @@ def test_retrieval_accepts_a_run_its_file_and_random_weights(finetuned, demo_vid
     assert "chance" in capsys.readouterr().out
 
 
+def test_without_data_the_data_set_of_the_run_is_used_and_named(finetuned, demo_videos, tmp_path, capsys):
+    evaluation.main(["accuracy", "--checkpoint", str(finetuned), "--workers", "0", "--out", str(tmp_path / "out")])
+    assert f"data set: {demo_videos}, which {finetuned} was trained on" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"] == 8
+
+
+def test_an_untrained_network_takes_size_clips_and_data_set_from_a_run(finetuned, demo_videos, tmp_path):
+    flags = {"checkpoint": Path("random"), "flags": {"like": str(finetuned)}}
+    settings = evaluation.settings_of(**flags)
+    assert {name: settings[name] for name in ("width", "clip_length", "crop_size", "data")} == {
+        "width": 4, "clip_length": 8, "crop_size": 32, "data": str(demo_videos),
+    }  # fmt: skip
+    shutil.copy(finetuned / "backbone.safetensors", tmp_path / "alone.safetensors")  # the file alone knows its clips
+    settings = evaluation.settings_of(Path("random"), {"like": str(tmp_path / "alone.safetensors")})
+    expected = {"backbone": "r2plus1d_10", "width": 4, "clip_length": 8, "clip_stride": 2, "crop_size": 32}
+    assert settings == expected
+
+
+def test_a_run_that_is_not_finished_is_evaluated_from_its_newest_checkpoint(finetuned, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finetuned, run)
+    for name in ("backbone", "classifier"):
+        (run / f"{name}.safetensors").unlink()
+    newest = max((run / "checkpoints").iterdir())
+    finished = load_pretrained(finetuned)
+    for given in (run, run / "checkpoints", newest, newest.with_suffix("")):
+        stopped = load_pretrained(given)
+        assert stopped.file == newest
+        assert (stopped.fingerprint(), stopped.clips) == (finished.fingerprint(), finished.clips)
+        assert stopped.classes == finished.classes
+        assert load_backbone(given, build_backbone("r2plus1d_10", 4)).startswith(f"{newest}: r2plus1d_10 (width 4)")
+    flags = ["--workers", "0", "--checkpoint", str(newest.with_suffix("")), "--out", str(tmp_path / "out")]
+    evaluation.main(["accuracy", *flags])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"] == 8
+
+
 def test_videos_that_cannot_be_read_are_left_out_of_the_figures_and_listed(finetuned, demo_videos, tmp_path):
     shutil.copytree(demo_videos, tmp_path / "data")
     lost = (tmp_path / "data" / "splits" / "test.txt").read_text().split()[0]
@@ -439,9 +475,17 @@ def test_what_cannot_be_evaluated_is_refused(finetuned, demo_videos, genuine, tm
     for command in ("accuracy", "retrieval"):
         message = call(command, checkpoint=tmp_path / "gone")
         assert message.startswith(f"--checkpoint {tmp_path / 'gone'}: no such file or folder")
-    assert call("accuracy", checkpoint=finetuned).startswith(
-        f"--data is needed: {finetuned} was trained on {demo_videos}"
+    gone = tmp_path / "moved-run"
+    gone.mkdir()
+    content = (finetuned / "config.json").read_text().replace(str(demo_videos), "/gone/videos")
+    (gone / "config.json").write_text(content)
+    shutil.copy(finetuned / "classifier.safetensors", gone)
+    assert call("accuracy", checkpoint=gone).startswith(
+        f"--data is needed: {gone} was trained on /gone/videos, which is not there"
     )
+    message = call("retrieval", checkpoint=finetuned, like=finetuned)
+    assert message.endswith("use it with --checkpoint random")
+    assert call("retrieval", checkpoint="random", like=gone / "x").startswith(f"--like {gone / 'x'}: no such file")
     message = call("accuracy", checkpoint=finetuned, data=genuine / "ucf101_sample")
     assert "knows 8 classes and" in message
     (tmp_path / "flat").mkdir()

@@ -265,9 +265,9 @@ def test_fill_steps_fill_the_queue_and_train_nothing(run_tiny, tiny_pretrain, mo
     states = {}
     real = Engine.save
 
-    def keep(self, folder, step, state):
+    def keep(self, folder, step, state, description):
         states[step] = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-        real(self, folder, step, state)
+        real(self, folder, step, state, description)
 
     steps = []
     monkeypatch.setattr(Engine, "save", keep)

@@ -34,6 +34,7 @@ import dataclasses
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +43,11 @@ from dclr import config as configuration
 from dclr import hub, programs, progress
 from dclr.commands import export, features, predict, search
 from dclr.errors import UserError
+from dclr.models.pretrained import stated_settings
 from dclr.training.split_folders import begun_splits, split_folder
+
+RANDOM = "random"
+"""The word that --checkpoint takes for an untrained network."""
 
 DESCRIPTIONS = {
     "accuracy": "top-1 and top-5 accuracy of a finetuned or linear classifier on the test split; confusion matrix",
@@ -88,9 +93,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
     heading = parser.add_argument_group("The checkpoint, the result and the sources of settings")
-    classifiers = "the folder of a finetune or linear run, or its classifier.safetensors"
+    classifiers = "the folder of a finetune or linear run, its classifier.safetensors, or one of its checkpoints"
     backbones = (
-        "the folder of a run, its backbone.safetensors, weights of torchvision, a checkpoint of the released code, "
+        "the folder of a run (finished, stopped or still going), one of its files or checkpoints, weights of "
+        "torchvision, a checkpoint of the released code, "
         "a checkpoint of another project whose names are torchvision's after a prefix, "
         "or the word random for an untrained network, the baseline"
     )
@@ -101,6 +107,12 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
         metavar="RUN",
         help=f"folder for report.json and pictures (default: {command} in the checkpoint's folder, or in runs/)",
     )
+    if command != "accuracy":
+        heading.add_argument(
+            "--like",
+            metavar="RUN",
+            help="with --checkpoint random: take clips, network and data set from this run or file of weights",
+        )
     heading.add_argument(
         "--preset",
         choices=configuration.PRESETS,
@@ -136,7 +148,9 @@ def main(arguments: list[str]) -> None:
         return
     checkpoint, out = Path(flags.pop("checkpoint")), flags.pop("out", None)
     foreground = flags.pop("foreground", False)
-    if not checkpoint.exists() and (command == "accuracy" or str(checkpoint) != "random"):
+    without_suffix = checkpoint.with_name(f"{checkpoint.name}.safetensors") if checkpoint.name else checkpoint
+    exists = checkpoint.exists() or without_suffix.is_file()
+    if not exists and (command == "accuracy" or str(checkpoint) != RANDOM):
         raise UserError(
             f"--checkpoint {checkpoint}: no such file or folder; give a run's folder, or a file as --help says"
         )
@@ -255,30 +269,55 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
 
 
 def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """Return flat settings for clips and network.
+    """Return flat settings for clips, network and data set.
 
-    The sources are the preset, the config.json in the folder of the checkpoint, the file given to --config, and the
-    flags. A later source overrides an earlier one. A checkpoint may come from anywhere, so its config.json does not
-    decide the data set, the permission to read videos outside of the data folder, or how many videos may be missing.
+    The sources are the preset, the config.json of the checkpoint's run, the checkpoint itself, the file given to
+    --config, and the flags. A later source overrides an earlier one. An untrained network takes the settings of the run
+    that --like names. Prints the name of the data set if only the run names it.
 
-    Raises UserError if the checkpoint was trained on a data set and none is given.
+    A checkpoint may come from anywhere, so its config.json does not decide the permission to read videos outside of the
+    data folder, or how many videos may be missing.
+
+    Raises UserError if the checkpoint was trained on a data set that is not there, and none is given.
     """
-    preset, file = flags.pop("preset", None), flags.pop("config", None)
+    preset, file, like = (flags.pop(name, None) for name in ("preset", "config", "like"))
     if file is not None and preset is not None:
         raise UserError(f'--preset cannot be used with --config: write  preset = "{preset}"  into {file}')
+    if like is not None and str(checkpoint) != RANDOM:
+        raise UserError("--like gives an untrained network the settings of a run: use it with --checkpoint random")
     named, given = configuration.read_settings(Path(file)) if file is not None else (preset, {})
     if named and named not in configuration.PRESETS:
         raise UserError(f"--config {file}: preset is {named}, but must be one of {', '.join(configuration.PRESETS)}")
     given |= flags
-    in_folder = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
-    stored = configuration.read_config(in_folder)[2] if in_folder.is_file() else {}
+    if like is not None and not Path(like).exists():
+        raise UserError(f"--like {like}: no such file or folder; give a run's folder, or a file of weights")
+    source = Path(like) if like is not None else checkpoint
+    stored = settings_of_run(source) if str(source) != RANDOM else {}
     if stored.get("data") and "data" not in given:
-        raise UserError(
-            f"--data is needed: {checkpoint} was trained on {stored['data']}; name the data set to evaluate it on"
-        )
+        if not os.path.exists(stored["data"]):
+            raise UserError(
+                f"--data is needed: {source} was trained on {stored['data']}, which is not there; "
+                "name the data set to evaluate it on"
+            )
+        print(f"data set: {stored['data']}, which {source} was trained on (--data names another)")
+    return {**(configuration.PRESETS[named]["pretrain"] if named else {}), **stored, **given}
+
+
+def settings_of_run(source: Path) -> dict[str, Any]:
+    """Return the settings that a run's folder or a file of weights states: its config.json, and the file itself.
+
+    Permissions are left out. A file that cannot be read states nothing: its use fails with an error that says why.
+
+    Raises UserError if the config.json is not the configuration of a run.
+    """
+    folder = source if source.is_dir() else source.parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    stored = configuration.read_config(folder / "config.json")[2] if (folder / "config.json").is_file() else {}
     for permission in ("allow_outside", "max_missing"):
         stored.pop(permission, None)
-    return {**(configuration.PRESETS[named]["pretrain"] if named else {}), **stored, **given}
+    with suppress(UserError):
+        stored |= stated_settings(source)
+    return stored
 
 
 def pick(group: type, settings: dict[str, Any]) -> Any:

@@ -4,7 +4,6 @@ All clips of this project are normalised with ImageNet's statistics. A backbone 
 converts its input itself: see video_backbone.py.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,10 +56,10 @@ class ClipFormat:
         for name, least in (("length", 1), ("stride", 1), ("crop", 16)):
             if not least <= getattr(self, name) <= MAX_SIZE:
                 raise ValueError(f"the clips' {name} must be from {least} to {MAX_SIZE}")
-        for name, least, most in (("mean", -1.0, 1.0), ("std", MIN_STD, 10.0)):
+        for name, low, high in (("mean", -1.0, 1.0), ("std", MIN_STD, 10.0)):
             values = getattr(self, name)
-            if len(values) != 3 or not all(math.isfinite(value) and least <= value <= most for value in values):
-                raise ValueError(f"the clips' {name} must be three numbers from {least} to {most}")
+            if len(values) != 3 or not all(low <= value <= high for value in values):  # also if a value is NaN
+                raise ValueError(f"the clips' {name} must be three numbers from {low} to {high}")
 
     @property
     def statistics(self) -> Statistics:

@@ -4,8 +4,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone
@@ -25,6 +26,9 @@ from dclr.models.weights import (
     read_weights,
     shapes_of,
 )
+
+ANY = (CLASSIFIER_FILE_NAME, FILE_NAME, EXPORT_FILE_NAME)
+"""The files of a folder, the one that holds most first."""
 
 CLIP_SETTINGS = ("clip_length", "clip_stride", "crop_size")
 """Settings of a run's config.json that describe its clips. Metadata of files have the same names."""
@@ -76,7 +80,20 @@ def load_pretrained(source: str | Path) -> Pretrained:
         UserError: the file does not exist, cannot be read, needs unsafe unpickling, holds no known network, several
             networks, weights that are not finite, or metadata that do not fit its tensors.
     """
-    return _build(read_weights(find_file(Path(source), (CLASSIFIER_FILE_NAME, FILE_NAME, EXPORT_FILE_NAME))))
+    return _build(read_weights(find_file(Path(source), ANY)))
+
+
+def stated_settings(source: Path) -> dict[str, Any]:
+    """Return what a file of weights states about its network and its clips, under the names of settings.
+
+    Raises:
+        UserError: see load_pretrained.
+    """
+    weights = read_weights(find_file(source, ANY))
+    name, width, clips, _ = _check(weights)
+    sizes = dict(zip(CLIP_SETTINGS, (clips.length, clips.stride, clips.crop), strict=True))
+    stated = {setting: size for setting, size in sizes.items() if setting in weights.metadata}
+    return {"backbone": name, "width": width, **stated}
 
 
 def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
@@ -111,14 +128,15 @@ def _build(weights: Weights) -> Pretrained:
     file = weights.file
     name, width, clips, classes = _check(weights)
     check_finite(file, weights.backbone)
-    check_finite(file, {f"heads.{name}": tensor for name, tensor in weights.heads.items()})
+    for pair, head in weights.heads.items():
+        check_finite(file, {f"heads.{pair}.{name}": tensor for name, tensor in head.items()})
     check_finite(file, {f"fc.{name}": tensor for name, tensor in weights.fc.items()})
     backbone = build_backbone(name, width)
     # Not strict, because `check_fits` accepts files without BatchNorm's step counters.
     backbone.load_state_dict(weights.backbone, strict=False)
     backbone.statistics = clips.statistics
     heads = nn.ModuleDict()
-    for pair, tensors in _by_head(weights.heads).items():
+    for pair, tensors in weights.heads.items():
         heads[pair] = ProjectionHead(backbone.feature_dim, tensors["2.bias"].shape[0])
         heads[pair].load_state_dict(tensors)
     classifier = None
@@ -156,7 +174,7 @@ def _check(weights: Weights) -> tuple[str, int, ClipFormat, tuple[str, ...]]:
         )
     backbone = backbone_without_memory(name, width)
     check_fits(file, weights.backbone, backbone, weights.removed)
-    for pair, tensors in _by_head(weights.heads).items():
+    for pair, tensors in weights.heads.items():
         F = backbone.feature_dim
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         out = shapes.get("2.bias", (0,))
@@ -171,15 +189,6 @@ def _number(file: Path, text: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"{file}: its metadata have no width") from None
-
-
-def _by_head(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each head: "vd.0.weight" is "0.weight" of the head vd."""
-    heads: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        pair, _, rest = name.partition(".")
-        heads.setdefault(pair, {})[rest] = tensor
-    return heads
 
 
 def _classes(file: Path, weights: Weights, features: int) -> tuple[str, ...]:

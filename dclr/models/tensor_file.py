@@ -111,6 +111,15 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, without its tensors. Raises UserError if it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except Exception as error:  # a damaged file can cause any error in the reader
+        raise UserError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
+
+
 def _check_zip(file: Path) -> None:
     """Raise UserError unless a zip archive is a file of torch.save."""
     try:

@@ -23,8 +23,9 @@ Weights that are not finite are refused: every figure from them would be meaning
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,9 @@ from dclr import hub
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone
 from dclr.models.backbones import BACKBONES, MAX_WIDTH, backbone_without_memory
-from dclr.models.clip_format import IMAGENET, KINETICS, ClipFormat, Statistics
-from dclr.models.tensor_file import read_tensors, write_safetensors
+from dclr.models.clip_format import IMAGENET, KINETICS, Channels, ClipFormat, Statistics
+from dclr.models.heads import ProjectionHead
+from dclr.models.tensor_file import read_metadata, read_tensors, write_safetensors
 
 FILE_NAME = "backbone.safetensors"
 """The name of the query backbone's file in a run's folder."""
@@ -61,6 +63,9 @@ MAX_NETWORKS = 100
 
 _AVERAGE = re.compile(r"(^|[._/])(k|m|key|teacher|target|momentum|ema)([._/]|$)")
 """A part of a prefix that marks a moving average of another network in the file, such as encoder_k."""
+
+_OF_A_HEAD = {"0.weight", "0.bias", "2.weight", "2.bias"}
+"""The names of a projection head's tensors."""
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{7,})\.safetensors")
 
@@ -95,7 +100,7 @@ def save_weights(
 
     Args:
         clips: the clips of the training; None: unknown.
-        heads: projection heads by name.
+        heads: projection heads by name. Other modules are left out.
         fc: a linear classifier of `classes`.
 
     Raises:
@@ -104,8 +109,11 @@ def save_weights(
     metadata = {"format": FORMAT, **metadata_of(backbone, clips)}
     tensors = dict(backbone.state_dict())
     if heads is not None:
-        tensors |= {f"heads.{name}": tensor for name, tensor in heads.state_dict().items()}
-        metadata["heads"] = json.dumps([name for name, _ in heads.named_children()])
+        # A reader could not build the heads of a method of one's own that have another form.
+        written = {name: head for name, head in heads.named_children() if isinstance(head, ProjectionHead)}
+        for pair, head in written.items():
+            tensors |= {f"heads.{pair}.{name}": tensor for name, tensor in head.state_dict().items()}
+        metadata["heads"] = json.dumps(list(written))
     if fc is not None:
         tensors |= {f"fc.{name}": tensor for name, tensor in fc.state_dict().items()}
         metadata["classes"] = json.dumps(classes)
@@ -129,7 +137,7 @@ class Weights:
 
     file: Path
     backbone: dict[str, Tensor]  # under torchvision's names
-    heads: dict[str, Tensor]  # under names such as vd.0.weight
+    heads: dict[str, dict[str, Tensor]]  # of each pair, under names such as 0.weight
     fc: dict[str, Tensor]  # weight and bias of a classifier whose classes are known
     metadata: dict[str, str]
     kind: str  # what the file is, in words
@@ -156,10 +164,10 @@ class Weights:
                 if key in stated
             }
             mean, std = (
-                tuple(float(value) for value in json.loads(stated[name])) if name in stated else default
+                tuple(float(value) for value in json.loads(self.metadata[name])) if name in self.metadata else default
                 for name, default in zip(("mean", "std"), known, strict=True)
             )
-            return ClipFormat(**sizes, mean=mean, std=std)
+            return ClipFormat(**sizes, mean=cast(Channels, mean), std=cast(Channels, std))
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.file}: its metadata do not describe clips ({str(error)[:200]})") from None
 
@@ -246,7 +254,11 @@ def _by_use(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str], ki
         uses = [use for use in ("heads.", "fc.") if name.startswith(use) and (use == "heads." or "classes" in metadata)]
         prefix = (uses or [""])[0]
         parts[prefix][name.removeprefix(prefix)] = tensor
-    return Weights(file, parts[""], parts["heads."], parts["fc."], metadata, kind, "", False)
+    heads: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in parts["heads."].items():
+        pair, _, rest = name.partition(".")
+        heads.setdefault(pair, {})[rest] = tensor
+    return Weights(file, parts[""], heads, parts["fc."], metadata, kind, "", False)
 
 
 def _read_checkpoint(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Weights:
@@ -266,13 +278,31 @@ def _read_checkpoint(file: Path, tensors: dict[str, Tensor], metadata: dict[str,
     prefix = "model/query." if any(name.startswith("model/query.") for name in tensors) else "model/"
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     own = {name.removeprefix("backbone."): tensor for name, tensor in own.items()}
-    return _by_use(file, own, metadata, f"the checkpoint of step {step:,}")
+    weights = _by_use(file, own, metadata, f"the checkpoint of step {step:,}")
+    # save_weights leaves out heads of another form too.
+    return replace(weights, heads={pair: head for pair, head in weights.heads.items() if head.keys() == _OF_A_HEAD})
 
 
-def load_backbone(path: Path, backbone: Backbone) -> str:
+def stored_statistics(checkpoint: Path) -> Statistics:
+    """Return the statistics that a training checkpoint states: ImageNet's if it states none, as in earlier versions.
+
+    A file that cannot be read gives ImageNet's too: resuming from it fails with an error that says why.
+    """
+    try:
+        metadata = read_metadata(checkpoint)
+        return Weights(checkpoint, {}, {}, {}, metadata, "", "", False).statistics
+    except UserError:
+        return IMAGENET
+
+
+def load_backbone(path: Path, backbone: Backbone, heads: nn.ModuleDict | None = None) -> str:
     """Load weights from a run's folder or a file into `backbone`. An error leaves the backbone as it was.
 
     The backbone also gets the statistics that the weights expect.
+
+    Args:
+        heads: projection heads, which get the weights of the file's heads of the same name and shape. Other heads stay
+            as they are. None: heads in the file are ignored.
 
     Returns:
         one line that says which weights were loaded, from which file, and which prefix of their names was removed.
@@ -288,7 +318,28 @@ def load_backbone(path: Path, backbone: Backbone) -> str:
     # Not strict, because `check_fits` accepts files without BatchNorm's step counters.
     backbone.load_state_dict(weights.backbone, strict=False)
     backbone.statistics = statistics
-    return f"{weights.file}: {backbone.name} (width {backbone.width}), {weights.kind}{weights.removed}"
+    loaded = f"{weights.file}: {backbone.name} (width {backbone.width}), {weights.kind}{weights.removed}"
+    return loaded if heads is None else f"{loaded}; {_load_heads(weights, heads)}"
+
+
+def _load_heads(weights: Weights, heads: nn.ModuleDict) -> str:
+    """Load the heads of the file that fit into `heads`. Return which ones these are, in words.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    found = {}
+    for pair, head in heads.items():
+        own = weights.heads.get(pair, {})
+        if own and shapes_of(own) == shapes_of(head.state_dict()):
+            found[pair] = own
+    check_finite(weights.file, {f"heads.{pair}.{name}": t for pair, own in found.items() for name, t in own.items()})
+    for pair, tensors in found.items():
+        heads[pair].load_state_dict(tensors)
+    random = [pair for pair in heads if pair not in found]
+    if not found:
+        return "heads are random"
+    return f"heads {' '.join(found)}" + (f"; random heads {' '.join(random)}" if random else "")
 
 
 def _find_backbone(

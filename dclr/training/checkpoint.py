@@ -1,6 +1,7 @@
 """Checkpoints on disk. Each is one safetensors file that is either complete or not there.
 
-    RUN/checkpoints/step-0000120.safetensors    tensors by name, and the run's state as JSON in the file's metadata
+    RUN/checkpoints/step-0000120.safetensors    tensors by name. The file's metadata hold the run's state as JSON, and
+                                                the description of the network: evaluation and --pretrained read it too
     RUN/checkpoints/unfinished                  a file that is being written, or that a kill has left; nobody reads it
 
 A file gets its name by a rename, after all of its bytes are on the disk. A kill or a power failure leaves the rename
@@ -29,15 +30,23 @@ UNFINISHED = "unfinished"
 
 def newest(folder: Path) -> Path | None:
     """Return the complete checkpoint of the highest step in `folder`, or None if there is none or no such folder."""
-    return (checkpoints_in(folder) or [None])[-1]
+    complete = checkpoints_in(folder)
+    return complete[-1] if complete else None
 
 
-def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+def write(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    description: dict[str, str] | None = None,
+) -> Path:
     """Write the checkpoint of a step, then delete checkpoints that are neither among the newest nor the best.
 
     Args:
         state: anything that JSON can hold. The best checkpoint has the lowest state["loss"]. None
             stands for no loss.
+        description: metadata that tell a reader how to use the weights. See models/weights.py.
 
     Returns:
         The file.
@@ -49,7 +58,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:07d}.safetensors"
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": CHECKPOINT_FORMAT, "state": json.dumps({**state, "step": step})}
+    metadata = {**(description or {}), "format": CHECKPOINT_FORMAT, "state": json.dumps({**state, "step": step})}
     atomic_write(path, save(content, metadata), aside=folder / UNFINISHED)
     _delete_old(folder)
     return path

@@ -239,13 +239,14 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
-    def save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+    def save(self, folder: Path, step: int, state: dict[str, Any], description: dict[str, str] | None = None) -> None:
         """Write a checkpoint of network and momentum. Both are stored whole, even if ZeRO shards them.
 
         Args:
             folder: where checkpoints are. See checkpoint.write.
             step: number of finished steps.
             state: anything that JSON can hold.
+            description: the description of the network. See checkpoint.write.
 
         Raises:
             UserError: on all ranks, it cannot be written. Earlier checkpoints are intact.
@@ -258,7 +259,7 @@ class Engine:
 
         def write() -> None:
             try:
-                checkpoint.write(folder, step, tensors, {**state, "processes": distributed.world_size()})
+                checkpoint.write(folder, step, tensors, {**state, "processes": distributed.world_size()}, description)
             except OSError as error:
                 last = checkpoint.newest(folder)
                 left = f"the last checkpoint, {last.name}, is intact" if last else "there is no checkpoint before it"

@@ -65,10 +65,10 @@ def finetune(
         trained = train(run, task, engine)
 
         average_statistics(classifier)
-        run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors"))
-        run.write(lambda: save_classifier(classifier, classes, run.folder / "classifier.safetensors"))
-        run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
+        run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors", run.clips))
         written = run.folder / "classifier.safetensors"
+        run.write(lambda: save_classifier(classifier, classes, written, run.clips))
+        run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
         data = f" --data {shlex.quote(config.data.data)}" if config.data.data else ""
         run.say(f"done: {written}")
         run.say(f"  next: {command_of('eval')} accuracy --checkpoint {shlex.quote(str(run.folder))}{data}")

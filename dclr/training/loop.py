@@ -286,7 +286,7 @@ def save(run: Run, engine: Engine, step: int, progress: dict[str, Any], failures
         "classes": run.classes,
         "loss": loss,
     }
-    engine.save(run.folder / "checkpoints", step, state)
+    engine.save(run.folder / "checkpoints", step, state, run.description)
 
 
 class MeanLoss:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dclr import distributed
 from dclr.config import PRESETS, PretrainConfig, as_flag, flat, resolve
 from dclr.data.augmentation import pretrain_recipe, view_grid
 from dclr.data.samples import PairBatch, PairSamples, TrainSamples
 from dclr.kernels import Views, generate_views
 from dclr.method import METHODS, Method
-from dclr.models import Backbone, save_backbone
+from dclr.models import Backbone, load_backbone, save_backbone
 from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
@@ -42,7 +43,7 @@ def pretrain(
         open_knn: opens the measurement of the backbone that --knn-every asks for.
 
     Raises:
-        UserError: see start_run, Engine and train.
+        UserError: see start_run, load_start, Engine and train.
         Stopped: a signal asked the run to stop. A checkpoint is written.
     """
     with start_run("pretrain", preset, config, device, resume, replace) as run:
@@ -50,6 +51,8 @@ def pretrain(
         torch.manual_seed(config.run.seed)
         network = METHODS[config.method.method](config.model, config.method, seed=config.run.seed)
         partners = ", ".join(("rgb", *config.method.auxiliary_views))
+        start = load_start(network, config.start.init) if not run.resumed else "the run's checkpoint"
+        run.say(f"  start: {start}")
         run.say(f"  {config.method.method}: rgb clips contrasted with {partners}")
         run.prepare(*(module for module in network.modules() if isinstance(module, Backbone)))
         engine = Engine(network, run.ds_config, config.optim, device)
@@ -59,9 +62,10 @@ def pretrain(
         trained = train(run, task, engine)
 
         average_statistics(network.query.backbone)
-        run.write(lambda: save_backbone(network.query.backbone, run.folder / "backbone.safetensors"))
-        run.write_report({**task.summary, **trained.report()}, trained.failures, trained.seconds)
-        run.say(f"done: {run.folder / 'backbone.safetensors'}")
+        file = run.folder / "backbone.safetensors"
+        run.write(lambda: save_backbone(network.query.backbone, file, run.clips, network.query.heads))
+        run.write_report({"start": start, **task.summary, **trained.report()}, trained.failures, trained.seconds)
+        run.say(f"done: {file}")
         for line in next_steps(run):
             run.say(f"  {line}")
         return run.folder
@@ -83,6 +87,25 @@ def next_steps(run: Run) -> list[str]:
         f"next: {command_of('train')} finetune --preset {preset}{data}{flags} --pretrained {checkpoint} --out {out}",
         f"  or: {command_of('eval')} retrieval --checkpoint {checkpoint}{data}",
     ]
+
+
+def load_start(network: Method, init: str) -> str:
+    """Load the weights that --init names, if any, into the query encoder, and the key encoder if there is one.
+
+    Heads are loaded where the file has heads of the same name and shape.
+
+    Returns:
+        one line that says what the run starts from.
+
+    Raises:
+        UserError: on all ranks, see load_backbone.
+    """
+    if not init:
+        return "random weights"
+    query = network.query
+    start = distributed.on_all_ranks(lambda: load_backbone(Path(init), query.backbone, query.heads))
+    network.reset_key()
+    return start
 
 
 class Pretraining:

@@ -26,8 +26,9 @@ from dclr.data.prefetch import batches_on
 from dclr.data.samples import TrainSamples
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
-from dclr.models import Backbone
-from dclr.training import engine
+from dclr.models import Backbone, ClipFormat
+from dclr.models.weights import metadata_of, stored_statistics
+from dclr.training import checkpoint, engine
 from dclr.training.batchnorm import check_batch_statistics
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
 from dclr.training.signals import StopRequest
@@ -67,6 +68,8 @@ class Run:
     compile_time_reported: bool = False
     failed_videos: int = 0
     """Videos that had failed on all ranks together when `any_rank_stops` last looked."""
+    description: dict[str, str] = field(default_factory=dict)
+    """The description of the network for files of weights (models/weights.py). `prepare` sets it."""
     listed: dict[str, Any] = field(default_factory=dict)
     """Entries of report.json about how the data set was read, and see `check_listed`."""
 
@@ -79,6 +82,12 @@ class Run:
     def classes(self) -> list[str] | None:
         """The names of the classes that the network tells apart; None in pretraining, which uses no labels."""
         return None if self.command == "pretrain" else list(self.videos.classes)
+
+    @property
+    def clips(self) -> ClipFormat:
+        """The clips that the network is trained on."""
+        data = self.config.data
+        return ClipFormat(data.clip_length, data.clip_stride, data.crop_size)
 
     def say(self, message: str) -> None:
         """Print one line, on rank 0."""
@@ -102,7 +111,15 @@ class Run:
         self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
 
     def prepare(self, *backbones: Backbone) -> None:
-        """Apply --pad-channels and --compile to backbones, in place. Call it before the engine wraps them."""
+        """Apply --pad-channels and --compile to backbones, in place. Call it before the engine wraps them.
+
+        In a resumed run, the backbones also get the statistics of the run's weights.
+        """
+        newest = checkpoint.newest(self.folder / "checkpoints") if self.resumed else None
+        if newest is not None:
+            for backbone in backbones:
+                backbone.statistics = stored_statistics(newest)
+        self.description = metadata_of(backbones[0], self.clips)
         if self.compiles:
             # Compiled code may assume that weights start at multiples of 16 bytes. In ZeRO's flat buffers they do not.
             # torch 2.11 does not look at that when it reuses compiled code of another stage, from this process or from
