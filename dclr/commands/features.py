@@ -63,7 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     heading.add_argument(
         "--half",
         action="store_true",
-        help="write float16, half the size. The cosine of two embeddings changes by less than 0.001",
+        help="write float16, half the size. The cosine of two embeddings changes by less than 0.0001. "
+        "If all embeddings are nearly equal, cosines after subtracting the mean change more",
     )
     configuration.add_flags(parser, [configuration.DataConfig], only=CLIP_FLAGS)
 
