@@ -125,13 +125,20 @@ def configure(network: DCLR, device: torch.device) -> None:
             compile_backbone(encoder.backbone)
 
 
+class Stages(nn.Sequential):
+    """The stages of a backbone one after another, without what Backbone.forward does before them."""
+
+    def forward(self, x: Tensor, differences: int = 0) -> Tensor:
+        return super().forward(x)
+
+
 def as_torchvision(network: DCLR) -> DCLR:
     """Replace the backbones' modules by torchvision's: 3-D convolutions, in the memory format of their input."""
     theirs: dict[type, type] = {Factored: Conv2Plus1D, FactoredStem: nn.Sequential}
     for encoder in (network.query, network.key):
         for module in encoder.backbone.modules():
             module.__class__ = theirs.get(type(module), type(module))
-        stages = nn.Sequential(OrderedDict(encoder.backbone.named_children()))
+        stages = Stages(OrderedDict(encoder.backbone.named_children()))
         setattr(encoder, "backbone", stages)  # noqa: B010  (its declared type is Backbone)
     return network
 

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pty
+import select
 import subprocess
 import sys
 import termios
@@ -77,7 +78,9 @@ def test_a_terminal_gets_a_bar_and_messages_stand_above_it():
             write_line("a message", terminal)
             bar.show({"loss": "4.2"})
             bar.advance(2)
-        shown = os.read(ours, 65536).decode()
+        shown = ""
+        while select.select([ours], [], [], 0.2)[0]:  # one read may return only a part
+            shown += os.read(ours, 65536).decode()
         assert "training:" in shown
         assert "3/3" in shown
         assert "loss=4.2" in shown
