@@ -197,9 +197,9 @@ class _Timed(nn.Module):
         super().__init__()
         self.inner, self.section = inner, section
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, differences: int = 0) -> Tensor:
         with self.section("query forward"):
-            return self.inner(x)
+            return self.inner(x, differences)
 
 
 class Ours(Provider):
