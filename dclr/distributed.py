@@ -62,8 +62,11 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-_group_without_timeout: dist.ProcessGroup | None = None
-"""The group that exchanges objects inside `without_timeout`. None: the default group, whose timeout is 30 minutes."""
+_object_group: dist.ProcessGroup | None = None
+"""The group that exchanges objects. None: the default group, whose timeout is 30 minutes."""
+
+_patient_group: dist.ProcessGroup | None = None
+"""The group of `without_timeout`, made at its first use. Each group keeps open files and threads, so there is one."""
 
 
 @contextmanager
@@ -72,13 +75,14 @@ def without_timeout() -> Iterator[None]:
 
     Verifying a large data set takes hours.
     """
-    global _group_without_timeout
+    global _object_group, _patient_group
     if world_size() > 1:
-        _group_without_timeout = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        _patient_group = _patient_group or dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    _object_group = _patient_group
     try:
         yield
     finally:
-        _group_without_timeout = None
+        _object_group = None
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -86,7 +90,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_group_without_timeout)
+    dist.all_gather_object(values, value, group=_object_group)
     return values
 
 

@@ -180,6 +180,15 @@ class Stopwatch:
             yield
             self._host[name] += (time.perf_counter() - begin_s) * 1e3
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not count the time inside this context as time of a step."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begin
+
     def step(self) -> None:
         """Count one more step."""
         self._steps += 1

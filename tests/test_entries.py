@@ -91,14 +91,14 @@ def test_check_of_faulty_files_names_each_with_its_reason(genuine, capsys):
 def test_two_processes_make_one_run_and_one_process_resumes_it(
     clean_environment, train_main, tiny_pretrain, tmp_path, launcher
 ):
-    flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
+    flags = as_flags({**tiny_pretrain, "epochs": 1, "knn_every": 1, "out": tmp_path / "run"})
     start = launcher_command(launcher)
     done = run([*start, *flags], clean_environment)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["processes"], report["steps"]) == (2, 4)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "knn/top1" in line) for line in lines] == [(1, False), (2, False), (3, False), (4, True)]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert done.stdout.count("2 process(es) on cpu") == 1
     assert len(re.findall(r"^pretrain: .*\(100 %\)", done.stdout, re.MULTILINE)) >= 1

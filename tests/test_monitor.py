@@ -58,6 +58,12 @@ def test_a_measured_run_is_the_same_bit_for_bit_and_logs_what_was_measured(
     assert last[next(name for name in names if "chance" in name)] == pytest.approx(1 / 8)
     weights = [load_file(folder / "backbone.safetensors") for folder in (plain, measured)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    if command == "pretrain":
+        settings = {**tiny_pretrain, "out": str(tmp_path / "cut"), "knn_every": 1}
+        pretrain(make_config("pretrain", {**settings, "epochs": 1}), "demo", one_process, open_knn=monitor.open_knn)
+        again = make_config("pretrain", {**settings, "epochs": 2})
+        pretrain(again, "demo", one_process, tmp_path / "cut", open_knn=monitor.open_knn)
+        assert lines_of(tmp_path / "cut") == lines_of(measured)
     assert shown[-1].keys() >= ({"loss", "plateau", "nearest", "R@1"} if command == "pretrain" else {"loss", "test"})
 
 
@@ -79,6 +85,19 @@ def test_a_data_set_without_labelled_test_videos_is_refused_or_not_measured(
     config = make_config("finetune", {**tiny, **data, "epochs": 1})
     finetune("finetune", config, "demo", one_process, open_accuracy=monitor.open_accuracy)
     assert "no test accuracy during training: " in capfd.readouterr().out
+
+
+def test_a_measurement_that_fails_is_a_warning(tiny_pretrain, one_process, tmp_path, capfd):
+    def open_broken(data, device):
+        def measure(network):
+            raise UserError("no video can be read")
+
+        return measure
+
+    config = make_config("pretrain", {**tiny_pretrain, "out": str(tmp_path / "run"), "epochs": 1, "knn_every": 1})
+    run = pretrain(config, "demo", one_process, open_knn=open_broken)
+    assert "warning: not measured after this epoch: no video can be read\n" in capfd.readouterr().err
+    assert not any(name.startswith("knn/") for name in lines_of(run)[-1])
 
 
 def test_knn_is_that_of_a_loop_in_float64():

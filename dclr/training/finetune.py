@@ -154,8 +154,9 @@ class Finetuning:
         if self._test is None or epochs % self.config.transfer.test_every:
             return {}
         test, classifier = self._test, self.engine.module
-        self._measured = measure_on_rank_zero(lambda: test(classifier))
-        return self._measured
+        measured = measure_on_rank_zero(lambda: test(classifier))
+        self._measured = measured or self._measured
+        return measured
 
     def picture(self) -> None:
         """Return None: clips are not logged as pictures."""

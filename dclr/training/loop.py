@@ -4,6 +4,7 @@ pretrain.py and finetune.py supply a Task: what a micro-batch computes, and what
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -156,7 +157,9 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
             stops = run.any_rank_stops(request, failures)
             epoch_ends = done % sampler.steps_per_epoch == 0
             saves = epoch_ends and ((epoch + 1) % config.run.checkpoint_every == 0 or done == sampler.stop)
-            measured = task.measure(epoch + 1) if epoch_ends else {}
+            # A run that was asked to stop must write its checkpoint soon.
+            with watch.pause():
+                measured = task.measure(epoch + 1) if epoch_ends and not stops else {}
             logs = done % config.run.log_every == 0 or saves or done == task.first_trained_step or bool(measured)
             if log and (step == start or epoch_ends) and (picture := task.picture()) is not None:
                 log.picture("views", picture, done)
@@ -216,11 +219,18 @@ def common_bar(metrics: dict[str, float]) -> dict[str, str]:
 def measure_on_rank_zero(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Return what `measure` returns on rank 0, on all ranks. The other ranks wait. Random numbers are not used up.
 
-    Raises:
-        UserError: on all ranks, `measure` raised it.
+    If it raises UserError, print a warning and return nothing: a measurement must not end the run.
     """
+
+    def attempt() -> dict[str, float]:
+        try:
+            return measure()
+        except UserError as error:
+            print(f"warning: not measured after this epoch: {error}", file=sys.stderr)
+            return {}
+
     with distributed.without_timeout(), torch.random.fork_rng(devices=_cuda_devices()):
-        return distributed.on_rank_zero(measure)
+        return distributed.on_rank_zero(attempt)
 
 
 def _cuda_devices() -> list[int]:

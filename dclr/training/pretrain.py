@@ -181,8 +181,9 @@ class Pretraining:
         if self._knn is None or epochs % self.config.monitor.knn_every:
             return {}
         knn, backbone = self._knn, self.network.query.backbone
-        self._measured = measure_on_rank_zero(lambda: knn(backbone))
-        return self._measured
+        measured = measure_on_rank_zero(lambda: knn(backbone))
+        self._measured = measured or self._measured
+        return measured
 
     def picture(self) -> np.ndarray | None:
         """Return a picture of the query clips' rgb, static and dynamic views, three rows for each clip."""
