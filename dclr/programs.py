@@ -1,21 +1,34 @@
 """The names of the two programs in messages, as the user starts them, and the flag that launchers add.
 
 They are `python train.py` and `python eval.py` in a checkout. A user without a checkout has the installed commands
-`dclr-train` and `dclr-eval`.
+`dclr-train` and `dclr-eval`. A program of the user's own stands for both (`use_own`).
 """
 
 import re
 import sys
 from pathlib import Path
 
+_own: str | None = None
+"""The program of the user's own that was started, as its path."""
+
+
+def use_own(path: str) -> None:
+    """Use the name of a program of the user's own in all messages from now on."""
+    global _own
+    _own = path
+
 
 def name_of(program: str) -> str:
     """Return the file or the installed command of "train" or "eval": "train.py", or "dclr-train"."""
+    if _own is not None:
+        return Path(_own).name
     return f"dclr-{program}" if _is_installed() else f"{program}.py"
 
 
 def command_of(program: str) -> str:
     """Return what the user types to start "train" or "eval": "python train.py" with its folder, or "dclr-train"."""
+    if _own is not None:
+        return f"python {_own}"
     if _is_installed():
         return f"dclr-{program}"
     started = Path(sys.argv[0])
@@ -25,6 +38,8 @@ def command_of(program: str) -> str:
 
 def with_names(text: str) -> str:
     """Return a text that names train.py and eval.py with the names that the user has."""
+    if _own is not None:
+        return re.sub(r"(?<![\w./-])(train|eval)\.py\b", lambda match: Path(str(_own)).name, text)
     if not _is_installed():
         return text
     return re.sub(r"(?<![\w./-])(?:python |deepspeed )?(train|eval)\.py\b", r"dclr-\1", text)
