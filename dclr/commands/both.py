@@ -12,6 +12,6 @@ def start() -> int:
     Without a subcommand, it pretrains.
     """
     programs.use_own(sys.argv[0])
-    given = train.without_local_rank(sys.argv[1:])
+    given = programs.without_local_rank(sys.argv[1:])
     evaluates = bool(given) and given[0] in (*evaluate.DESCRIPTIONS, *evaluate.USES)
     return evaluate.start() if evaluates else train.start()

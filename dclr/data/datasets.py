@@ -64,7 +64,7 @@ LAYOUTS: dict[str, Layout] = {
     "UCF101": Layout(recognise=is_ucf101, read=ucf101, numbers=ucf101_numbers),
 }
 """The layouts by name, from the most general to the most special. The last one that recognises a folder reads it, so a
-layout that is added later comes before all others. docs/data.md shows how to add one."""
+layout that is added later comes before all others. docs/extend.md shows how to add one."""
 
 
 def make_demo() -> None:
