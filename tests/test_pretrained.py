@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import video
 
+from dclr.commands import evaluate
 from dclr.errors import UserError
 from dclr.kernels.types import MEAN, STD
 from dclr.models import KINETICS, ClipFormat, ProjectionHead, build_backbone, load_backbone, load_pretrained
 from dclr.models import save_backbone as save
 from dclr.models.backbone import convert
+from dclr.training import checkpoint
 
 CLIPS = ClipFormat(length=8, stride=4, crop=32)
 
@@ -95,3 +97,26 @@ def test_heads_of_the_same_name_and_shape_are_loaded_and_the_others_named(tmp_pa
     assert line.endswith("written by dclr; heads vv; random heads vs")
     assert torch.equal(into["vv"][0].weight, own["vv"][0].weight)
     assert torch.equal(into["vs"][0].weight, before)
+
+
+def test_pretraining_starts_from_the_weights_and_heads_of_another_run(
+    tiny_pretrain, train_main, tmp_path, monkeypatch, capfd
+):
+    """The learning rate is too small to change a float32 weight, so the second run saves the weights it starts from."""
+    train_main("pretrain", **{**tiny_pretrain, "epochs": 1, "out": tmp_path / "first"})
+    first = load_file(tmp_path / "first" / "backbone.safetensors")
+    again = {**tiny_pretrain, "epochs": 1, "lr": 1e-30, "out": tmp_path / "second", "init": tmp_path / "first"}
+    train_main("pretrain", **again)
+    second = load_file(tmp_path / "second" / "backbone.safetensors")
+    weights = [name for name in first if name.endswith("weight")]
+    assert any(name.startswith("heads.") for name in weights)
+    assert all(torch.equal(first[name], second[name]) for name in weights)
+    tensors, _ = checkpoint.read(checkpoint.newest(tmp_path / "second" / "checkpoints"))
+    name = "stem.0.weight"
+    assert torch.equal(tensors[f"model/key.backbone.{name}"], first[name])
+    with pytest.raises(UserError, match="no such file"):
+        train_main("pretrain", **{**again, "out": tmp_path / "third", "init": tmp_path / "missing"})
+    # An untrained network of the run's size, on the run's data set.
+    monkeypatch.chdir(tmp_path)  # where the evaluation writes
+    evaluate.main(["retrieval", "--checkpoint", "random", "--like", str(tmp_path / "first"), "--workers", "0"])
+    assert "random weights of r2plus1d_10 (width 4)" in capfd.readouterr().out

@@ -1,1 +1,0 @@
-"""The two programs: `train` (train.py, dclr-train) and `evaluate` (eval.py, dclr-eval)."""

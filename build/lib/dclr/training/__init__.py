@@ -1,1 +1,0 @@
-"""Training: the loop, pretraining, finetuning, checkpoints, and what keeps the ranks of a run consistent."""
