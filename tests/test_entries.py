@@ -168,8 +168,8 @@ def test_a_run_of_an_earlier_version_finds_its_data_set_or_says_where_it_looked(
 def test_the_program_runs_from_another_folder_and_takes_the_rank_of_other_launchers(
     clean_environment, tiny_pretrain, tmp_path
 ):
-    """`python train.py --local-rank 0` by hand is a run of one process."""
-    del tiny_pretrain["ds_config"]
+    """`python train.py --local-rank 0` by hand is a run of one process. The configuration is found by its name."""
+    tiny_pretrain["ds_config"] = "zero1"
     command = [sys.executable, str(REPOSITORY / "train.py"), "--local-rank", "0"]
     flags = as_flags({**tiny_pretrain, "epochs": 1, "out": "run"})
     done = run([*command, *flags], clean_environment, folder=tmp_path)

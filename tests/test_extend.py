@@ -211,8 +211,7 @@ def test_s3d_refuses_what_it_cannot_take_before_a_run_starts(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["s3d", "tsm_18"])
+@pytest.mark.parametrize("name", [pytest.param("s3d", marks=pytest.mark.slow), "tsm_18"])
 def test_a_backbone_compiles_as_one_graph_with_the_same_result(add, name: str) -> None:
     """The backend "aot_eager" traces without generating code, which is slow."""
     add("tsm.py")

@@ -138,12 +138,3 @@ def test_the_wheel_embeds_and_evaluates_without_the_packages_of_training(light, 
     usage = run([str(light / "dclr-eval"), "accuracy"], tmp_path)
     assert usage.returncode == 2
     assert usage.stderr.startswith("dclr-eval: error: ")
-
-
-@pytest.mark.slow
-def test_the_checkouts_program_runs_from_any_folder(tmp_path):
-    flags = ["--ds_config", "zero1", "--epochs", "2", "--fill-steps", "2", "--workers", "0", "--width", "4"]
-    flags += ["--crop-size", "16", "--clip-length", "2", "--queue-length", "32", "--out", "run"]
-    done = run([sys.executable, str(REPOSITORY / "train.py"), *flags], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "backbone.safetensors").is_file()
