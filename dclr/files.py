@@ -28,6 +28,9 @@ REFRESH_S = 5.0
 SILENCE_S = 60.0
 """Seconds without such a change after which an owner on another machine counts as gone."""
 
+RELEASE_S = 2.0
+"""Seconds in which the system releases the lock of a process that was killed."""
+
 
 class FolderInUse(UserError):
     """Another process writes to the folder."""
@@ -126,14 +129,18 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def _take(path: Path) -> int:
     """Lock the file `path`, write this process's name into it, and return its descriptor."""
     _wait_for_other_machine(path)
+    deadline = time.monotonic() + RELEASE_S
     while True:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             owner = _read_owner(descriptor)
             is_locked = _lock(descriptor)
-            if is_locked is False or (is_locked is None and _is_running(owner)):
+            is_dying = is_locked is False and not _is_running(owner) and time.monotonic() < deadline
+            if is_dying:
+                time.sleep(0.02)
+            elif is_locked is False or (is_locked is None and _is_running(owner)):
                 raise _refusal(path, owner)
-            if _is_open(path, descriptor):
+            elif _is_open(path, descriptor):
                 own = {
                     "host": socket.gethostname(),
                     "process": os.getpid(),
@@ -150,7 +157,7 @@ def _take(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its owner deleted the file just before it was locked here
+        os.close(descriptor)  # the owner has just deleted the file, or its lock is still there
 
 
 def _lock(descriptor: int) -> bool | None:

@@ -1,5 +1,6 @@
 """The lock of a folder: one writer at a time, and a killed writer is no obstacle."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -70,6 +71,17 @@ def test_a_second_process_is_refused_with_the_name_of_the_first_and_a_killed_one
     with folder_lock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_is_released_shortly_after_its_owner_ended_is_waited_for(tmp_path):
+    leave(tmp_path, process=2**22 + 1)  # no process has this number
+    with (tmp_path / LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with folder_lock(tmp_path):
+            assert not timer.is_alive()
+        timer.join()
 
 
 def test_a_process_cannot_lock_a_folder_twice_and_keeps_its_lock(tmp_path):
