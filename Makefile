@@ -54,8 +54,9 @@ PYTEST = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytes
 test: lint
 	$(PYTEST) -m "not gpu and not slow"
 
+# In the order of the files: else the files with one long test come last, and one of the two processes waits for them.
 test-slow: setup
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) --no-loadscope-reorder -m "slow and not gpu"
 
 evidence: setup
 	$(BIN)/python -m experiments.controlled_set --seeds 1
