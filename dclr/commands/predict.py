@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dclr import config as configuration
+from dclr.commands.features import CLIP_FLAGS
 from dclr.errors import UserError
 from dclr.programs import command_of
 
 DESCRIPTION = "the most probable classes of each video of a folder, a list or a file, with their probabilities"
-
-DATA_FLAGS = {
-    "data", "split", "allow_outside", "clip_length", "clip_stride", "crop_size", "workers", "video_timeout",
-}  # fmt: skip
-"""Fields of DataConfig that this command uses. It has no limits on videos that fail: each has its reason in the
-file."""
 
 MOST_PRINTED = 100
 """Most videos whose classes are printed. More of them need --out."""
@@ -35,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="the file to write, .csv or .parquet: one row a video. Without it, the classes are printed",
     )
     heading.add_argument("--top", type=int, default=5, metavar="K", help="classes of a video (default: 5)")
-    configuration.add_flags(parser, [configuration.DataConfig], only=DATA_FLAGS)
+    configuration.add_flags(parser, [configuration.DataConfig], only=CLIP_FLAGS)
 
 
 def run(flags: dict[str, Any]) -> None:

@@ -155,7 +155,7 @@ def _write_parquet(table: FeatureTable, metadata: dict[str, Any], aside: Path) -
     import pyarrow
 
     # Parquet's strings are UTF-8. The metadata has the paths whose bytes are not.
-    strings = {name: [_as_utf8(value) for value in column] for name, column in _strings(table).items()}
+    strings = {name: [as_utf8(value) for value in column] for name, column in _strings(table).items()}
     metadata["other_bytes"] = {
         name: {row: value for row, value in enumerate(column) if value != strings[name][row]}
         for name, column in _strings(table).items()
@@ -171,7 +171,7 @@ def _write_parquet(table: FeatureTable, metadata: dict[str, Any], aside: Path) -
     _pyarrow(aside).write_table(made, aside, use_dictionary=list(STRINGS), row_group_size=ROWS_A_GROUP)
 
 
-def _as_utf8(text: str) -> str:
+def as_utf8(text: str) -> str:
     r"""Return a string with its bytes that are not UTF-8 written as \xff."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 

@@ -18,6 +18,7 @@ from dclr.data.given_videos import EVERYTHING, everything, splits_of
 from dclr.data.samples import TestClips
 from dclr.data.videos import open_videos
 from dclr.errors import UserError, printable
+from dclr.evaluation.feature_file import as_utf8
 from dclr.evaluation.feature_table import MISSING
 from dclr.evaluation.features import embed_videos
 from dclr.files import atomic_file
@@ -155,11 +156,6 @@ def _rows(predictions: Predictions, top: int) -> Iterator[Row]:
         yield row
     for path, reason in predictions.skipped.items():
         yield {**nothing, "path": as_utf8(path), "skipped": as_utf8(reason)}
-
-
-def as_utf8(text: str) -> str:
-    r"""Return a string with its bytes that are not UTF-8 written as \xff."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _write_csv(columns: list[str], rows: Iterator[Row], aside: Path) -> None:
