@@ -85,7 +85,8 @@ def read_store(folder: Path) -> Store:
 
 def make_views(seed: int) -> Views:
     rng = torch.Generator().manual_seed(seed)
-    return Views(*(torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3)))
+    rgb, static, dynamic = (torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3))
+    return Views(rgb, static[:, :, :1].expand(-1, -1, 8, -1, -1), dynamic)
 
 
 def make_network(**settings: Any) -> DCLR:

@@ -14,7 +14,8 @@ MODEL = ModelConfig(backbone="r2plus1d_10", width=4)
 
 def make_views(batch: int, seed: int) -> Views:
     rng = torch.Generator().manual_seed(seed)
-    return Views(*(torch.randn(batch, 3, 8, 32, 32, generator=rng) for _ in range(3)))
+    rgb, static, dynamic = (torch.randn(batch, 3, 8, 32, 32, generator=rng) for _ in range(3))
+    return Views(rgb, static[:, :, :1].expand(-1, -1, 8, -1, -1), dynamic)
 
 
 def make_network(**settings) -> DCLR:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, float32_config, free_port
+from helpers import CONFIGS, float32_config, free_port, make_views
 from torch import Tensor, nn
 
 from dclr import distributed
@@ -142,11 +142,6 @@ def test_a_skipped_step_changes_nothing_bit_for_bit(one_process, stage, accumula
     assert guard.metrics() == {"nonfinite/skipped_steps": 1.0}
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith(f"skipped: non-finite values at step {bad_step}: ") for line in lines] == [True]
-
-
-def make_views(seed: int) -> Views:
-    rng = torch.Generator().manual_seed(seed)
-    return Views(*(torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3)))
 
 
 @STAGES
