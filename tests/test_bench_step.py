@@ -1,6 +1,7 @@
-"""Tests of benchmarks/step.py and benchmarks/sharding.py: the providers, their checks, sections, FLOP, and goals."""
+"""Tests of benchmarks/step.py, sharding.py and baseline.py: the providers, their checks, sections, FLOP, and goals."""
 
 import json
+import shutil
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import harness, info_nce, sharding, step, step_providers
+from benchmarks import baseline, harness, info_nce, sharding, step, step_providers
 from benchmarks.step_providers import PROVIDERS, Cell, as_torchvision, find_truth, make_inputs, make_network, untimed
 from dclr.config import OptimConfig
 from dclr.method import PAIRS
@@ -367,3 +368,56 @@ def test_a_run_of_sharding(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit, match="--processes is 2, but must be at most 1"):
         sharding.main(["--processes", "2"])
+
+
+# ------------------------------------------------------------------------------------------------------------- baseline
+
+
+def answers(*ms: float) -> list[dict[str, Any]]:
+    return [{"ms": [value], "peak_bytes": None} for value in ms]
+
+
+def test_the_speedup_over_a_baseline_by_hand():
+    built = {"before": {"first_loss": 10.0, "precision": "ieee"}, "after": {"first_loss": 10.0005, "precision": "ieee"}}
+    row = baseline.summarise(built, {"before": answers(30, 40, 60), "after": answers(20, 20, 50)}, size=4)
+    assert row["speedup_by_round"] == [1.5, 2, 1.2]
+    assert (row["speedup_median"], row["same"]) == (1.5, True)
+    assert row["after"]["samples_per_second"] == 200
+    row |= {"provider": "ours, float32", "commit_before": baseline.COMMIT}
+    assert baseline.judge([row], "cpu")["verdict"] == "met"
+    assert baseline.judge([row], "cuda")["verdict"] == "not measured on this device"
+    assert baseline.judge([row, row | {"speedup_median": 1.1}], "cpu")["verdict"] == "not met"
+    built["after"]["first_loss"] = 10.01
+    other = baseline.summarise(built, {"before": answers(30), "after": answers(10)}, size=4)
+    assert not other["same"]
+    assert "something else" in baseline.judge([row, row | other], "cpu")["verdict"]
+
+
+@pytest.mark.slow
+def test_two_trees_make_the_same_step(tmp_path):
+    """The older tree is a copy of today's. A changed weight in it is seen."""
+    for name in baseline.PATHS:
+        shutil.copytree(harness.ROOT / name, tmp_path / "copy" / name, symlinks=True)
+    cell = Cell(B=2, T=4, side=16, H=24, W=32, width=4)
+    row = baseline.measure(cell, "ours, float32", rounds=2, steps=1, commit="copy", folder=tmp_path)
+    assert row["before"]["first_loss"] == row["after"]["first_loss"]
+    assert len(row["speedup_by_round"]) == 2
+    file = tmp_path / "copy" / "benchmarks" / "step_providers.py"
+    file.write_text(file.read_text().replace("torch.manual_seed(0)", "torch.manual_seed(1)"))
+    assert not baseline.measure(cell, "ours, float32", rounds=1, steps=1, commit="copy", folder=tmp_path)["same"]
+    file.write_text("raise ValueError('no such tree')")
+    with pytest.raises(RuntimeError, match="commit copy: ValueError: no such tree"):
+        baseline.measure(cell, "ours, float32", rounds=1, steps=1, commit="copy", folder=tmp_path)
+
+
+def test_a_baseline_that_git_does_not_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(baseline, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        baseline.main(["--commit", "no-such-commit"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--fill --commit no-such-commit` in a git checkout" in said
+    with pytest.raises(SystemExit) as stop:
+        baseline.main(["--rounds", "0"])
+    assert (stop.value.code, capsys.readouterr().err) == (2, "--rounds is 0, but must be at least 1\n")
