@@ -2,10 +2,12 @@
 
 import ctypes
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +38,14 @@ OPTIM = OptimConfig(batch_size=4, lr=0.1)
 def children(process: int | str = "self") -> list[int]:
     """Return the ids of all running descendants of a process.
 
-    multiprocessing's resource tracker is not included. It starts with the first spawned process and runs until the end.
+    multiprocessing's resource tracker and the server of `on_two_ranks` are not included. They run until the end.
     """
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         with suppress(OSError):
             for child in map(int, (task / "children").read_text().split()):
-                helper = b"resource_tracker" in Path(f"/proc/{child}/cmdline").read_bytes()
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                helper = b"resource_tracker" in command or b"forkserver" in command
                 if not helper and Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] != "Z":
                     found += [child, *children(child)]
     return found
@@ -104,6 +107,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(rank, *arguments)
+
+
+def on_two_ranks(work: Callable[..., None], *arguments: object) -> list[int | None]:
+    """Run work(rank, ...) in two new processes and return their exit codes.
+
+    The processes are forked from a server that has imported everything once, because these imports take longer than
+    most tests of two ranks. The server itself computes nothing and starts no thread.
+    """
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["dclr.data.encode", "dclr.method", "dclr.training.engine", "deepspeed"])
+    processes = [context.Process(target=_as_rank, args=(rank, port, work, arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 def launcher_command(launcher: str) -> list[str]:

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import multiprocessing
-import os
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, METHOD, MODEL, OPTIM, float32_config, free_port, make_network, make_views
+from helpers import CONFIGS, METHOD, MODEL, OPTIM, float32_config, make_network, make_views, on_two_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dclr.config import OptimConfig
@@ -50,19 +49,15 @@ def key_map_alignment(output: Output) -> torch.Tensor:
     return torch.zeros(()) if output.alignment_key_maps is None else output.alignment_key_maps
 
 
-def train_rank(
-    rank: int, ranks: int, port: int, stage: int, count: int, result: str, settings: dict[str, str] | None = None
-) -> None:
-    """Train one rank on its share of the batch. Rank 0 saves the values that `plain_steps` returns."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_rank(rank: int, stage: int, count: int, result: Path, settings: dict[str, str]) -> None:
+    """Train one of two ranks on its share of the batch. Rank 0 saves the values that `plain_steps` returns."""
     device = start_processes()
     import deepspeed
 
-    network = make_network(**settings or {})
+    network = make_network(**settings)
     own = Engine(network, float32_config(stage), OPTIM, device)
     own.train(False)  # frozen BatchNorm: batch statistics would differ between one rank and two
-    size = OPTIM.batch_size // ranks
+    size = OPTIM.batch_size // 2
     losses, gradients = [], []
     for step in range(count):
         query, key = (
@@ -77,7 +72,7 @@ def train_rank(
         network.update_key()
         total = torch.stack([output.loss.detach(), key_map_alignment(output)])
         torch.distributed.all_reduce(total)
-        losses.append((total / ranks).tolist())
+        losses.append((total / 2).tolist())
     if rank == 0:
         torch.save((losses, gradients, [p.detach() for p in network.query.parameters()], network.queue), result)
     stop_processes()
@@ -95,16 +90,8 @@ def train_rank(
 )
 def test_two_ranks_compute_the_same_as_one_on_the_same_global_batch(tmp_path, stage, settings):
     """Compare the first gradients, and the losses, parameters and queue of three steps, with frozen BatchNorm."""
-    result, port = tmp_path / "result.pt", free_port()
-    context = multiprocessing.get_context("spawn")
-    arguments = [(rank, 2, port, stage, 3, str(result), settings) for rank in range(2)]
-    processes = [context.Process(target=train_rank, args=own) for own in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    losses, gradients, parameters, queue = torch.load(result)
+    assert on_two_ranks(train_rank, stage, 3, tmp_path / "result.pt", settings) == [0, 0]
+    losses, gradients, parameters, queue = torch.load(tmp_path / "result.pt")
     plain_losses, plain_gradients, plain_parameters, plain_queue = plain_steps(3, **settings)
     assert torch.allclose(torch.tensor(losses), torch.tensor(plain_losses), rtol=1e-5)
     for name, found, expected in zip(

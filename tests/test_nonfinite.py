@@ -3,15 +3,13 @@
 import copy
 import json
 import math
-import multiprocessing
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, float32_config, free_port, make_views
+from helpers import CONFIGS, float32_config, make_views, on_two_ranks
 from torch import Tensor, nn
 
 from dclr import distributed
@@ -224,10 +222,8 @@ def test_steps_equal_those_of_plain_sgd(one_process, stage):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def train_rank(rank: int, port: int, stage: int, mode: str, bad: tuple[float, float], folder: str) -> None:
+def train_rank(rank: int, stage: int, mode: str, bad: tuple[float, float], folder: Path) -> None:
     """Train one of two ranks, with non-finite values on rank 1 in step 2. Save error, skipped steps and weights."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     engine = make_engine(stage, 1, start_processes())
     guard, message = NonfiniteGuard(engine, mode), ""
     try:
@@ -236,20 +232,12 @@ def train_rank(rank: int, port: int, stage: int, mode: str, bad: tuple[float, fl
     except UserError as error:
         message = str(error)
     weights = [parameter.detach() for parameter in engine.module.parameters()]
-    torch.save((message, guard.skipped, weights), Path(folder) / f"{rank}.pt")
+    torch.save((message, guard.skipped, weights), folder / f"{rank}.pt")
     stop_processes()
 
 
 def run_two_ranks(stage: int, mode: str, bad: tuple[float, float], folder: Path) -> list[tuple[str, int, list[Tensor]]]:
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    processes = [
-        context.Process(target=train_rank, args=(rank, port, stage, mode, bad, str(folder))) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert on_two_ranks(train_rank, stage, mode, bad, folder) == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

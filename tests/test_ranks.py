@@ -1,13 +1,11 @@
 """Runs of two ranks: equal replicas, a failed rank, signals, and checkpoints for another number of ranks."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from helpers import (
     make_network,
     make_views,
     numbers,
+    on_two_ranks,
     steps,
 )
 
@@ -37,24 +36,6 @@ from dclr.training import batchnorm, checkpoint
 from dclr.training.engine import Engine, start_processes, stop_processes
 from dclr.training.heartbeat import Heartbeat
 from dclr.training.replicas import check_replicas, checksums
-
-
-def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: object) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    work(rank, *arguments)
-
-
-def on_two_ranks(work: Callable[..., None], *arguments: object) -> list[int | None]:
-    """Run work(rank, ...) in two processes and return their exit codes."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    processes = [context.Process(target=as_rank, args=(rank, port, work, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
-
 
 # ---------------------------------------------------------------- equal and different replicas
 
