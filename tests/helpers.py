@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -126,8 +127,12 @@ def on_two_ranks(work: Callable[..., None], *arguments: object) -> list[int | No
     processes = [context.Process(target=_as_rank, args=(rank, port, work, arguments)) for rank in range(2)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + 120
     for process in processes:
-        process.join(120)
+        process.join(max(deadline - time.monotonic(), 0))
+    for process in processes:
+        process.kill()  # a rank that waits for one that failed
+        process.join()
     return [process.exitcode for process in processes]
 
 
