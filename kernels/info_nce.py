@@ -146,8 +146,8 @@ def mine_positives(
     from dclr.kernels.info_nce_triton import mine_positives_op
 
     if features.dim() == 2:
-        return mine_positives_op(features[None], queue[None], m, True, False)[0]
-    return mine_positives_op(features, queue, m, False, True)[0]
+        return mine_positives_op(features[None], queue[None], m, False)[0]
+    return mine_positives_op(features, queue, m, True)[-1]
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def mine_positives_by_each(
         return mine_positives_by_each_reference(features, queue, m)
     from dclr.kernels.info_nce_triton import mine_positives_op
 
-    return mine_positives_op(features, queue, m, True, True)
+    return mine_positives_op(features, queue, m, True)
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def _fused(
     from dclr.kernels.info_nce_triton import info_nce_op  # Triton has wheels for Linux only
 
     needs_gradient = torch.is_grad_enabled() and queries.requires_grad
-    losses, similarities, _ = info_nce_op(
+    losses, similarities, *_ = info_nce_op(
         queries, keys.detach(), queue.detach(), positives, temperature, needs_gradient
     )
     return losses, similarities.detach()

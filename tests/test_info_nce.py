@@ -541,8 +541,8 @@ def test_without_gradient_none_is_computed(kernel_device: torch.device, monkeypa
     from dclr.kernels import info_nce_triton
 
     computed = []
-    launch = info_nce_triton.partial_launch
-    monkeypatch.setattr(info_nce_triton, "partial_launch", lambda *a: computed.append(a[5]) or launch(*a))
+    launch = info_nce_triton.loss_launch
+    monkeypatch.setattr(info_nce_triton, "loss_launch", lambda *a: computed.append(a[5]) or launch(*a))
     inputs = [t.to(kernel_device) for t in case(2, 3, 40, 32, 2)]
     frozen = info_nce(*inputs)
     inputs[0].requires_grad_()
@@ -572,9 +572,12 @@ def test_opcheck(dtype: torch.dtype, gradient: bool, kernel_device: torch.device
     leaf = queries.clone().requires_grad_(gradient)
     for mined in (positives, None):
         torch.library.opcheck(info_nce_triton.info_nce_op, (leaf, keys, queue, mined, 0.07, gradient))
-    torch.library.opcheck(info_nce_triton.mine_positives_op, (queries, queue, 3, True, True))
-    upstream = torch.ones(2, device=kernel_device)
-    torch.library.opcheck(info_nce_triton.info_nce_backward_op, (queries.float(), upstream, dtype))
+    torch.library.opcheck(info_nce_triton.mine_positives_op, (queries, queue, 3, True))
+    if gradient:
+        partials = info_nce_triton.info_nce_op(leaf, keys, queue, positives, 0.07, True)[2:]
+        upstream = torch.ones(2, device=kernel_device)
+        arguments = (*(tensor.detach() for tensor in partials), upstream, 0.07, dtype)
+        torch.library.opcheck(info_nce_triton.info_nce_backward_op, arguments)
 
 
 @pytest.mark.slow
