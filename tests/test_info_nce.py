@@ -6,6 +6,9 @@ float32 and in tf32.
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,7 +334,7 @@ def test_embedding_sizes(device: torch.device) -> None:
     [
         pytest.param(1, 1, 1, 32, 1, id="all sizes 1"),
         pytest.param(1, 5, 33, 64, 33, id="all entries"),
-        pytest.param(2, 3, 130, 32, 130, id="all entries of several tiles, by two similarities"),
+        pytest.param(2, 3, 70, 32, 70, id="all entries of several tiles, by two similarities"),
         pytest.param(1, 40, 2048, 128, 5, id="production: one similarity"),
         pytest.param(2, 40, 2048, 128, 5, id="production: the vv pair"),
         pytest.param(2, 17, 70, 256, 3, id="ragged, the largest embedding"),
@@ -399,6 +402,19 @@ def test_equal_entries_rank_by_number(device: torch.device) -> None:
     rows = mine_positives(queue[:3], queue, 60)
     for i in range(3):
         assert rows[i, :50].tolist() == list(range(i, 150, 3))
+
+
+def test_equal_entries_at_the_floor_rank_by_number(device: torch.device) -> None:
+    """Only the first of 37 equal best entries are wanted. They lie in all splits, so the floor is their score."""
+    if not backend.runs_triton(device):
+        pytest.skip("tests the kernels only")
+    queue = F.pad(torch.tensor([[-0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]), (0, 28)).repeat(200, 1)
+    best = torch.arange(3, 400, 11)
+    queue[best] = F.pad(torch.tensor([1.0, 0.0, 0.0, 0.0]), (0, 28))
+    features = best.new_zeros(2, 3, 32).float()
+    features[..., 0] = 1
+    rows = kernels.mine_positives_by_each(features.to(device), torch.stack([queue, queue]).to(device), 7)
+    assert torch.equal(rows.cpu(), best[:7].expand(3, 3, 7))
 
 
 def test_negative_and_zero_similarities_are_ranked(device: torch.device) -> None:
@@ -469,6 +485,78 @@ def test_bitwise_the_same_from_run_to_run(kernel_device: torch.device) -> None:
             assert torch.equal(a, b)
 
 
+def test_the_order_of_the_programs_does_not_matter(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """On a GPU programs run in any order, and any of them may be the last. The interpreter has one order."""
+    if not backend.INTERPRETED or not backend.runs_triton(device):
+        pytest.skip("tests the interpreter's order")
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    choose = builder.set_grid_idx
+    inputs = case(2, 5, 200, 32, 3)
+    inputs[0].requires_grad_()
+    found = []
+    for order in (lambda x, count: x, lambda x, count: count - 1 - x, lambda x, count: (x + count // 2) % count):
+        monkeypatch.setattr(
+            builder, "set_grid_idx", lambda x, y, z, order=order: choose(order(x, builder.grid_dim[0]), y, z)
+        )
+        contrasts = contrast(*inputs)
+        gradient = torch.autograd.grad(contrasts.losses.sum(), inputs[0])
+        rows = kernels.mine_positives_by_each(inputs[1], inputs[2], 4)
+        found.append([*contrasts, *gradient, rows])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_counters_are_zero_after_each_launch(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
+    """The next launch on the stream uses the same counters. A counter that is not zero would hide the last program."""
+    from dclr.kernels import info_nce_triton
+
+    counters = torch.zeros(8, dtype=torch.int32, device=kernel_device)
+    monkeypatch.setattr(info_nce_triton, "arrival_counters", lambda count, _: counters[:count])
+    inputs = [t.to(kernel_device) for t in case(2, 3, 200, 32, 2)]
+    found = []
+    for _ in range(2):
+        found.append((info_nce(*inputs), kernels.mine_positives_by_each(inputs[1], inputs[2], 3)))
+        assert not counters.any()
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_each_stream_and_each_captured_launch_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from dclr.kernels import info_nce_triton
+
+    stream, capturing, zeros = SimpleNamespace(cuda_stream=1), False, torch.zeros
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch, "zeros", lambda count, dtype, device: zeros(count, dtype=dtype))
+    monkeypatch.setattr(info_nce_triton, "_counters", {})
+    monkeypatch.setattr(info_nce_triton, "_spare_counters", {})
+
+    kept = []
+
+    def take(count: int) -> tuple[int, int]:
+        counters = info_nce_triton.arrival_counters(count, torch.device("cuda"))
+        assert not counters.any()
+        assert len(counters) >= count
+        kept.append(counters)  # freed memory would be handed out again
+        return counters.data_ptr(), counters.data_ptr() + 4 * len(counters)
+
+    first = take(5)
+    assert take(5) == first
+    stream = SimpleNamespace(cuda_stream=2)
+    second = take(5)
+    capturing = True
+    taken = [first, second, take(5), take(5), take(4096), take(4096)]
+    stream = SimpleNamespace(cuda_stream=3)
+    taken.append(take(5))
+    taken.sort()
+    assert all(end <= start for (_, end), (start, _) in pairwise(taken))
+
+
 def test_one_split_and_many_agree(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
     from dclr.kernels import info_nce_triton
 
@@ -535,6 +623,50 @@ def test_mixed_dtypes_are_widened(kernel_device: torch.device) -> None:
     assert queries.grad.dtype == torch.bfloat16
     atol = EPS_BF16 / 2 * np.abs(expected_gradient).max()
     np.testing.assert_allclose(queries.grad.double().cpu().numpy(), expected_gradient, rtol=0, atol=atol)
+
+
+def test_normalisers_and_floors(kernel_device: torch.device) -> None:
+    """At least m entries reach each floor, and few others do. Without that the search would be right, but slow."""
+    from dclr.kernels import info_nce_triton
+
+    m = 4
+    features, queue = unit(2, 3, 128, seed=5).to(kernel_device), unit(2, 1500, 128, seed=6).to(kernel_device)
+    launch, found = info_nce_triton.floor_launch(features, queue, m, True, "ieee")
+    launch()
+    similarities = features.double().cpu() @ queue.double().cpu().transpose(1, 2)  # (S, B, K)
+    totals = similarities.exp().sum(dim=2)
+    torch.testing.assert_close(found.tops.double().cpu(), similarities.amax(dim=2), rtol=0, atol=4 * EPS)
+    shares = found.shares.double().cpu() * torch.exp(-found.tops.double().cpu())
+    torch.testing.assert_close(shares, 1 / totals, rtol=16 * EPS, atol=0)
+    together = (similarities.exp() / totals[..., None]).sum(dim=0, keepdim=True)
+    scores = torch.cat([similarities, together])  # (R, B, K)
+    assert (found.floors.double().cpu() <= scores.topk(m, dim=2).values[..., -1]).all()
+    assert not found.counts.any()
+    launch, _ = info_nce_triton.rank_launch(features, queue, found, m, True, "ieee")
+    launch()
+    assert (found.counts >= m).all()
+    assert (found.counts <= 3 * m).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+def test_rows_of_features_that_are_not_numbers_lie_in_the_queue(kernel_device: torch.device) -> None:
+    """A diverged network must end in an error about its loss, not in a read outside of the queue."""
+    features, queue = unit(2, 3, 32).to(kernel_device), unit(2, 90, 32, seed=1).to(kernel_device)
+    features[0, 1] = float("nan")
+    queue[1, 7] = float("inf")
+    rows = kernels.mine_positives_by_each(features, queue, 4)
+    assert ((rows >= 0) & (rows < 90)).all()
+
+
+def test_many_positives_and_repeats_far_apart(kernel_device: torch.device) -> None:
+    """Positives are read in groups of 8. A repeat in a later group counts once too."""
+    queries, keys, queue = (t.to(kernel_device) for t in case(1, 3, 40, 32, 0)[:3])
+    rows = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:19].expand(1, 3, -1)
+    far = torch.cat([rows, rows[..., :9], -torch.ones_like(rows[..., :2]), rows[..., 10:11]], dim=2)
+    expected, _ = oracle(queries.cpu(), keys.cpu(), queue.cpu(), rows, 0.07)
+    for positives in (rows, far):
+        losses = info_nce(queries, keys, queue, positives.to(kernel_device))
+        np.testing.assert_allclose(losses.cpu().numpy(), expected, rtol=0, atol=4 * EPS / 0.07)
 
 
 def test_without_gradient_none_is_computed(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -625,11 +757,13 @@ def test_captured_in_a_cuda_graph_and_nothing_waits() -> None:
         step()
     with torch.cuda.graph(graph, stream=stream):
         captured = step()
-    for tensor in captured:
-        tensor.detach().fill_(float("nan"))
-    graph.replay()
-    for a, b in zip(expected, captured, strict=True):
-        assert torch.equal(a, b)
+    for _ in range(2):  # an eager step between two replays uses other counters
+        for tensor in captured:
+            tensor.detach().fill_(float("nan"))
+        graph.replay()
+        for a, b in zip(expected, captured, strict=True):
+            assert torch.equal(a, b)
+        step()
 
 
 def test_the_backend_is_named_and_refused() -> None:

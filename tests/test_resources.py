@@ -66,7 +66,7 @@ def test_products_use_the_matrix_units(compiled: list[Usage]) -> None:
     With D = 256 the registers are too few for that: float32 does without matrix units, and tf32 multiplies 32 queries
     at once.
     """
-    streams = [u for u in compiled if u.kernel == "_partial_kernel"]
+    streams = [u for u in compiled if u.kernel == "_loss_kernel"]
     for usage in streams:
         if "D 256, float32" in usage.configuration:
             assert usage.matrix_units == "none", usage
