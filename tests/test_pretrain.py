@@ -475,10 +475,9 @@ def test_a_run_resumed_under_another_zero_stage_keeps_its_momentum(
     train_main(resume=run, epochs=2, ds_config=tmp_path / f"stage{after}.json")
     for step in range(5, 9):
         assert metrics(run)[step - 1]["loss"] == pytest.approx(metrics(finished)[step - 1]["loss"], rel=1e-6)
+    momentum = tensors_of(run, "momentum")
     for name, tensor in tensors_of(finished, "momentum").items():
-        torch.testing.assert_close(
-            tensors_of(run, "momentum")[name], tensor, rtol=1e-4, atol=1e-6 * tensor.abs().max().item()
-        )
+        torch.testing.assert_close(momentum[name], tensor, rtol=1e-4, atol=1e-6 * tensor.abs().max().item())
 
 
 def test_a_run_stops_once_more_than_max_bad_of_the_videos_have_failed(demo_videos, run_tiny, monkeypatch, tmp_path):
