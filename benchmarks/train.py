@@ -2,6 +2,9 @@
 
     python -m benchmarks.train --data UCF101              on a GPU: r2plus1d_10, 128 clips a step
     python -m benchmarks.train --data UCF101 --rounds 3   each run three times; the median counts
+    python -m benchmarks.train --data UCF101 --sources store --epoch-steps 64 --frames 64
+                                                          from a store only, epochs of 64 steps. A store of so many
+                                                          whole videos would take 48 GB, so each is cut to 64 frames
 
 Time to expect: 2 minutes for 32 steps on an H200. Without a GPU it trains the demo's small network on the same videos:
 80 seconds a round on two cores. Result to expect on an H200 with 16 cores: 207 samples/s from videos, 212 from a store.
@@ -12,7 +15,7 @@ store is packed from the same links. Every run is `train.py pretrain` through th
 it. Rounds rotate the order. Figures are those of metrics.jsonl in the second half of the steps, after compiling,
 filling the queue and starting the workers.
 
-Prints a table and writes train.json and train.png into results/DEVICE.
+Prints a table and writes train.json and train.png into results/DEVICE, or train_store.json if only the store is read.
 """
 
 import argparse
@@ -33,6 +36,8 @@ from matplotlib.figure import Figure
 from benchmarks import harness
 from benchmarks.harness import ROOT, Row
 from dclr.data.datasets import open_catalog
+from dclr.data.decode import read_planes, rgb_of, verify_video
+from dclr.data.encode import write_video
 
 WAIT_GOAL = 0.02  # share of the time, with 16 cores
 
@@ -57,6 +62,8 @@ STEPS = {"cuda": 64, "cpu": 32}
 # Each epoch ends with a picture of its views, 0.4 s of a core. With epochs of 4 steps of 0.43 s, pictures took a
 # quarter of a run on an H200. With the 74 steps of UCF101 they take 1 to 2 % (docs/LOG.md).
 STEPS_AN_EPOCH = {"cuda": 16, "cpu": 4}
+MOST_SHORTENED = 32  # videos: encoding takes about a second each
+SOURCES = ("videos", "store")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,21 @@ def link_videos(data: Path, count: int, folder: Path) -> Path:
         link = folder / name / f"{number:05d}-{Path(video.path).name}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to((catalog.root / video.path).resolve())
+    return folder
+
+
+def shorten_videos(data: Path, frames: int, folder: Path) -> Path:
+    """Write the first frames of up to 32 training videos of `data` as new videos. Return their data set's folder."""
+    catalog = open_catalog(data)
+    for number, video in enumerate(catalog.videos("train")[:MOST_SHORTENED]):
+        name = catalog.classes[video.label] if video.label >= 0 else "unlabelled"
+        source = catalog.root / video.path
+        record = verify_video(source)
+        rgb = rgb_of(read_planes(source, record, range(min(frames, record.frames))))
+        height, width = (size // 2 * 2 for size in rgb.shape[1:3])  # h264 has half as many colours in each direction
+        target = folder / name / f"{number:02d}.mp4"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_video(target, rgb[:, :height, :width])
     return folder
 
 
@@ -127,7 +149,7 @@ def summarise(runs: dict[Case, list[dict[str, float]]]) -> list[Row]:
             "data_wait_share": statistics.median(each["data_wait_share"] for each in found),
             "peak_gib": max(each["peak_gib"] for each in found),
             "growth_from_one_process": medians[case] / medians[alone],
-            "times_videos": medians[case] / medians[videos],
+            "times_videos": medians[case] / medians[videos] if videos in medians else None,
         })  # fmt: skip
     return rows
 
@@ -139,7 +161,10 @@ def table(rows: Sequence[Row]) -> str:
             str(harness.from_row(Case, row)),
             f"{row['samples_per_second']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})",
             f"{row['data_wait_share']:.1%}",
-            *(f"{row[name]:.2f}" for name in ("growth_from_one_process", "times_videos", "peak_gib")),
+            *(
+                "" if row[name] is None else f"{row[name]:.2f}"
+                for name in ("growth_from_one_process", "times_videos", "peak_gib")
+            ),
         ]
         for row in rows
     ]
@@ -191,6 +216,9 @@ def make_parser(kind: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=STEPS[kind], help="optimizer steps of a run")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="measure only these")
+    parser.add_argument("--epoch-steps", type=int, default=STEPS_AN_EPOCH[kind], help="optimizer steps of an epoch")
+    parser.add_argument("--frames", type=int, help="cut each video to its first frames (default: whole videos)")
     return parser
 
 
@@ -199,17 +227,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = device.type
     arguments = make_parser(kind).parse_args(argv)
     batch, settings = BATCH[kind], SETTINGS[kind]
-    epochs = max(2, arguments.steps // STEPS_AN_EPOCH[kind])
+    epochs = max(2, arguments.steps // arguments.epoch_steps)
     run = harness.Run("train", argv, arguments, device)
+    if "videos" not in arguments.sources:
+        run.name = "train_store"
     cases = [
         Case(source=source, processes=count)
         for count in sorted({1, *arguments.processes})
-        for source in ("videos", "store")
+        for source in SOURCES
+        if source in arguments.sources
     ]
     found: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        videos, store = link_videos(arguments.data, STEPS_AN_EPOCH[kind] * batch, work / "videos"), work / "store"
+        given = arguments.data
+        if arguments.frames:
+            given = shorten_videos(given, arguments.frames, work / "short")
+        videos, store = link_videos(given, arguments.epoch_steps * batch, work / "videos"), work / "store"
         packing = [sys.executable, "train.py", "pack", "--data", str(videos), "--out", str(store)]
         execute([*packing, "--workers", str(arguments.workers)], work / "pack.log")
         for number in range(arguments.rounds):
@@ -231,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": settings,
         "batch": batch,
         "epochs": epochs,
+        "steps_an_epoch": arguments.epoch_steps,
+        "frames_of_a_video": arguments.frames,
         "workers": arguments.workers,
         "rounds": len(found[cases[0]]),
         "goal": verdict,

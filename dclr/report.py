@@ -133,9 +133,10 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str:
-    """Return the commit of the source tree, with "+" added if files differ from it, or "unknown" outside a checkout.
+    """Return the commit of the source tree, with "+" added if files differ from it.
 
-    Files that measurements write may differ.
+    Files that measurements write may differ. Outside a checkout it is the environment variable DCLR_COMMIT, or
+    "unknown".
     """
 
     def git(*arguments: str) -> str:
@@ -147,7 +148,7 @@ def git_commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("DCLR_COMMIT", "unknown")
 
 
 def peak_memory_gib(device: torch.device) -> float:
