@@ -101,7 +101,6 @@ def on_gpu(name: str, minutes: float, *chosen: str, needs: Sequence[str] = ("dee
 
 
 HEURISTIC_B = {layers.HEURISTIC_B: "1"}
-QUICK = ("--quick", *RESULTS)
 
 PARTS = (
     layer("ceilings", 1),
@@ -127,9 +126,28 @@ PARTS = (
         on_cpu=("--rounds", "1", "--steps", "1", "--batch-sizes", "4", "--providers", "ours, float32"),
         needs=("baseline", "deepspeed"),
     ),
-    Part(name="released", minutes=3, module="benchmarks.step", arguments=QUICK, needs=("deepspeed",)),
-    Part(name="info_nce", minutes=1.5, module="benchmarks.info_nce", arguments=QUICK),
-    Part(name="views", minutes=1.5, module="benchmarks.views", arguments=QUICK),
+    Part(
+        name="released",
+        minutes=3,
+        module="benchmarks.step",
+        arguments=("--batch-sizes", "128", "--backbones", "r2plus1d_10", "--rounds", "3", *RESULTS),
+        on_cpu=("--quick", "--batch-sizes", "2", "--rounds", "1", "--providers", "ours"),
+        needs=("deepspeed",),
+    ),
+    Part(
+        name="info_nce",
+        minutes=1.5,
+        module="benchmarks.info_nce",
+        arguments=("--minutes", "1", *RESULTS),
+        on_cpu=("--quick", "--providers", "eager", "ours"),
+    ),
+    Part(
+        name="views",
+        minutes=2,
+        module="benchmarks.views",
+        arguments=("--minutes", "1", *RESULTS),
+        on_cpu=("--quick", "--providers", "reference", "ours"),
+    ),
     Part(
         name="whole-run",
         minutes=4,
@@ -265,14 +283,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     def stop(number: int, frame: Any) -> None:
         raise Stop
 
-    signal.signal(signal.SIGTERM, stop)
-    for need in (part for part in parts if (part.missing(data))):
-        print(f"{need.name} will be skipped: {need.missing(data)}")
+    for part in parts:
+        if why := part.missing(data):
+            print(f"{part.name} will be skipped: {why}")
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         rows = run(parts, arguments.minutes, data, arguments.results.resolve(), arguments.logs.resolve(), device)
     except (Stop, KeyboardInterrupt):
         print("stopped; what was measured is kept", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     columns = ["part", "outcome", "seconds", "reason"]
     print("\n" + harness.table(columns, [[str(row.get(name, "")) for name in columns] for row in rows]))
     return 1 if any(row["outcome"] in ("failed", "stopped") for row in rows) else 0

@@ -17,7 +17,7 @@ PROGRAMS_OF_A_MULTIPROCESSOR = 8
 
 
 @triton.jit
-def _sum_blocks(source, sums, rounds, blocks, BLOCK: tl.constexpr):
+def _sum_blocks(source, sums, rounds, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sum `rounds` blocks, one after another; each program begins elsewhere. `.cg` loads do not stay in L1."""
     program = tl.program_id(0)
     within = tl.arange(0, BLOCK)
