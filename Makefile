@@ -5,7 +5,7 @@
 # make evidence   checks the controlled set, then compares DCLR with MoCo on it, one seed: half an hour; resumable
 # make chaos      kills a run of two ranks a hundred times and checks that it ends as without kills: 12 minutes
 # make soak       a run of one hour: memory, open files and threads must not grow; DATA=DIR
-# make gpu-layers 30 minutes of a GPU, most valuable first: ceilings, step, layers, tests, a whole run; DATA=DIR MINUTES=N
+# make gpu-layers 30 minutes of one GPU, the most valuable first: step, layers, tests, a whole run; DATA=DIR
 # make gpu        the tests that need a CUDA device, then the benchmarks; $(PYTHON) needs the packages; DATA=DIR
 
 PYTHON ?= python3
@@ -18,7 +18,8 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test test-slow lint evidence chaos soak gpu-baseline gpu-layers gpu gpu-test gpu-step gpu-kernels gpu-runs
+.PHONY: setup demo demo-quick test test-slow lint evidence chaos soak
+.PHONY: gpu-baseline gpu-layers gpu gpu-test gpu-step gpu-kernels gpu-runs
 
 setup: $(VENV)/.ready
 
@@ -73,7 +74,8 @@ soak: setup
 gpu-baseline:
 	$(PYTHON) -m benchmarks.baseline --fill
 
-# Every part writes its results at once, and none stops the next: see benchmarks/gpu_layers.py.
+# Every part writes its results at once, and none stops the next: see benchmarks/gpu_layers.py. MINUTES=9 limits the
+# time, and PARTS="step stem" chooses parts.
 gpu-layers:
 	$(PYTHON) -m benchmarks.gpu_layers --minutes $(or $(MINUTES),30) $(if $(DATA),--data $(DATA)) \
 		$(if $(PARTS),--parts $(PARTS))

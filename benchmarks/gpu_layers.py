@@ -104,7 +104,7 @@ HEURISTIC_B = {layers.HEURISTIC_B: "1"}
 
 PARTS = (
     layer("ceilings", 1),
-    layer("step", 2.5),
+    layer("step", 3),
     layer("profile", 1.5),
     layer("convolutions", 2.5),
     layer("step", 1, "step-heuristic-b", ["--plain"], **HEURISTIC_B),

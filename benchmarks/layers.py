@@ -182,42 +182,58 @@ class PlainStep:
 
 
 def measure_step(device: torch.device, record: Record, arguments: argparse.Namespace) -> None:
-    """Time whole steps: the plain step, then "ours" of benchmarks/step.py if DeepSpeed is installed."""
-    sizes = BATCH_SIZES[device.type][: 1 if arguments.plain else None]
-    for B in sizes:
-        cell = Cell(**asdict(CELLS[device.type]) | {"B": B})
-        torch._dynamo.reset()
-        began_s = time.perf_counter()
-        step = PlainStep(cell, device)
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        first_s = time.perf_counter() - began_s
-        step()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times = harness.milliseconds(harness.time_consecutive(step, device, TIMED_STEPS[device.type]))
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        row = {"what": str(cell), "provider": "without DeepSpeed", "B": B, **times, "first_step_s": first_s}
-        record.add(row | {"samples_per_second": B / times["median_ms"] * 1e3, "peak_bytes": peak})
-        del step
-        _release(device)
-    if arguments.plain:
-        return
-    if find_spec("deepspeed") is None:
+    """Time whole steps: "ours" of benchmarks/step.py if DeepSpeed is installed, and the plain step."""
+    deepspeed = find_spec("deepspeed") is not None
+    if not deepspeed:
         record.set(ours="skipped: DeepSpeed is not installed")
-        return
-    # Imported late, because step.py and the engine are needed only here.
-    from benchmarks import step as steps
+    for B in BATCH_SIZES[device.type][: 1 if arguments.plain else None]:
+        cell = Cell(**asdict(CELLS[device.type]) | {"B": B})
+        if deepspeed and not arguments.plain:
+            record.add(time_ours(cell, device))
+            _release(device)
+        record.add(time_plain_step(cell, device))
+        _release(device)
+
+
+def time_ours(cell: Cell, device: torch.device) -> Row:
+    """Return the times and the check of "ours" in benchmarks/step.py."""
+    # Imported late, because only this function needs step.py and the engine.
+    from benchmarks import step
     from dclr.training import engine
 
     engine.start_processes()
-    for B in sizes:
-        cell = Cell(**asdict(CELLS[device.type]) | {"B": B})
-        measured = steps.measure(cell, ["ours"], device, 2, TIMED_STEPS[device.type] // 2 or 1, None)
-        found = measured["providers"]["ours"]
-        record.add({"what": str(cell), "provider": "ours", "B": B, "unchecked": measured["unchecked"], **found})
-        _release(device)
+    measured = step.measure(cell, ["ours"], device, 2, TIMED_STEPS[device.type] // 2 or 1, None)
+    return {
+        "what": str(cell),
+        "provider": "ours",
+        "B": cell.B,
+        "unchecked": measured["unchecked"],
+        **measured["providers"]["ours"],
+    }
+
+
+def time_plain_step(cell: Cell, device: torch.device) -> Row:
+    """Return the times of the plain step and its peak memory."""
+    torch._dynamo.reset()
+    began_s = time.perf_counter()
+    step = PlainStep(cell, device)
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    first_s = time.perf_counter() - began_s
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = harness.milliseconds(harness.time_consecutive(step, device, TIMED_STEPS[device.type]))
+    return {
+        "what": str(cell),
+        "provider": "without DeepSpeed",
+        "B": cell.B,
+        **times,
+        "samples_per_second": cell.B / times["median_ms"] * 1e3,
+        "first_step_s": first_s,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
 
 
 def _release(device: torch.device) -> None:

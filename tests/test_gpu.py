@@ -73,6 +73,38 @@ def test_a_compiled_backbone_agrees_with_the_plain_one_in_bfloat16():
     assert errors[1] < 1.5 * errors[0]
 
 
+def test_a_compiled_backbone_on_the_views_of_a_step_agrees_with_the_plain_one_in_bfloat16():
+    """In training: maps, gradients and running statistics of three views, with one frame for the static view."""
+    torch.manual_seed(0)
+    truth, plain, compiled = (build_backbone("r2plus1d_10").cuda().train() for _ in range(3))
+    for backbone in (plain, compiled):
+        backbone.load_state_dict(truth.state_dict())
+    truth.double()
+    compiled.pad_channels(8)
+    compile_backbone(compiled)
+    views = [torch.randn(4, 3, frames, 112, 112, device="cuda") for frames in (16, 1, 16)]
+    probes = [torch.randn(4, 512, 2, 7, 7, device="cuda") for _ in views]
+
+    def results(backbone: torch.nn.Module) -> list[torch.Tensor]:
+        dtype = next(backbone.parameters()).dtype
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+            maps = backbone.forward_views([view.to(dtype) for view in views], 16, differences=True)
+        loss = torch.stack([(view * probe).sum() for view, probe in zip(maps, probes, strict=True)]).sum()
+        gradients = torch.autograd.grad(loss, list(backbone.parameters()))
+        running = [value for name, value in backbone.named_buffers() if "running" in name]
+        return [torch.cat([each.detach().double().flatten() for each in group]) for group in (maps, gradients, running)]
+
+    exact = results(truth)
+    errors = [
+        [float((found - right).norm() / right.norm()) for found, right in zip(results(backbone), exact, strict=True)]
+        for backbone in (plain, compiled)
+    ]
+    assert errors[0][0] < 0.05, errors
+    assert errors[0][2] < 0.01, errors
+    for ours, theirs in zip(errors[1], errors[0], strict=True):
+        assert ours < 1.5 * theirs, errors
+
+
 def test_a_batch_of_more_than_two_to_the_31_values_is_not_wrong():
     """Three views of 128 clips have activations of 2.8e9 values, more than a 32-bit index counts.
 
