@@ -56,6 +56,8 @@ CELLS = {"cuda": Cell(B=128), "cpu": Cell(B=2, T=8, side=32, H=48, W=64, width=4
 BATCH_SIZES = {"cuda": (128, 64), "cpu": (2, 1)}
 TIMED_STEPS = {"cuda": 12, "cpu": 1}
 REPETITIONS = {"cuda": 10, "cpu": 1}
+PROFILED_SHAPES = {"cuda": 20, "cpu": 1}
+"""Of so many convolutions, those with the most work, the names of the kernels are recorded: a profile takes time."""
 
 
 class Record:
@@ -84,7 +86,7 @@ class Record:
 
     def add(self, row: Row) -> None:
         """Add a row and print it."""
-        shown = {name: value for name, value in row.items() if not isinstance(value, list | dict)}
+        shown = {name: value for name, value in row.items() if not isinstance(value, list | tuple | dict)}
         print(", ".join(f"{name} {_short(value)}" for name, value in shown.items() if value is not None), flush=True)
         self.set(rows=[*self.content["rows"], row])
 
@@ -237,6 +239,7 @@ def time_plain_step(cell: Cell, device: torch.device) -> Row:
 
 
 def _release(device: torch.device) -> None:
+    """Free the memory of a step, whose modules refer to themselves."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -308,6 +311,14 @@ def measure_profile(device: torch.device, record: Record, arguments: argparse.Na
 # --------------------------------------------------------------------------------------------------------- convolutions
 
 
+def maps_of_views(backbone: Backbone, views: Sequence[Tensor], frames: int, differences: bool) -> Sequence[Tensor]:
+    """Return the maps of the views of a step, each (B, 3, frames or 1, H, W), with joint BatchNorm statistics."""
+    if hasattr(backbone, "forward_views"):
+        return backbone.forward_views(views, frames, differences)  # type: ignore[operator]
+    whole = torch.cat([view.expand(-1, -1, frames, -1, -1) for view in views])
+    return backbone(whole, len(views[-1]) if differences else 0).chunk(len(views))
+
+
 @dataclass(frozen=True)
 class Convolution:
     """One shape of a convolution. x: (N, C, ...), weight: (C', C, ...)."""
@@ -358,7 +369,7 @@ def convolutions_of(backbone: Backbone, views: str, cell: Cell) -> Counter[Convo
     frames = {letter: 1 if letter == "s" else cell.T for letter in views}
     with torch.device("meta"), torch.no_grad(), _Watch() as watch:
         given = [torch.empty(cell.B, 3, frames[letter], cell.side, cell.side) for letter in views]
-        backbone.forward_views(given, cell.T, differences="d" in views)
+        maps_of_views(backbone, given, cell.T, differences="d" in views)
     return Counter(watch.found)
 
 
@@ -432,6 +443,11 @@ def convolution_calls(conv: Convolution, device: torch.device) -> dict[str, Call
     }
 
 
+def _call_all(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
 def measure_convolutions(device: torch.device, record: Record, arguments: argparse.Namespace) -> None:
     """Time each convolution of a step, those with the most work first, and sum them to the time of a step."""
     cell, rates = CELLS[device.type], measure_rates(device)
@@ -443,7 +459,7 @@ def measure_convolutions(device: torch.device, record: Record, arguments: argpar
         forward, backward = counts[conv]
         return models(conv, rates)["roofline_ms"] * (forward + 2 * backward)
 
-    for conv in sorted(counts, key=work, reverse=True):
+    for number, conv in enumerate(sorted(counts, key=work, reverse=True)):
         forward, backward = counts[conv]
         stem = conv.weight[1] in (3, 16) and math.prod(conv.weight[2:]) > 9  # its input needs no gradient
         row: Row = {"what": str(conv), **asdict(conv), "forwards": forward, "backwards": backward, "stem": stem}
@@ -452,7 +468,8 @@ def measure_convolutions(device: torch.device, record: Record, arguments: argpar
             calls = convolution_calls(conv, device)
             times = harness.time_in_turns(calls, device, REPETITIONS[device.type], warmup=2)
             row |= {f"{name}_ms": found["median_ms"] for name, found in times.items()} | {"times": times}
-            row["kernels"] = {name: kernel_times(call, device)[:4] for name, call in calls.items()}
+            if number < PROFILED_SHAPES[device.type]:
+                row["kernels"] = kernel_times(partial(_call_all, list(calls.values())), device)[:8]
         except RuntimeError as error:  # such as no memory: the other shapes are still worth measuring
             row["skipped"] = harness.reason(error)
         forward_ms = {
@@ -471,7 +488,8 @@ def measure_convolutions(device: torch.device, record: Record, arguments: argpar
         record.add(row)
         record.set(ms_of_step=dict(sums))
         calls = {}
-        _release(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of the graphs' pools
     print(f"milliseconds of a step's convolutions: {dict(sums)}")
 
 
@@ -490,8 +508,11 @@ def as_blocks_weight(weight: Tensor) -> Tensor:
 
 def measure_stem(device: torch.device, record: Record, arguments: argparse.Namespace) -> None:
     """Time the first convolution of one view as it is, and on blocks with and without the cost of making them."""
-    from dclr.kernels.space_to_depth import space_to_depth
-
+    try:
+        from dclr.kernels.space_to_depth import space_to_depth
+    except ImportError:
+        record.set(skipped="this tree has no space_to_depth")
+        return
     cell = CELLS[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     view = torch.randn(cell.B, 3, cell.T, cell.side, cell.side, device=device, dtype=dtype)
@@ -545,11 +566,11 @@ def measure_equal_frames(device: torch.device, record: Record, arguments: argpar
     still = torch.randn(cell.B, 3, 1, cell.side, cell.side, device=device, dtype=dtype)
     statics = {"whole": still.expand(-1, -1, cell.T, -1, -1).contiguous(), "once": still}
 
-    def maps(static: Tensor) -> list[Tensor]:
+    def maps(static: Tensor) -> Sequence[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-            return backbone.forward_views([rgb, static, dynamic], cell.T, differences=True)
+            return maps_of_views(backbone, [rgb, static, dynamic], cell.T, differences=True)
 
-    def forward(static: Tensor) -> list[Tensor]:
+    def forward(static: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
             return maps(static)
 
@@ -557,7 +578,7 @@ def measure_equal_frames(device: torch.device, record: Record, arguments: argpar
         loss = torch.stack([view.float().square().mean() for view in maps(static)]).sum()
         return torch.autograd.grad(loss, list(backbone.parameters()))
 
-    whole, once = (torch.cat(forward(static)).float() for static in statics.values())
+    whole, once = (torch.cat(list(forward(static))).float() for static in statics.values())
     error = float((whole - once).norm() / whole.norm())
     record.set(cell=asdict(cell), relative_difference=error)
     for title, function in (("forward", forward), ("forward and backward", both)):

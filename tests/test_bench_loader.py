@@ -278,6 +278,8 @@ def test_a_run_of_training_runs(demo_videos: Path, tmp_path: Path, monkeypatch: 
     assert (tmp_path / "cpu" / "train.png").read_bytes().startswith(b"\x89PNG")
     assert commands[0][2] == "pack"
     assert len(commands) == 9
+    # The links have no test split, which the preset's search of nearest neighbours would ask for.
+    assert all(command[command.index("--knn-every") + 1] == "0" for command in commands if "pretrain" in command)
     assert {command[command.index("--workers") + 1] for command in commands[1:]} == {"3", "1"}
     assert "store" in commands[5][commands[5].index("--data") + 1]  # the second round begins with another case
 
