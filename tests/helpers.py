@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ OPTIM = OptimConfig(batch_size=4, lr=0.1)
 def children(process: int | str = "self") -> list[int]:
     """Return the ids of all running descendants of a process.
 
-    multiprocessing's resource tracker and the server of `on_two_ranks` are not included. They run until the end.
+    multiprocessing's resource tracker and the server of `fork` are not included. They run until the end.
     """
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
@@ -110,6 +111,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start work(*arguments) in a new process.
+
+    The process is forked from a server that has imported everything once, because these imports take longer than most
+    tests of several processes. The server itself computes nothing and starts no thread.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["dclr.commands.train", "dclr.data.encode", "dclr.method", "dclr.training.engine", "deepspeed"]
+    )
+    process = context.Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
 def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -117,16 +133,9 @@ def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[o
 
 
 def on_two_ranks(work: Callable[..., None], *arguments: object) -> list[int | None]:
-    """Run work(rank, ...) in two new processes and return their exit codes.
-
-    The processes are forked from a server that has imported everything once, because these imports take longer than
-    most tests of two ranks. The server itself computes nothing and starts no thread.
-    """
-    context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["dclr.data.encode", "dclr.method", "dclr.training.engine", "deepspeed"])
-    processes = [context.Process(target=_as_rank, args=(rank, port, work, arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    """Run work(rank, ...) in two new processes and return their exit codes."""
+    port = free_port()
+    processes = [fork(_as_rank, rank, port, work, arguments) for rank in range(2)]
     deadline = time.monotonic() + 120
     for process in processes:
         process.join(max(deadline - time.monotonic(), 0))

@@ -9,82 +9,104 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from helpers import REPOSITORY, free_port
+from helpers import REPOSITORY, fork, free_port
 
+from dclr.commands import train
 from dclr.errors import NotConnected, UserError
 from dclr.training import connection
 from dclr.training.connection import Peer, choose_interface, interface_towards, reach, start_timeout
+from dclr.training.heartbeat import Heartbeat
 
 
-def start_rank(
-    environment: dict[str, str], rank: int, port: int, code: str, ranks: int = 2, limit: str = "100"
-) -> subprocess.Popen[str]:
-    """Start a rank that runs `code` in place of train.main. Errors are printed as train.py prints them."""
-    own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    own |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "DCLR_START_TIMEOUT": limit}
-    program = "import sys\nfrom dclr.commands import train\ndef main(arguments):\n" + "".join(
-        f"    {line}\n" for line in code.splitlines()
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", program + "train.main = main\nsys.exit(train.run([]))"],
-        cwd=REPOSITORY, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def run_rank(work: Callable[[], None], environment: dict[str, str], output: Path) -> None:
+    """Run `work` with a heartbeat in place of train.main and end as train.py does. Write the output to a file."""
+    os.environ |= environment
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+    def main(arguments: list[str]) -> None:
+        with Heartbeat(0.2, 3.0):
+            work()
+
+    train.main = main
+    sys.exit(train.run([]))
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Return exit status and error line of each process."""
-    found = []
-    for process in processes:
-        output, _ = process.communicate(timeout=60)
+class Rank:
+    """A rank in a process of its own. Errors are printed as train.py prints them."""
+
+    def __init__(
+        self, work: Callable[[], None], rank: int, port: int, output: Path, ranks: int = 2, limit: str = "100"
+    ) -> None:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DCLR_START_TIMEOUT": limit}
+        self.output = output / f"rank{rank}"
+        self.process = fork(run_rank, work, own, self.output)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end of the process and return its exit status and its error line."""
+        self.process.join(60)
+        assert self.process.exitcode is not None
+        output = self.output.read_text()
         assert "Traceback" not in output
         lines = [line for line in output.splitlines() if line.startswith("train.py: error: ")]
         assert len(lines) <= 1, output
-        found.append((process.returncode, "".join(lines).removeprefix("train.py: error: ")))
-    return found
+        return self.process.exitcode, "".join(lines).removeprefix("train.py: error: ")
 
 
-HEARTBEAT = "from dclr.training.heartbeat import Heartbeat\nimport time\nwith Heartbeat(0.2, 3.0):\n    "
-PASS = HEARTBEAT + "pass"
+def do_nothing() -> None:
+    pass
+
+
+def wait_4_seconds() -> None:
+    time.sleep(4)
+
+
+def wait_300_seconds() -> None:
+    print("connected", flush=True)
+    time.sleep(300)
+
+
+def refuse() -> None:
+    raise UserError("no such preset")
 
 
 # ---------------------------------------------------------------- a rank that fails while the run starts
 
 
-def test_a_rank_that_never_connects_is_named(clean_environment):
-    ((status, error),) = finish([start_rank(clean_environment, 0, free_port(), PASS, ranks=3, limit="2")])
+def test_a_rank_that_never_connects_is_named(tmp_path):
+    status, error = Rank(do_nothing, 0, free_port(), tmp_path, ranks=3, limit="2").end()
     assert status == 1
     assert error.startswith("rank 1, 2 of 3 did not connect to 127.0.0.1:")
 
 
-def test_the_other_ranks_end_if_rank_0_never_connects(clean_environment):
-    ((status, error),) = finish([start_rank(clean_environment, 1, free_port(), PASS, limit="2")])
+def test_the_other_ranks_end_if_rank_0_never_connects(tmp_path):
+    status, error = Rank(do_nothing, 1, free_port(), tmp_path, limit="2").end()
     assert status == 2
     assert error.startswith(f"rank 1 on {socket.gethostname()} cannot reach rank 0 at 127.0.0.1:")
     assert "within 2 s (Connection refused): rank 0 failed at its start" in error
 
 
-def test_an_error_before_the_process_groups_exist_reaches_the_other_ranks(clean_environment):
+def test_an_error_before_the_process_groups_exist_reaches_the_other_ranks(tmp_path):
     """Rank 0 waits in a call that cannot be interrupted, as init_process_group is one."""
     port = free_port()
-    refuse = HEARTBEAT + "from dclr.errors import UserError\n    raise UserError('no such preset')"
-    first = start_rank(clean_environment, 0, port, HEARTBEAT + "time.sleep(300)")
-    second = start_rank(clean_environment, 1, port, refuse)
-    (found,) = finish([first])
-    second.kill()  # it waits until a launcher ends it
-    second.communicate()
+    first = Rank(wait_300_seconds, 0, port, tmp_path)
+    second = Rank(refuse, 1, port, tmp_path)
+    found = first.end()
+    second.process.kill()  # it waits until a launcher ends it
+    second.process.join()
     assert found == (2, "no such preset")
 
 
-def test_ranks_that_end_without_error_wait_for_each_other(clean_environment):
+def test_ranks_that_end_without_error_wait_for_each_other(tmp_path):
     port = free_port()
-    late = HEARTBEAT + "time.sleep(4)"
-    assert finish(
-        [start_rank(clean_environment, rank, port, code) for rank, code in enumerate((PASS, late))]
-    ) == [(0, ""), (0, "")]  # fmt: skip
+    ranks = [Rank(work, rank, port, tmp_path) for rank, work in enumerate((do_nothing, wait_4_seconds))]
+    assert [rank.end() for rank in ranks] == [(0, ""), (0, "")]
 
 
 def test_a_rank_of_another_run_at_the_same_port_is_refused_and_leaves_no_message(monkeypatch):
@@ -93,8 +115,6 @@ def test_a_rank_of_another_run_at_the_same_port_is_refused_and_leaves_no_message
     store.set("dclr/heartbeat/0/peer/1", "a rank of the other run")
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
-    from dclr.training.heartbeat import Heartbeat
-
     with pytest.raises(NotConnected, match=f"another run uses 127.0.0.1:{port}: choose another port"), Heartbeat():
         pass
     assert not store.check(["dclr/heartbeat/0/end"])
@@ -109,9 +129,9 @@ def test_a_port_in_use_is_said_with_how_to_find_an_earlier_run(monkeypatch):
             connection.open_store()
 
 
-def test_a_program_at_the_port_that_is_no_store_does_not_hold_a_rank(clean_environment):
+def test_a_program_at_the_port_that_is_no_store_does_not_hold_a_rank(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:  # accepts connections and never answers
-        ((status, error),) = finish([start_rank(clean_environment, 1, other.getsockname()[1], PASS, limit="2")])
+        status, error = Rank(do_nothing, 1, other.getsockname()[1], tmp_path, limit="2").end()
     assert status == 1
     assert "does not answer as a run does: another program may have that port" in error
 
@@ -145,19 +165,17 @@ class Relay:
             target.close()
 
 
-def test_a_rank_ends_when_the_store_stops_answering_while_its_main_thread_waits(clean_environment):
+def test_a_rank_ends_when_the_store_stops_answering_while_its_main_thread_waits(tmp_path):
     port = free_port()
     relay = Relay(port)
-    first = start_rank(clean_environment, 0, port, HEARTBEAT + "time.sleep(300)")
-    second = start_rank(
-        clean_environment, 1, relay.port, HEARTBEAT + "print('connected', flush=True)\n    time.sleep(300)"
-    )
-    assert second.stdout is not None
-    while second.stdout.readline().strip() != "connected":
-        assert second.poll() is None
+    first = Rank(wait_300_seconds, 0, port, tmp_path)
+    second = Rank(wait_300_seconds, 1, relay.port, tmp_path)
+    while not second.output.exists() or "connected" not in second.output.read_text():
+        assert second.process.exitcode is None
+        time.sleep(0.05)
     relay.silent.set()
     began = time.monotonic()
-    (status, error), (other_status, other_error) = finish([first, second])
+    (status, error), (other_status, other_error) = first.end(), second.end()
     assert time.monotonic() - began < 40
     assert (status, other_status) == (1, 1)
     assert error.startswith("rank 1 has failed: process ")
