@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -140,14 +141,28 @@ def test_the_outcome_of_each_test_is_written_at_once(tmp_path, monkeypatch):
     assert found["test_c"]["reason"] == "Skipped: needs more"
 
 
-@pytest.mark.slow
-def test_all_parts_run(tmp_path, demo_videos):
-    """`make gpu-layers` end to end at small size. Without a GPU its tests are skipped one by one.
+def test_every_test_of_the_gpu_is_run_by_a_part():
+    names = re.findall(r"^def (test_\w+)", (harness.ROOT / "tests" / "test_gpu.py").read_text(), re.MULTILINE)
+    chosen = [part.arguments[-1] for part in PARTS if part.arguments[-2:-1] == ("-k",)]
 
-    The other benchmarks have tests of their own, and test_every_command_is_one_that_its_program_takes.
+    def selects(expression: str, name: str) -> bool:
+        files = ("ddp", "zero1", "zero2")  # in the names of the cases
+        words = re.sub(
+            r"\w+", lambda w: w[0] if w[0] in ("and", "or") else str(w[0] in name or w[0] in files), expression
+        )
+        return bool(eval(words))
+
+    assert all(any(selects(expression, name) for expression in chosen) for name in names)
+    assert all(any(selects(expression, name) for name in names) for expression in chosen)
+
+
+@pytest.mark.slow
+def test_parts_of_each_kind_run_end_to_end(tmp_path, demo_videos):
+    """Each part takes 10 s to import what it needs, so this test runs one of each kind, in their own processes.
+
+    All measurements run in test_a_measurement_runs_and_is_written. Without a GPU the tests are skipped one by one.
     """
-    own = [part.name for part in PARTS if part.module in ("benchmarks.layers", "benchmarks.gpu_tests")]
-    names = [*own, "whole-run"]
+    names = ["step-search", "tests-zero1", "whole-run"]
     folders = ["--results", str(tmp_path), "--logs", str(tmp_path / "logs")]
     command = [sys.executable, "-m", "benchmarks.gpu_layers", "--data", str(demo_videos), *folders]
     variables = {name: value for name, value in os.environ.items() if name != "OUT"}
@@ -157,13 +172,17 @@ def test_all_parts_run(tmp_path, demo_videos):
     )  # fmt: skip
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
     rows = json.loads((tmp_path / "cpu" / "layers.json").read_text())["rows"]
-    assert [row["part"] for row in rows] == [part.name for part in PARTS if part.name in names]
-    assert {row["outcome"] for row in rows} == {"passed"}, rows
-    assert json.loads((tmp_path / "cpu" / "train_store.json").read_text())["steps_an_epoch"] == 2
-    for name in own:
-        content = json.loads((tmp_path / "cpu" / f"layers-{name.removeprefix('layers-')}.json").read_text())
+    assert [(row["part"], row["outcome"]) for row in rows] == [(name, "passed") for name in names]
+    step, skipped, whole = (
+        json.loads((tmp_path / "cpu" / f"{name}.json").read_text())
+        for name in ("layers-step-search", "layers-tests-zero1", "train_store")
+    )
+    for content in (step, skipped, whole):
         assert {"device", "versions", "commit", "date"} <= content["environment"].keys()
-        assert content.get("finished") or content["counts"].keys() == {"skipped"}
+    assert step["finished"]
+    assert step["settings"]["cudnn_benchmark"]
+    assert skipped["counts"] == {"skipped": 2}
+    assert whole["steps_an_epoch"] == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
