@@ -329,7 +329,7 @@ def _read_tiles(
     tiles = ()
     for s in tl.static_range(S):
         start = queue + (tl.zeros((), tl.int64) + s) * stride_pair
-        tiles += (_read_rows(start, rows, end, stride_row, D, DTYPE, PRECISION, WIDEN),)
+        tiles += (_read_rows(start, rows, end, stride_row, D, DTYPE, PRECISION, WIDEN),)  # type: ignore[assignment]
     return tiles
 
 
@@ -366,11 +366,8 @@ def _floor_kernel(
     split = tl.program_id(0) // row_blocks
     b = block * BLOCK_B + tl.arange(0, BLOCK_B)
     q = _read_tiles(features, b, B, B * D, D, S, D, DTYPE, PRECISION, WIDEN)
-    peak = ()
-    mass = ()
-    for _ in tl.static_range(S):
-        peak += (tl.full((BLOCK_B,), float("-inf"), tl.float32),)
-        mass += (tl.zeros((BLOCK_B,), tl.float32),)
+    peak = (tl.full((BLOCK_B,), float("-inf"), tl.float32),) * S
+    mass = (tl.zeros((BLOCK_B,), tl.float32),) * S
     peak_of_sum = tl.full((BLOCK_B,), float("-inf"), tl.float32)
     first = split * rows_per_split
     for start in range(first, tl.minimum(first + rows_per_split, K), BLOCK_K):
@@ -383,10 +380,11 @@ def _floor_kernel(
             similarity = _similarities(q[s], x[s], BLOCK_B, BLOCK_K, PRECISION)
             similarity = tl.where((rows < K)[None, :], similarity, float("-inf"))
             higher = tl.maximum(peak[s], tl.max(similarity, 1))
-            peak_now += (higher,)
+            peak_now += (higher,)  # type: ignore[assignment]
             if TOGETHER:
                 weights = tl.exp2((similarity - higher[:, None]) * _BITS_IN)
-                mass_now += (mass[s] * tl.exp2((peak[s] - higher) * _BITS_IN) + tl.sum(weights, 1),)
+                rescaled = mass[s] * tl.exp2((peak[s] - higher) * _BITS_IN)
+                mass_now += (rescaled + tl.sum(weights, 1),)  # type: ignore[assignment]
                 total += similarity
         peak = peak_now
         if TOGETHER:
@@ -575,16 +573,19 @@ class Blocks:
     num_stages: int
 
 
-def choose_blocks(B: int, D: int, dtype: torch.dtype, precision: str) -> Blocks:
+def choose_blocks(P: int, B: int, K: int, D: int, dtype: torch.dtype, precision: str, device: torch.device) -> Blocks:
     """Return large blocks that spill no register on sm_80 and sm_90. tests/test_resources.py compiles all of them."""
     b = 16 if B <= 16 else 64  # 16 is the smallest size of a matrix unit
+    fits = D <= 128  # D = 256 leaves registers and shared memory for half as many queue entries
     if INTERPRETED:  # the interpreter has no registers, and large blocks make it fast
         return Blocks(b, 64, 4, 1)
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(16, 32, 8, 2)
     if dtype == torch.float32:  # rounding to tf32 needs registers, and 64 queries of 256 numbers would spill
-        return Blocks(32 if b == 64 and D == 256 else b, 32, 8, 2)
-    return Blocks(b, 64 if D <= 128 else 32, 8 if b == 16 or D == 256 else 4, 3)
+        return Blocks(b, 64, 8, 2) if fits else Blocks(min(b, 32), 32, 8, 2)
+    if fits and P * triton.cdiv(B, b) * triton.cdiv(K, 64) <= 2 * multiprocessors(device):
+        return Blocks(b, 128, 8, 2)  # every program has one tile; larger tiles leave half as many partial results
+    return Blocks(b, 64 if fits else 32, 8 if b == 16 or D == 256 else 4, 3)
 
 
 def choose_search_blocks(
@@ -596,7 +597,7 @@ def choose_search_blocks(
     similarities they spill no register on sm_80 and sm_90.
     """
     fits = D <= 128  # D = 256 leaves registers and shared memory for half as many queue entries
-    if INTERPRETED:
+    if INTERPRETED:  # as in `choose_blocks`
         floor, rank = Blocks(64, 64, 4, 1), Blocks(64, 64, 4, 1)
     elif dtype == torch.float32 and precision == "ieee":
         floor, rank = Blocks(16, 32, 8, 2), Blocks(16, 32, 8, 1)
@@ -698,10 +699,11 @@ class Partials:
 def _loss_splits(queries: Tensor, queue: Tensor, precision: str) -> tuple[Blocks, int, int]:
     """Return the blocks of the loss, the number of splits and the number of tiles of a split."""
     P, B, D = queries.shape
-    blocks = choose_blocks(B, D, _dtype(queries, queue), precision)
+    K, device = queue.shape[1], queries.device
+    blocks = choose_blocks(P, B, K, D, _dtype(queries, queue), precision, device)
     # Two programs for each multiprocessor, if there are enough tiles.
-    wanted = 2 * multiprocessors(queries.device) // (P * triton.cdiv(B, blocks.b))
-    return blocks, *_split(triton.cdiv(queue.shape[1], blocks.k), min(wanted, _MOST_SLOTS - 1))
+    wanted = 2 * multiprocessors(device) // (P * triton.cdiv(B, blocks.b))
+    return blocks, *_split(triton.cdiv(K, blocks.k), min(wanted, _MOST_SLOTS - 1))
 
 
 def make_partials(queries: Tensor, queue: Tensor, precision: str, gradient: bool) -> Partials:
@@ -1006,8 +1008,13 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                 label = f"D {D}, {name}, B {'to 16' if B == 16 else 'above 16'}"
                 queries, positives = meta(P, B, D, dtype=dtype), meta(P, B, M, dtype=torch.int64)
                 for gradient in (True, False):
+                    suffix = ", gradient" if gradient else ""
                     launch = loss_launch(queries, queries, queue, positives, 0.07, gradient, precision)[0]
-                    launches.append((f"{label}{', gradient' if gradient else ''}", launch))
+                    launches.append((f"{label}{suffix}", launch))
+                    if dtype == torch.bfloat16 and D <= 128:
+                        small = queue[:, :64]
+                        launch = loss_launch(queries, queries, small, positives, 0.07, gradient, precision)[0]
+                        launches.append((f"{label}, small queue{suffix}", launch))
             for size, entries in (("small", 64), ("large", K)):  # the size of the blocks follows from B and K
                 # One similarity leaves more registers than two. It is compiled where registers are scarce.
                 for S in (1, 2) if D == 256 else (2,):
