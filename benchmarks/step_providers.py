@@ -6,7 +6,7 @@ gradient, takes an optimizer step, updates the key encoder and enqueues the keys
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -131,6 +131,11 @@ class Stages(nn.Sequential):
     def forward(self, x: Tensor, differences: int = 0) -> Tensor:
         return super().forward(x)
 
+    def forward_views(self, views: Sequence[Tensor], frames: int, differences: bool = False) -> list[Tensor]:
+        """Compute the feature maps of a step's views in one batch. A view of one frame is repeated `frames` times."""
+        whole = [view.expand(-1, -1, frames, -1, -1) for view in views]
+        return list(self(torch.cat(whole)).chunk(len(whole)))
+
 
 def as_torchvision(network: DCLR) -> DCLR:
     """Replace the backbones' modules by torchvision's: 3-D convolutions, in the memory format of their input."""
@@ -193,13 +198,17 @@ class Provider:
 class _Timed(nn.Module):
     """A backbone whose forward pass is timed as the section "query forward"."""
 
-    def __init__(self, inner: nn.Module, section: Section) -> None:
+    def __init__(self, inner: Any, section: Section) -> None:
         super().__init__()
         self.inner, self.section = inner, section
 
     def forward(self, x: Tensor, differences: int = 0) -> Tensor:
         with self.section("query forward"):
             return self.inner(x, differences)
+
+    def forward_views(self, views: Sequence[Tensor], frames: int, differences: bool = False) -> list[Tensor]:
+        with self.section("query forward"):
+            return self.inner.forward_views(views, frames, differences)
 
 
 class Ours(Provider):

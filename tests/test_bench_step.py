@@ -40,16 +40,26 @@ def test_a_provider_makes_a_training_step(name, inputs, truth, one_process):
         assert found["key_error"] < 2e-5
     assert (found["loss_error"] is None) == (name == "as released")
 
-    network, views_through = provider.network, {"query": 0, "key": 0}
+    network, views_through, inside = provider.network, {"query": 0, "key": 0}, []
     before = [p.detach().clone() for p in (*network.query.parameters(), *network.key.parameters())]
     written = int(network.enqueued)
     hooks = []
     for role, encoder in (("query", network.query), ("key", network.key)):
 
         def count(module: nn.Module, given: tuple[torch.Tensor], role: str = role) -> None:
-            views_through[role] += given[0].shape[0]
+            views_through[role] += 0 if inside else given[0].shape[0]
+
+        def forward_views(views: Any, *arguments: Any, role: str = role, **named: Any) -> Any:
+            views_through[role] += sum(len(view) for view in views)
+            inside.append(role)
+            maps = type(network.query.backbone).forward_views(
+                getattr(network, role).backbone, views, *arguments, **named
+            )
+            inside.pop()
+            return maps
 
         hooks.append(encoder.backbone.register_forward_pre_hook(count))
+        encoder.backbone.forward_views = forward_views
     provider.step(untimed)
     for hook in hooks:
         hook.remove()
@@ -140,7 +150,9 @@ def test_sections_are_told_apart(name, inputs, truth, one_process, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(backbone, "forward", slow(backbone.forward, "query forward"))
+    for method in ("forward", "forward_views"):
+        if hasattr(backbone, method):
+            monkeypatch.setattr(backbone, method, slow(getattr(backbone, method), "query forward"))
     head = network.key.heads["sv"]  # called in each pass of the key encoder
     monkeypatch.setattr(head, "forward", slow(head.forward, "keys", calls=3 if name == "as released" else 2))
     monkeypatch.setattr(network, "_enqueue", slow(network._enqueue, "loss"))
