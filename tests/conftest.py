@@ -51,6 +51,19 @@ def event_files_in_order() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_sheets() -> Iterator[None]:
+    """Let pictures of clips have two rows, because matplotlib takes longer for eight than most tests for the rest."""
+    from dclr.evaluation import accuracy, activation_maps, background, retrieval
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "SHEET_QUERIES", 2)
+        patch.setattr(accuracy, "SHEET_MISTAKES", 2)
+        patch.setattr(background, "SHEET_VIDEOS", 2)
+        patch.setattr(activation_maps, "SHEET_CLIPS", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def genuine() -> Path:
     """Return the folder of genuine videos (UCF101, HMDB51, Kinetics, Weizmann and faulty files).

@@ -20,6 +20,7 @@ from dclr.data.datasets import open_catalog
 from dclr.data.encode import write_video
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
+from dclr.evaluation import background
 from dclr.evaluation.background import evaluate_features, evaluate_foreground, mutual_information, why_no_scenes
 from dclr.evaluation.composites import CompositeClips
 from dclr.evaluation.features import ClipOutputs, run_on_clips
@@ -166,7 +167,8 @@ def test_moving_static_and_contrasted_for_predictors_that_use_motion_only(crosse
 def untrained(crossed, tmp_path_factory) -> tuple[dict, str, Path]:
     """The report, the printed text and the output folder of random weights."""
     folder, shown = tmp_path_factory.mktemp("untrained") / "out", io.StringIO()
-    with contextlib.redirect_stdout(shown):
+    with contextlib.redirect_stdout(shown), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "SHEET_VIDEOS", 8)
         report = measure(folder, checkpoint="random", data=crossed)
     return report, shown.getvalue(), folder
 
