@@ -119,6 +119,46 @@ def sharding_table(result: Result, gpu: bool) -> str:
     return harness.table(["variant", "time of a step relative to DDP", "by round", "peak memory of a process"], lines)
 
 
+def store_table(result: Result, gpu: bool) -> str:
+    """Return the figures of a run from a store alone. A CPU's rates do not transfer to other machines."""
+    if not gpu:
+        return ""
+    columns = ["steps of an epoch", "samples/s", "waits for data"]
+    lines = [
+        [str(result["steps_an_epoch"]), f"{row['samples_per_second']:.0f}", f"{row['data_wait_share']:.2%}"]
+        for row in result["rows"]
+        if row["processes"] == 1
+    ]
+    return harness.table(columns, lines)
+
+
+def ceilings_table(result: Result, gpu: bool) -> str:
+    if not gpu:
+        return ""
+    lines = [[row["what"], f"{row['bytes_per_second'] / 1e12:.2f} TB/s"] for row in result["rows"]]
+    products = (result["ceilings"] or {}).get("flops_per_second", {})
+    lines += [[f"matrix product, {name}", f"{rate / 1e12:.0f} TFLOP/s"] for name, rate in products.items()]
+    return harness.table(["what", "rate"], lines)
+
+
+def convolutions_table(result: Result, gpu: bool) -> str:
+    """Return the measured milliseconds of each convolution, next to the L2 model's and to the roofline's."""
+    if not gpu:
+        return ""
+    passes = ("forward", "dgrad", "wgrad")
+    columns = ["convolution", "forward, backward passes of a step", *(f"{name}, model" for name in passes), "roofline"]
+    lines = []
+    for row in result["rows"]:
+        times = [row["skipped"][:40], "", ""] if "skipped" in row else [f"{row[f'{name}_ms']:.2f}" for name in passes]
+        if "skipped" not in row:
+            times = [f"{ms}, {row['model_ms'][name]:.2f}" for name, ms in zip(passes, times, strict=True)]
+        count = f"{row['forwards']}, {row['backwards']}"
+        lines.append([row["what"], count, *times, f"{row['roofline_ms']:.2f}"])
+    sums = result.get("ms_of_step", {})
+    lines.append(["a step", "", *[f"{name} {ms:.0f} ms" for name, ms in sums.items()], *[""] * (4 - len(sums))])
+    return harness.table(columns, lines)
+
+
 def goals_table(result: Result, gpu: bool) -> str:
     """Return the kernels' goals. On a CPU "ours" is the reference, so there are none."""
     if not gpu:
@@ -136,6 +176,9 @@ TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
     ("loader", "Reading: speedup over released code in samples/s of one core", loader_table),
     ("train", "A whole run", train_table),
     ("sharding", "DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
+    ("train_store", "A whole run from a packed store", store_table),
+    ("layers-ceilings", "The ceilings of the device", ceilings_table),
+    ("layers-convolutions", "The convolutions of a step at batch 128: milliseconds", convolutions_table),
     ("info_nce", "The loss", goals_table),
     ("views", "The views", goals_table),
 ]
@@ -153,8 +196,9 @@ def tables(results: Path = harness.RESULTS) -> str:
             if table := make(result, folder.name != "cpu"):
                 environment = result["environment"]
                 where = f"{environment['device']}, {environment['date'][:10]}, commit {environment['commit']}"
-                picture = f"[picture](../benchmarks/results/{folder.name}/{name}.png)"
-                made.append(f"**{title}** ({where}; {picture})\n\n{table}\n")
+                if file.with_suffix(".png").is_file():
+                    where += f"; [picture](../benchmarks/results/{folder.name}/{name}.png)"
+                made.append(f"**{title}** ({where})\n\n{table}\n")
     return "\n".join(made)
 
 

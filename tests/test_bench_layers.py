@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baseline, gpu_layers, gpu_tests, harness, l2_read, layers
+from benchmarks import baseline, gpu_layers, gpu_tests, harness, l2_read, layers, tables
 from benchmarks.gpu_layers import PARTS, Part
 from benchmarks.layers import Convolution, Rates
 from benchmarks.step_providers import Cell
@@ -201,7 +201,10 @@ def test_a_measurement_runs_and_is_written(what, tmp_path, monkeypatch, one_proc
     assert len(names) >= 2 or "skipped" in content
     if what == "step":
         assert {row["provider"] for row in content["rows"]} == {"without DeepSpeed", "ours"}
+    if what == "ceilings":
+        assert tables.ceilings_table(content, gpu=True).count("\n") == 1 + len(names)
     if what == "convolutions":
+        assert tables.convolutions_table(content, gpu=True).count("\n") == 2 + len(names)
         assert len(set(names)) == len(names) == content["shapes"]
         assert content["ms_of_step"]["measured"] > content["ms_of_step"]["model"] > 0
     if what == "equal-frames":
