@@ -312,10 +312,19 @@ def test_bytes_that_views_move_by_hand() -> None:
     params.clip.box.copy_(boxes)  # 200 and 20 pixels
     params.still.box.copy_(boxes.flip(0) // 2)  # 2 x 2 and 5 x 10 pixels
     params = ViewParams(params.clip, params.still, (7, 8))
-    pixels, values = 220 * 3 + 54, 3 * 2 * 3 * 3 * 7 * 8
+    pixels, values = 220 * 3 + 54, 2 * (3 + 1 + 3) * 3 * 7 * 8  # all frames of the static view are equal
     assert views.bytes_to_move(params, 3, torch.bfloat16) == 3 * pixels + 2 * values
     assert views.bytes_to_move(params, 3, torch.float32) == 3 * pixels + 4 * values
     assert views.bytes_to_move(params, 3, torch.float32, yuv=True) == 1.5 * pixels + 4 * values
+
+
+def test_the_views_are_limited_by_bytes_or_by_instructions() -> None:
+    ceilings = harness.Ceilings(bytes_per_second=1e9, flops_per_second={})
+    pixels = int(views.LANE_RATE / views.INSTRUCTIONS_OF_A_PIXEL / 1e3)  # a millisecond
+    found = {"median_ms": 4.0}
+    by_bytes, by_instructions = (views.shares(moved, pixels, found, ceilings) for moved in (2e6, 0.5e6))
+    assert by_bytes == pytest.approx({"share_of_bandwidth": 0.5, "share_of_limit": 0.5})
+    assert by_instructions == pytest.approx({"share_of_bandwidth": 0.125, "share_of_limit": 0.25}, rel=1e-4)
 
 
 def test_the_share_of_a_training_step(tmp_path: Path) -> None:
@@ -366,6 +375,6 @@ def test_a_run_of_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert each["providers"].pop("triton-augment") == {"skipped": "needs a GPU"}
         for name, found in each["providers"].items():
             assert found["repetitions"] == (2 if name in views.CLIP_BY_CLIP else 5)
-            assert found["share_of_bandwidth"] is None
+            assert found["share_of_bandwidth"] is found["share_of_limit"] is None
             assert (found["error"] is None) == (name in views.OWN_DRAW)
     assert (tmp_path / "cpu" / "views_bf16.png").read_bytes().startswith(b"\x89PNG")
