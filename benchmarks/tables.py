@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import counts, harness
 from benchmarks.harness import RELEASED
+from benchmarks.step_providers import Cell
 
 PAGE = harness.ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/tables.py -->\n", "<!-- end -->\n"  # the tables stand between them
@@ -169,10 +170,63 @@ def goals_table(result: Result, gpu: bool) -> str:
     return harness.goal_table(goals, columns)
 
 
+def baseline_table(result: Result, gpu: bool) -> str:
+    lines = [
+        [
+            f"{harness.from_row(Cell, row)}",
+            row["after"]["precision"].replace("ieee", "float32").replace("bf16", "bfloat16"),
+            f"{row['speedup_median']:.2f}",
+            f"{min(row['speedup_by_round']):.2f} to {max(row['speedup_by_round']):.2f}",
+            *([f"{row['after']['samples_per_second']:.0f}"] if gpu else []),
+        ]
+        for row in result["rows"]
+    ]
+    older = result["rows"][0]["commit_before"]
+    columns = ["network, batch, clip", "precision", f"speedup over {older}", "by round"]
+    return harness.table([*columns, *(["samples/s"] if gpu else [])], lines)
+
+
+def counts_tables(result: Result) -> list[str]:
+    """Return three tables for each network: work by part, the static view, and the stem's input."""
+    made = []
+    where = f"counted without a GPU, {result['environment']['date'][:10]}"
+    where += f", commits {result['commit_before']} and {result['environment']['commit']}"
+    for row in result["rows"]:
+        cell = harness.from_row(Cell, row)
+        largest = {
+            tree: max(row[tree]["largest_eager"], row[tree]["largest_compiled"]) / counts.LIMIT
+            for tree in ("before", "after")
+        }
+        table = harness.table(counts.COLUMNS, counts.by_part(row))
+        made.append(
+            f"**Work of a training step by part: {cell}** ({where})\n\n{table}\n\n"
+            f"Largest tensor: {largest['before']:.2f} x 2^31 elements before, {largest['after']:.2f} after.\n"
+        )
+        once = [
+            [
+                each["last"] or "none",
+                f"{each['flops'] / 1e12:.1f}",
+                f"{each['bytes'] / 1e9:.0f}",
+                ", ".join(str(frames) for frames in each["frames"].values()),
+            ]
+            for each in row["static_view"]
+        ]
+        columns = ["equal frames once up to", "TFLOP", "GB", "frames after stem, layer1, layer2, layer3, layer4"]
+        made.append(f"**The static view's share of a step: {cell}**\n\n{harness.table(columns, once)}\n")
+    stem = [
+        [name, *(f"{size / 1e9:.2f}" for size in (*sizes.values(), sum(sizes.values())))]
+        for name, sizes in result["rows"][0]["stem_layouts"].items()
+    ]
+    columns = ["the view kernels write", "view kernels, GB", "rearranging, GB", "first convolution, GB", "sum, GB"]
+    made.append(f"**Bytes of the stem's input in a step, 128 clips**\n\n{harness.table(columns, stem)}\n")
+    return made
+
+
 # file, title of the table, function that makes it
 TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
     ("step", "A training step: speedup of ours over the others", step_table),
     ("step", "Largest batch on one GPU by its memory, computed from the measured peak", memory_table),
+    ("baseline", "A training step: speedup over an older commit", baseline_table),
     ("loader", "Reading: speedup over released code in samples/s of one core", loader_table),
     ("train", "A whole run", train_table),
     ("sharding", "DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
@@ -185,7 +239,7 @@ TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
 
 
 def tables(results: Path = harness.RESULTS) -> str:
-    """Return the tables of all devices in markdown."""
+    """Return the tables of all devices in markdown, and those of results/counts.json."""
     made = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         for name, title, make in TABLES:
@@ -199,6 +253,8 @@ def tables(results: Path = harness.RESULTS) -> str:
                 if file.with_suffix(".png").is_file():
                     where += f"; [picture](../benchmarks/results/{folder.name}/{name}.png)"
                 made.append(f"**{title}** ({where})\n\n{table}\n")
+    if (results / "counts.json").is_file():
+        made += counts_tables(json.loads((results / "counts.json").read_text()))
     return "\n".join(made)
 
 
