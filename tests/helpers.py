@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for train.py and eval.py
 
+from dclr.commands import train  # noqa: E402
 from dclr.config import MethodConfig, ModelConfig, OptimConfig  # noqa: E402
 from dclr.data.encode import write_video  # noqa: E402
 from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
@@ -124,6 +125,23 @@ def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
     process = context.Process(target=work, args=arguments)
     process.start()
     return process
+
+
+def redirect_output(path: Path) -> None:
+    """Let this process and the processes that it starts write their output and errors to a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+def run_train(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """Run train.py in this forked process, which leads a session of its own. Write the output to a file."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.setsid()
+    redirect_output(output)
+    sys.argv = ["train.py", *arguments]
+    sys.exit(train.start())
 
 
 def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[object, ...]) -> None:

@@ -26,10 +26,10 @@ def fresh() -> None:
 def test_pretraining_compiles_each_shape_once_without_a_break(
     tiny_pretrain, one_process, tmp_path, monkeypatch, fresh, capfd
 ):
-    """The backend "aot_eager" traces without generating code, which is slow. The tracer alone decides the graphs."""
+    """The backend "eager" runs what is traced. The tracer alone decides the graphs, and generating code is slow."""
 
     def traced(backbone):
-        backbone.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        backbone.compile(dynamic=False, fullgraph=True, backend="eager")
 
     monkeypatch.setattr(setup, "compile_backbone", traced)
     settings = {**tiny_pretrain, "fill_steps": 2, "compile": "on", "pad_channels": 8}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from helpers import REPOSITORY, fork, free_port
+from helpers import REPOSITORY, fork, free_port, redirect_output
 
 from dclr.commands import train
 from dclr.errors import NotConnected, UserError
@@ -25,9 +25,7 @@ from dclr.training.heartbeat import Heartbeat
 def run_rank(work: Callable[[], None], environment: dict[str, str], output: Path) -> None:
     """Run `work` with a heartbeat in place of train.main and end as train.py does. Write the output to a file."""
     os.environ |= environment
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    redirect_output(output)
 
     def main(arguments: list[str]) -> None:
         with Heartbeat(0.2, 3.0):

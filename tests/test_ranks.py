@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,14 @@ from helpers import (
     as_flags,
     assert_same_end,
     float32_config,
+    fork,
     free_port,
     launcher_command,
     make_network,
     make_views,
     numbers,
     on_two_ranks,
+    run_train,
     steps,
 )
 
@@ -256,19 +259,21 @@ def test_a_failed_rank_ends_the_run_and_is_named(tmp_path, failure, statuses, me
 # ---------------------------------------------------------------- whole runs
 
 
-def two_process_run(flags: dict, environment: dict[str, str]) -> list[subprocess.Popen]:
-    """Start train.py on two ranks without a launcher. Each rank leads a process group."""
+def two_process_run(flags: dict, environment: dict[str, str], folder: Path) -> list[BaseProcess]:
+    """Start train.py on two ranks without a launcher. Their outputs go to out0 and out1 in `folder`."""
     port, processes = str(free_port()), []
     for rank in range(2):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "train.py", "pretrain", *as_flags(flags)]
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=own, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        processes.append(process)
+        processes.append(fork(run_train, ["pretrain", *as_flags(flags)], own, folder / f"out{rank}"))
     return processes
+
+
+def exit_codes(processes: list[BaseProcess], seconds: float) -> list[int | None]:
+    """Wait for the processes and return their exit codes."""
+    for process in processes:
+        process.join(seconds)
+    return [process.exitcode for process in processes]
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -286,24 +291,24 @@ def test_a_signal_to_one_rank_stops_both_and_the_same_command_resumes_bit_for_bi
 ):
     """The first signal comes in the middle of an epoch. The second is Ctrl-C, which workers get too."""
     flags = {**tiny_pretrain, "epochs": 10, "workers": 1, "resume": "auto"}
-    whole = two_process_run({**flags, "out": tmp_path / "whole"}, clean_environment)
-    assert [process.wait(200) for process in whole] == [0, 0]
+    whole = two_process_run({**flags, "out": tmp_path / "whole"}, clean_environment, tmp_path)
+    assert exit_codes(whole, 200) == [0, 0]
     flags["out"] = tmp_path / "run"
     for step, stop in (
-        (6, lambda p: p[1].send_signal(signal.SIGUSR1)),
+        (6, lambda p: os.kill(p[1].pid, signal.SIGUSR1)),
         (20, lambda p: [os.killpg(x.pid, signal.SIGINT) for x in p]),
     ):
-        processes = two_process_run(flags, clean_environment)
+        processes = two_process_run(flags, clean_environment, tmp_path)
         wait_for_step(tmp_path / "run", step)
         stop(processes)
         began = time.monotonic()
-        output, _ = processes[0].communicate(timeout=60)
-        assert [process.wait(60) for process in processes] == [75, 75], output
+        codes, output = exit_codes(processes, 60), (tmp_path / "out0").read_text()
+        assert codes == [75, 75], output
         assert time.monotonic() - began < 30
         assert f"asked to stop: checkpoint written at step {steps(tmp_path / 'run')[-1]}" in output
         assert "Traceback" not in output
-    processes = two_process_run(flags, clean_environment)
-    assert [process.wait(200) for process in processes] == [0, 0]
+    processes = two_process_run(flags, clean_environment, tmp_path)
+    assert exit_codes(processes, 200) == [0, 0]
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 

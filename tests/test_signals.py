@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY, as_flags, children, launcher_command, numbers, steps
+from helpers import REPOSITORY, as_flags, children, fork, launcher_command, numbers, run_train, steps
 
 from dclr.training.signals import LauncherWatch, StopRequest, find_launchers
 
@@ -169,23 +169,24 @@ def test_a_run_whose_output_goes_nowhere_ends_as_usual(clean_environment, tiny_p
 
 def test_of_two_runs_that_start_at_once_in_one_folder_one_is_refused(clean_environment, tiny_pretrain, tmp_path):
     flags = {**tiny_pretrain, "epochs": 500, "checkpoint_every": 500, "out": tmp_path / "run", "resume": "auto"}
-    command = [sys.executable, "train.py", "pretrain", *as_flags(flags)]
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    processes = [start(command, clean_environment, **streams) for _ in range(2)]
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    command = ["pretrain", *as_flags(flags)]
+    processes = {fork(run_train, command, clean_environment, output): output for output in outputs}
     try:
         deadline = time.monotonic() + 120
-        while all(process.poll() is None for process in processes):
+        while all(process.exitcode is None for process in processes):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        refused, other = sorted(processes, key=lambda process: process.poll() is None)
-        assert refused.wait() == 2
-        assert f"{tmp_path / 'run'} is being written by process {other.pid} on " in refused.stderr.read()
+        refused, other = sorted(processes, key=lambda process: process.exitcode is None)
+        assert refused.exitcode == 2
+        assert f"{tmp_path / 'run'} is being written by process {other.pid} on " in processes[refused].read_text()
         wait_for_step(tmp_path / "run", 2)
-        other.send_signal(signal.SIGTERM)
-        assert other.wait(60) == 75
+        os.kill(other.pid, signal.SIGTERM)
+        other.join(60)
+        assert other.exitcode == 75
         found = [line["step"] for line in numbers(tmp_path / "run")]
         assert found == list(range(1, len(found) + 1))
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.join()
