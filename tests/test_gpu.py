@@ -34,6 +34,9 @@ def test_views_on_the_gpu_agree_with_the_cpu():
     params = ViewParams(augmentation.to_augmentation(draws[:3]), augmentation.to_augmentation(draws[3:]), (112, 112))
     on_cpu = generate_views(frames, frames[:, 0], params)
     on_gpu = generate_views(frames.cuda(), frames[:, 0].cuda(), params)
+    blocks_on_cpu = generate_views(frames, frames[:, 0], params, blocks=True)
+    blocks_on_gpu = generate_views(frames.cuda(), frames[:, 0].cuda(), params, blocks=True)
+    on_cpu, on_gpu = (*on_cpu, *blocks_on_cpu), (*on_gpu, *blocks_on_gpu)
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         # 3e-5 of a normalised pixel is 2e-3 of a grey level. The GPU's float32 arithmetic has another order.
         assert torch.allclose(gpu.cpu(), cpu, atol=3e-5)
