@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("dclr", "benchmarks", "experiments")
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Return every module of the packages and the two entries, by name. The folder kernels/ is dclr.kernels."""
     files = [ROOT / "train.py", ROOT / "eval.py", *(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))]
@@ -34,9 +35,10 @@ def parsed(file: Path) -> ast.Module:
     return tree
 
 
-def imports(name: str, known: dict[str, Path]) -> set[tuple[str, str]]:
+@cache
+def imports(name: str) -> set[tuple[str, str]]:
     """Return (module, name) of everything that a module imports from the others; the name is "" for a module."""
-    found = set()
+    known, found = modules(), set()
     for node in ast.walk(parsed(known[name])):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names}
@@ -53,12 +55,13 @@ def part(module: str) -> str:
     return ".".join(words[:2]) if words[0] == "dclr" and len(words) > 1 else words[0]
 
 
+@cache
 def arrows(group=lambda module: module) -> dict[str, set[str]]:
     """Return module (or part) -> the modules (or parts) that it imports."""
     known = modules()
     found: dict[str, set[str]] = {group(name): set() for name in known}
     for name in known:
-        found[group(name)] |= {group(module) for module, _ in imports(name, known)} - {group(name)}
+        found[group(name)] |= {group(module) for module, _ in imports(name)} - {group(name)}
     return found
 
 
@@ -106,7 +109,7 @@ def test_a_part_does_not_import(importer, never):
 
 def test_no_module_imports_a_private_name_of_another():
     known = modules()
-    private = {(name, what) for name in known for _, what in imports(name, known) if what.startswith("_")}
+    private = {(name, what) for name in known for _, what in imports(name) if what.startswith("_")}
     assert not private
 
 
