@@ -40,6 +40,7 @@ _BITS = math.log2(math.e)  # exp(x) = exp2(x * _BITS)
 # registers. With this limit it does not.
 _REGISTERS = 255
 _MOST_SLOTS = 64  # one tile merges the partial results of a query
+_MOST_PEAKS = 128  # the same for the search, which merges two numbers of each split and not an embedding
 _POSITIVES = 8  # positives of a query that are loaded at once
 _LOWEST = tl.constexpr(-(2**63))  # marks a missing candidate: lower than every candidate
 _BITS_IN = tl.constexpr(_BITS)
@@ -468,7 +469,7 @@ def _rank_kernel(
     (`_select_candidates`).
 
     The result is exact. At least m entries reach the floor, so each of the m best entries does. Few others do: with
-    64 splits and m = 5, 5.2 of 65,536 random entries reach it on average, and most tiles add no candidate.
+    64 splits and m = 5, 5.2 of 65,536 random entries reach the floor of a similarity on average, and most tiles add no candidate.
 
     With AHEAD, the tiles of the next turn are read before the current ones are used. The compiler does not do this in
     a loop that contains another loop.
@@ -605,7 +606,8 @@ def choose_search_blocks(
         b = 64 if fits else 32
         floor, rank = Blocks(b, 32, 8, 2), Blocks(b, 32 if fits else 16, 8, 1)
     else:
-        floor, rank = Blocks(64, 64, 8, 3) if fits else Blocks(64, 32, 8, 2), Blocks(64, 32 if fits else 16, 4, 1)
+        # With 4 warps, a warp has whole rows of 64 queries, so a row's maximum needs no exchange between warps.
+        floor, rank = Blocks(64, 64 if fits else 32, 4, 2), Blocks(64, 32 if fits else 16, 4, 1)
     if S > 2:  # the tiles of all similarities must fit into shared memory together
         return Blocks(16, 16, 8, 2), Blocks(16, 16, 8, 1)
     if triton.cdiv(B, floor.b) * triton.cdiv(K, floor.k) < multiprocessors(device):
@@ -815,9 +817,9 @@ def floor_launch(
     device = features.device
     blocks, _ = choose_search_blocks(S, B, K, D, _dtype(features, queue), precision, device)
     row_blocks = triton.cdiv(B, blocks.b)
-    # One program for each multiprocessor, and enough peaks for a high floor.
-    wanted = max(multiprocessors(device) // row_blocks, 2 * m)
-    splits, tiles_per_split = _split(triton.cdiv(K, blocks.k), min(wanted, _MOST_SLOTS))
+    # Two programs for each multiprocessor, and enough peaks for a high floor.
+    wanted = max(2 * multiprocessors(device) // row_blocks, 2 * m)
+    splits, tiles_per_split = _split(triton.cdiv(K, blocks.k), min(wanted, _MOST_PEAKS))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
