@@ -468,8 +468,9 @@ def _rank_kernel(
     (`_append_candidates`). The last program of a block of features selects the m best candidates
     (`_select_candidates`).
 
-    The result is exact. At least m entries reach the floor, so each of the m best entries does. Few others do: with
-    64 splits and m = 5, 5.2 of 65,536 random entries reach the floor of a similarity on average, and most tiles add no candidate.
+    The result is exact. At least m entries reach the floor, so each of the m best entries does. Few others do. With 64
+    splits and m = 5, 5.2 of 65,536 random entries reach the floor of a similarity on average. So most tiles of a query
+    add no candidate.
 
     With AHEAD, the tiles of the next turn are read before the current ones are used. The compiler does not do this in
     a loop that contains another loop.
