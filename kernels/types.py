@@ -39,7 +39,10 @@ class Contrast(NamedTuple):
 
 
 class Views(NamedTuple):
-    """Three views of B clips, each (B, 3, T, h, w) in channels_last_3d memory."""
+    """Three views of B clips, each (B, 3, T, h, w) in channels_last_3d memory.
+
+    `generate_views` writes one frame of the static view and expands it over time, so its stride along T is 0.
+    """
 
     rgb: Tensor
     static: Tensor

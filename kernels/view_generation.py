@@ -1,7 +1,7 @@
 """Generation of the three views of a clip from decoded frames and drawn parameters.
 
     rgb      the clip, cropped, resized, coloured, flipped, blurred and normalised; all frames have the same parameters
-    static   one still frame, augmented with its own parameters, repeated T times
+    static   one still frame, augmented with its own parameters, which stands for T equal frames
     dynamic  the frame difference of the finished rgb view, aligned with it pixel by pixel
 
 Frames are packed RGB or the planes of YUV 4:2:0 that a decoder gives. `generate_views` and `augment` use Triton
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dclr.kernels.backend import check_same_device, runs_triton, to_device
 from dclr.kernels.colour import yuv_box_to_rgb, yuv_coefficients
+from dclr.kernels.space_to_depth import space_to_depth
 from dclr.kernels.types import BLUR_KERNEL, MEAN, STD, Augmentation, Boundary, ViewParams, Views, Yuv420
 
 
@@ -42,6 +43,7 @@ def generate_views(
     boundary: Boundary = "wrap",
     dtype: torch.dtype = torch.float32,
     check_rows: bool | None = None,
+    blocks: bool = False,
 ) -> Views:
     """Return the rgb, static and dynamic view of each clip.
 
@@ -60,9 +62,11 @@ def generate_views(
         dtype: Dtype of the views. The arithmetic, including the frame difference, is in float32 and rounded once at the
             end.
         check_rows: Same as in `augment`.
+        blocks: True returns the views in the layout of `space_to_depth`, which the stem of a backbone reads.
 
     Returns:
-        Views, each (B, 3, T, h, w), without gradient.
+        Views, each (B, 3, T, h, w), or with `blocks` (B, 16, T, ceil(h / 2) + 3, ceil(w / 2) + 3), without gradient.
+        The static view is one frame in memory, expanded over time: its stride along T is 0, and it cannot be written.
 
     Raises:
         TypeError: Same as in `augment`.
@@ -73,14 +77,16 @@ def generate_views(
     _check_augment(frames, params.clip, params.size, check_rows)
     _check_augment(_with_time(stills), params.still, params.size, check_rows, "still")
     if not runs_triton(_luma(frames).device):
-        return generate_views_reference(frames, stills, params, boundary=boundary, dtype=dtype)
+        return generate_views_reference(frames, stills, params, boundary=boundary, dtype=dtype, blocks=blocks)
 
     from dclr.kernels.view_generation_triton import generate_views_op, table_of
 
     # One table for both, so that rows on the CPU need only one copy to the device.
     table = torch.cat([table_of(params.clip, frames), table_of(params.still, stills)])  # (2 B, C)
     table = to_device(table, _luma(frames).device)
-    return Views(*generate_views_op(*_planes(frames), *_planes(stills), table, *params.size, boundary, dtype))
+    sources = (*_planes(frames), *_planes(stills))
+    rgb, static, dynamic = generate_views_op(*sources, table, *params.size, boundary, dtype, blocks)
+    return Views(rgb, _over_time(static, rgb.shape[2]), dynamic)
 
 
 def augment(
@@ -142,6 +148,7 @@ def generate_views_reference(
     *,
     boundary: Boundary = "wrap",
     dtype: torch.dtype = torch.float32,
+    blocks: bool = False,
 ) -> Views:
     """Compute `generate_views` in torch and kornia, without its checks.
 
@@ -149,11 +156,11 @@ def generate_views_reference(
     """
     rgb = augment_reference(frames, params.clip, params.size)  # (B, 3, T, h, w)
     still = augment_reference(_with_time(stills), params.still, params.size, dtype)  # (B, 3, 1, h, w)
-    static = still.expand(-1, -1, rgb.shape[2], -1, -1)
+    layout = space_to_depth if blocks else _channels_last
     return Views(
-        rgb=_channels_last(rgb.to(dtype)),
-        static=_channels_last(static),
-        dynamic=_channels_last(_frame_difference(rgb, boundary).to(dtype)),
+        rgb=layout(rgb.to(dtype)),
+        static=_over_time(layout(still), rgb.shape[2]),
+        dynamic=layout(_frame_difference(rgb, boundary).to(dtype)),
     )
 
 
@@ -266,6 +273,11 @@ def _frame_difference(view: Tensor, boundary: Boundary) -> Tensor:
     elif boundary == "replicate":
         difference[:, :, :1] = difference[:, :, 1:2] if view.shape[2] > 1 else 0
     return difference
+
+
+def _over_time(still: Tensor, T: int) -> Tensor:
+    """Return the view (B, C, T, h, w) of one frame (B, C, 1, h, w) that stands for T equal frames, without a copy."""
+    return still.expand(-1, -1, T, -1, -1)
 
 
 def _channels_last(view: Tensor) -> Tensor:

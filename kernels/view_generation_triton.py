@@ -11,11 +11,12 @@ row B + r to its still. Frames are numbered in the same order: the T frames of e
 
 A program works on one clip. The order of the colour steps and the blur differ between clips, so all threads of a
 program take the same branch. `_finish` processes the frames of its clip in order and keeps the pixels of the previous
-frame in registers. The frame difference therefore reads no memory. `_finish` computes a still once and stores it T
-times.
+frame in registers. The frame difference therefore reads no memory. A still is one frame of its clip's static view,
+which `generate_views` expands over time without a copy.
 
 The memory traffic for a clip of T frames and views of h x w pixels is as follows. The box in the frames is read once (3
-bytes a source pixel, 1.5 for YUV 4:2:0), and once more by `_means`. Three views of T * 3 * h * w values are written.
+bytes a source pixel, 1.5 for YUV 4:2:0), and once more by `_means`. Two views of T * 3 * h * w values and one still of
+3 * h * w values are written.
 For a blurred clip, the intermediate result is written once and read once: 2 * T * 3 * h * (w + 10) * 4 bytes. The blur
 reads each intermediate value 11 times, but 10 of these reads come from the L1 cache. A blur within a tile would save
 these bytes but compute a border of 10 more rows and columns for each tile.
@@ -34,6 +35,7 @@ from torch import Tensor
 from dclr.kernels.backend import INTERPRETED
 from dclr.kernels.colour import yuv_coefficients
 from dclr.kernels.launch import Launch
+from dclr.kernels.space_to_depth import CHANNELS, blocks_shape
 from dclr.kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
 
 # Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 17, or 23 for
@@ -517,17 +519,35 @@ def _four(a, b, c, d):
 
 
 @triton.jit
-def _store_pixels(target, r, g, b, start, elements, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BY_BITS: tl.constexpr):
-    """Write pixels start .. start + BLOCK of the frame at `target` (h, w, 3), which has `elements` values.
+def _store_pixels(
+    target, r, g, b, start, elements, inside, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BY_BITS: tl.constexpr
+):
+    """Write pixels start .. start + BLOCK of the frame at `target`, which has `elements` values.
+
+    inside: None if the frame is (h, w, 3). Else the frame consists of blocks of 2 x 2 pixels, 16 values each, and
+    pixels that are not `inside` the view are 0.
 
     The three channels are first brought into memory order, so that each thread writes 16 bytes and each warp one
     contiguous range. Three separate stores would each write every third value.
     """
-    pixels = tl.reshape(_rounded(_four(r, g, b, b), DTYPE, BY_BITS), (4 * BLOCK,))
-    element = tl.arange(0, 4 * BLOCK)  # only 3 * BLOCK are needed, but sizes must be powers of 2
-    values = tl.gather(pixels, tl.minimum(element // 3 * 4 + element % 3, 4 * BLOCK - 1), 0)
-    element += start * 3
-    tl.store(target + element, values, (element < elements) & (element < (start + BLOCK) * 3))
+    element = tl.arange(0, 4 * BLOCK)
+    if inside is None:
+        pixels = tl.reshape(_rounded(_four(r, g, b, b), DTYPE, BY_BITS), (4 * BLOCK,))
+        # Only 3 * BLOCK values are needed, but sizes must be powers of 2.
+        values = tl.gather(pixels, tl.minimum(element // 3 * 4 + element % 3, 4 * BLOCK - 1), 0)
+        element += start * 3
+        tl.store(target + element, values, (element < elements) & (element < (start + BLOCK) * 3))
+    else:
+        zero = tl.zeros((BLOCK,), tl.float32)
+        r = tl.where(inside, r, zero)
+        g = tl.where(inside, g, zero)
+        b = tl.where(inside, b, zero)
+        pixels = tl.reshape(_rounded(_four(r, g, b, zero), DTYPE, BY_BITS), (4 * BLOCK,))
+        # Value 3 of each pixel is 0, and so are the channels 12 to 15 of each block.
+        channel = element % 16
+        source = tl.where(channel < 12, channel // 3 * 4 + channel % 3, 3)
+        element += start * 4
+        tl.store(target + element, tl.gather(pixels, element - start * 4 - channel + source, 0), element < elements)
 
 
 @triton.jit
@@ -535,12 +555,16 @@ def _finish(
     luma, u, v, still_luma, still_u, still_v, table, partials, blurred, rgb, static, dynamic,
     B, T, H, W, still_H, still_W, h, w, elements, blocks,
     YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    BOUNDARY: tl.constexpr, DTYPE: tl.constexpr, BY_BITS: tl.constexpr,
+    BOUNDARY: tl.constexpr, DTYPE: tl.constexpr, BY_BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write the finished views. With BOUNDARY "none", write only rgb.
 
-    Inputs: those of `_columns` and its output blurred (images, 3, h, w + 10). elements is h * w * 3.
-    Outputs: rgb, static and dynamic, each (B, T, h, w, 3) of dtype DTYPE, which is (B, 3, T, h, w) in channels_last_3d.
+    Inputs: those of `_columns` and its output blurred (images, 3, h, w + 10). elements is the number of values that a
+    frame of a view has in memory.
+    Outputs of dtype DTYPE: rgb and dynamic (B, T, h, w, 3), which is (B, 3, T, h, w) in channels_last_3d, and static
+    (B, 1, h, w, 3). With BLOCKS, each has the layout of space_to_depth.py instead: for rgb and dynamic
+    (B, T, ceil(h / 2) + 3, ceil(w / 2) + 3, 16). Four consecutive pixels of a program are then one block. Programs also
+    own the border blocks and write zeros there, so the memory needs no memset.
 
     A program owns BLOCK consecutive pixels in all frames of one clip, which it processes in order, or BLOCK pixels of
     one still.
@@ -559,9 +583,19 @@ def _finish(
     yuv = _yuv_row(row, YUV)
 
     start = block * BLOCK
-    pixel = tl.minimum(start + tl.arange(0, BLOCK), h * w - 1)
-    y = pixel // w
-    x = pixel % w
+    pixel = start + tl.arange(0, BLOCK)
+    if BLOCKS:
+        width = (w + 1) // 2 + 3
+        y = pixel // 4 // width * 2 - 4 + pixel // 2 % 2
+        x = pixel // 4 % width * 2 - 4 + pixel % 2
+        inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+        y = tl.minimum(tl.maximum(y, 0), h - 1)
+        x = tl.minimum(tl.maximum(x, 0), w - 1)
+    else:
+        pixel = tl.minimum(pixel, h * w - 1)
+        y = pixel // w
+        x = pixel % w
+        inside = None
     vertical, horizontal, pitches = _axes(row, H, W)
     y_reversed, x_reversed = _reversals(row)
     rows = _taps(_reversed(y, y_reversed, h), vertical, h)
@@ -569,9 +603,9 @@ def _finish(
     plane = h * (w + 2 * _RADIUS)
     padded = blurred + first_frame.to(tl.int64) * 3 * plane + y * (w + 2 * _RADIUS) + x
 
-    view = tl.where(still, clip - B, clip).to(tl.int64) * T * elements
+    view = clip.to(tl.int64) * T * elements
     rgb += view
-    static += view
+    static += (clip - B).to(tl.int64) * elements
     dynamic += view
     before_r = tl.zeros((BLOCK,), tl.float32)
     before_g = before_r
@@ -593,21 +627,19 @@ def _finish(
         b = (b - _MEAN_B) * _PER_STD_B
 
         if BOUNDARY == "none":
-            _store_pixels(rgb, r, g, b, start, elements, DTYPE, BLOCK, BY_BITS)
+            _store_pixels(rgb, r, g, b, start, elements, inside, DTYPE, BLOCK, BY_BITS)
         elif still:
-            for _ in range(T):
-                _store_pixels(static, r, g, b, start, elements, DTYPE, BLOCK, BY_BITS)
-                static += elements
+            _store_pixels(static, r, g, b, start, elements, inside, DTYPE, BLOCK, BY_BITS)
         else:
-            _store_pixels(rgb, r, g, b, start, elements, DTYPE, BLOCK, BY_BITS)
+            _store_pixels(rgb, r, g, b, start, elements, inside, DTYPE, BLOCK, BY_BITS)
             if t > 0:
                 dr = r - before_r
                 dg = g - before_g
                 db = b - before_b
-                _store_pixels(dynamic + t * elements, dr, dg, db, start, elements, DTYPE, BLOCK, BY_BITS)
+                _store_pixels(dynamic + t * elements, dr, dg, db, start, elements, inside, DTYPE, BLOCK, BY_BITS)
                 if BOUNDARY == "replicate":  # noqa: SIM102 (evaluated when compiled, the next one when run)
                     if t == 1:
-                        _store_pixels(dynamic, dr, dg, db, start, elements, DTYPE, BLOCK, BY_BITS)
+                        _store_pixels(dynamic, dr, dg, db, start, elements, inside, DTYPE, BLOCK, BY_BITS)
             if BOUNDARY == "wrap":
                 first_r = tl.where(t == 0, r, first_r)
                 first_g = tl.where(t == 0, g, first_g)
@@ -632,9 +664,9 @@ def _finish(
                 first_r -= before_r
                 first_g -= before_g
                 first_b -= before_b
-                _store_pixels(dynamic, first_r, first_g, first_b, start, elements, DTYPE, BLOCK, BY_BITS)
+                _store_pixels(dynamic, first_r, first_g, first_b, start, elements, inside, DTYPE, BLOCK, BY_BITS)
             elif (BOUNDARY == "zero") | (T == 1):
-                _store_pixels(dynamic, first_r, first_r, first_r, start, elements, DTYPE, BLOCK, BY_BITS)
+                _store_pixels(dynamic, first_r, first_r, first_r, start, elements, inside, DTYPE, BLOCK, BY_BITS)
 
 
 # ---------------------------------------------------------------- launches
@@ -671,12 +703,14 @@ def _launches(
     frames: Planes,
     stills: Planes | None,
     table: Tensor,  # (B, C), or (2 B, C) with stills
-    views: tuple[Tensor, ...],  # rgb, static, dynamic, each (B, 3, T, h, w); rgb alone without stills
+    views: tuple[Tensor, ...],  # the output of `_empty_views`; rgb alone without stills
+    size: tuple[int, int],
     boundary: str,
 ) -> list[Launch]:
     """Return the launches in the order in which they must run."""
     rgb, static, dynamic = views if stills is not None else views * 3
-    B, _, T, h, w = rgb.shape
+    (B, channels, T), (h, w) = rgb.shape[:3], size
+    by_blocks = channels == CHANNELS
     images = B * T + (B if stills is not None else 0)
     rows = 2 * B if stills is not None else B
     device = rgb.device
@@ -701,7 +735,8 @@ def _launches(
 
     strips = math.ceil(h / _STRIP)
     column_blocks = math.ceil((w + 2 * _RADIUS.value) / _COLUMNS_BLOCK)
-    blocks = math.ceil(h * w / _FINISH_BLOCK)
+    pixels = 4 * rgb.shape[3] * rgb.shape[4] if by_blocks else h * w
+    blocks = math.ceil(pixels / _FINISH_BLOCK)
     return [
         Launch(
             _means,
@@ -729,7 +764,7 @@ def _launches(
                 "static": static,
                 "dynamic": dynamic,
                 **sizes,
-                "elements": 3 * h * w,
+                "elements": rgb.shape[1] * rgb.shape[3] * rgb.shape[4],
                 "blocks": blocks,
             },
             {
@@ -738,6 +773,7 @@ def _launches(
                 "BOUNDARY": "none" if stills is None else boundary,
                 "DTYPE": tl.bfloat16 if rgb.dtype == torch.bfloat16 else tl.float32,
                 "BY_BITS": INTERPRETED and rgb.dtype == torch.bfloat16,
+                "BLOCKS": by_blocks,
             },
         ),
     ]
@@ -759,15 +795,21 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
             for boundary in ("wrap", "zero", "replicate", "none"):
                 kind = f"finish, {source}, {str(dtype).removeprefix('torch.')}, {boundary}"
                 named.append((kind, _launches_without_memory(*production, yuv, dtype, boundary)[-1]))
+            for boundary in ("wrap", "zero", "replicate"):
+                kind = f"finish, {source}, {str(dtype).removeprefix('torch.')}, {boundary}, blocks"
+                launch = _launches_without_memory(*production, yuv, dtype, boundary, blocks=True)[-1]
+                named.append((kind, launch))
         for size, sizes in (("odd sizes", odd), ("sizes of 1", one)):
             launches = _launches_without_memory(*sizes, yuv, torch.bfloat16, "wrap")
             for name, launch in zip(("means", "columns", "finish"), launches, strict=True):
                 named.append((f"{name}, {source}, {size}", launch))
+            finish = _launches_without_memory(*sizes, yuv, torch.bfloat16, "wrap", blocks=True)[-1]
+            named.append((f"finish, {source}, {size}, blocks", finish))
     return named
 
 
 def _launches_without_memory(
-    B: int, T: int, H: int, W: int, h: int, w: int, yuv: bool, dtype: torch.dtype, boundary: str
+    B: int, T: int, H: int, W: int, h: int, w: int, yuv: bool, dtype: torch.dtype, boundary: str, blocks: bool = False
 ) -> list[Launch]:
     """Return `_launches` for tensors on the meta device, without stills if the boundary is "none"."""
 
@@ -778,21 +820,26 @@ def _launches_without_memory(
         return Planes(torch.empty(*shape, H, W, dtype=torch.uint8, device="meta"), chroma, chroma)
 
     alone = boundary == "none"
-    views = _empty_views(1 if alone else 3, B, T, h, w, dtype, torch.device("meta"))
+    views = _empty_views(B, T, h, w, dtype, torch.device("meta"), blocks)[: 1 if alone else 3]
     table = torch.empty(B if alone else 2 * B, 23 if yuv else 17, device="meta")
-    return _launches(planes(B, T), None if alone else planes(B), table, views, boundary)
+    return _launches(planes(B, T), None if alone else planes(B), table, views, (h, w), boundary)
 
 
 # ---------------------------------------------------------------- registered
 
 
+def _empty_view(B: int, T: int, h: int, w: int, dtype: torch.dtype, device: torch.device, blocks: bool) -> Tensor:
+    """Return memory for a view (B, 3, T, h, w), or for its blocks (B, 16, T, ceil(h / 2) + 3, ceil(w / 2) + 3)."""
+    shape = (B, CHANNELS, T, *blocks_shape(h, w)) if blocks else (B, 3, T, h, w)
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last_3d)
+
+
 def _empty_views(
-    count: int, B: int, T: int, h: int, w: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty((B, 3, T, h, w), dtype=dtype, device=device, memory_format=torch.channels_last_3d)
-        for _ in range(count)
-    )
+    B: int, T: int, h: int, w: int, dtype: torch.dtype, device: torch.device, blocks: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for rgb, static and dynamic. The static view has one frame."""
+    rgb, static, dynamic = (_empty_view(B, frames, h, w, dtype, device, blocks) for frames in (T, 1, T))
+    return rgb, static, dynamic
 
 
 def _contiguous(luma: Tensor, u: Tensor | None, v: Tensor | None) -> Planes:
@@ -812,15 +859,19 @@ def generate_views_op(
     w: int,
     boundary: str,
     dtype: torch.dtype,
+    blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rgb, static and dynamic, each (B, 3, T, h, w). `_means` gives the shapes of the inputs."""
+    """Return rgb, static and dynamic, each (B, 3, T, h, w) or its blocks. The static view has one frame.
+
+    `_means` gives the shapes of the inputs.
+    """
     B, T = frames.shape[:2]
-    rgb, static, dynamic = views = _empty_views(3, B, T, h, w, dtype, frames.device)
+    views = _empty_views(B, T, h, w, dtype, frames.device, blocks)
     if B > 0:
         clips, their_stills = _contiguous(frames, u, v), _contiguous(stills, still_u, still_v)
-        for launch in _launches(clips, their_stills, table.contiguous(), views, boundary):
+        for launch in _launches(clips, their_stills, table.contiguous(), views, (h, w), boundary):
             launch()
-    return rgb, static, dynamic
+    return views
 
 
 @generate_views_op.register_fake
@@ -836,9 +887,9 @@ def _(
     w: int,
     boundary: str,
     dtype: torch.dtype,
+    blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rgb, static, dynamic = _empty_views(3, frames.shape[0], frames.shape[1], h, w, dtype, frames.device)
-    return rgb, static, dynamic
+    return _empty_views(frames.shape[0], frames.shape[1], h, w, dtype, frames.device, blocks)
 
 
 @torch.library.custom_op("dclr::augment", mutates_args=())
@@ -847,13 +898,13 @@ def augment_op(
 ) -> Tensor:
     """Return the rgb view alone, (B, 3, T, h, w). `_means` gives the shapes of the inputs."""
     B, T = frames.shape[:2]
-    views = _empty_views(1, B, T, h, w, dtype, frames.device)
+    view = _empty_view(B, T, h, w, dtype, frames.device, blocks=False)
     if B > 0:
-        for launch in _launches(_contiguous(frames, u, v), None, table.contiguous(), views, "none"):
+        for launch in _launches(_contiguous(frames, u, v), None, table.contiguous(), (view,), (h, w), "none"):
             launch()
-    return views[0]
+    return view
 
 
 @augment_op.register_fake
 def _(frames: Tensor, u: Tensor | None, v: Tensor | None, table: Tensor, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    return _empty_views(1, frames.shape[0], frames.shape[1], h, w, dtype, frames.device)[0]
+    return _empty_view(frames.shape[0], frames.shape[1], h, w, dtype, frames.device, blocks=False)

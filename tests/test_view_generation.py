@@ -20,6 +20,7 @@ from dclr import kernels
 from dclr.kernels import Augmentation, ViewParams, Views, Yuv420
 from dclr.kernels.backend import HAS_TRITON, runs_triton
 from dclr.kernels.colour import yuv_coefficients
+from dclr.kernels.space_to_depth import depth_to_space
 from dclr.kernels.types import AUGMENTATION, MEAN, STD, TABLE_COLUMNS, Boundary
 from dclr.kernels.view_generation import generate_views_reference
 
@@ -404,9 +405,11 @@ def test_generate_views(backend: str, boundary: Boundary, T: int) -> None:
 
     for view in views:
         assert view.shape == (2, 3, T, 6, 9)
-        assert view.is_contiguous(memory_format=torch.channels_last_3d)
         assert view.stride(1) == 1  # channels are innermost; is_contiguous does not decide this for T = 1
         assert not view.requires_grad
+    for view in (views.rgb, views.static[:, :, :1], views.dynamic):
+        assert view.is_contiguous(memory_format=torch.channels_last_3d)
+    assert T == 1 or views.static.stride(2) == 0  # one frame in memory
 
 
 def test_bfloat16_is_float32_rounded_once(backend: str) -> None:
@@ -419,7 +422,8 @@ def test_bfloat16_is_float32_rounded_once(backend: str) -> None:
     for got, expected in zip(rounded, exact, strict=True):
         assert got.dtype == torch.bfloat16
         assert torch.equal(got, expected.bfloat16())
-        assert got.is_contiguous(memory_format=torch.channels_last_3d)
+    for view in (rounded.rgb, rounded.static[:, :, :1], rounded.dynamic):
+        assert view.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_params_move() -> None:
@@ -598,6 +602,51 @@ def test_triton_agrees_with_the_reference(boundary: Boundary, size: tuple[int, i
         assert view.stride() == reference.stride()
 
 
+def blocks_by_hand(view: Tensor) -> Tensor:
+    """Return the blocks (B, 16, T, ceil(h / 2) + 3, ceil(w / 2) + 3) of a view, pixel by pixel."""
+    B, _, T, h, w = view.shape
+    blocks = torch.zeros(B, 16, T, (h + 1) // 2 + 3, (w + 1) // 2 + 3, dtype=view.dtype)
+    for y, x in itertools.product(range(h), range(w)):
+        first = (y % 2 * 2 + x % 2) * 3
+        blocks[:, first : first + 3, :, (y + 4) // 2, (x + 4) // 2] = view[..., y, x]
+    return blocks
+
+
+@pytest.mark.parametrize(
+    ("boundary", "size", "T", "dtype"),
+    [
+        pytest.param("wrap", (7, 10), 2, torch.float32, id="odd height"),
+        pytest.param("zero", (6, 9), 2, torch.bfloat16, id="odd width"),
+        pytest.param("replicate", (1, 1), 2, torch.bfloat16, id="one pixel"),
+        pytest.param("replicate", (24, 26), 1, torch.float32, id="several programs, one frame"),
+    ],
+)
+def test_views_as_blocks(
+    backend: str,
+    boundary: Boundary,
+    size: tuple[int, int],
+    T: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frames, stills, params = small_batch(T)
+    params = replace(params, size=size)
+    plain = generate_views(frames, stills, params, boundary=boundary, dtype=dtype)
+    if backend == "triton":  # a value that is not written shows
+        from dclr.kernels import view_generation_triton
+
+        empty = view_generation_triton._empty_view
+        monkeypatch.setattr(
+            view_generation_triton, "_empty_view", lambda *arguments: empty(*arguments).fill_(torch.nan)
+        )
+    blocks = generate_views(frames, stills, params, boundary=boundary, dtype=dtype, blocks=True)
+    for got, view in zip(blocks, plain, strict=True):
+        assert torch.equal(got, blocks_by_hand(view))
+        assert got.stride(1) == 1
+        assert torch.equal(depth_to_space(got, size), view)
+    assert T == 1 or blocks.static.stride(2) == 0
+
+
 def test_padding_is_not_seen_and_sums_are_in_a_fixed_order(backend: str) -> None:
     """A second run with other padding gives the same bits."""
     frames, stills, params = small_batch()
@@ -638,7 +687,8 @@ def test_registered_operators(yuv: bool) -> None:
     table[:, 2:4] = torch.tensor([5.0, 6.0])
     planes, stills = (tuple(None if t is None else t.to(_device) for t in each) for each in (planes, stills))
     table = table.to(_device)
-    torch.library.opcheck(generate_views_op, (*planes, *stills, table, 4, 5, "wrap", torch.bfloat16))
+    for blocks in (False, True):
+        torch.library.opcheck(generate_views_op, (*planes, *stills, table, 4, 5, "wrap", torch.bfloat16, blocks))
     torch.library.opcheck(augment_op, (*planes, table[:1], 4, 5, torch.float32))
 
 
@@ -752,7 +802,7 @@ def test_nothing_waits_for_the_gpu_and_a_graph_captures_it() -> None:
     with torch.cuda.graph(graph):
         captured = kernels.generate_views(frames, stills, on_gpu)
     for view in captured:
-        view.fill_(float("nan"))
+        view[:, :, :1].fill_(float("nan"))
     graph.replay()
     for view, same in zip(captured, expected, strict=True):
         assert torch.equal(view, same)
