@@ -3,7 +3,7 @@
     python -m benchmarks.counts            r2plus1d_10 and r2plus1d_18, 128 clips of 16 x 112 x 112
     python -m benchmarks.counts --quick    small sizes, to try the command
 
-Time to expect: 4 minutes on one core. No GPU is needed: tensors have shapes and no memory.
+Time to expect: 5 minutes on one core. No GPU is needed: tensors have shapes and no memory.
 
 Every count is made twice: in the files of an older commit (benchmarks/baseline.py) and in today's tree. For each pass
 of a backbone, benchmarks/counts_worker.py counts FLOP and bytes by part (stem, layer1 to layer4) and kind. Kinds are
@@ -185,7 +185,11 @@ def equal_frames(convolutions: Sequence[Convolution], cell: Cell) -> list[dict[s
     rows = []
     for last in (None, "layer1", "layer2", "layer4"):
         computed = frames_computed(convolutions, cell.T, last)
-        frames = {part: written for (part, *_), (_, written, *_) in zip(convolutions, computed, strict=True)}
+        frames = {
+            part: written
+            for (part, _, weight, _), (_, written, *_) in zip(convolutions, computed, strict=True)
+            if len(weight) == 4  # the convolutions of a block, without its shortcut
+        }
         rows.append({"last": last, **static_view_cost(convolutions, cell, last), "frames": frames})
     return rows
 

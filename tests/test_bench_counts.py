@@ -105,3 +105,30 @@ def test_counts_of_a_commit_that_git_does_not_have(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         counts.main(["--commit", "no-such-commit"])
     assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_the_bytes_of_compiled_batch_normalisation():
+    """The kernels that torch.compile plans for batch normalisation with ReLU move at most 19 bytes an element.
+
+    The stem's first one, of 48 channels, has no residual sum. Forward it reads its input for the statistics (2 bytes)
+    and once more (2), and writes its output (2) and a mask (1). Backward, each of two kernels reads the mask (1), the
+    output's gradient (2) and the input (2), and the second one writes the input's gradient (2).
+    """
+    cell = CELL | {"B": 4, "T": 8, "side": 64, "width": 64}
+    kernels = counts_worker.count_pass(cell, "v", backward=True)["kernels"]
+    elements = 4 * 8 * 32 * 32 * 48
+    found = {"forward": 0.0, "backward": 0.0}
+    for kernel in kernels:
+        sizes = [*kernel["reads"].values(), *kernel["writes"].values()]
+        large = [size / elements for size in sizes if size >= elements]
+        # Tensors of 64 channels have more elements, and those of other parts fewer or more.
+        if (
+            kernel["part"] == "stem"
+            and kernel["kind"] == "normalisation"
+            and large
+            and all(s in (1, 2, 4) for s in large)
+        ):
+            found[kernel["graph"]] += sum(large)
+    assert 6 <= found["forward"] <= 7
+    assert 10 <= found["backward"] <= 12
