@@ -49,6 +49,7 @@ from benchmarks.harness import Call, Row
 from benchmarks.step_providers import Cell, configure, make_inputs, make_network, sgd
 from dclr.errors import UserError
 from dclr.kernels import generate_views
+from dclr.kernels.space_to_depth import space_to_depth
 from dclr.models import Backbone, build_backbone
 from dclr.report import environment, write_json
 
@@ -508,11 +509,6 @@ def as_blocks_weight(weight: Tensor) -> Tensor:
 
 def measure_stem(device: torch.device, record: Record, arguments: argparse.Namespace) -> None:
     """Time the first convolution of one view as it is, and on blocks with and without the cost of making them."""
-    try:
-        from dclr.kernels.space_to_depth import space_to_depth
-    except ImportError:
-        record.set(skipped="this tree has no space_to_depth")
-        return
     cell = CELLS[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     view = torch.randn(cell.B, 3, cell.T, cell.side, cell.side, device=device, dtype=dtype)
