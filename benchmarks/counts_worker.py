@@ -93,8 +93,8 @@ def make_backbone(cell: dict[str, Any], fake: Callable[[Tensor], Tensor]) -> Any
         for name, value in module._parameters.items():
             if value is not None:
                 module._parameters[name] = torch.nn.Parameter(fake(value.data))
-        for name, value in module._buffers.items():
-            module._buffers[name] = fake(value)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = fake(buffer)
     return backbone.train()
 
 
@@ -162,8 +162,8 @@ class Hook(TorchDispatchMode):
             self.flops[key] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         self.largest = max(self.largest, *(t.numel() for t in made))
         if name == "convolution":
-            shapes = (list(t.shape) for t in (args[0], args[1], out))
-            self.convolutions.append((key[0], *shapes))
+            given_shape, weight_shape, made_shape = (list(t.shape) for t in (args[0], args[1], out))
+            self.convolutions.append((key[0], given_shape, weight_shape, made_shape))
         return out
 
 
@@ -176,11 +176,11 @@ def count_eager(cell: dict[str, Any], letters: str, backward: bool) -> dict[str,
     def fake(tensor: Tensor) -> Tensor:
         return FakeTensor(mode, tensor, torch.device("cpu"))
 
-    backbone = make_backbone(cell, fake)
-    views = make_views(cell, fake)
+    backbone, views = make_backbone(cell, fake), make_views(cell, fake)
+    encoder: Any = types.SimpleNamespace(backbone=backbone)
     with mode, Hook(backbone) as hook:
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(backward):
-            maps = list(run_backbone(types.SimpleNamespace(backbone=backbone), views, letters).values())
+            maps = list(run_backbone(encoder, views, letters).values())
         if backward:
             gradients = [torch.empty_like(each) for each in maps]
             for gradient in gradients:
@@ -272,7 +272,7 @@ def kernel_bytes(node: Any, graph: GraphLowering) -> tuple[dict[str, int], dict[
             return 0
         layout = getattr(buffer, "layout", None)
         if isinstance(layout, ir.MultiOutputLayout):
-            users = graph.scheduler.name_to_buf[name].users
+            users: Any = graph.scheduler.name_to_buf[name].users
             outputs = [
                 o.get_name()
                 for user in users
@@ -310,7 +310,8 @@ def graph_labels(graph: GraphLowering, inputs: Sequence[str], forward: dict[str,
     inputs: names of the forward graph's inputs. forward: labels of the forward graph's nodes, for the backward graph.
     """
     labels: dict[str, tuple[int | None, bool]] = {}
-    for node in graph.module.graph.nodes:
+    module: Any = graph.module
+    for node in module.graph.nodes:
         if node.op == "placeholder":
             number = re.fullmatch(r"(?:primals_|arg)(\d+)(?:_1)?", node.name)
             if number:
@@ -444,13 +445,13 @@ def count_pass(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, 
     def fake(tensor: Tensor) -> Tensor:
         return FakeTensor(mode, tensor, torch.device("cpu"))
 
-    backbone = make_backbone(cell, fake)
-    views = make_views(cell, fake)
+    backbone, views = make_backbone(cell, fake), make_views(cell, fake)
+    encoder: Any = types.SimpleNamespace(backbone=backbone)
     compile_backbone(backbone)
 
     def call() -> None:
         with mode, torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(backward):
-            run_backbone(types.SimpleNamespace(backbone=backbone), views, letters)
+            run_backbone(encoder, views, letters)
 
     return count_compiled(call, backward)
 
