@@ -35,8 +35,6 @@ if TYPE_CHECKING:  # config.py imports this module for the names in METHODS
 PAIRS = ("vv", "vs", "vd", "sv", "dv")
 KEY_OF_PAIR = {"vv": "vv", "vs": "sv", "vd": "dv", "sv": "vs", "dv": "vd"}
 
-VIEW_OF_LETTER = {"v": "rgb", "s": "static", "d": "dynamic"}
-
 ByLetter = dict[str, Tensor]
 """Feature maps or activation maps, by the letter of their view."""
 
@@ -322,7 +320,10 @@ class DCLR(Method):
         if ranks > 1:
             order = torch.randperm(ranks * size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
             mine = to_device(order[own], key.rgb.device)
-            key = Views(*(distributed.gather_batch(view)[mine] for view in key))
+            frames = key.rgb.shape[2]
+            rgb, still, dynamic = key.rgb, key.static[:, :, :1], key.dynamic
+            rgb, still, dynamic = (distributed.gather_batch(view)[mine] for view in (rgb, still, dynamic))
+            key = Views(rgb, still.expand(-1, -1, frames, -1, -1), dynamic)
         features = run_backbone(self.key, key, "v" + self.auxiliary)
         maps = {letter: activation_map(features[letter]) for letter in self.auxiliary}
         embeddings = self.key.embed(features, self._weights(maps))
@@ -382,13 +383,16 @@ def means_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 def run_backbone(encoder: Encoder, views: Views, letters: str) -> ByLetter:
-    """Return the feature maps (B, C, t, h, w) of some views. The views are one batch and share BatchNorm statistics.
+    """Return the feature maps (B, C, t, h, w) of some views, which share BatchNorm statistics.
 
-    The dynamic view, a difference of frames, must be the last of `letters`.
+    The dynamic view, a difference of frames, must be the last of `letters`. All frames of the static view are equal,
+    so the backbone gets one of them.
     """
-    stacked = torch.cat([getattr(views, VIEW_OF_LETTER[letter]) for letter in letters])
-    differences = len(views.dynamic) if letters.endswith("d") else 0
-    return dict(zip(letters, encoder.backbone(stacked, differences).chunk(len(letters)), strict=True))
+    tensors = {"v": views.rgb, "s": views.static[:, :, :1], "d": views.dynamic}
+    maps = encoder.backbone.forward_views(
+        [tensors[letter] for letter in letters], views.rgb.shape[2], differences=letters.endswith("d")
+    )
+    return dict(zip(letters, maps, strict=True))
 
 
 def align(rgb: Tensor, auxiliary: Sequence[Tensor], relative: bool) -> Tensor:

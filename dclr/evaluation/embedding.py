@@ -50,7 +50,7 @@ def make_embedder(pretrained: Pretrained, kinds: Sequence[str]) -> Embedder:
     def embed(clips: Tensor) -> dict[str, Tensor]:
         embeddings = {}
         for kind in kinds:
-            features = pool(pretrained.backbone(view_for(kind, clips)))
+            features = pool(pretrained.backbone(view_for(kind, clips), differences=kind == "motion"))
             embeddings[kind] = pretrained.heads[HEADS[kind]](features) if kind in HEADS else features
         return embeddings
 

@@ -73,7 +73,7 @@ class ExportedNetwork(nn.Module):
         features = pool(self.backbone(clips))
         outputs = {"features": features} | ({"logits": self.fc(features)} if self.fc else {})
         for kind, head in self.heads.items():
-            outputs[kind] = head(pool(self.backbone(view_for(kind, clips))))
+            outputs[kind] = head(pool(self.backbone(view_for(kind, clips), differences=kind == "motion")))
         return outputs
 
 

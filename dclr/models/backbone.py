@@ -6,7 +6,7 @@ Letters: B clips, C channels, T frames, H, W pixels.
 """
 
 from abc import abstractmethod
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,26 @@ class Backbone(nn.Module):
         self.feature_dim = feature_dim
         self.statistics = IMAGENET
 
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether clips may also come in the layout of `dclr.kernels.space_to_depth`."""
+        return False
+
     @abstractmethod
     def feature_map(self, x: Tensor) -> Tensor:
         """Compute the last feature map of clips (B, 3, T, H, W) in the memory format channels_last_3d.
 
         The clips are normalised with `statistics`.
         """
+
+    def feature_maps(self, views: Sequence[Tensor], frames: int) -> list[Tensor]:
+        """Compute the last feature map of each view. The views share BatchNorm's statistics. See `forward_views`.
+
+        A backbone may define a faster way than this one, which makes one batch of all views.
+        """
+        batch = torch.cat([view.expand(-1, -1, frames, -1, -1) for view in views])
+        maps = self.feature_map(batch.contiguous(memory_format=torch.channels_last_3d))
+        return list(maps.split([len(view) for view in views]))
 
     def pad_channels(self, multiple: int) -> None:
         """Pad channels inside the network with zeros, to a multiple of `multiple`. 1 switches the padding off.
@@ -51,76 +65,51 @@ class Backbone(nn.Module):
         backbone whose numbers of channels are multiples of 8 does nothing here.
         """
 
-    def forward(self, x: Tensor, differences: int = 0) -> Tensor:
+    def forward(self, x: Tensor, differences: bool = False) -> Tensor:
         """Compute the feature maps (B, feature_dim, T', H', W') of clips (B, 3, T, H, W).
 
         Args:
             x: clips normalised with ImageNet's statistics, whatever the weights expect.
-            differences: how many clips, the last of the batch, are differences of frames (dynamic views).
+            differences: the clips are differences of frames (a dynamic view).
         """
-        x = convert(x, self.statistics, differences)
-        # CPUs in bfloat16 and tensor cores take half the time of the default memory format.
-        return self.feature_map(x.contiguous(memory_format=torch.channels_last_3d))
+        return self.forward_views([x], x.shape[2], differences)[0]
+
+    def forward_views(self, views: Sequence[Tensor], frames: int, differences: bool = False) -> list[Tensor]:
+        """Compute the feature maps of the views of a step, one (B, feature_dim, T', H', W') for each view.
+
+        The views share BatchNorm's statistics in training, as one batch of all views would.
+
+        Args:
+            views: each (B, 3, frames, H, W), or (B, 3, 1, H, W) for one frame that stands for `frames` equal frames.
+                If `takes_blocks`, also the layout of `dclr.kernels.space_to_depth`. Values as in `forward`.
+            frames: T, the number of frames of every view.
+            differences: the last view is a dynamic view.
+        """
+        last = len(views) - 1
+        converted = [
+            convert(view, self.statistics, differences and number == last) for number, view in enumerate(views)
+        ]
+        return self.feature_maps(converted, frames)
 
 
-def convert(x: Tensor, statistics: Statistics, differences: int = 0) -> Tensor:
+def convert(x: Tensor, statistics: Statistics, differences: bool = False) -> Tensor:
     """Convert clips (B, 3, T, H, W) from ImageNet's statistics to others.
 
     A normalised value is x = (v - m) / s with ImageNet's mean m and deviation s. With mean m' and deviation s' it is
     (v - m') / s' = x * s / s' + (m - m') / s'. A difference of two frames has no mean: it is only multiplied.
 
     Args:
-        differences: how many clips, the last of the batch, are differences of frames.
+        differences: the clips are differences of frames.
     """
     if statistics == IMAGENET:
         return x
-    clips = len(x) - differences
     channels = []
     # In float32, because views may be bfloat16: the result is rounded once.
     for channel, values in enumerate(zip(*IMAGENET, *statistics, strict=True)):
         mean, std, new_mean, new_std = values
-        scaled = x[:, channel].float() * (std / new_std)
-        shift = (mean - new_mean) / new_std
-        channels.append(torch.cat([scaled[:clips] + shift, scaled[clips:]]) if differences else scaled + shift)
+        shift = 0.0 if differences else (mean - new_mean) / new_std
+        channels.append(x[:, channel].float() * (std / new_std) + shift)
     return torch.stack(channels, dim=1).to(x.dtype)
-
-
-class BatchNorm(nn.BatchNorm3d):
-    """Batch normalisation that can add zero channels, and that sums in float64 when it trains in float32 on a CPU.
-
-    torch's CPU kernel for channels_last_3d sums each channel in one float32 number. With 6 x 64 x 16 x 56 x 56 values
-    its result is off by 4e-5 of the largest value, where float64 sums give 3e-8 (torch 2.11). Such an error differs
-    between CPUs, and training amplifies it. Bfloat16 rounds to 4e-3, so nothing is gained there.
-    """
-
-    def forward(self, x: Tensor, extra: int = 0) -> Tensor:
-        """Normalise (B, C + extra, T, H, W); the last `extra` channels are zero and stay zero."""
-        precise = self.training and x.dtype == torch.float32 and x.device.type == "cpu"
-        if not (precise or extra):
-            return super().forward(x)
-        buffers = self.running_mean, self.running_var, self.num_batches_tracked
-        running_mean, running_var, batches = cast(tuple[Tensor, Tensor, Tensor], buffers)
-        momentum = 0.1 if self.momentum is None else self.momentum
-        mean, variance = F.pad(running_mean, (0, extra)), F.pad(running_var, (0, extra), value=1.0)
-        scale, shift = F.pad(self.weight, (0, extra)), F.pad(self.bias, (0, extra))
-        dtype = x.dtype
-        if precise:
-            x, mean, variance, scale, shift = (t.double() for t in (x, mean, variance, scale, shift))
-        x = F.batch_norm(x, mean, variance, scale, shift, self.training, momentum, self.eps).to(dtype)
-        if self.training:
-            running_mean.copy_(mean[: self.num_features])
-            running_var.copy_(variance[: self.num_features])
-            batches.add_(1)
-        return x
-
-
-def replace_norms(module: nn.Module) -> None:
-    """Replace every nn.BatchNorm3d inside a module of torchvision by a BatchNorm with the same eps and momentum."""
-    for name, child in module.named_children():
-        if type(child) is nn.BatchNorm3d:
-            setattr(module, name, BatchNorm(child.num_features, child.eps, child.momentum))
-        else:
-            replace_norms(child)
 
 
 def initialise(module: nn.Module) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torchvision.models.video import s3d
 
 from dclr.errors import UserError
-from dclr.models.backbone import Backbone, in_space, in_time, initialise, replace_norms
+from dclr.models.backbone import Backbone, in_space, in_time, initialise
+from dclr.models.batch_norm import replace_norms
 
 LEAST_FRAMES, LEAST_PIXELS = 5, 17
 """The smallest clip that the network takes. Its last pooling layer would get less than it needs from a smaller one."""

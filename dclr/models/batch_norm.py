@@ -1,0 +1,248 @@
+"""Batch normalisation of several views with joint statistics, and ReLU.
+
+With mean m and variance v of all frames of all views, normalisation with ReLU and an optional shortcut r is
+
+    y = relu(scale * x + shift + r),  scale = weight / sqrt(v + eps),  shift = bias - m * scale.
+
+The backward pass takes the mask of ReLU from its input x, which it reads anyway, and not from its output y. Only with a
+shortcut it reads y. With g = dy where the mask is true (else 0), n values of a channel in all views, and c the number
+of equal frames that a frame stands for, the gradients are
+
+    dbias = sum g,   dweight = sum g (x - m) / sqrt(v + eps),   dr = g,
+    dx = scale * (g - c / n * (dbias + (x - m) / sqrt(v + eps) * dweight)).
+
+The gradient dy of a frame that stands for c frames is already the sum over these c frames. Source of the formulas:
+Ioffe and Szegedy, ICML 2015, arXiv 1502.03167, section 3.
+
+Letters: B clips, C channels, D frames in memory, H, W pixels, N = B * D frames of all clips of a view.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dclr.models.clips import Clips
+
+_CHUNK = 2**19
+"""Values that are computed at once where the code is not compiled. Intermediate results of so many values stay in a
+CPU's cache."""
+
+
+class BatchNorm(nn.BatchNorm3d):
+    """Batch normalisation that takes several views, and whose statistics are exact to float32 on a CPU.
+
+    torch's CPU kernel for channels_last_3d sums each channel in one float32 number. With 6 x 64 x 16 x 56 x 56 values
+    its result is off by 4e-5 of the largest value (torch 2.11). Such an error differs between CPUs, and training
+    amplifies it. Here sums are taken frame by frame and added in float64.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, T, H, W)."""
+        return self.normalise([Clips(x)], relu=False)[0].frames
+
+    def normalise(
+        self, views: Sequence[Clips], relu: bool = True, shortcuts: Sequence[Tensor] = (), extra: int = 0
+    ) -> list[Clips]:
+        """Normalise views, in training with the statistics of all their frames. Then add shortcuts and apply ReLU.
+
+        Args:
+            views: clips of C + extra channels. The last `extra` channels are zero and stay zero.
+            shortcuts: one tensor for each view, with the shape of its frames; or none.
+
+        Raises:
+            ValueError: in training, all views together have only one value per channel.
+        """
+        frames = [_channels_last(view.frames) for view in views]
+        shortcuts = [_channels_last(shortcut) for shortcut in shortcuts]
+        weight, bias = _padded(self.weight, extra), _padded(self.bias, extra)
+        if self.training:
+            count = values(views)
+            if count < 2:
+                raise ValueError(f"BatchNorm needs 2 values per channel in training, not {count}")
+            runs = [(view.repeated, view.times) for view in views]
+            *outputs, mean, variance = cast(
+                tuple[Tensor, ...], _Normalise.apply(weight, bias, self.eps, relu, runs, *frames, *shortcuts)
+            )
+            self._update(mean, variance, count)
+        else:
+            mean, variance = _padded(self.running_mean, extra), _padded(self.running_var, extra, 1.0)
+            outputs = [F.batch_norm(x, mean, variance, weight, bias, eps=self.eps) for x in frames]
+            if shortcuts:
+                outputs = [y + shortcut for y, shortcut in zip(outputs, shortcuts, strict=True)]
+            outputs = [F.relu(y, inplace=True) for y in outputs] if relu else outputs
+        return [view._replace(frames=y) for view, y in zip(views, outputs, strict=True)]
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics towards those (C + extra,) of `count` values per channel."""
+        running_mean, running_var, batches = cast(
+            tuple[Tensor, Tensor, Tensor], (self.running_mean, self.running_var, self.num_batches_tracked)
+        )
+        momentum = 0.1 if self.momentum is None else self.momentum
+        unbiased = variance * (count / (count - 1))
+        running_mean.lerp_(mean[: self.num_features].to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased[: self.num_features].to(running_var.dtype), momentum)
+        batches.add_(1)
+
+
+def replace_norms(module: nn.Module) -> None:
+    """Replace every nn.BatchNorm3d inside a module of torchvision by a BatchNorm with the same eps and momentum."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm3d:
+            setattr(module, name, BatchNorm(child.num_features, child.eps, child.momentum))
+        else:
+            replace_norms(child)
+
+
+def values(views: Sequence[Clips]) -> int:
+    """Return the number of values per channel in all frames of all views. Each of several equal frames counts."""
+    return sum(view.frames[:, 0, 0].numel() * view.length for view in views)
+
+
+def batch_statistics(views: Sequence[Clips]) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of each channel over all frames of all views, both (C,) float64.
+
+    The frames are in channels_last_3d memory. Each frame's mean and variance are computed first, so that a large mean
+    does not cancel. They are merged by the number of frames that each frame stands for.
+    """
+    means, variances, weights = [], [], []
+    for view in views:
+        mean, variance = _frame_statistics(view.frames)  # (N, C)
+        means.append(mean)
+        variances.append(variance)
+        weights.append((view.counts() * view.frames[0, 0, 0].numel()).repeat(len(view.frames)))  # (N,)
+    weight = torch.cat(weights)[:, None].double() / values(views)
+    mean, variance = torch.cat(means).double(), torch.cat(variances).double()
+    joint = (weight * mean).sum(0)
+    return joint, (weight * (variance + (mean - joint).square())).sum(0)
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalisation of several views in training, with its gradient. The formulas are at the top of the file."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, eps: float, relu: bool, runs: list[tuple[int, int]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return one output for each view, then the batch's mean and variance (C,) float64.
+
+        Args:
+            runs: `repeated` and `times` of each view.
+            tensors: the frames of the views, then their shortcuts, if there are any.
+        """
+        frames, shortcuts = tensors[: len(runs)], tensors[len(runs) :]
+        views = [Clips(x, *run) for x, run in zip(frames, runs, strict=True)]
+        mean, variance = batch_statistics(views)
+        rate = torch.rsqrt(variance + eps)
+        scale = (weight.double() * rate).to(weight.dtype)[:, None, None]
+        shift = (bias.double() - mean * weight.double() * rate).to(weight.dtype)[:, None, None]
+        outputs = []
+        for i, x in enumerate(frames):
+
+            def output(x: Tensor, *shortcut: Tensor) -> Tensor:
+                y = torch.addcmul(shift, x.to(shift.dtype), scale)
+                y = y + shortcut[0] if shortcut else y
+                return F.relu(y) if relu else y
+
+            outputs.append(_by_frames(output, x, *shortcuts[i : i + 1]))
+        ctx.save_for_backward(scale, shift, mean, rate, *frames, *(outputs if relu and shortcuts else ()))
+        ctx.relu, ctx.shortcuts, ctx.runs = relu, len(shortcuts), runs
+        ctx.mark_non_differentiable(mean, variance)
+        return *outputs, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of weight, bias, frames and shortcuts."""
+        scale, shift, mean, rate, *saved = ctx.saved_tensors
+        frames, outputs = saved[: len(ctx.runs)], saved[len(ctx.runs) :]
+        views = [Clips(x, *run) for x, run in zip(frames, ctx.runs, strict=True)]
+        upstreams = [_channels_last(gradient) for gradient in gradients[: len(views)]]
+        wide, centre = scale.dtype, mean.to(scale.dtype)[:, None, None]
+
+        def passed(x: Tensor, upstream: Tensor) -> Tensor:
+            """Return the gradient that passes ReLU."""
+            if not ctx.relu or outputs:
+                return upstream.to(wide)
+            return torch.where(torch.addcmul(shift, x.to(wide), scale) <= 0, 0, upstream.to(wide))
+
+        if outputs:
+            upstreams = [
+                _by_frames(lambda dy, y: torch.where(y <= 0, 0, dy), dy, y)
+                for dy, y in zip(upstreams, outputs, strict=True)
+            ]
+        sums = []
+        for x, upstream in zip(frames, upstreams, strict=True):
+            for chunk, dy in _chunks(x, upstream):
+                g = passed(chunk, dy)
+                sums.append(torch.stack([g.sum((2, 3)), (g * (chunk.to(wide) - centre)).sum((2, 3))]))
+        total, product = torch.cat(sums, dim=1).double().sum(1)  # (C,): sum g, sum g (x - m)
+
+        share = 1 / values(views)
+        offset = (total * share).to(wide)[:, None, None]
+        slope = (product * rate.square() * share).to(wide)[:, None, None]
+        inputs = []
+        for view, upstream in zip(views, upstreams, strict=True):
+
+            def gradient(x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
+                common = torch.addcmul(offset, x.to(wide) - centre, slope)
+                return scale * (passed(x, upstream) - (common * count[0] if count else common))
+
+            counts = view.counts().repeat(len(view.frames))[:, None, None, None]  # (N, 1, 1, 1)
+            inputs.append(_by_frames(gradient, view.frames, upstream, *((counts,) if view.times > 1 else ())))
+        shortcuts = upstreams if ctx.shortcuts else []
+        dweight, dbias = (product * rate).to(wide), total.to(wide)
+        return dweight, dbias, None, None, None, *inputs, *shortcuts
+
+
+def _frame_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of each frame, both (N, C)."""
+    means, variances = [], []
+    for (chunk,) in _chunks(x):
+        chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+        if torch.compiler.is_compiling():  # one pass over the values
+            variance, mean = torch.var_mean(chunk, (2, 3), correction=0)
+        else:  # var_mean takes 9 times as long on a CPU
+            mean = chunk.mean((2, 3))
+            variance = (chunk - mean[:, :, None, None]).square_().mean((2, 3))
+        means.append(mean)
+        variances.append(variance)
+    return torch.cat(means), torch.cat(variances)
+
+
+def _frames(x: Tensor) -> Tensor:
+    """Return (B, C, D, H, W) in channels_last_3d memory as (N, C, H, W), without a copy. (N, 1, 1, 1) stays."""
+    return x if x.dim() == 4 else x.transpose(1, 2).view(-1, x.shape[1], *x.shape[3:])
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield chunks of frames of all tensors: (n, C, H, W) each. Compiled code gets all frames at once."""
+    frames = [_frames(tensor) for tensor in tensors]
+    if torch.compiler.is_compiling():
+        yield tuple(frames)
+        return
+    size = max(1, _CHUNK // frames[0][0].numel())
+    yield from zip(*(tensor.split(size) for tensor in frames), strict=True)
+
+
+def _by_frames(compute: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """Return `compute` of all tensors' frames with the shape, the memory format and the dtype of x."""
+    if torch.compiler.is_compiling():
+        y = compute(*(_frames(tensor) for tensor in (x, *others))).to(x.dtype)
+        return y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
+    result = torch.empty_like(x)
+    for *chunk, out in _chunks(x, *others, result):
+        out.copy_(compute(*chunk))
+    return result
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _padded(values: Tensor | None, extra: int, value: float = 0.0) -> Tensor:
+    """Return (C,) values with `extra` more."""
+    assert values is not None
+    return F.pad(values, (0, extra), value=value) if extra else values
