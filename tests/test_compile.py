@@ -29,7 +29,7 @@ def test_pretraining_compiles_each_shape_once_without_a_break(
     """The backend "eager" runs what is traced. The tracer alone decides the graphs, and generating code is slow."""
 
     def traced(backbone):
-        backbone.compile(dynamic=False, fullgraph=True, backend="eager")
+        compile_backbone(backbone, backend="eager")
 
     monkeypatch.setattr(setup, "compile_backbone", traced)
     settings = {**tiny_pretrain, "fill_steps": 2, "compile": "on", "pad_channels": 8}

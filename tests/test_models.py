@@ -31,7 +31,7 @@ from dclr.models import (
     save_classifier,
     video_resnet,
 )
-from dclr.models.backbone import BatchNorm
+from dclr.models.batch_norm import BatchNorm
 
 
 def authors_network(classes: int = 400) -> nn.Module:

@@ -61,10 +61,11 @@ class BatchNorm(nn.BatchNorm3d):
         if self.training:
             count = values(views)
             if count < 2:
-                raise ValueError(f"BatchNorm needs 2 values per channel in training, not {count}")
-            runs = [(view.repeated, view.times) for view in views]
+                raise ValueError(f"Expected more than 1 value per channel when training, got {count}")
+            runs = [number for view in views for number in (view.repeated, view.times)]
             *outputs, mean, variance = cast(
-                tuple[Tensor, ...], _Normalise.apply(weight, bias, self.eps, relu, runs, *frames, *shortcuts)
+                tuple[Tensor, ...],
+                _Normalise.apply(weight, bias, self.eps, relu, len(views), *runs, *frames, *shortcuts),
             )
             self._update(mean, variance, count)
         else:
@@ -125,31 +126,31 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor, eps: float, relu: bool, runs: list[tuple[int, int]], *tensors: Tensor
+        ctx: Any, weight: Tensor, bias: Tensor, eps: float, relu: bool, count: int, *runs_and_tensors: Any
     ) -> tuple[Tensor, ...]:
         """Return one output for each view, then the batch's mean and variance (C,) float64.
 
         Args:
-            runs: `repeated` and `times` of each view.
-            tensors: the frames of the views, then their shortcuts, if there are any.
+            count: number of views.
+            runs_and_tensors: `repeated` and `times` of each view, then the frames of the views, then their shortcuts,
+                if there are any. torch.compile would not keep lists.
         """
-        frames, shortcuts = tensors[: len(runs)], tensors[len(runs) :]
-        views = [Clips(x, *run) for x, run in zip(frames, runs, strict=True)]
+        runs, tensors = runs_and_tensors[: 2 * count], runs_and_tensors[2 * count :]
+        frames, shortcuts = tensors[:count], tensors[count:]
+        views = [Clips(frames[i], runs[2 * i], runs[2 * i + 1]) for i in range(count)]
         mean, variance = batch_statistics(views)
         rate = torch.rsqrt(variance + eps)
         scale = (weight.double() * rate).to(weight.dtype)[:, None, None]
         shift = (bias.double() - mean * weight.double() * rate).to(weight.dtype)[:, None, None]
-        outputs = []
-        for i, x in enumerate(frames):
 
-            def output(x: Tensor, *shortcut: Tensor) -> Tensor:
-                y = torch.addcmul(shift, x.to(shift.dtype), scale)
-                y = y + shortcut[0] if shortcut else y
-                return F.relu(y) if relu else y
+        def output(x: Tensor, *shortcut: Tensor) -> Tensor:
+            y = torch.addcmul(shift, x.to(shift.dtype), scale)
+            y = y + shortcut[0] if shortcut else y
+            return F.relu(y) if relu else y
 
-            outputs.append(_by_frames(output, x, *shortcuts[i : i + 1]))
+        outputs = [_by_frames(output, frames[i], *shortcuts[i : i + 1]) for i in range(count)]
         ctx.save_for_backward(scale, shift, mean, rate, *frames, *(outputs if relu and shortcuts else ()))
-        ctx.relu, ctx.shortcuts, ctx.runs = relu, len(shortcuts), runs
+        ctx.relu, ctx.shortcuts, ctx.count, ctx.runs = relu, len(shortcuts), count, runs
         ctx.mark_non_differentiable(mean, variance)
         return *outputs, mean, variance
 
@@ -157,51 +158,53 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Return the gradients of weight, bias, frames and shortcuts."""
         scale, shift, mean, rate, *saved = ctx.saved_tensors
-        frames, outputs = saved[: len(ctx.runs)], saved[len(ctx.runs) :]
-        views = [Clips(x, *run) for x, run in zip(frames, ctx.runs, strict=True)]
-        upstreams = [_channels_last(gradient) for gradient in gradients[: len(views)]]
-        wide, centre = scale.dtype, mean.to(scale.dtype)[:, None, None]
+        frames, outputs = saved[: ctx.count], saved[ctx.count :]
+        views = [Clips(frames[i], ctx.runs[2 * i], ctx.runs[2 * i + 1]) for i in range(ctx.count)]
+        upstreams = [_channels_last(gradient) for gradient in gradients[: ctx.count]]
+        if len(outputs) > 0:
+            upstreams = [_by_frames(_passed, upstreams[i], outputs[i]) for i in range(ctx.count)]
+        masked = ctx.relu and not ctx.shortcuts
 
         def passed(x: Tensor, upstream: Tensor) -> Tensor:
-            """Return the gradient that passes ReLU."""
-            if not ctx.relu or outputs:
-                return upstream.to(wide)
-            return torch.where(torch.addcmul(shift, x.to(wide), scale) <= 0, 0, upstream.to(wide))
+            """Return the gradient that passes ReLU, from its input."""
+            upstream = upstream.to(scale.dtype)
+            return _passed(upstream, torch.addcmul(shift, x.to(scale.dtype), scale)) if masked else upstream
 
-        if outputs:
-            upstreams = [
-                _by_frames(lambda dy, y: torch.where(y <= 0, 0, dy), dy, y)
-                for dy, y in zip(upstreams, outputs, strict=True)
-            ]
         sums = []
         for x, upstream in zip(frames, upstreams, strict=True):
             for chunk, dy in _chunks(x, upstream):
-                g = passed(chunk, dy)
-                sums.append(torch.stack([g.sum((2, 3)), (g * (chunk.to(wide) - centre)).sum((2, 3))]))
+                g = _precise(passed(chunk, dy))
+                centred = _precise(chunk) - mean.to(g.dtype)[:, None, None]
+                sums.append(torch.stack([g.sum((2, 3)), (g * centred).sum((2, 3))]))
         total, product = torch.cat(sums, dim=1).double().sum(1)  # (C,): sum g, sum g (x - m)
 
-        share = 1 / values(views)
-        offset = (total * share).to(wide)[:, None, None]
-        slope = (product * rate.square() * share).to(wide)[:, None, None]
+        # dx = scale * g - c * (offset + slope * x)
+        slope = scale.flatten() * product * rate.square() / values(views)
+        offset = (scale.flatten() * total / values(views) - slope * mean).to(scale.dtype)[:, None, None]
+        slope = slope.to(scale.dtype)[:, None, None]
+
+        def gradient(x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
+            common = torch.addcmul(offset, x.to(scale.dtype), slope)
+            return torch.addcmul(-common * count[0] if count else -common, passed(x, upstream), scale)
+
         inputs = []
         for view, upstream in zip(views, upstreams, strict=True):
-
-            def gradient(x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
-                common = torch.addcmul(offset, x.to(wide) - centre, slope)
-                return scale * (passed(x, upstream) - (common * count[0] if count else common))
-
             counts = view.counts().repeat(len(view.frames))[:, None, None, None]  # (N, 1, 1, 1)
             inputs.append(_by_frames(gradient, view.frames, upstream, *((counts,) if view.times > 1 else ())))
-        shortcuts = upstreams if ctx.shortcuts else []
-        dweight, dbias = (product * rate).to(wide), total.to(wide)
-        return dweight, dbias, None, None, None, *inputs, *shortcuts
+        weights = (product * rate).to(scale.dtype), total.to(scale.dtype)
+        return *weights, *[None] * (3 + 2 * ctx.count), *inputs, *(upstreams if ctx.shortcuts else ())
+
+
+def _passed(upstream: Tensor, reference: Tensor) -> Tensor:
+    """Return the gradient where `reference` is above 0, and 0 elsewhere."""
+    return torch.ops.aten.threshold_backward(upstream, reference, 0)
 
 
 def _frame_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each frame, both (N, C)."""
     means, variances = [], []
     for (chunk,) in _chunks(x):
-        chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+        chunk = _precise(chunk)
         if torch.compiler.is_compiling():  # one pass over the values
             variance, mean = torch.var_mean(chunk, (2, 3), correction=0)
         else:  # var_mean takes 9 times as long on a CPU
@@ -210,6 +213,13 @@ def _frame_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         means.append(mean)
         variances.append(variance)
     return torch.cat(means), torch.cat(variances)
+
+
+def _precise(frames: Tensor) -> Tensor:
+    """Return the frames in the dtype for sums: float32 for bfloat16, and float64 for float32 on a CPU."""
+    if frames.dtype == torch.float32 and frames.device.type == "cpu" and not torch.compiler.is_compiling():
+        return frames.double()
+    return frames.to(torch.promote_types(frames.dtype, torch.float32))
 
 
 def _frames(x: Tensor) -> Tensor:

@@ -36,13 +36,13 @@ def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     return True, "backbones will be compiled at their first steps (torch.compile)"
 
 
-def compile_backbone(backbone: Backbone) -> None:
+def compile_backbone(backbone: Backbone, backend: str = "inductor") -> None:
     """Compile a backbone in place, so that parameter names stay.
 
     Each input shape and mode is compiled at its first call. Code that does not compile as one graph is an error.
     """
-    backbone.compile(dynamic=False, fullgraph=True)
-    compiled = torch.compile(backbone.forward_views, dynamic=False, fullgraph=True)
+    backbone.compile(dynamic=False, fullgraph=True, backend=backend)
+    compiled = torch.compile(backbone.forward_views, dynamic=False, fullgraph=True, backend=backend)
     setattr(backbone, "forward_views", compiled)  # noqa: B010  (its declared type is a method)
 
 
