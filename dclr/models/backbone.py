@@ -108,7 +108,7 @@ def convert(x: Tensor, statistics: Statistics, differences: bool = False) -> Ten
     for channel, values in enumerate(zip(*IMAGENET, *statistics, strict=True)):
         mean, std, new_mean, new_std = values
         shift = 0.0 if differences else (mean - new_mean) / new_std
-        channels.append(x[:, channel].float() * (std / new_std) + shift)
+        channels.append(x[:, channel].to(torch.promote_types(x.dtype, torch.float32)) * (std / new_std) + shift)
     return torch.stack(channels, dim=1).to(x.dtype)
 
 

@@ -230,7 +230,7 @@ def _frames(x: Tensor) -> Tensor:
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield chunks of frames of all tensors: (n, C, H, W) each. Compiled code gets all frames at once."""
     frames = [_frames(tensor) for tensor in tensors]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
         yield tuple(frames)
         return
     size = max(1, _CHUNK // frames[0][0].numel())
