@@ -156,10 +156,17 @@ def _convolve(views: list[Clips], conv: nn.Module) -> list[Clips]:
 
 
 def _in_three(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
-    """Apply a 3-D convolution. The stem's may get blocks, see `_of_blocks`."""
+    """Apply a 3-D convolution. The stem's may get blocks, see `_of_blocks`.
+
+    Two frames get their zeros in time before. On CPUs with bfloat16, torch 2.11 computes a wrong weight gradient for
+    exactly two frames that the convolution pads itself: 100 % off, or infinite.
+    """
+    stride, padding = conv.stride, cast(tuple[int, ...], conv.padding)
     if conv.in_channels == 3 and (x := _as_blocks(x)).shape[1] == CHANNELS:
-        return F.conv3d(x, _of_blocks(weight), None, (conv.stride[0], 1, 1), (int(conv.padding[0]), 0, 0))
-    return F.conv3d(x, weight, None, conv.stride, conv.padding)
+        weight, stride, padding = _of_blocks(weight), (conv.stride[0], 1, 1), (padding[0], 0, 0)
+    if x.shape[2] == 2 and x.device.type == "cpu":
+        x, padding = F.pad(x, (0, 0) * 2 + (padding[0], padding[0])), (0, *padding[1:])
+    return F.conv3d(x, weight, None, stride, padding)
 
 
 def _factored(
