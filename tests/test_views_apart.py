@@ -637,16 +637,8 @@ def test_no_tensor_of_a_step_of_128_clips_has_2_to_the_31_elements(name: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(frames=8, channels=8),
-        Case("r3d_10", "rs", frames=3, size=(13, 17)),
-        Case(views="sd", frames=3, size=(17, 13), channels=8, blocks=True),
-    ],
-    ids=str,
-)
-def test_a_compiled_step_equals_torchvisions(case: Case) -> None:
+def test_a_compiled_step_equals_torchvisions() -> None:
+    case = Case(channels=8)
     torch._dynamo.reset()
     oracle, ours = case.networks()
     compile_backbone(ours)
