@@ -14,6 +14,7 @@ from dclr.config import PRESETS, PretrainConfig, as_flag, flat, resolve
 from dclr.data.augmentation import pretrain_recipe, view_grid
 from dclr.data.samples import PairBatch, PairSamples, TrainSamples
 from dclr.kernels import Views, generate_views
+from dclr.kernels.space_to_depth import depth_to_space
 from dclr.method import METHODS, Method
 from dclr.models import Backbone, load_backbone, save_backbone
 from dclr.programs import command_of
@@ -125,7 +126,10 @@ class Pretraining:
         self.summary: dict[str, Any] = {}
         self.fill_steps = config.method.fill_steps if network.has_queue else 0
         self.first_trained_step = self.fill_steps + 1
+        # On a GPU the view kernels write the layout that the stem reads.
+        self._blocks = engine.device.type == "cuda" and network.query.backbone.takes_blocks
         self._query: Views | None = None
+        self._size = (0, 0)  # height and width of the views in _query
         self._output: Any = None
 
     def begin_step(self, step: int) -> None:
@@ -136,7 +140,9 @@ class Pretraining:
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Make the views, then fill the queue (in the first --fill-steps steps) or compute the loss."""
         with watch.section("views"):
-            self._query, key = make_views(batch, self.config.method.boundary, self.engine.view_dtype)
+            boundary, dtype = self.config.method.boundary, self.engine.view_dtype
+            self._query, key = make_views(batch, boundary, dtype, self._blocks)
+            self._size = batch.query_params.size
         if step < self.fill_steps:
             with watch.section("fill"), self.engine.autocast():
                 return self.network.fill(key, micro_step), None
@@ -187,11 +193,17 @@ class Pretraining:
 
     def picture(self) -> np.ndarray | None:
         """Return a picture of the query clips' rgb, static and dynamic views, three rows for each clip."""
-        return None if self._query is None else view_grid(self._query, GRID_CLIPS)
+        if self._query is None:
+            return None
+        shown = Views(*(view[:GRID_CLIPS] for view in self._query))
+        if self._blocks:
+            shown = Views(*(depth_to_space(view, self._size) for view in shown))
+        return view_grid(shown, GRID_CLIPS)
 
 
-def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype) -> tuple[Views, Views]:
-    """Return the views of the query clips and of the key clips."""
+def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype, blocks: bool = False) -> tuple[Views, Views]:
+    """Return the views of the query clips and of the key clips. `blocks`: see generate_views."""
     query = (batch.query_frames, batch.query_stills, batch.query_params)
     key = (batch.key_frames, batch.key_stills, batch.key_params)
-    return generate_views(*query, boundary=boundary, dtype=dtype), generate_views(*key, boundary=boundary, dtype=dtype)
+    first, second = (generate_views(*clips, boundary=boundary, dtype=dtype, blocks=blocks) for clips in (query, key))
+    return first, second
