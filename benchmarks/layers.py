@@ -314,10 +314,7 @@ def measure_profile(device: torch.device, record: Record, arguments: argparse.Na
 
 def maps_of_views(backbone: Backbone, views: Sequence[Tensor], frames: int, differences: bool) -> Sequence[Tensor]:
     """Return the maps of the views of a step, each (B, 3, frames or 1, H, W), with joint BatchNorm statistics."""
-    if hasattr(backbone, "forward_views"):
-        return backbone.forward_views(views, frames, differences)
-    whole = torch.cat([view.expand(-1, -1, frames, -1, -1) for view in views])
-    return backbone(whole, len(views[-1]) if differences else 0).chunk(len(views))
+    return backbone.forward_views(views, frames, differences)
 
 
 @dataclass(frozen=True)
