@@ -168,7 +168,9 @@ class _Normalise(torch.autograd.Function):
         def passed(x: Tensor, upstream: Tensor) -> Tensor:
             """Return the gradient that passes ReLU, from its input."""
             upstream = upstream.to(scale.dtype)
-            return _passed(upstream, torch.addcmul(shift, x.to(scale.dtype), scale)) if masked else upstream
+            # The factors are in another order than in `forward`. Else torch.compile would take the product for the same
+            # value and keep it for the backward pass, in float32.
+            return _passed(upstream, torch.addcmul(shift, scale, x.to(scale.dtype))) if masked else upstream
 
         sums = []
         for x, upstream in zip(frames, upstreams, strict=True):
