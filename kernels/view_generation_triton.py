@@ -53,7 +53,8 @@ _PER_STD_R, _PER_STD_G, _PER_STD_B = (tl.constexpr(1 / std) for std in STD)
 # Number of partial sums of a frame's luma. They are always added in the same order, so the mean is the same in every
 # run.
 _SPLITS = 8
-_MEANS_BLOCK = 512  # pixels that a program of _means processes at once
+_MEANS_ROWS = 4  # rows that a program of _means processes at once
+_MEANS_COLUMNS = 128  # columns that it processes at once, enough for 112: one for each thread
 _COLUMNS_BLOCK = 128  # columns of a program of _columns, enough for 112 columns and a border of 10
 _STRIP = 56  # rows of a program of _columns, which also computes a border of 10 rows
 _FINISH_BLOCK = 256  # pixels of a program of _finish: 49 programs for 112 x 112
@@ -73,12 +74,12 @@ def _box(row, H, W):
 
 
 @triton.jit
-def _axes(row, H, W):
+def _axes(row, H, W, VALUES: tl.constexpr):
     """Return what the axes of the view read in the frame, as three tuples.
 
     vertical, horizontal: start and extent of the crop along the frame's axis that this axis of the view reads.
-    pitches: distances in memory between neighbours along the vertical and along the horizontal axis, first in luma
-        pixels, then in chroma pixels.
+    pitches: distances in bytes between neighbours along the vertical and along the horizontal axis, first in `luma`,
+        then in the chroma planes. `luma` has VALUES bytes a pixel: 3 for packed RGB, 1 for YUV.
     If the frame lies on its side, the vertical axis of the view reads along the rows of the frame.
     """
     top, left, height, width = _box(row, H, W)
@@ -87,8 +88,8 @@ def _axes(row, H, W):
     vertical = (tl.where(lying, left, top), tl.where(lying, width, height))
     horizontal = (tl.where(lying, top, left), tl.where(lying, height, width))
     pitches = (
-        tl.where(lying, 1, W),
-        tl.where(lying, W, 1),
+        tl.where(lying, 1, W) * VALUES,
+        tl.where(lying, W, 1) * VALUES,
         tl.where(lying, 1, chroma_W),
         tl.where(lying, chroma_W, 1),
     )
@@ -131,7 +132,7 @@ def _source_pixel(luma, u, v, y, x, pitches, yuv, YUV: tl.constexpr):
         g = tl.minimum(tl.maximum(g, 0.0), 255.0)
         b = tl.minimum(tl.maximum(b, 0.0), 255.0)
     else:
-        first = luma + pixel * 3
+        first = luma + pixel
         r = tl.load(first).to(tl.float32)
         g = tl.load(first + 1).to(tl.float32)
         b = tl.load(first + 2).to(tl.float32)
@@ -152,9 +153,10 @@ def _sample(luma, u, v, rows, columns, pitches, yuv, YUV: tl.constexpr):
     r3, g3, b3 = _source_pixel(luma, u, v, below, after, pitches, yuv, YUV)
     left = 1 - right
     upper, lower = (1 - down) / 255, down / 255
-    r = upper * (left * r0 + right * r1) + lower * (left * r2 + right * r3)
-    g = upper * (left * g0 + right * g1) + lower * (left * g2 + right * g3)
-    b = upper * (left * b0 + right * b1) + lower * (left * b2 + right * b3)
+    w0, w1, w2, w3 = upper * left, upper * right, lower * left, lower * right
+    r = w0 * r0 + w1 * r1 + w2 * r2 + w3 * r3
+    g = w0 * g0 + w1 * g1 + w2 * g2 + w3 * g3
+    b = w0 * b0 + w1 * b1 + w2 * b2 + w3 * b3
     return r, g, b
 
 
@@ -343,8 +345,8 @@ def _gaussian(sigma):
 @triton.jit
 def _means(
     luma, u, v, still_luma, still_u, still_v, table, partials,
-    B, T, H, W, still_H, still_W, h, w, pixels_per_split,
-    YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    B, T, H, W, still_H, still_W, h, w, rows_per_split,
+    YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute partial sums of each frame's luma before its contrast step. Without a contrast step they are 0.
 
@@ -354,7 +356,8 @@ def _means(
         table (rows, C), float32.
     Output: partials (images, SPLITS), float32, where images is B * T plus the number of stills.
 
-    A program owns `pixels_per_split` pixels of one frame and processes BLOCK pixels at once.
+    A program owns `rows_per_split` rows of one frame and processes ROWS rows of COLUMNS columns at once. It therefore
+    computes `_taps` of the columns once, and divides no pixel number by the width.
     """
     frame = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -370,19 +373,19 @@ def _means(
             before_contrast = step
     total = 0.0
     if (tl.load(row + _JITTER) != 0) & (tl.load(row + _FACTORS + 1) != 1):
-        sums = tl.zeros((BLOCK,), tl.float32)
-        vertical, horizontal, pitches = _axes(row, H, W)
-        end = tl.minimum((split + 1) * pixels_per_split, h * w)
-        for start in range(split * pixels_per_split, end, BLOCK):
-            pixel = start + tl.arange(0, BLOCK)
-            inside = pixel < h * w
-            pixel = tl.minimum(pixel, h * w - 1)
-            rows = _taps(pixel // w, vertical, h)
-            columns = _taps(pixel % w, horizontal, w)  # reversed axes have the same mean
-            r, g, b = _sample(luma, u, v, rows, columns, pitches, yuv, YUV)
-            r, g, b = _colour(r, g, b, colour, 0.0, before_contrast)
-            sums += tl.where(inside, _luma(r, g, b), 0.0)
-        total = tl.sum(sums)
+        vertical, horizontal, pitches = _axes(row, H, W, 1 if YUV else 3)
+        end = tl.minimum((split + 1) * rows_per_split, h)
+        for left in range(0, w, COLUMNS):
+            sums = tl.zeros((COLUMNS, ROWS), tl.float32)
+            x = left + tl.arange(0, COLUMNS)[:, None]
+            columns = _taps(tl.minimum(x, w - 1), horizontal, w)  # reversed axes have the same mean
+            for top in range(split * rows_per_split, end, ROWS):
+                y = top + tl.arange(0, ROWS)[None, :]
+                rows = _taps(tl.minimum(y, h - 1), vertical, h)
+                r, g, b = _sample(luma, u, v, rows, columns, pitches, yuv, YUV)
+                r, g, b = _colour(r, g, b, colour, 0.0, before_contrast)
+                sums += tl.where(y < h, _luma(r, g, b), 0.0)
+            total += tl.sum(tl.where(x < w, sums, 0.0))
     tl.store(partials + tl.program_id(0), total)
 
 
@@ -462,7 +465,7 @@ def _columns(
         mean = _frame_mean(partials, frame, h * w, SPLITS)
         column = block * BLOCK + tl.arange(0, BLOCK)
         stored = column < w + 2 * _RADIUS
-        vertical, horizontal, pitches = _axes(row, H, W)
+        vertical, horizontal, pitches = _axes(row, H, W, 1 if YUV else 3)
         y_reversed, x_reversed = _reversals(row)
         x = _reversed(_mirrored(column - _RADIUS, w, tl.minimum(h, w)), x_reversed, w)
         columns = _taps(x, horizontal, w)
@@ -596,7 +599,7 @@ def _finish(
         y = pixel // w
         x = pixel % w
         inside = None
-    vertical, horizontal, pitches = _axes(row, H, W)
+    vertical, horizontal, pitches = _axes(row, H, W, 1 if YUV else 3)
     y_reversed, x_reversed = _reversals(row)
     rows = _taps(_reversed(y, y_reversed, h), vertical, h)
     columns = _taps(_reversed(x, x_reversed, w), horizontal, w)
@@ -744,9 +747,9 @@ def _launches(
             {
                 **source,
                 **sizes,
-                "pixels_per_split": math.ceil(h * w / (_SPLITS * _MEANS_BLOCK)) * _MEANS_BLOCK,
+                "rows_per_split": math.ceil(h / (_SPLITS * _MEANS_ROWS)) * _MEANS_ROWS,
             },
-            {**constants, "BLOCK": _MEANS_BLOCK},
+            {**constants, "ROWS": _MEANS_ROWS, "COLUMNS": _MEANS_COLUMNS},
         ),
         Launch(
             _columns,

@@ -588,7 +588,7 @@ def small_batch(T: int = 2) -> tuple[Tensor, Tensor, ViewParams]:
     ("boundary", "size", "T"),
     [
         pytest.param("wrap", (8, 10), 2, id="usual"),
-        pytest.param("zero", (3, 120), 1, id="too few rows to mirror, wider than a program's columns"),
+        pytest.param("zero", (3, 130), 1, id="too few rows to mirror, wider than a program's columns"),
         pytest.param("replicate", (60, 2), 1, id="more rows than a program's, no second frame"),
     ],
 )
