@@ -144,7 +144,7 @@ class _Normalise(torch.autograd.Function):
         shift = (bias.double() - mean * weight.double() * rate).to(weight.dtype)[:, None, None]
 
         def output(x: Tensor, *shortcut: Tensor) -> Tensor:
-            y = torch.addcmul(shift, x.to(shift.dtype), scale)
+            y = _affine(x.to(shift.dtype), scale, shift)
             y = y + shortcut[0] if shortcut else y
             return F.relu(y) if relu else y
 
@@ -170,7 +170,7 @@ class _Normalise(torch.autograd.Function):
             upstream = upstream.to(scale.dtype)
             # The factors are in another order than in `forward`. Else torch.compile would take the product for the same
             # value and keep it for the backward pass, in float32.
-            return _passed(upstream, torch.addcmul(shift, scale, x.to(scale.dtype))) if masked else upstream
+            return _passed(upstream, _affine(scale, x.to(scale.dtype), shift)) if masked else upstream
 
         sums = []
         for x, upstream in zip(frames, upstreams, strict=True):
@@ -186,8 +186,8 @@ class _Normalise(torch.autograd.Function):
         slope = slope.to(scale.dtype)[:, None, None]
 
         def gradient(x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
-            common = torch.addcmul(offset, x.to(scale.dtype), slope)
-            return torch.addcmul(-common * count[0] if count else -common, passed(x, upstream), scale)
+            common = _affine(x.to(scale.dtype), slope, offset)
+            return _affine(passed(x, upstream), scale, -common * count[0] if count else -common)
 
         inputs = []
         for view, upstream in zip(views, upstreams, strict=True):
@@ -195,6 +195,12 @@ class _Normalise(torch.autograd.Function):
             inputs.append(_by_frames(gradient, view.frames, upstream, *((counts,) if view.times > 1 else ())))
         weights = (product * rate).to(scale.dtype), total.to(scale.dtype)
         return *weights, *[None] * (3 + 2 * ctx.count), *inputs, *(upstreams if ctx.shortcuts else ())
+
+
+def _affine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a * b + c."""
+    # addcmul is faster on a CPU. torch.compile makes of it a product with 1, which it keeps for the backward pass.
+    return a * b + c if torch.compiler.is_compiling() else torch.addcmul(c, a, b)
 
 
 def _passed(upstream: Tensor, reference: Tensor) -> Tensor:
