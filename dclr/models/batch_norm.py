@@ -143,10 +143,10 @@ class _Normalise(torch.autograd.Function):
         scale = (weight.double() * rate).to(weight.dtype)[:, None, None]
         shift = (bias.double() - mean * weight.double() * rate).to(weight.dtype)[:, None, None]
 
-        def output(x: Tensor, *shortcut: Tensor) -> Tensor:
-            y = _affine(x.to(shift.dtype), scale, shift)
-            y = y + shortcut[0] if shortcut else y
-            return F.relu(y) if relu else y
+        def output(out: Tensor | None, x: Tensor, *shortcut: Tensor) -> Tensor:
+            y = _affine(x.to(shift.dtype), scale, shift, out)
+            y = y.add_(shortcut[0]) if shortcut else y
+            return F.relu_(y) if relu else y
 
         outputs = [_by_frames(output, frames[i], *shortcuts[i : i + 1]) for i in range(count)]
         ctx.save_for_backward(scale, shift, mean, rate, *frames, *(outputs if relu and shortcuts else ()))
@@ -162,7 +162,9 @@ class _Normalise(torch.autograd.Function):
         views = [Clips(frames[i], ctx.runs[2 * i], ctx.runs[2 * i + 1]) for i in range(ctx.count)]
         upstreams = [_channels_last(gradient) for gradient in gradients[: ctx.count]]
         if len(outputs) > 0:
-            upstreams = [_by_frames(_passed, upstreams[i], outputs[i]) for i in range(ctx.count)]
+            upstreams = [
+                _by_frames(lambda _, dy, y: _passed(dy, y), upstreams[i], outputs[i]) for i in range(ctx.count)
+            ]
         masked = ctx.relu and not ctx.shortcuts
 
         def passed(x: Tensor, upstream: Tensor) -> Tensor:
@@ -180,14 +182,14 @@ class _Normalise(torch.autograd.Function):
                 sums.append(torch.stack([g.sum((2, 3)), (g * centred).sum((2, 3))]))
         total, product = torch.cat(sums, dim=1).double().sum(1)  # (C,): sum g, sum g (x - m)
 
-        # dx = scale * g - c * (offset + slope * x)
-        slope = scale.flatten() * product * rate.square() / values(views)
-        offset = (scale.flatten() * total / values(views) - slope * mean).to(scale.dtype)[:, None, None]
+        # dx = scale * g + c * (offset + slope * x)
+        slope = -scale.flatten() * product * rate.square() / values(views)
+        offset = (-scale.flatten() * total / values(views) - slope * mean).to(scale.dtype)[:, None, None]
         slope = slope.to(scale.dtype)[:, None, None]
 
-        def gradient(x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
+        def gradient(out: Tensor | None, x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
             common = _affine(x.to(scale.dtype), slope, offset)
-            return _affine(passed(x, upstream), scale, -common * count[0] if count else -common)
+            return _affine(passed(x, upstream), scale, common * count[0] if count else common, out)
 
         inputs = []
         for view, upstream in zip(views, upstreams, strict=True):
@@ -197,10 +199,10 @@ class _Normalise(torch.autograd.Function):
         return *weights, *[None] * (3 + 2 * ctx.count), *inputs, *(upstreams if ctx.shortcuts else ())
 
 
-def _affine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return a * b + c."""
+def _affine(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return a * b + c, written to `out` if it is given."""
     # addcmul is faster on a CPU. torch.compile makes of it a product with 1, which it keeps for the backward pass.
-    return a * b + c if torch.compiler.is_compiling() else torch.addcmul(c, a, b)
+    return a * b + c if torch.compiler.is_compiling() else torch.addcmul(c, a, b, out=out)
 
 
 def _passed(upstream: Tensor, reference: Tensor) -> Tensor:
@@ -246,13 +248,20 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _by_frames(compute: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
-    """Return `compute` of all tensors' frames with the shape, the memory format and the dtype of x."""
+    """Return `compute` of all tensors' frames with the shape, the memory format and the dtype of x.
+
+    Args:
+        compute: gets a tensor for its result, or None, and then chunks of all tensors.
+    """
     if torch.compiler.is_compiling():
-        y = compute(*(_frames(tensor) for tensor in (x, *others))).to(x.dtype)
+        y = compute(None, *(_frames(tensor) for tensor in (x, *others))).to(x.dtype)
         return y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
     result = torch.empty_like(x)
+    same = x.dtype in (torch.float32, torch.float64)  # else the arithmetic has another dtype than the result
     for *chunk, out in _chunks(x, *others, result):
-        out.copy_(compute(*chunk))
+        y = compute(out if same else None, *chunk)
+        if y is not out:
+            out.copy_(y)
     return result
 
 
