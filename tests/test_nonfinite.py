@@ -274,8 +274,8 @@ def spoil_views(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, Views, Vi
     """Call spoil(number of the micro-batch, counted from 1; its query views; its key views) on all views of a run."""
     real, calls = pretraining.make_views, []
 
-    def spoiled(batch, boundary, dtype):
-        query, key = real(batch, boundary, dtype)
+    def spoiled(*arguments):
+        query, key = real(*arguments)
         calls.append(1)
         spoil(len(calls), query, key)
         return query, key
