@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     return True, "backbones will be compiled at their first steps (torch.compile)"
 
 
-INDUCTOR_OPTIONS = {
+INDUCTOR_OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 12,
     "realize_opcount_threshold": 80,
     "realize_acc_reads_threshold": 24,
