@@ -56,7 +56,7 @@ class Backbone(nn.Module):
         """
         batch = torch.cat([view.expand(-1, -1, frames, -1, -1) for view in views])
         maps = self.feature_map(batch.contiguous(memory_format=torch.channels_last_3d))
-        return list(maps.split([len(view) for view in views]))
+        return list(maps.split([view.shape[0] for view in views]))
 
     def pad_channels(self, multiple: int) -> None:
         """Pad channels inside the network with zeros, to a multiple of `multiple`. 1 switches the padding off.
