@@ -1,4 +1,4 @@
-"""The numerical core of DCLR: contrastive loss, positive mining and view generation.
+"""The numerical core of DCLR: contrastive loss, positive mining, view generation, and convolutions.
 
 Each function has two implementations. The reference uses plain torch and kornia, so that a reader can check it against
 the formula. The Triton kernels compute the same values faster. By default CUDA tensors use the kernels and all other
@@ -7,6 +7,7 @@ project.
 """
 
 from dclr.kernels.backend import BACKENDS, describe, set_backend
+from dclr.kernels.convolution import Convolved, Normalisation, convolve
 from dclr.kernels.info_nce import contrast, info_nce, mine_positives, mine_positives_by_each
 from dclr.kernels.types import EMBEDDING_SIZES, Augmentation, Contrast, ViewParams, Views, Yuv420
 from dclr.kernels.view_generation import augment, generate_views
@@ -16,11 +17,14 @@ __all__ = [
     "EMBEDDING_SIZES",
     "Augmentation",
     "Contrast",
+    "Convolved",
+    "Normalisation",
     "ViewParams",
     "Views",
     "Yuv420",
     "augment",
     "contrast",
+    "convolve",
     "describe",
     "generate_views",
     "info_nce",
