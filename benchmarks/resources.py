@@ -62,7 +62,12 @@ def measure() -> list[Usage]:
 
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
-    cases = [(number, capability) for number in range(len(launches())) for capability in SHARED_LIMIT]
+    cases = [
+        (number, capability)
+        for number, (_, launch) in enumerate(launches())
+        for capability in SHARED_LIMIT
+        if launch.capability in (None, capability)
+    ]
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         return list(pool.map(compile_one, *zip(*cases, strict=True)))
 
@@ -70,9 +75,10 @@ def measure() -> list[Usage]:
 @functools.cache
 def launches() -> list[tuple[str, "Launch"]]:
     """Return every launch with its label. The processes that compile inherit the list."""
-    from dclr.kernels import info_nce_triton, view_generation_triton
+    from dclr.kernels import convolution_triton, info_nce_triton, view_generation_triton
 
-    return info_nce_triton.launches_to_compile() + view_generation_triton.launches_to_compile()
+    modules = info_nce_triton, view_generation_triton, convolution_triton
+    return [launch for module in modules for launch in module.launches_to_compile()]
 
 
 def compile_one(number: int, capability: int) -> Usage:
@@ -125,7 +131,8 @@ def table(found: list[Usage]) -> str:
             [f"{usage.shared / 1024:.0f}" for usage in pair],
             [usage.matrix_units for usage in pair],
         )
-        lines.append([kernel, configuration, str(pair[0].num_warps), *(" / ".join(map(str, each)) for each in values)])
+        warps = " / ".join(map(str, dict.fromkeys(usage.num_warps for usage in pair)))
+        lines.append([kernel, configuration, warps, *(" / ".join(map(str, each)) for each in values)])
     columns = ["kernel", "configuration", "warps", "registers", "local bytes", "shared KiB", "products"]
     return harness.table(columns, lines)
 

@@ -38,6 +38,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None  # for one thread; None lets ptxas choose
+    capability: int | None = None  # the compute capability that the options are for; None if for all
 
     @property
     def options(self) -> dict[str, int | None]:

@@ -35,6 +35,7 @@ from torch import Tensor
 from dclr.kernels.backend import INTERPRETED
 from dclr.kernels.colour import yuv_coefficients
 from dclr.kernels.launch import Launch
+from dclr.kernels.rounding_triton import rounded
 from dclr.kernels.space_to_depth import CHANNELS, blocks_shape
 from dclr.kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
 
@@ -503,19 +504,6 @@ def _blur_row(pixel, weights):
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr, BY_BITS: tl.constexpr):
-    """Round x to the nearest value of DTYPE.
-
-    BY_BITS rounds the bits to bfloat16 explicitly, because the interpreter of Triton 3.6 would cut them off.
-    """
-    if BY_BITS:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def _four(a, b, c, d):
     """Return four tensors (...,) as one (..., 4)."""
     return tl.join(tl.join(a, c), tl.join(b, d))
@@ -535,7 +523,7 @@ def _store_pixels(
     """
     element = tl.arange(0, 4 * BLOCK)
     if inside is None:
-        pixels = tl.reshape(_rounded(_four(r, g, b, b), DTYPE, BY_BITS), (4 * BLOCK,))
+        pixels = tl.reshape(rounded(_four(r, g, b, b), DTYPE, BY_BITS), (4 * BLOCK,))
         # Only 3 * BLOCK values are needed, but sizes must be powers of 2.
         values = tl.gather(pixels, tl.minimum(element // 3 * 4 + element % 3, 4 * BLOCK - 1), 0)
         element += start * 3
@@ -545,7 +533,7 @@ def _store_pixels(
         r = tl.where(inside, r, zero)
         g = tl.where(inside, g, zero)
         b = tl.where(inside, b, zero)
-        pixels = tl.reshape(_rounded(_four(r, g, b, zero), DTYPE, BY_BITS), (4 * BLOCK,))
+        pixels = tl.reshape(rounded(_four(r, g, b, zero), DTYPE, BY_BITS), (4 * BLOCK,))
         # Value 3 of each pixel is 0, and so are the channels 12 to 15 of each block.
         channel = element % 16
         source = tl.where(channel < 12, channel // 3 * 4 + channel % 3, 3)

@@ -54,6 +54,17 @@ def test_no_kernel_spills_or_takes_too_much_shared_memory(compiled: list[Usage])
     assert not [f"{u.kernel} ({u.configuration}) on sm_{u.capability}: {u.faults()}" for u in compiled if u.faults()]
 
 
+def test_convolutions_use_the_matrix_units_of_hopper(compiled: list[Usage]) -> None:
+    kernels = ("_convolution_kernel", "_weight_gradient_kernel")
+    units = {
+        u.capability: [v.matrix_units for v in compiled if v.kernel in kernels and v.capability == u.capability]
+        for u in compiled
+    }
+    assert set(units[90]) == {"wgmma"}
+    assert set(units[80]) == {"mma"}
+    assert len(units[90]) == 21
+
+
 def test_faults_are_found(compiled: list[Usage]) -> None:
     assert "8 bytes in local memory" in replace(compiled[0], local=8).faults()[0]
     assert "of shared memory, and sm_80 has" in replace(compiled[0], capability=80, shared=200 * 1024).faults()[0]
