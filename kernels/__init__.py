@@ -7,9 +7,18 @@ project.
 """
 
 from dclr.kernels.backend import BACKENDS, describe, set_backend
-from dclr.kernels.convolution import Convolved, Normalisation, convolve
+from dclr.kernels.convolution import convolve
 from dclr.kernels.info_nce import contrast, info_nce, mine_positives, mine_positives_by_each
-from dclr.kernels.types import EMBEDDING_SIZES, Augmentation, Contrast, ViewParams, Views, Yuv420
+from dclr.kernels.types import (
+    EMBEDDING_SIZES,
+    Augmentation,
+    Contrast,
+    Convolved,
+    Normalisation,
+    ViewParams,
+    Views,
+    Yuv420,
+)
 from dclr.kernels.view_generation import augment, generate_views
 
 __all__ = [

@@ -14,35 +14,15 @@ these formulas: `convolve` is differentiable in x, w, m, s and b, through y, mea
 Letters: B clips, C and C' channels, D frames, H, W pixels.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dclr.kernels.backend import check_same_device, runs_triton
-
-KERNELS = {"temporal": (3, 1, 1), "spatial": (1, 3, 3)}
-"""The size of a convolution's kernel along D, H and W, by its kind."""
+from dclr.kernels.types import CONVOLUTIONS, Convolved, Normalisation, kind_of
 
 MOST_CHANNELS = 256
 """The most channels that the Triton kernels take, before and after a convolution."""
-
-
-class Normalisation(NamedTuple):
-    """What a convolution does to its input first: z = relu((x - mean) * scale + shift). Each is (C,) float32."""
-
-    mean: Tensor
-    scale: Tensor
-    shift: Tensor
-
-
-class Convolved(NamedTuple):
-    """The result of a convolution, and its statistics over all clips, frames and pixels."""
-
-    frames: Tensor  # (B, C', D, H, W) in channels_last_3d memory, with the dtype of the input
-    mean: Tensor  # (C',) float32
-    variance: Tensor  # (C',) float32, biased
 
 
 def convolve(
@@ -80,14 +60,6 @@ def convolve(
     return reference(x, weight, normalisation, repeated, times)
 
 
-def kind_of(weight: Tensor) -> str:
-    """Return the kind of a convolution's weight, "temporal" or "spatial". Raises ValueError if it is neither."""
-    for kind, size in KERNELS.items():
-        if weight.dim() == 5 and weight.shape[2:] == size:
-            return kind
-    raise ValueError(f"weight must be (C', C, 3, 1, 1) or (C', C, 1, 3, 3), not {tuple(weight.shape)}")
-
-
 def supports(weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the Triton kernels take this weight for clips of this dtype.
 
@@ -96,7 +68,7 @@ def supports(weight: Tensor, dtype: torch.dtype) -> bool:
     return (
         dtype == torch.bfloat16
         and weight.dim() == 5
-        and weight.shape[2:] in KERNELS.values()
+        and weight.shape[2:] in CONVOLUTIONS.values()
         and all(channels % 16 == 0 and channels <= MOST_CHANNELS for channels in weight.shape[:2])
     )
 

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dclr.kernels.backend import INTERPRETED, multiprocessors
-from dclr.kernels.convolution import KERNELS, Normalisation, kind_of
 from dclr.kernels.launch import Launch
 from dclr.kernels.rounding_triton import rounded
+from dclr.kernels.types import CONVOLUTIONS, Normalisation, kind_of
 
 # ---------------------------------------------------------------- kernels
 
@@ -585,7 +585,7 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
 
     found = []
     for kind, C, out, size in LAYERS:
-        x, upstream, weight = meta(8, C, *size), meta(8, out, *size), meta(out, C, *KERNELS[kind])
+        x, upstream, weight = meta(8, C, *size), meta(8, out, *size), meta(out, C, *CONVOLUTIONS[kind])
         normalisation = Normalisation(*torch.empty((3, C), device="meta"))
         for given in (normalisation,) if kind == "temporal" else (normalisation, None):
             label = f"{kind} {C} -> {out}" + ("" if given else ", without normalisation")

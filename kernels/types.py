@@ -146,3 +146,31 @@ class ViewParams:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewParams":
         """Return a copy on another device."""
         return ViewParams(self.clip.to(device, non_blocking), self.still.to(device, non_blocking), self.size)
+
+
+CONVOLUTIONS = {"temporal": (3, 1, 1), "spatial": (1, 3, 3)}
+"""The size of a convolution's kernel along D, H and W, by its kind."""
+
+
+class Normalisation(NamedTuple):
+    """What a convolution does to its input first: z = relu((x - mean) * scale + shift). Each is (C,) float32."""
+
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class Convolved(NamedTuple):
+    """The result of a convolution, and its statistics over all clips, frames and pixels."""
+
+    frames: Tensor  # (B, C', D, H, W) in channels_last_3d memory, with the dtype of the input
+    mean: Tensor  # (C',) float32
+    variance: Tensor  # (C',) float32, biased
+
+
+def kind_of(weight: Tensor) -> str:
+    """Return the kind of a convolution's weight, "temporal" or "spatial". Raises ValueError if it is neither."""
+    for kind, size in CONVOLUTIONS.items():
+        if weight.dim() == 5 and weight.shape[2:] == size:
+            return kind
+    raise ValueError(f"weight must be (C', C, 3, 1, 1) or (C', C, 1, 3, 3), not {tuple(weight.shape)}")

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dclr.kernels import Normalisation, backend, convolve
-from dclr.kernels.convolution import KERNELS, supports
+from dclr.kernels.convolution import supports
+from dclr.kernels.types import CONVOLUTIONS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -57,7 +58,7 @@ class Case:
             return torch.randint(least, most + 1, shape, generator=rng).double()
 
         (B, *rest), (C, out) = self.size, self.channels
-        given = [whole(-3, 3, B, C, *rest), whole(-1, 1, out, C, *KERNELS[self.kind])]
+        given = [whole(-3, 3, B, C, *rest), whole(-1, 1, out, C, *CONVOLUTIONS[self.kind])]
         if self.normalise:
             # A shift above 0, because a frame of padding must be zero and not relu(shift).
             given += [whole(-1, 1, C), 2.0 ** whole(-1, 1, C), whole(-1, 3, C) / 2]
@@ -198,7 +199,7 @@ def interpreter() -> Iterator[torch.device]:
 @pytest.mark.parametrize(
     ("name", "fault"), [("_input", padding_is_normalised), ("_shifted", no_border)], ids=["padding", "border"]
 )
-@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_a_wrong_kernel_is_found(
     name: str, fault: Callable, kind: str, interpreter: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
