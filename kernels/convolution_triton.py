@@ -195,6 +195,47 @@ def _convolution_kernel(
 
 
 @triton.jit
+def _merge_kernel(
+    means, squares, totals,  # (programs, N), (programs, N), (programs,) float32
+    mean, square, total,  # (groups, N), (groups, N), (groups,) float32
+    programs, group,
+    N: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Merge the statistics of `group` programs, for BLOCK channels. LAST writes the variance instead of squares.
+
+    Differences from the first program's mean are averaged, so that a large mean does not cancel.
+    """
+    start = tl.program_id(0) * group
+    end = tl.minimum(start + group, programs)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = n < N
+    pivot = tl.load(means + start.to(tl.int64) * N + n, mask=known, other=0.0)
+    count = 0.0
+    moved = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, end, ROWS):
+        i = first + tl.arange(0, ROWS)
+        weight = tl.load(totals + i, mask=i < end, other=0.0)
+        at = i.to(tl.int64)[:, None] * N + n[None, :]
+        there = (i < end)[:, None] & known[None, :]
+        count += tl.sum(weight, 0)
+        moved += tl.sum(tl.where(there, tl.load(means + at, mask=there, other=0.0) - pivot, 0.0) * weight[:, None], 0)
+    merged = pivot + moved / count
+    squared = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, end, ROWS):
+        i = first + tl.arange(0, ROWS)
+        weight = tl.load(totals + i, mask=i < end, other=0.0)
+        at = i.to(tl.int64)[:, None] * N + n[None, :]
+        there = (i < end)[:, None] & known[None, :]
+        away = tl.where(there, tl.load(means + at, mask=there, other=0.0) - merged, 0.0)
+        squared += tl.sum(tl.load(squares + at, mask=there, other=0.0) + weight[:, None] * away * away, 0)
+    out = tl.program_id(0).to(tl.int64) * N + n
+    tl.store(mean + out, merged, mask=known)
+    tl.store(square + out, squared / count if LAST else squared, mask=known)
+    if tl.program_id(1) == 0:
+        tl.store(total + tl.program_id(0), count)
+
+
+@triton.jit
 def _add_tap(
     acc0, acc1, upstream0, upstream1, x, i, rows, tap, D, H, W,
     e, v0, v1, mean0, scale0, shift0, mean1, scale1, shift1,
@@ -407,6 +448,28 @@ def _convolution_launch(
     return launch, target, Partials(first, second, totals)
 
 
+def merge_launch(partials: Partials, group: int, last: bool) -> tuple[Launch, Partials]:
+    """Return the launch that merges the statistics of each `group` programs, and its results.
+
+    Args:
+        last: one group holds all programs; its `second` becomes the variance.
+    """
+    programs, N = partials.first.shape
+    groups = triton.cdiv(programs, group)
+    merged = Partials(*(value.new_empty((groups, *value.shape[1:])) for value in vars(partials).values()))
+    launch = Launch(
+        _merge_kernel,
+        (groups, triton.cdiv(N, 64)),
+        {
+            "means": partials.first, "squares": partials.second, "totals": partials.totals,
+            "mean": merged.first, "square": merged.second, "total": merged.totals,
+            "programs": programs, "group": group,
+        },
+        {"N": N, "LAST": last, "ROWS": 32, "BLOCK": 64},
+    )  # fmt: skip
+    return launch, merged
+
+
 def weight_gradient_launch(
     upstream: Tensor, weight: Tensor, x: Tensor, normalisation: Normalisation | None, settings: Settings | None = None
 ) -> tuple[Launch, Tensor]:
@@ -449,13 +512,17 @@ def weight_gradient_launch(
 # ---------------------------------------------------------------- registered ops
 
 
-def merge(partials: Partials) -> tuple[Tensor, Tensor]:
-    """Return the mean and the biased variance (C',) float32 of all rows, merged in float64 in the order of programs."""
-    totals = partials.totals[:, None].double()
-    means = partials.first.double()
-    mean = (totals * means).sum(0) / totals.sum()
-    squares = partials.second.double() + totals * (means - mean).square()
-    return mean.float(), (squares.sum(0) / totals.sum()).float()
+def merge(partials: Partials, group: int = 256) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance (C',) float32 of all rows, merged in the order of the programs.
+
+    Args:
+        group: how many programs are merged at once, first. Then the groups are merged.
+    """
+    launch, groups = merge_launch(partials, group, last=False)
+    launch()
+    launch, merged = merge_launch(groups, len(groups.totals), last=True)
+    launch()
+    return merged.first[0], merged.second[0]
 
 
 def weight_gradient(partial: Tensor, weight: Tensor) -> Tensor:
@@ -600,4 +667,6 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                     "weight gradient": weight_gradient_launch(upstream, weight, x, given, weight_gradient)[0],
                 }
                 found += [(f"{label}, {name}", replace(each, capability=capability)) for name, each in launches.items()]
-    return found
+    partials = Partials(*torch.empty((2, 1000, 144), device="meta"), torch.empty(1000, device="meta"))
+    found += [("groups of programs", merge_launch(partials, 256, last=False)[0])]
+    return [*found, ("all groups", merge_launch(partials, 1000, last=True)[0])]

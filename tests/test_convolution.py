@@ -264,8 +264,9 @@ def test_programs_are_merged_in_one_order(interpreter: torch.device) -> None:
     launch, y, partials = convolution_triton.forward_launch(x, weight, None, 0, 1, settings)
     launch()
     assert torch.equal(y, whole.frames)
-    for found, expected in zip(convolution_triton.merge(partials), whole[1:], strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for group in (1, 2, 3, 100):
+        for found, expected in zip(convolution_triton.merge(partials, group), whole[1:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
