@@ -345,23 +345,31 @@ def sections(channels: int) -> tuple[int, int]:
     return first, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def settings_for(kernel: str, weight: Tensor, capability: int) -> Settings:
+def settings_for(kernel: str, weight: Tensor, normalised: bool, capability: int) -> Settings:
     """Return the settings of a kernel for a weight (C', C, ...).
 
     They are the largest tiles that spill no register on a GPU of this compute capability (benchmarks/resources.py).
+    A larger tile reads the weights from the cache for more rows.
 
     Args:
         kernel: "forward", "input gradient" or "weight gradient".
+        normalised: whether the convolution normalises its input.
         capability: 80 for 8.0. From 90 on, matrix units read one operand from shared memory, which frees registers.
     """
     large = max(weight.shape[:2]) > 144
-    if kernel == "forward":
-        return Settings(64, 8, 2) if large else Settings(128, 8, 3 if capability >= 90 else 2)
-    if kernel == "input gradient":
-        return Settings(64, 8, 2) if large or kind_of(weight) == "temporal" else Settings(128, 8, 2)
-    if capability >= 90:
-        return Settings(64, 8, 2, taps=1 if large else 3)
-    return Settings(16 if large else 64, 8, 2)
+    temporal = kind_of(weight) == "temporal"
+    hopper = capability >= 90
+    if kernel == "weight gradient":
+        if hopper:
+            return Settings(64, 8, 2, taps=1 if large else 3)
+        return Settings(16 if large else 64, 8, 2)
+    if large or (kernel == "input gradient" and temporal):
+        return Settings(64, 8, 2)
+    if not hopper:
+        return Settings(128, 8, 2)
+    if kernel == "input gradient" or temporal:
+        return Settings(256, 8, 2)
+    return Settings(128 if normalised else 256, 8, 3)
 
 
 def _capability(device: torch.device) -> int:
@@ -391,7 +399,7 @@ def forward_launch(
 ) -> tuple[Launch, Tensor, Partials]:
     """Return the launch of a convolution, its result and the partial statistics."""
     matrices = weight.flatten(2).permute(2, 1, 0).contiguous()  # (taps, C, C')
-    settings = settings or settings_for("forward", weight, _capability(x.device))
+    settings = settings or settings_for("forward", weight, normalisation is not None, _capability(x.device))
     return _convolution_launch(x, matrices, None, normalisation, kind_of(weight), repeated, times, settings)
 
 
@@ -400,7 +408,7 @@ def input_gradient_launch(
 ) -> tuple[Launch, Tensor, Partials]:
     """Return the launch of an input gradient, the gradient and its partial sums, which need a normalisation."""
     matrices = weight.flatten(2).flip(2).permute(2, 0, 1).contiguous()  # (taps, C', C)
-    settings = settings or settings_for("input gradient", weight, _capability(x.device))
+    settings = settings or settings_for("input gradient", weight, normalisation is not None, _capability(x.device))
     return _convolution_launch(upstream, matrices, x, normalisation, kind_of(weight), 0, 1, settings)
 
 
@@ -477,7 +485,7 @@ def weight_gradient_launch(
 
     The output's channels come first if they are a power of two. `weight_gradient` adds the sums.
     """
-    settings = settings or settings_for("weight gradient", weight, _capability(x.device))
+    settings = settings or settings_for("weight gradient", weight, normalisation is not None, _capability(x.device))
     kind = kind_of(weight)
     B, K, D, H, W = x.shape
     N = upstream.shape[1]
@@ -658,7 +666,7 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
             label = f"{kind} {C} -> {out}" + ("" if given else ", without normalisation")
             for capability in (80, 90):
                 forward, input_gradient, weight_gradient = (
-                    settings_for(kernel, weight, capability)
+                    settings_for(kernel, weight, given is not None, capability)
                     for kernel in ("forward", "input gradient", "weight gradient")
                 )
                 launches = {
@@ -667,6 +675,7 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                     "weight gradient": weight_gradient_launch(upstream, weight, x, given, weight_gradient)[0],
                 }
                 found += [(f"{label}, {name}", replace(each, capability=capability)) for name, each in launches.items()]
-    partials = Partials(*torch.empty((2, 1000, 144), device="meta"), torch.empty(1000, device="meta"))
+    means, squares = torch.empty((2, 1000, 144), device="meta")
+    partials = Partials(means, squares, torch.empty(1000, device="meta"))
     found += [("groups of programs", merge_launch(partials, 256, last=False)[0])]
     return [*found, ("all groups", merge_launch(partials, 1000, last=True)[0])]
