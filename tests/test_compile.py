@@ -71,6 +71,23 @@ def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
         compiled(clip + 1)
 
 
+def test_a_backbone_with_fused_convolutions_compiles_as_one_graph(fresh):
+    """The backend "eager" runs what is traced, and generates no code."""
+    rng = torch.Generator().manual_seed(0)
+    clip, still = (torch.randn(2, 3, frames, 16, 16, dtype=torch.float64, generator=rng) for frames in (4, 1))
+    plain, compiled = build_backbone("r2plus1d_10", 4).double(), build_backbone("r2plus1d_10", 4).double()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.fuse(compiled.fusible())
+    compile_backbone(compiled, backend="eager")
+    for network in (plain, compiled):
+        sum(view.square().mean() for view in network.forward_views([clip, still], 4)).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    for (name, a), b in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9 * b.grad.abs().max().item(), msg=name)
+    for (name, a), b in zip(compiled.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_the_message_says_if_backbones_are_compiled_and_why(monkeypatch):
     assert resolve_compile("auto", CPU) == (
         False,

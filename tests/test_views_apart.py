@@ -24,7 +24,8 @@ from torchvision.models.video import resnet
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DNoTemporal, Conv3DSimple
 
 from dclr.config import MethodConfig, ModelConfig
-from dclr.kernels import Views
+from dclr.kernels import Views, convolution
+from dclr.kernels.convolution import kind_of
 from dclr.kernels.space_to_depth import space_to_depth
 from dclr.method import DCLR
 from dclr.models import IMAGENET, KINETICS, Backbone, Statistics, backbone_without_memory, build_backbone
@@ -95,6 +96,7 @@ class Case:
             d (dynamic).
         channels: see Backbone.pad_channels.
         blocks: whether the views come in the layout of space_to_depth.
+        fused: the convolutions that `dclr.kernels.convolution` computes: "all", "spatial", "temporal" or "" for none.
     """
 
     name: str = "r2plus1d_10"
@@ -106,10 +108,12 @@ class Case:
     channels: int = 1
     statistics: Statistics = IMAGENET
     blocks: bool = False
+    fused: str = ""
 
     def __str__(self) -> str:
         words = [self.name, f"w{self.width}", self.views, f"{self.batch}x{self.frames}x{self.size[0]}x{self.size[1]}"]
         words += [f"c{self.channels}"] * (self.channels > 1) + ["kinetics"] * (self.statistics != IMAGENET)
+        words += [f"fused-{self.fused}"] * bool(self.fused)
         return "-".join(words + ["blocks"] * self.blocks)
 
     @property
@@ -140,6 +144,8 @@ class Case:
         ours.load_state_dict(oracle.state_dict(), strict=True)
         ours.statistics = self.statistics
         ours.pad_channels(self.channels)
+        if self.fused:
+            ours.fuse([n for n, weight in ours.fusible().items() if self.fused in ("all", kind_of(weight))])
         return oracle, ours
 
     def by_oracle(self, oracle: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
@@ -260,6 +266,13 @@ CASES = [
     Case(frames=16, blocks=True),
     Case(views="sd", frames=3, size=(17, 13), channels=16, blocks=True),
     Case("r3d_10", frames=8, size=(13, 18), blocks=True),
+    # The convolutions normalise their inputs and compute the statistics of their outputs.
+    Case(frames=16, size=(17, 13), width=16, fused="all"),
+    Case("r2plus1d_18", "sd", frames=3, channels=8, fused="all"),
+    Case("r2plus1d_18", "r", frames=1, size=(33, 17), batch=3, fused="all"),
+    Case(views="rs", frames=7, size=(13, 17), statistics=KINETICS, fused="spatial"),
+    Case("r2plus1d_18", frames=8, size=(13, 16), blocks=True, fused="temporal"),
+    Case(views="ssrd", frames=2, width=2, fused="all"),
 ]
 """The steps that are compared with the oracle."""
 
@@ -307,6 +320,83 @@ def biased_variance(
 ) -> None:
     """Update the running variance with n instead of n - 1: n / (n - 1) of so many values is 1."""
     right(norm, mean, variance, 10**18)
+
+
+def statistics_without_counts(*args: Any, right: Callable[..., Any] = convolution.convolve) -> convolution.Convolved:
+    """Return a convolution whose statistics count each frame once."""
+    return right(*args[:3])
+
+
+def normalised_padding(
+    x: Tensor,
+    weight: Tensor,
+    normalisation: convolution.Normalisation | None,
+    repeated: int,
+    times: int,
+    right: Callable[..., Any] = convolution.convolve,
+) -> convolution.Convolved:
+    """Return a convolution that also normalises the zeros of its padding in time."""
+    if normalisation is None or weight.shape[2] == 1:
+        return right(x, weight, normalisation, repeated, times)
+    padded = right(nn.functional.pad(x, (0, 0, 0, 0, 1, 1)), weight, normalisation).frames[:, :, 1:-1]
+    return right(x, weight, normalisation, repeated, times)._replace(frames=padded)
+
+
+def without_gradient(*args: Any, right: Callable[..., Any] = convolution.convolve) -> convolution.Convolved:
+    """Return a convolution whose variance has no gradient."""
+    result = right(*args)
+    return result._replace(variance=result.variance.detach())
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"),
+    [
+        (statistics_without_counts, "map 0"),
+        (normalised_padding, "map 0"),
+        (without_gradient, "gradient of stem.0.weight"),
+    ],
+)
+def test_a_planted_fault_of_a_fused_convolution_is_found(
+    monkeypatch: pytest.MonkeyPatch, planted: Callable[..., Any], found: str
+) -> None:
+    monkeypatch.setattr(convolution, "convolve", planted)
+    with pytest.raises(AssertionError, match=rf"^{found}: off by"):
+        check(Case(frames=16, fused="all"))
+
+
+def test_a_network_fuses_the_chosen_convolutions_of_stride_1_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names are those of the parameters. The channels inside a (2+1)D convolution are multiples of 16."""
+    backbone = backbone_without_memory("r2plus1d_10", 64)
+    found = {name: tuple(weight.shape[:2]) for name, weight in backbone.fusible().items()}
+    assert found == {
+        "stem.3": (64, 48),
+        "layer1.0.conv1.0.0": (144, 64),
+        "layer1.0.conv1.0.3": (64, 144),
+        "layer1.0.conv2.0.0": (144, 64),
+        "layer1.0.conv2.0.3": (64, 144),
+        "layer2.0.conv2.0.0": (240, 128),
+        "layer2.0.conv2.0.3": (128, 240),
+        "layer3.0.conv2.0.0": (464, 256),
+        "layer3.0.conv2.0.3": (256, 464),
+        "layer4.0.conv2.0.0": (928, 512),
+        "layer4.0.conv2.0.3": (512, 928),
+    }
+    assert not backbone_without_memory("r3d_18", 64).fusible()
+    assert not backbone_without_memory("s3d", 64).fusible()
+    calls: list[tuple[int, ...]] = []
+    right = convolution.convolve
+
+    def watched(x: Tensor, weight: Tensor, *others: Any) -> convolution.Convolved:
+        calls.append(tuple(weight.shape))
+        return right(x, weight, *others)
+
+    monkeypatch.setattr(convolution, "convolve", watched)
+    small = build_backbone("r2plus1d_10", 4)
+    for name, weight in [*small.fusible().items(), ("", torch.empty(0))]:
+        small.fuse([name])
+        small(torch.zeros(2, 3, 4, 16, 16))
+        assert calls == ([tuple(weight.shape)] if name else [])
+        calls.clear()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Letters: B clips, C channels, T frames, H, W pixels.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,20 @@ class Backbone(nn.Module):
 
         Tensor cores work on 8 or 16 channels at a time. Results, parameters and checkpoints must stay the same. A
         backbone whose numbers of channels are multiples of 8 does nothing here.
+        """
+
+    def fusible(self) -> dict[str, Tensor]:
+        """Return the convolutions that `fuse` takes: the name of the module -> the weight that would be used.
+
+        The weight may have padded channels. `dclr.kernels.convolution.supports` tells whether the kernels take it.
+        """
+        return {}
+
+    def fuse(self, names: Collection[str]) -> None:
+        """Let `dclr.kernels.convolution` compute these convolutions of `fusible`, and the library the others.
+
+        A fused convolution normalises its input itself and computes the statistics of its output. Parameters and
+        checkpoints stay the same, and results up to rounding errors.
         """
 
     def forward(self, x: Tensor, differences: bool = False) -> Tensor:

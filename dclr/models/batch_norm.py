@@ -11,6 +11,10 @@ of equal frames that a frame stands for, the gradients are
     dbias = sum g,   dweight = sum g (x - m) / sqrt(v + eps),   dr = g,
     dx = scale * (g - c / n * (dbias + (x - m) / sqrt(v + eps) * dweight)).
 
+Where a convolution has computed m and v (kernels/convolution.py), they have gradients of their own instead:
+
+    dm = -scale * sum g,   dv = -scale / 2 * sum g (x - m) / (v + eps),   dx = scale * g.
+
 The gradient dy of a frame that stands for c frames is already the sum over these c frames. Source of the formulas:
 Ioffe and Szegedy, ICML 2015, arXiv 1502.03167, section 3.
 
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dclr.kernels.convolution import Normalisation
 from dclr.models.clips import Clips
 
 _CHUNK = 2**19
@@ -44,13 +49,19 @@ class BatchNorm(nn.BatchNorm3d):
         return self.normalise([Clips(x)], relu=False)[0].frames
 
     def normalise(
-        self, views: Sequence[Clips], relu: bool = True, shortcuts: Sequence[Tensor] = (), extra: int = 0
+        self,
+        views: Sequence[Clips],
+        relu: bool = True,
+        shortcuts: Sequence[Tensor] = (),
+        extra: int = 0,
+        statistics: tuple[Tensor, Tensor] | None = None,
     ) -> list[Clips]:
         """Normalise views, in training with the statistics of all their frames. Then add shortcuts and apply ReLU.
 
         Args:
             views: clips of C + extra channels. The last `extra` channels are zero and stay zero.
             shortcuts: one tensor for each view, with the shape of its frames; or none.
+            statistics: the mean and the biased variance (C + extra,) over all views. None computes them.
 
         Raises:
             ValueError: in training, all views together have only one value per channel.
@@ -59,13 +70,12 @@ class BatchNorm(nn.BatchNorm3d):
         shortcuts = [_channels_last(shortcut) for shortcut in shortcuts]
         weight, bias = _padded(self.weight, extra), _padded(self.bias, extra)
         if self.training:
-            count = values(views)
-            if count < 2:
-                raise ValueError(f"Expected more than 1 value per channel when training, got {count}")
+            count = _count(views)
             runs = [number for view in views for number in (view.repeated, view.times)]
+            given = (None, None) if statistics is None else statistics
             *outputs, mean, variance = cast(
                 tuple[Tensor, ...],
-                _Normalise.apply(weight, bias, self.eps, relu, len(views), *runs, *frames, *shortcuts),
+                _Normalise.apply(weight, bias, *given, self.eps, relu, len(views), *runs, *frames, *shortcuts),
             )
             self._update(mean, variance, count)
         else:
@@ -75,6 +85,28 @@ class BatchNorm(nn.BatchNorm3d):
                 outputs = [y + shortcut for y, shortcut in zip(outputs, shortcuts, strict=True)]
             outputs = [F.relu(y, inplace=True) for y in outputs] if relu else outputs
         return [view._replace(frames=y) for view, y in zip(views, outputs, strict=True)]
+
+    def normalisation(
+        self, views: Sequence[Clips], extra: int = 0, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> Normalisation:
+        """Return the normalisation for a convolution that applies it itself. The arguments are those of `normalise`.
+
+        In training its gradient reaches the views through their statistics.
+
+        Raises:
+            ValueError: see `normalise`.
+        """
+        if self.training:
+            count = _count(views)
+            if statistics is None:
+                statistics = batch_statistics([view._replace(frames=_channels_last(view.frames)) for view in views])
+            mean, variance = statistics
+            self._update(mean, variance, count)
+        else:
+            mean, variance = _padded(self.running_mean, extra), _padded(self.running_var, extra, 1.0)
+        weight, bias = _padded(self.weight, extra), _padded(self.bias, extra)
+        scale = weight.double() * torch.rsqrt(variance.double() + self.eps)
+        return Normalisation(mean.to(weight.dtype), scale.to(weight.dtype), bias)
 
     @torch.no_grad()
     def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -103,6 +135,14 @@ def values(views: Sequence[Clips]) -> int:
     return sum(view.frames[:, 0, 0].numel() * view.length for view in views)
 
 
+def _count(views: Sequence[Clips]) -> int:
+    """Return `values` of views in training. Raises ValueError if there are fewer than 2."""
+    count = values(views)
+    if count < 2:
+        raise ValueError(f"Expected more than 1 value per channel when training, got {count}")
+    return count
+
+
 def batch_statistics(views: Sequence[Clips]) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each channel over all frames of all views, both (C,) float64.
 
@@ -116,9 +156,29 @@ def batch_statistics(views: Sequence[Clips]) -> tuple[Tensor, Tensor]:
         variances.append(variance)
         weights.append((view.counts() * view.frames[0, 0, 0].numel()).repeat(len(view.frames)))  # (N,)
     weight = torch.cat(weights)[:, None].double() / values(views)
-    mean, variance = torch.cat(means).double(), torch.cat(variances).double()
-    joint = (weight * mean).sum(0)
-    return joint, (weight * (variance + (mean - joint).square())).sum(0)
+    return _merge(weight, torch.cat(means), torch.cat(variances))
+
+
+def merge_statistics(
+    views: Sequence[Clips], means: Sequence[Tensor], variances: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of all views, both (C,) float64, from those of each view."""
+    shares = [values([view]) / values(views) for view in views]
+    weights = [torch.full_like(mean, share, dtype=torch.float64) for mean, share in zip(means, shares, strict=True)]
+    return _merge(torch.stack(weights), torch.stack([*means]), torch.stack([*variances]))
+
+
+def _merge(weight: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of n groups together, both (C,) float64.
+
+    Args:
+        weight: the share of each group in the number of values, (n, 1) or (n, C) float64.
+        means: the mean of each group, (n, C).
+        variances: the biased variance of each group, (n, C).
+    """
+    means, variances = means.double(), variances.double()
+    mean = (weight * means).sum(0)
+    return mean, (weight * (variances + (means - mean).square())).sum(0)
 
 
 class _Normalise(torch.autograd.Function):
@@ -126,11 +186,21 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor, eps: float, relu: bool, count: int, *runs_and_tensors: Any
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float,
+        relu: bool,
+        count: int,
+        *runs_and_tensors: Any,
     ) -> tuple[Tensor, ...]:
         """Return one output for each view, then the batch's mean and variance (C,) float64.
 
         Args:
+            mean, variance: (C,) float64, and then they get gradients. Both None: they are computed from the frames, and
+                the gradient of the frames includes the part that flows through them.
             count: number of views.
             runs_and_tensors: `repeated` and `times` of each view, then the frames of the views, then their shortcuts,
                 if there are any. torch.compile would not keep lists.
@@ -138,7 +208,9 @@ class _Normalise(torch.autograd.Function):
         runs, tensors = runs_and_tensors[: 2 * count], runs_and_tensors[2 * count :]
         frames, shortcuts = tensors[:count], tensors[count:]
         views = [Clips(frames[i], runs[2 * i], runs[2 * i + 1]) for i in range(count)]
-        mean, variance = batch_statistics(views)
+        ctx.given = mean is not None
+        # An autograd.Function may not return its inputs, so they are copied.
+        mean, variance = batch_statistics(views) if mean is None else (mean.clone(), cast(Tensor, variance).clone())
         rate = torch.rsqrt(variance + eps)
         scale = (weight.double() * rate).to(weight.dtype)[:, None, None]
         shift = (bias.double() - mean * weight.double() * rate).to(weight.dtype)[:, None, None]
@@ -156,7 +228,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Return the gradients of weight, bias, frames and shortcuts."""
+        """Return the gradients of weight, bias, given mean and variance, frames and shortcuts."""
         scale, shift, mean, rate, *saved = ctx.saved_tensors
         frames, outputs = saved[: ctx.count], saved[ctx.count :]
         views = [Clips(frames[i], ctx.runs[2 * i], ctx.runs[2 * i + 1]) for i in range(ctx.count)]
@@ -183,11 +255,14 @@ class _Normalise(torch.autograd.Function):
         total, product = torch.cat(sums, dim=1).double().sum(1)  # (C,): sum g, sum g (x - m)
 
         # dx = scale * g + c * (offset + slope * x)
-        slope = -scale.flatten() * product * rate.square() / values(views)
-        offset = (-scale.flatten() * total / values(views) - slope * mean).to(scale.dtype)[:, None, None]
+        wide = scale.flatten().double()
+        slope = -wide * product * rate.square() / values(views)
+        offset = (-wide * total / values(views) - slope * mean).to(scale.dtype)[:, None, None]
         slope = slope.to(scale.dtype)[:, None, None]
 
         def gradient(out: Tensor | None, x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
+            if ctx.given:
+                return torch.mul(passed(x, upstream), scale, out=out)
             common = _affine(x.to(scale.dtype), slope, offset)
             return _affine(passed(x, upstream), scale, common * count[0] if count else common, out)
 
@@ -196,7 +271,8 @@ class _Normalise(torch.autograd.Function):
             counts = view.counts().repeat(len(view.frames))[:, None, None, None]  # (N, 1, 1, 1)
             inputs.append(_by_frames(gradient, view.frames, upstream, *((counts,) if view.times > 1 else ())))
         weights = (product * rate).to(scale.dtype), total.to(scale.dtype)
-        return *weights, *[None] * (3 + 2 * ctx.count), *inputs, *(upstreams if ctx.shortcuts else ())
+        given = (-wide * total, -0.5 * wide * product * rate.square()) if ctx.given else (None, None)
+        return *weights, *given, *[None] * (3 + 2 * ctx.count), *inputs, *(upstreams if ctx.shortcuts else ())
 
 
 def _affine(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:

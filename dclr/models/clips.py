@@ -53,8 +53,8 @@ def as_clips(view: Tensor, frames: int) -> Clips:
     return Clips(view, 0, frames if view.shape[2] == 1 else 1)
 
 
-def convolve(clips: Clips, conv: nn.Conv3d, apply: Callable[[Tensor], Tensor]) -> Clips:
-    """Convolve clips. Each frame of the result that occurs once is computed once, as long as some frames are equal.
+def before_convolution(clips: Clips, conv: nn.Conv3d) -> Clips:
+    """Return the frames that a convolution must read, and the equal frames of its result.
 
     Output frame t reads the input frames from stride * t - padding to stride * t - padding + kernel - 1. The outputs
     that read copies of the repeated frame only are equal. One of them is kept. To compute it and all others, the
@@ -62,15 +62,28 @@ def convolve(clips: Clips, conv: nn.Conv3d, apply: Callable[[Tensor], Tensor]) -
 
     Args:
         conv: gives the kernel, the stride and the padding in time.
-        apply: computes the convolution of frames (B, C, D, H, W).
+
+    Returns:
+        The frames to convolve, with `repeated` and `times` of the result: `_replace(frames=...)` makes it the result.
     """
     kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     first = -(-(clips.repeated + padding) // stride)  # rounded up
     last = (clips.repeated + clips.times - kernel + padding) // stride
     equal = last - first + 1
     if equal < 2:
-        return Clips(apply(clips.expand()))
-    return Clips(apply(clips.stretch(clips.times - stride * (equal - 1))), first, equal)
+        return Clips(clips.expand())
+    return Clips(clips.stretch(clips.times - stride * (equal - 1)), first, equal)
+
+
+def convolve(clips: Clips, conv: nn.Conv3d, apply: Callable[[Tensor], Tensor]) -> Clips:
+    """Convolve clips. Each frame of the result that occurs once is computed once, as long as some frames are equal.
+
+    Args:
+        conv: gives the kernel, the stride and the padding in time.
+        apply: computes the convolution of frames (B, C, D, H, W).
+    """
+    given = before_convolution(clips, conv)
+    return given._replace(frames=apply(given.frames))
 
 
 def align(shortcut: Clips, main: Clips) -> Tensor:

@@ -11,36 +11,81 @@ Parameter names are torchvision's, so torchvision's weights load strictly, excep
 Letters: B clips, C channels, T frames, H, W pixels.
 """
 
-from collections.abc import Sequence
-from functools import partial
-from typing import cast
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DNoTemporal, Conv3DSimple
 
+from dclr.kernels import convolution
 from dclr.kernels.space_to_depth import CHANNELS, space_to_depth
 from dclr.models.backbone import Backbone, in_space, in_time, initialise
-from dclr.models.batch_norm import BatchNorm, replace_norms
+from dclr.models.batch_norm import BatchNorm, merge_statistics, replace_norms
 from dclr.models.clip_format import IMAGENET
-from dclr.models.clips import Clips, align, as_clips, convolve
+from dclr.models.clips import Clips, align, as_clips, before_convolution, convolve
+
+CHANNEL_MULTIPLE = 16
+"""Fused convolutions take multiples of so many channels. The channels inside a (2+1)D convolution are padded to it."""
+
+Apply = Callable[[Tensor, Tensor, nn.Conv3d], Tensor]
 
 
-class Factored(Conv2Plus1D):
-    """torchvision's (2+1)D convolution, with optional padding of its inner channels: see `Backbone.pad_channels`."""
+Statistics = tuple[Tensor, Tensor]
+"""The mean and the biased variance (C,) of a convolution's output over all views, which the convolution computed."""
+
+
+class Before(NamedTuple):
+    """Batch normalisation with ReLU that comes before a convolution."""
+
+    norm: BatchNorm
+    statistics: Statistics | None
+    """The statistics of the views that it normalises. None computes them from the views."""
+    extra: int = 0
+    """The number of padded channels of the views."""
+
+
+class SpaceThenTime(nn.Sequential):
+    """A convolution in space, batch normalisation, ReLU and a convolution in time. Other layers may follow.
+
+    Attributes:
+        channel_multiple: the channels between the convolutions are padded to a multiple of this number: see
+            `Backbone.pad_channels`.
+        fused: the convolutions, "spatial" and "temporal", that `dclr.kernels.convolution` computes: see
+            `Backbone.fuse`. The library computes the others.
+    """
 
     channel_multiple = 1
+    fused: frozenset[str] = frozenset()
 
-    def apply_to(self, views: list[Clips]) -> list[Clips]:
-        """Convolve in space, normalise, apply ReLU, and convolve in time."""
-        spatial, norm, _, temporal = self
-        return _factored(views, spatial, norm, temporal, self.channel_multiple)
+    def weights(self, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the weights of both convolutions, with zeros for the padded channels between them.
+
+        Their number is a multiple of `channel_multiple` and of `multiple`.
+        """
+        space, time = cast(nn.Conv3d, self[0]), cast(nn.Conv3d, self[3])
+        extra = -space.out_channels % math.lcm(self.channel_multiple, multiple)
+        if not extra:
+            return space.weight, time.weight
+        return F.pad(space.weight, (0, 0) * 4 + (0, extra)), F.pad(time.weight, (0, 0) * 3 + (0, extra))
+
+    def convolve(self, views: list[Clips], before: Before | None = None) -> tuple[list[Clips], Statistics | None]:
+        """Convolve in space, normalise, apply ReLU, and convolve in time. See `_layer`."""
+        space, between, _, time, *_ = cast(tuple[nn.Conv3d, BatchNorm, nn.Module, nn.Conv3d], tuple(self))
+        to_inner, from_inner = self.weights(CHANNEL_MULTIPLE if self.fused else 1)
+        in_frames = _stem_in_space if space.in_channels == 3 and space.kernel_size[1] == 7 else in_space
+        views, statistics = _layer(views, before, space, to_inner, in_frames, "spatial" in self.fused)
+        middle = Before(between, statistics, extra=to_inner.shape[0] - space.out_channels)
+        return _layer(views, middle, time, from_inner, in_time, "temporal" in self.fused)
 
 
-class FactoredStem(nn.Sequential):
-    """The plain stem factored into a convolution in space and one in time, with the same optional padding."""
+class Factored(SpaceThenTime, Conv2Plus1D):
+    """torchvision's (2+1)D convolution."""
 
-    channel_multiple = 1
+
+class FactoredStem(SpaceThenTime):
+    """The plain stem factored into a convolution in space and one in time."""
 
     def __init__(self, width: int) -> None:
         between = max(1, 45 * width // 64)  # torchvision has 45 channels at width 64
@@ -55,9 +100,8 @@ class FactoredStem(nn.Sequential):
 
     def apply_to(self, views: list[Clips]) -> list[Clips]:
         """Compute the stem's output of views (B, 3, D, H, W), or of their blocks: see `space_to_depth`."""
-        spatial, between, _, temporal, norm, _ = self
-        views = _factored(views, spatial, between, temporal, self.channel_multiple)
-        return cast(BatchNorm, norm).normalise(views)
+        views, statistics = self.convolve(views)
+        return cast(BatchNorm, self[4]).normalise(views, statistics=statistics)
 
 
 class PlainStem(nn.Sequential):
@@ -73,7 +117,8 @@ class PlainStem(nn.Sequential):
     def apply_to(self, views: list[Clips]) -> list[Clips]:
         """Compute the stem's output of views (B, 3, D, H, W), or of their blocks: see `space_to_depth`."""
         conv, norm, _ = self
-        return cast(BatchNorm, norm).normalise(_convolve(views, cast(nn.Conv3d, conv)))
+        views, _ = _convolve(views, conv)
+        return cast(BatchNorm, norm).normalise(views)
 
 
 class Block(BasicBlock):
@@ -82,13 +127,14 @@ class Block(BasicBlock):
     def apply_to(self, views: list[Clips]) -> list[Clips]:
         """Compute the block's output of each view."""
         (conv1, norm1, _), (conv2, norm2) = self.conv1, self.conv2
-        inner = cast(BatchNorm, norm1).normalise(_convolve(views, conv1))
-        inner = _convolve(inner, conv2)
+        inner, statistics = _convolve(views, conv1)
+        inner, statistics = _convolve(inner, conv2, Before(cast(BatchNorm, norm1), statistics))
         if self.downsample is not None:
             conv, norm = self.downsample
-            views = cast(BatchNorm, norm).normalise(_convolve(views, conv), relu=False)
+            views, _ = _convolve(views, conv)
+            views = cast(BatchNorm, norm).normalise(views, relu=False)
         shortcuts = [align(shortcut, main) for shortcut, main in zip(views, inner, strict=True)]
-        return cast(BatchNorm, norm2).normalise(inner, shortcuts=shortcuts)
+        return cast(BatchNorm, norm2).normalise(inner, shortcuts=shortcuts, statistics=statistics)
 
 
 Conv = type[Factored] | type[Conv3DSimple] | type[Conv3DNoTemporal]
@@ -121,8 +167,25 @@ class VideoResNet(Backbone):
         become non-zero. Networks without (2+1)D convolutions do not change.
         """
         for module in self.modules():
-            if isinstance(module, Factored | FactoredStem):
+            if isinstance(module, SpaceThenTime):
                 module.channel_multiple = multiple
+
+    def fusible(self) -> dict[str, Tensor]:
+        """Return the convolutions of stride 1 in (2+1)D convolutions. See `Backbone.fusible`."""
+        found = {}
+        for name, module in self.named_modules():
+            if isinstance(module, SpaceThenTime):
+                for number, weight in zip((0, 3), module.weights(CHANNEL_MULTIPLE), strict=True):
+                    if cast(nn.Conv3d, module[number]).stride == (1, 1, 1):
+                        found[f"{name}.{number}"] = weight
+        return found
+
+    def fuse(self, names: Collection[str]) -> None:
+        """Let `dclr.kernels.convolution` compute these convolutions of `fusible`. See `Backbone.fuse`."""
+        for name, module in self.named_modules():
+            if isinstance(module, SpaceThenTime):
+                kinds = {f"{name}.0": "spatial", f"{name}.3": "temporal"}
+                module.fused = frozenset(kinds[convolution] for convolution in kinds.keys() & set(names))
 
     @property
     def takes_blocks(self) -> bool:
@@ -147,12 +210,42 @@ class VideoResNet(Backbone):
         return [view.expand() for view in clips]
 
 
-def _convolve(views: list[Clips], conv: nn.Module) -> list[Clips]:
-    """Apply a convolution of a block or of a stem to each view."""
-    if isinstance(conv, Factored):
-        return conv.apply_to(views)
+def _convolve(
+    views: list[Clips], conv: nn.Module, before: Before | None = None
+) -> tuple[list[Clips], Statistics | None]:
+    """Apply a convolution of a block or of a stem to each view. See `_layer`."""
+    if isinstance(conv, SpaceThenTime):
+        return conv.convolve(views, before)
     conv = cast(nn.Conv3d, conv)
-    return [convolve(view, conv, partial(_in_three, weight=conv.weight, conv=conv)) for view in views]
+    return _layer(views, before, conv, conv.weight, _in_three, fused=False)
+
+
+def _layer(
+    views: list[Clips], before: Before | None, conv: nn.Conv3d, weight: Tensor, apply: Apply, fused: bool
+) -> tuple[list[Clips], Statistics | None]:
+    """Normalise the views, apply ReLU, and convolve each view.
+
+    Args:
+        before: the normalisation; None convolves the views as they are.
+        conv: gives the kernel, the stride and the padding in time.
+        weight: the weight of `conv`, which may have padded channels.
+        apply: the library's convolution of frames (B, C, D, H, W), by the weight and `conv`.
+        fused: convolve by `dclr.kernels.convolution`, which normalises its input itself.
+
+    Returns:
+        The convolved views, which are not normalised, and their statistics if the convolution is fused.
+    """
+    if not fused:
+        if before is not None:
+            views = before.norm.normalise(views, extra=before.extra, statistics=before.statistics)
+        return [convolve(view, conv, lambda x: apply(x, weight, conv)) for view in views], None
+    normalisation = before and before.norm.normalisation(views, before.extra, before.statistics)
+    weight = weight.to(views[0].frames.dtype)
+    given = [before_convolution(view, conv) for view in views]
+    results = [convolution.convolve(view.frames, weight, normalisation, view.repeated, view.times) for view in given]
+    views = [view._replace(frames=result.frames) for view, result in zip(given, results, strict=True)]
+    means, variances = [result.mean for result in results], [result.variance for result in results]
+    return views, merge_statistics(views, means, variances)
 
 
 def _in_three(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
@@ -167,18 +260,6 @@ def _in_three(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
     if x.shape[2] == 2 and x.device.type == "cpu":
         x, padding = F.pad(x, (0, 0) * 2 + (padding[0], padding[0])), (0, *padding[1:])
     return F.conv3d(x, weight, None, stride, padding)
-
-
-def _factored(
-    views: list[Clips], spatial: nn.Module, norm: nn.Module, temporal: nn.Module, multiple: int
-) -> list[Clips]:
-    """Convolve in space, normalise, apply ReLU, convolve in time. The inner channels are padded to a multiple."""
-    space, between, time = cast(nn.Conv3d, spatial), cast(BatchNorm, norm), cast(nn.Conv3d, temporal)
-    to_more, from_more, extra = _padded(space, time, multiple)
-    in_frames = _stem_in_space if space.in_channels == 3 and space.kernel_size[1] == 7 else in_space
-    views = [convolve(view, space, partial(in_frames, weight=to_more, conv=space)) for view in views]
-    views = between.normalise(views, extra=extra)
-    return [convolve(view, time, partial(in_time, weight=from_more, conv=time)) for view in views]
 
 
 def _stem_in_space(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
@@ -208,14 +289,6 @@ def _of_blocks(weight: Tensor) -> Tensor:
     blocks = F.pad(weight, (1, 0, 1, 0)).unflatten(4, (4, 2)).unflatten(3, (4, 2))  # (C, 3, t, 4, 2, 4, 2)
     blocks = blocks.permute(0, 4, 6, 1, 2, 3, 5).flatten(1, 3)  # (C, 12, t, 4, 4)
     return F.pad(blocks, (0, 0) * 3 + (0, CHANNELS - blocks.shape[1]))
-
-
-def _padded(space: nn.Conv3d, time: nn.Conv3d, multiple: int) -> tuple[Tensor, Tensor, int]:
-    """Return the weights of both convolutions with zeros for `extra` inner channels, and `extra`."""
-    extra = -space.out_channels % multiple
-    if not extra:
-        return space.weight, time.weight, 0
-    return F.pad(space.weight, (0, 0) * 4 + (0, extra)), F.pad(time.weight, (0, 0) * 3 + (0, extra)), extra
 
 
 def _stage(conv: Conv, channels_in: int, channels_out: int, blocks: int, stride: int) -> nn.Sequential:
