@@ -71,14 +71,15 @@ def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
         compiled(clip + 1)
 
 
+@pytest.mark.slow
 def test_a_backbone_with_fused_convolutions_compiles_as_one_graph(fresh):
-    """The backend "eager" runs what is traced, and generates no code."""
+    """The backend "aot_eager" traces the backward pass too, and generates no code."""
     rng = torch.Generator().manual_seed(0)
     clip, still = (torch.randn(2, 3, frames, 16, 16, dtype=torch.float64, generator=rng) for frames in (4, 1))
     plain, compiled = build_backbone("r2plus1d_10", 4).double(), build_backbone("r2plus1d_10", 4).double()
     compiled.load_state_dict(plain.state_dict())
     compiled.fuse(compiled.fusible())
-    compile_backbone(compiled, backend="eager")
+    compile_backbone(compiled, backend="aot_eager")
     for network in (plain, compiled):
         sum(view.square().mean() for view in network.forward_views([clip, still], 4)).backward()
     assert counters["stats"]["unique_graphs"] == 1
