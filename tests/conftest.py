@@ -64,6 +64,39 @@ def small_sheets() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_patched_once() -> Iterator[None]:
+    """Let Triton's interpreter patch the language once for each launch of a kernel.
+
+    Triton does this again for every function that a kernel calls. The second time changes nothing, but the interpreter
+    spends half of its time on it.
+    """
+    from dclr.kernels import backend
+
+    if not backend.INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_language, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    patched: set[int] = set()  # modules whose functions run with the patched language, until the end of the launch
+
+    def patch_once(function: Callable[..., Any]) -> Any:
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return patch_language(function)
+
+    def restore_all(scope: Any) -> None:
+        patched.clear()
+        restore(scope)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter._LangPatchScope, "restore", restore_all)
+        yield
+
+
 @pytest.fixture(scope="session")
 def genuine() -> Path:
     """Return the folder of genuine videos (UCF101, HMDB51, Kinetics, Weizmann and faulty files).
