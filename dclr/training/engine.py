@@ -1,12 +1,13 @@
 """DeepSpeed: start the processes, wrap a network, step, save and resume. No other module imports deepspeed."""
 
 import atexit
+import importlib
 import importlib.util
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,18 @@ def import_deepspeed() -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("training needs the package deepspeed, which is not installed: pip install 'dclr[train]'")
     import deepspeed
+
+    # Every start of DeepSpeed imports its optimizer Muon, and that import loads torch's compiler. It takes 1.5 s.
+    # Runs use torch's SGD, so Muon may stay uncompiled.
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        with suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
     # It warns that ZeRO is not tested with SGD. Our tests compare ZeRO's steps with plain torch's.
     deepspeed.utils.logger.setLevel(logging.ERROR)
