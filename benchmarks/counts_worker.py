@@ -167,9 +167,18 @@ class Hook(TorchDispatchMode):
         return out
 
 
+def find_run_backbone() -> Any:
+    """Return `run_backbone` of the tree that is counted. The older commit has it in another module."""
+    try:
+        from dclr.methods.encoder import run_backbone
+    except ModuleNotFoundError:
+        from dclr.method import run_backbone  # type: ignore[no-redef]
+    return run_backbone
+
+
 def count_eager(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, Any]:
     """Return the counts of a pass without torch.compile."""
-    from dclr.method import run_backbone
+    run_backbone = find_run_backbone()
 
     mode = FakeTensorMode()
 
@@ -447,7 +456,7 @@ def is_counted(error: BaseException | None) -> bool:
 
 def count_pass(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, Any]:
     """Return the counts of a pass with torch.compile, without the kernels themselves."""
-    from dclr.method import run_backbone
+    run_backbone = find_run_backbone()
     from dclr.training.compile import compile_backbone
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

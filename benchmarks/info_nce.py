@@ -16,7 +16,7 @@ Providers:
     torch.compile   the eager provider, compiled for fixed sizes
     ours            info_nce and mine_positives_by_each of `kernels`
 
-With mining, positives are found as in training (dclr/method.py): three searches serve five pairs. "Forward and
+With mining, positives are found as in training (dclr/methods/dclr.py): three searches serve five pairs. "Forward and
 backward" includes the gradient of the queries, which is the only one. Errors are those of the measured call, compared
 with float64. The float64 loss takes the positives that this call mined, so two equally similar queue entries are no
 error. "Same rows" is the share of searches that mined the same queue entries as float64.
@@ -150,7 +150,7 @@ def ours(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None) 
 
 
 def by_pair(static: Tensor, dynamic: Tensor, both: Tensor) -> Tensor:
-    """Return the mined entries (P, B, M) of three searches (B, M), in the order vv, vs, vd, sv, dv of dclr.method.
+    """Return the mined entries (P, B, M) of three searches (B, M), in the order vv, vs, vd, sv, dv of dclr.methods.
 
     The queues of vs and vd hold past static and dynamic views.
     """

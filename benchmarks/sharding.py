@@ -51,7 +51,8 @@ from benchmarks.harness import ROOT, Row
 from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.kernels import Views
-from dclr.method import DCLR, Output
+from dclr.methods import DCLR
+from dclr.methods.dclr import Output
 from dclr.report import peak_memory_gib
 from dclr.training import engine
 from dclr.training.engine import Engine, read_ds_config, resolve_precision

@@ -23,7 +23,8 @@ from benchmarks.harness import RELEASED, Precision
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, RunConfig
 from dclr.data.augmentation import PRETRAIN
 from dclr.kernels import ViewParams, Views, Yuv420, generate_views, set_backend
-from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, ByLetter
+from dclr.methods import DCLR
+from dclr.methods.encoder import KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
 from dclr.models.video_resnet import Factored, FactoredStem
 from dclr.training.compile import compile_backbone, resolve_compile

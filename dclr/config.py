@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.kernels import BACKENDS, EMBEDDING_SIZES
-from dclr.method import METHODS
+from dclr.methods import METHODS
 from dclr.models import BACKBONES, MAX_WIDTH
 from dclr.models.clip_format import MAX_SIZE
 

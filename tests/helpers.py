@@ -27,7 +27,7 @@ from dclr.config import MethodConfig, ModelConfig, OptimConfig  # noqa: E402
 from dclr.data.encode import write_video  # noqa: E402
 from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
 from dclr.kernels import Views  # noqa: E402
-from dclr.method import DCLR  # noqa: E402
+from dclr.methods import DCLR  # noqa: E402
 from dclr.training.checkpoint import newest, read  # noqa: E402
 from dclr.training.engine import read_ds_config  # noqa: E402
 
@@ -120,7 +120,7 @@ def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["dclr.commands.train", "dclr.data.encode", "dclr.method", "dclr.training.engine", "deepspeed"]
+        ["dclr.commands.train", "dclr.data.encode", "dclr.methods", "dclr.training.engine", "deepspeed"]
     )
     process = context.Process(target=work, args=arguments)
     process.start()

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks import baseline, harness, info_nce, sharding, step, step_providers
 from benchmarks.step_providers import PROVIDERS, Cell, as_torchvision, find_truth, make_inputs, make_network, untimed
 from dclr.config import OptimConfig
-from dclr.method import PAIRS
+from dclr.methods.encoder import PAIRS
 
 CPU = torch.device("cpu")
 CELL = Cell(B=3, T=8, side=32, H=48, W=64, width=4)

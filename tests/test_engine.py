@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dclr.config import OptimConfig
 from dclr.errors import UserError
 from dclr.kernels import Views
-from dclr.method import DCLR, Output
+from dclr.methods import DCLR
+from dclr.methods.dclr import Output
 from dclr.training.engine import (
     Engine,
     micro_batch_size,

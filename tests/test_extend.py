@@ -18,7 +18,7 @@ from dclr import config, programs
 from dclr.commands import both, train
 from dclr.errors import UserError
 from dclr.evaluation.embedding import make_embedder
-from dclr.method import METHODS
+from dclr.methods import METHODS
 from dclr.models import BACKBONES, build_backbone, load_backbone, load_pretrained
 
 PAGE = REPOSITORY / "docs" / "extend.md"
@@ -213,23 +213,26 @@ def test_s3d_refuses_what_it_cannot_take_before_a_run_starts(
 
 @pytest.mark.parametrize("name", [pytest.param("s3d", marks=pytest.mark.slow), "tsm_18"])
 def test_a_backbone_compiles_as_one_graph_with_the_same_result(add, name: str) -> None:
-    """The backend "aot_eager" traces without generating code, which is slow."""
+    """The backend "aot_eager" traces without generating code, which is slow.
+
+    In float64, because in float32 rounding errors of the gradient of s3d reach 20 % of the largest value.
+    """
     add("tsm.py")
     torch._dynamo.reset()
     counters.clear()
     width = 64 if name == "s3d" else 4
     torch.manual_seed(0)
-    plain, compiled = build_backbone(name, width), build_backbone(name, width)
+    plain, compiled = build_backbone(name, width).double(), build_backbone(name, width).double()
     compiled.load_state_dict(plain.state_dict())
     compiled.pad_channels(8)
     compiled.compile(dynamic=False, fullgraph=True, backend="aot_eager")
-    clip = torch.randn(2, 3, 5, 24, 24, generator=torch.Generator().manual_seed(0))
+    clip = torch.randn(2, 3, 5, 24, 24, generator=torch.Generator().manual_seed(0)).double()
     for network in (plain, compiled):
         network(clip).square().mean().backward()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     for (parameter, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
-        tolerance = 1e-4 * theirs.grad.abs().max().item()
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=tolerance, msg=parameter)
+        tolerance = 1e-6 * theirs.grad.abs().max().item() + 1e-12  # some gradients are 0
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=tolerance, msg=parameter)
     for (buffer, ours), theirs in zip(compiled.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=buffer)

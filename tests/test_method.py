@@ -7,7 +7,9 @@ from torch.nn import functional as F
 
 from dclr.config import MethodConfig, ModelConfig
 from dclr.kernels import Views
-from dclr.method import DCLR, KEY_OF_PAIR, PAIRS, align
+from dclr.methods import DCLR
+from dclr.methods.dclr import align
+from dclr.methods.encoder import KEY_OF_PAIR, PAIRS
 
 MODEL = ModelConfig(backbone="r2plus1d_10", width=4)
 

@@ -19,7 +19,8 @@ from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.evaluation import monitor
 from dclr.kernels import contrast
-from dclr.method import DCLR, PAIRS
+from dclr.methods import DCLR
+from dclr.methods.encoder import PAIRS
 from dclr.training.finetune import finetune
 from dclr.training.pretrain import pretrain
 from dclr.training.setup import choose_fill_steps

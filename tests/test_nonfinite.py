@@ -16,7 +16,8 @@ from dclr import distributed
 from dclr.config import MethodConfig, ModelConfig, OptimConfig, make_config
 from dclr.errors import UserError
 from dclr.kernels import Views
-from dclr.method import DCLR, PAIRS
+from dclr.methods import DCLR
+from dclr.methods.encoder import PAIRS
 from dclr.training import pretrain as pretraining
 from dclr.training.checkpoint import newest, read
 from dclr.training.engine import Engine, read_ds_config, start_processes, stop_processes

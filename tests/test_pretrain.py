@@ -19,7 +19,8 @@ from dclr.data.pack import pack
 from dclr.data.samples import PairSamples
 from dclr.errors import UserError
 from dclr.kernels.view_generation import generate_views_reference
-from dclr.method import DCLR, PAIRS
+from dclr.methods import DCLR
+from dclr.methods.encoder import PAIRS
 from dclr.models import build_backbone, load_backbone
 from dclr.training import pretrain as pretraining
 from dclr.training.checkpoint import newest
@@ -154,8 +155,8 @@ def test_twenty_steps_with_the_kernels_are_those_of_the_reference(run_tiny, monk
         compared["mined"] += 1
         return expected
 
-    monkeypatch.setattr("dclr.method.contrast", contrast_by_both)
-    monkeypatch.setattr("dclr.method.mine_positives_by_each", mine_by_both)
+    monkeypatch.setattr("dclr.methods.dclr.contrast", contrast_by_both)
+    monkeypatch.setattr("dclr.methods.dclr.mine_positives_by_each", mine_by_both)
     run_tiny("both", kernels="reference", epochs=6, lr=1e-4, width=8)
     kernels.set_backend("auto")
     assert compared == {"contrast": 23, "mined": 23}

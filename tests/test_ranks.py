@@ -33,7 +33,7 @@ from helpers import (
 from dclr import distributed
 from dclr.errors import UserError
 from dclr.kernels import Views
-from dclr.method import DCLR
+from dclr.methods import DCLR
 from dclr.training import batchnorm, checkpoint
 from dclr.training.engine import Engine, start_processes, stop_processes
 from dclr.training.heartbeat import Heartbeat

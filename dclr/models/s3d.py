@@ -40,6 +40,8 @@ class S3D(Backbone):
         for module in self.modules():
             if type(module) is nn.Conv3d:
                 module.__class__ = SeparatedConv
+            elif isinstance(module, nn.ReLU):
+                module.inplace = False  # torch.compile returns batch normalisation's output as a view, which must stay
         replace_norms(self)
         initialise(self)
 

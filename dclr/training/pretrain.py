@@ -15,7 +15,7 @@ from dclr.data.augmentation import pretrain_recipe, view_grid
 from dclr.data.samples import PairBatch, PairSamples, TrainSamples
 from dclr.kernels import Views, generate_views
 from dclr.kernels.space_to_depth import depth_to_space
-from dclr.method import METHODS, Method
+from dclr.methods import METHODS, Method
 from dclr.models import Backbone, load_backbone, save_backbone
 from dclr.programs import command_of
 from dclr.report import Stopwatch

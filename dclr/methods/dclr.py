@@ -1,6 +1,4 @@
-"""Pretraining methods: the base class of all, and Dual Contrastive Learning (DCLR) with MoCo, its baseline.
-
-DCLR has query and key encoders, queues, five pairs and a total loss. docs/extend.md shows how to add another method.
+"""Dual Contrastive Learning (DCLR): query and key encoders, queues, five pairs and the total loss.
 
 Letters: B clips in a batch, C channels, T frames, H W pixels, D embedding size, K queue length, P pairs, M mined
 positives, S auxiliary views. Small t h w are the sizes of a feature map.
@@ -8,112 +6,27 @@ Source: Ding, Qian, Xiong, "Dual Contrastive Learning for Spatio-temporal Repres
 (arXiv 2207.05340).
 
 The auxiliary views of a clip are its static and its dynamic view, S = 2 and P = 5. An ablation removes one of them,
-together with its pairs and its activation map. Without both (S = 0 and P = 1) the method is MoCo (He et al., CVPR 2020,
-arXiv 1911.05722), the baseline.
+together with its pairs and its activation map. Without both (S = 0 and P = 1) the method is MoCo, see moco.py.
 """
 
 import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dclr import distributed
 from dclr.kernels import Views, contrast, mine_positives_by_each
 from dclr.kernels.backend import to_device
-from dclr.models import ProjectionHead, activation_map, build_backbone, pool
+from dclr.methods.encoder import KEY_OF_PAIR, PAIRS, ByLetter, Encoder, run_backbone
+from dclr.methods.method import Method, means_over_ranks
+from dclr.models import activation_map, pool
 
-if TYPE_CHECKING:  # config.py imports this module for the names in METHODS
+if TYPE_CHECKING:  # config.py imports the methods' names
     from dclr.config import MethodConfig, ModelConfig
-
-# An embedding is named by two letters: the view it is pooled from, and the content it stands for. vs is the static
-# content of the rgb clip; sv is the static view itself, compared with the rgb clip.
-# A pair is named by its query. Its key stands for the same content, seen from the other view.
-PAIRS = ("vv", "vs", "vd", "sv", "dv")
-KEY_OF_PAIR = {"vv": "vv", "vs": "sv", "vd": "dv", "sv": "vs", "dv": "vd"}
-
-ByLetter = dict[str, Tensor]
-"""Feature maps or activation maps, by the letter of their view."""
-
-
-class Encoder(nn.Module):
-    """A backbone that all views share, and one projection head for each embedding."""
-
-    def __init__(self, model: "ModelConfig", embedding_dim: int, pairs: Sequence[str] = PAIRS) -> None:
-        super().__init__()
-        self.backbone = build_backbone(model.backbone, model.width)
-        self.heads = nn.ModuleDict({name: ProjectionHead(self.backbone.feature_dim, embedding_dim) for name in pairs})
-
-    def embed(self, features: ByLetter, maps: ByLetter) -> dict[str, Tensor]:
-        """Return the embeddings (B, D) by name.
-
-        Args:
-            features: feature maps (B, C, t, h, w) of the views.
-            maps: activation maps (B, 1, t, h, w) that weigh the rgb features for vs and vd.
-        """
-        embeddings = {}
-        for name, head in self.heads.items():
-            view, content = name[0], name[1]
-            weight = maps.get(content) if view == "v" else None  # vv has no weight
-            embeddings[name] = head(pool(features[view], weight))
-        return embeddings
-
-
-class Method(nn.Module):
-    """Base class of pretraining methods. Pretraining builds METHODS[name](model, method, seed).
-
-    A method defines `query` and `forward`. If it has a queue or a key encoder, it also defines `fill` or `update_key`.
-    All parameters with a gradient learn by SGD. Checkpoints hold all parameters and buffers of the module.
-
-    Attributes:
-        query: the encoder that learns. Pretraining writes its backbone and its heads into the run's folder.
-        auxiliary_views: the views that rgb clips can be contrasted with: "static", "dynamic", both or none. The flags
-            of these views are refused for a method without them.
-        has_queue: whether the first --fill-steps steps only call `fill`. If not, --fill-steps and --queue-length are
-            refused.
-    """
-
-    query: Encoder
-    auxiliary_views: ClassVar[tuple[str, ...]] = ()
-    has_queue: ClassVar[bool] = False
-
-    def forward(self, query: Views, key: Views, step: int) -> Any:
-        """Compute a training step of one micro-batch.
-
-        Args:
-            query, key: the three views of two clips of each video, each (B, 3, T, H, W), augmented independently. B is
-                the size of this rank's micro-batch.
-            step: the number of the micro-batch, the same on all ranks.
-
-        Returns:
-            an object whose `loss` () carries the gradient, such as Output. `terms` and `metrics` get this object.
-        """
-        raise NotImplementedError
-
-    def fill(self, key: Views, step: int) -> dict[str, Tensor]:
-        """Write a micro-batch's keys into the queues, without a loss. Only called with `has_queue`.
-
-        Returns:
-            values () by name that must be finite, else the step counts as non-finite.
-        """
-        raise NotImplementedError
-
-    def reset_key(self) -> None:
-        """Make the key encoder, if there is one, equal to the query encoder, whose weights --init has loaded."""
-
-    def update_key(self) -> None:
-        """Do the work that follows the optimizer's step, such as moving a key encoder."""
-
-    def terms(self, output: Any) -> dict[str, Tensor]:
-        """Return "loss" and its terms, each (), under the names of the log. All must be finite."""
-        return {"loss": output.loss.detach()}
-
-    def metrics(self, output: Any) -> dict[str, float]:
-        """Return the log line of a step, means over ranks. Every rank calls this method at the same step."""
-        return means_over_ranks(self.terms(output))
 
 
 class Output(NamedTuple):
@@ -363,36 +276,6 @@ class DCLR(Method):
         entries = (self.enqueued + torch.arange(keys.shape[1], device=keys.device)) % length
         self.queue.index_copy_(1, entries, keys.to(self.queue.dtype))
         self.enqueued += keys.shape[1]
-
-
-class MoCo(DCLR):
-    """DCLR without auxiliary views: only rgb clips, one pair and one queue (He et al., CVPR 2020)."""
-
-    auxiliary_views = ()
-
-
-METHODS: dict[str, type[Method]] = {"dclr": DCLR, "moco": MoCo}
-"""Name -> class of every method. Flags and files read this dictionary when they need it, so an entry that is added
-before the command line is parsed counts everywhere."""
-
-
-def means_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
-    """Return the means over ranks of values (), by name. Every rank must call this with the same names."""
-    means = distributed.mean_over_ranks(torch.stack([value.float() for value in values.values()])).tolist()
-    return dict(zip(values, means, strict=True))
-
-
-def run_backbone(encoder: Encoder, views: Views, letters: str) -> ByLetter:
-    """Return the feature maps (B, C, t, h, w) of some views, which share BatchNorm statistics.
-
-    The dynamic view, a difference of frames, must be the last of `letters`. All frames of the static view are equal,
-    so the backbone gets one of them.
-    """
-    tensors = {"v": views.rgb, "s": views.static[:, :, :1], "d": views.dynamic}
-    maps = encoder.backbone.forward_views(
-        [tensors[letter] for letter in letters], views.rgb.shape[2], differences=letters.endswith("d")
-    )
-    return dict(zip(letters, maps, strict=True))
 
 
 def align(rgb: Tensor, auxiliary: Sequence[Tensor], relative: bool) -> Tensor:

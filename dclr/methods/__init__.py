@@ -1,0 +1,12 @@
+"""Pretraining methods, one class in one file each. A method says what a training step computes, and what moves."""
+
+from dclr.methods.dclr import DCLR
+from dclr.methods.encoder import Encoder
+from dclr.methods.method import Method
+from dclr.methods.moco import MoCo
+
+__all__ = ["DCLR", "METHODS", "Encoder", "Method", "MoCo"]
+
+METHODS: dict[str, type[Method]] = {"dclr": DCLR, "moco": MoCo}
+"""Name -> class of every method. Flags and files read this dictionary when they need it, so an entry that is added
+before the command line is parsed counts everywhere."""

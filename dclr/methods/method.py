@@ -1,0 +1,70 @@
+"""The base class of all pretraining methods. docs/extend.md shows how to add another method."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dclr import distributed
+from dclr.kernels import Views
+from dclr.methods.encoder import Encoder
+
+
+class Method(nn.Module):
+    """Base class of pretraining methods. Pretraining builds METHODS[name](model, method, seed).
+
+    A method defines `query` and `forward`. If it has a queue or a key encoder, it also defines `fill` or `update_key`.
+    All parameters with a gradient learn by SGD. Checkpoints hold all parameters and buffers of the module.
+
+    Attributes:
+        query: the encoder that learns. Pretraining writes its backbone and its heads into the run's folder.
+        auxiliary_views: the views that rgb clips can be contrasted with: "static", "dynamic", both or none. The flags
+            of these views are refused for a method without them.
+        has_queue: whether the first --fill-steps steps only call `fill`. If not, --fill-steps and --queue-length are
+            refused.
+    """
+
+    query: Encoder
+    auxiliary_views: ClassVar[tuple[str, ...]] = ()
+    has_queue: ClassVar[bool] = False
+
+    def forward(self, query: Views, key: Views, step: int) -> Any:
+        """Compute a training step of one micro-batch.
+
+        Args:
+            query, key: the three views of two clips of each video, each (B, 3, T, H, W), augmented independently. B is
+                the size of this rank's micro-batch.
+            step: the number of the micro-batch, the same on all ranks.
+
+        Returns:
+            an object whose `loss` () carries the gradient, such as Output. `terms` and `metrics` get this object.
+        """
+        raise NotImplementedError
+
+    def fill(self, key: Views, step: int) -> dict[str, Tensor]:
+        """Write a micro-batch's keys into the queues, without a loss. Only called with `has_queue`.
+
+        Returns:
+            values () by name that must be finite, else the step counts as non-finite.
+        """
+        raise NotImplementedError
+
+    def reset_key(self) -> None:
+        """Make the key encoder, if there is one, equal to the query encoder, whose weights --init has loaded."""
+
+    def update_key(self) -> None:
+        """Do the work that follows the optimizer's step, such as moving a key encoder."""
+
+    def terms(self, output: Any) -> dict[str, Tensor]:
+        """Return "loss" and its terms, each (), under the names of the log. All must be finite."""
+        return {"loss": output.loss.detach()}
+
+    def metrics(self, output: Any) -> dict[str, float]:
+        """Return the log line of a step, means over ranks. Every rank calls this method at the same step."""
+        return means_over_ranks(self.terms(output))
+
+
+def means_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """Return the means over ranks of values (), by name. Every rank must call this with the same names."""
+    means = distributed.mean_over_ranks(torch.stack([value.float() for value in values.values()])).tolist()
+    return dict(zip(values, means, strict=True))
