@@ -115,6 +115,13 @@ class RunConfig(_Group):
         "which takes less time than the compilation",
         choices=("auto", "on", "off"),
     )
+    convolutions: str = option(
+        "auto",
+        "implementation of the (2+1)D convolutions. auto: Triton kernels in the layers where a measurement on this GPU "
+        "was faster, else cuDNN. Change it to library or triton to compare the two. "
+        "triton: in all layers whose shape the kernels take, in bfloat16 on a GPU",
+        choices=("auto", "library", "triton"),
+    )
     deterministic: bool = option(
         False,
         "use only algorithms that give the same bits every time, which are slower. "
@@ -653,7 +660,8 @@ def resolve(
 # Settings that may change when a run is resumed. Any other change would alter the samples or the network.
 FREE_ON_RESUME = {
     "data", "workers", "video_timeout", "max_bad", "max_missing",
-    "ds_config", "kernels", "compile", "deterministic", "pad_channels", "log_every", "checkpoint_every", "on_nonfinite",
+    "ds_config", "kernels", "compile", "convolutions", "deterministic", "pad_channels",
+    "log_every", "checkpoint_every", "on_nonfinite",
     "knn_every", "test_every",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",

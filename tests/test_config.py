@@ -160,6 +160,7 @@ def test_a_file_that_is_not_a_configuration_is_refused_by_its_path(tmp_path, con
         (RunConfig, {"seed": -1}, "--seed is -1, but must be at least 0"),
         (RunConfig, {"log_every": 0}, "--log-every is 0, but must be at least 1"),
         (RunConfig, {"checkpoint_every": 0}, "--checkpoint-every is 0, but must be at least 1"),
+        (RunConfig, {"convolutions": "cudnn"}, "--convolutions is cudnn, but must be auto, library or triton"),
         (RunConfig, {"compile": "maybe"}, "--compile is maybe, but must be auto, on or off"),
         (RunConfig, {"pad_channels": 0}, "--pad-channels is 0, but must be from 1 to 64"),
         (DataConfig, {"split": 0}, "--split is 0, but must be at least 1"),

@@ -117,7 +117,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert {name.split("/")[0] for name in names} == {"dclr", f"dclr-{dclr.__version__}.dist-info"}
     sources = {f"dclr/{file.relative_to(REPOSITORY / 'dclr')}" for file in (REPOSITORY / "dclr").rglob("*.py")}
     sources |= {f"dclr/kernels/{file.name}" for file in (REPOSITORY / "kernels").glob("*.py")}
-    data = {f"dclr/ds_configs/{file.name}" for file in (REPOSITORY / "ds_configs").glob("*.json")}
+    folders = {"ds_configs": "dclr/ds_configs", "kernels": "dclr/kernels"}
+    data = {f"{inside}/{file.name}" for name, inside in folders.items() for file in (REPOSITORY / name).glob("*.json")}
     assert {name for name in names if name.startswith("dclr/")} == sources | data | {"dclr/py.typed"}
     assert described["License-Expression"] == "Apache-2.0"
 

@@ -218,10 +218,18 @@ def test_jitter_reaches_the_samples(run_tiny):
 
 def test_the_first_lines_name_the_kernels_that_run(run_tiny, capfd):
     run_tiny("auto", epochs=1)
-    assert "kernels: reference (plain torch and kornia; the device is cpu)" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "kernels: reference (plain torch and kornia; the device is cpu)" in out
+    assert "convolutions: library (the device is cpu)" in out
     run_tiny("reference", epochs=1, kernels="reference")
     assert "kernels: reference (plain torch and kornia; as chosen)" in capfd.readouterr().out
     kernels.set_backend("auto")
+
+
+def test_convolutions_in_triton_are_refused_without_a_gpu_and_leave_nothing_behind(run_tiny, tmp_path):
+    with pytest.raises(UserError, match=r"^--convolutions triton needs --kernels auto or triton and a GPU: "):
+        run_tiny("run", convolutions="triton")
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_batches_that_do_not_fit_in_memory_are_refused(run_tiny, monkeypatch):

@@ -25,8 +25,8 @@ from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DNoTem
 
 from dclr.config import MethodConfig, ModelConfig
 from dclr.kernels import Views, convolution
-from dclr.kernels.convolution import kind_of
 from dclr.kernels.space_to_depth import space_to_depth
+from dclr.kernels.types import kind_of
 from dclr.methods import DCLR
 from dclr.models import IMAGENET, KINETICS, Backbone, Statistics, backbone_without_memory, build_backbone
 from dclr.models.batch_norm import BatchNorm

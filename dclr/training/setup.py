@@ -31,6 +31,7 @@ from dclr.models.weights import metadata_of, stored_statistics
 from dclr.training import checkpoint, engine
 from dclr.training.batchnorm import check_batch_statistics
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
+from dclr.training.convolutions import resolve_convolutions
 from dclr.training.signals import StopRequest
 
 PUBLISHED_FILL_STEPS = 256
@@ -111,10 +112,18 @@ class Run:
         self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
 
     def prepare(self, *backbones: Backbone) -> None:
-        """Apply --pad-channels and --compile to backbones, in place. Call it before the engine wraps them.
+        """Apply --pad-channels, --convolutions and --compile to backbones of one kind, in place.
 
-        In a resumed run, the backbones also get the statistics of the run's weights.
+        Call it before the engine wraps the backbones. In a resumed run they also get the statistics of its weights.
+
+        Raises:
+            UserError: on all ranks, see resolve_convolutions.
         """
+        bfloat16 = bool(self.ds_config.get("torch_autocast", {}).get("enabled"))
+        fused, convolutions = distributed.on_all_ranks(
+            lambda: resolve_convolutions(self.config.run.convolutions, backbones[0], self.device, bfloat16)
+        )
+        self.say(f"  {convolutions}")
         newest = checkpoint.newest(self.folder / "checkpoints") if self.resumed else None
         if newest is not None:
             for backbone in backbones:
@@ -129,6 +138,7 @@ class Run:
             torch.compiler.config.cache_key_tag = f"ZeRO {self.ds_config.get('zero_optimization', {}).get('stage', 0)}"
         for backbone in backbones:
             backbone.pad_channels(self.config.run.pad_channels)
+            backbone.fuse(fused)
             if self.compiles:
                 compile_backbone(backbone)
 
