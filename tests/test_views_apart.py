@@ -24,7 +24,7 @@ from torchvision.models.video import resnet
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DNoTemporal, Conv3DSimple
 
 from dclr.config import MethodConfig, ModelConfig
-from dclr.kernels import Views, convolution
+from dclr.kernels import Views, backend, convolution
 from dclr.kernels.space_to_depth import space_to_depth
 from dclr.kernels.types import kind_of
 from dclr.methods import DCLR
@@ -672,6 +672,7 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
         (torch.bfloat16, Case(frames=9, size=(32, 24), width=8, channels=8)),
         (torch.bfloat16, Case(views="sd", frames=9, size=(23, 32), width=8, channels=16)),
         (torch.bfloat16, Case(views="r", size=(32, 32), width=8, channels=8, statistics=KINETICS)),
+        (torch.bfloat16, Case(frames=9, size=(32, 24), width=8, fused="all")),
     ],
     ids=str,
 )
@@ -695,6 +696,19 @@ def test_lower_precisions_are_as_exact_as_rounding_allows(dtype: torch.dtype, ca
         if kind == "gradient" and dtype == torch.float32:
             limit += 0.02  # The error of one value can switch one ReLU, which changes gradients by up to 5e-3.
         assert error <= limit, f"{kind}: {error:.1e}, limit {limit:.1e}"
+
+
+def test_fused_convolutions_in_triton_are_as_exact_as_rounding_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes four convolutions of two views: those in layer3 and layer4, with multiples of 16 channels."""
+    if not backend.INTERPRETED:
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
+    monkeypatch.setattr(backend, "_backend", "triton")
+    in_triton = pytest.importorskip("dclr.kernels.convolution_triton")
+    launches, launch = [], in_triton.forward_launch
+    monkeypatch.setattr(in_triton, "forward_launch", lambda *given: launches.append(given) or launch(*given))
+    case = Case(views="rs", frames=3, size=(32, 32), fused="all")
+    test_lower_precisions_are_as_exact_as_rounding_allows(torch.bfloat16, case)
+    assert len(launches) == 2 * 4
 
 
 # ---------------------------------------------------------------- sizes, and the compiled backbone
