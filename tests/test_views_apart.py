@@ -567,11 +567,12 @@ def test_s3d_equals_torchvisions_on_all_views_at_once() -> None:
 # ---------------------------------------------------------------- a step of a method
 
 
-def method_step(settings: dict[str, Any], reference: bool) -> dict[str, Tensor]:
+def method_step(settings: dict[str, Any], reference: bool, fused: bool = False) -> dict[str, Tensor]:
     """Return the outputs, gradients and buffers of a DCLR or MoCo step, with backbones in float64.
 
     Args:
         reference: replace both backbones by oracles, and write the static view for all frames.
+        fused: `dclr.kernels.convolution` computes the convolutions that it can.
     """
     torch.manual_seed(0)
     method = MethodConfig(queue_length=16, embedding_dim=32, mined_positives=2, **settings)
@@ -582,6 +583,7 @@ def method_step(settings: dict[str, Any], reference: bool) -> dict[str, Tensor]:
     for encoder in (network.query, network.key):
         encoder.backbone.double().statistics = KINETICS
         encoder.backbone.pad_channels(8)
+        encoder.backbone.fuse(encoder.backbone.fusible() if fused else ())
         oracles.append(Oracle("r2plus1d_10", 4).double())
         oracles[-1].load_state_dict(encoder.backbone.state_dict())
         if reference:
@@ -609,11 +611,19 @@ def method_step(settings: dict[str, Any], reference: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"alignment_weight": 1.0}, {"static_pairs": False}, {"dynamic_pairs": False}, {"method": "moco"}]
+    ("settings", "fused"),
+    [
+        ({"alignment_weight": 1.0}, False),
+        ({"static_pairs": False}, False),
+        ({"dynamic_pairs": False}, False),
+        ({"method": "moco"}, False),
+        ({"alignment_weight": 1.0}, True),
+        ({"method": "moco"}, True),
+    ],
 )
-def test_a_step_of_a_method_equals_that_with_torchvisions_backbones(settings: dict[str, Any]) -> None:
+def test_a_step_of_a_method_equals_that_with_torchvisions_backbones(settings: dict[str, Any], fused: bool) -> None:
     """Pooling and heads compute in float32. So 1e-5 of the largest value is enough, and the oracles add nothing."""
-    expected, found = (method_step(settings, reference) for reference in (True, False))
+    expected, found = method_step(settings, reference=True), method_step(settings, reference=False, fused=fused)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         error, largest = (found[name].detach() - tensor.detach()).abs().max(), tensor.abs().max()
