@@ -119,9 +119,8 @@ def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
     tests of several processes. The server itself computes nothing and starts no thread.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["dclr.commands.train", "dclr.data.encode", "dclr.methods", "dclr.training.engine", "deepspeed"]
-    )
+    own = ["dclr.commands.train", "dclr.data.encode", "dclr.methods", "dclr.report", "dclr.training.engine"]
+    context.set_forkserver_preload([*own, "deepspeed", "pytest", "setuptools", "tensorboard.summary"])
     process = context.Process(target=work, args=arguments)
     process.start()
     return process
