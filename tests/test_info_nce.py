@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,16 @@ def oracle(
     return losses, gradient
 
 
+def eager_and_compiled(cases: list[Any], compiled: tuple[str, ...]) -> list[Any]:
+    """Return all cases for eager mode, and those whose id begins with a word of `compiled` for torch.compile too.
+
+    The value for the fixture `run` comes first. Compiled code calls the same op, so a few shapes are enough.
+    """
+    chosen = [("compiled", case) for case in cases if str(case.id).startswith(compiled)]
+    pairs = [*(("eager", case) for case in cases), *chosen]
+    return [pytest.param(mode, *case.values, id=f"{mode}-{case.id}") for mode, case in pairs]
+
+
 @pytest.fixture(params=["eager", "compiled"])
 def run(request: pytest.FixtureRequest, device: torch.device) -> Callable[[Callable], Callable]:
     """Return a function that leaves another function eager or compiles it with torch.compile in one graph.
@@ -98,9 +109,11 @@ def run(request: pytest.FixtureRequest, device: torch.device) -> Callable[[Calla
     )
 
 
-@pytest.mark.parametrize(("P", "B", "K", "D", "M", "temperature"), CASES)
+@pytest.mark.parametrize(
+    ("run", "P", "B", "K", "D", "M", "temperature"), eager_and_compiled(CASES, ("all", "ragged")), indirect=["run"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_gradient(
+def test_losses_similarities_and_gradient(
     P: int, B: int, K: int, D: int, M: int, temperature: float, dtype: torch.dtype, device: torch.device, run: Callable
 ) -> None:
     queries, keys, queue, positives = case(P, B, K, D, M)
@@ -108,7 +121,8 @@ def test_losses_and_gradient(
     expected, expected_gradient = oracle(queries, keys, queue, positives, temperature)
 
     leaf, *others = (None if t is None else t.to(device, copy=True) for t in (queries, keys, queue, positives))
-    leaf.requires_grad_()
+    for tensor in (leaf, *others[:2]):
+        tensor.requires_grad_()
     found = run(contrast)(leaf, *others, temperature)
     scale = torch.arange(1.0, P + 1)  # a different upstream gradient for each pair
     (found.losses * scale.to(device)).sum().backward()
@@ -117,6 +131,15 @@ def test_losses_and_gradient(
     assert found.losses.dtype == torch.float32
     rounding = 4 * EPS / min(temperature, 1)
     np.testing.assert_allclose(found.losses.detach().cpu().numpy(), expected, rtol=0, atol=rounding)
+
+    assert not found.positive.requires_grad
+    assert not found.hardest.requires_grad
+    q, k, z = (t.double().numpy() for t in (queries, keys, queue))
+    for p in range(P):
+        positive = np.mean([q[p, i] @ k[p, i] for i in range(B)])
+        hardest = np.mean([(z[p] @ q[p, i]).max() for i in range(B)])
+        assert abs(float(found.positive[p]) - positive) < 4 * EPS
+        assert abs(float(found.hardest[p]) - hardest) < 4 * EPS
 
     # The relative error of a probability is the absolute error of its logit. The gradient then rounds to the queries'
     # dtype.
@@ -129,24 +152,6 @@ def test_losses_and_gradient(
             tolerance += P * EPS_BF16 / 4 * float(queue.abs().max()) / temperature / B
     assert leaf.grad.dtype == dtype
     np.testing.assert_allclose(leaf.grad.double().cpu().numpy(), expected_gradient, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(("P", "B", "K", "D", "M", "temperature"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_similarities(
-    P: int, B: int, K: int, D: int, M: int, temperature: float, dtype: torch.dtype, device: torch.device
-) -> None:
-    queries, keys, queue, positives = case(P, B, K, D, M)
-    queries, keys, queue = (t.to(device, dtype).requires_grad_() for t in (queries, keys, queue))
-    found = contrast(queries, keys, queue, None if positives is None else positives.to(device), temperature)
-    assert not found.positive.requires_grad
-    assert not found.hardest.requires_grad
-    q, k, z = (t.detach().double().cpu().numpy() for t in (queries, keys, queue))
-    for p in range(P):
-        positive = np.mean([q[p, i] @ k[p, i] for i in range(B)])
-        hardest = np.mean([(z[p] @ q[p, i]).max() for i in range(B)])
-        assert abs(float(found.positive[p]) - positive) < 4 * EPS
-        assert abs(float(found.hardest[p]) - hardest) < 4 * EPS
 
 
 def to_tf32(x: Tensor) -> Tensor:
@@ -329,18 +334,20 @@ def test_embedding_sizes(device: torch.device) -> None:
         assert info_nce(queries, keys, queue).isfinite().all()
 
 
+MINED = [
+    pytest.param(1, 1, 1, 32, 1, id="all sizes 1"),
+    pytest.param(1, 5, 33, 64, 33, id="all entries"),
+    pytest.param(2, 3, 70, 32, 70, id="all entries of several tiles, by two similarities"),
+    pytest.param(1, 40, 2048, 128, 5, id="production: one similarity"),
+    pytest.param(2, 40, 2048, 128, 5, id="production: the vv pair"),
+    pytest.param(2, 17, 70, 256, 3, id="ragged, the largest embedding"),
+    pytest.param(3, 4, 17, 64, 0, id="none wanted"),
+    pytest.param(3, 4, 17, 64, 2, id="three similarities"),
+]
+
+
 @pytest.mark.parametrize(
-    ("S", "B", "K", "D", "m"),
-    [
-        pytest.param(1, 1, 1, 32, 1, id="all sizes 1"),
-        pytest.param(1, 5, 33, 64, 33, id="all entries"),
-        pytest.param(2, 3, 70, 32, 70, id="all entries of several tiles, by two similarities"),
-        pytest.param(1, 40, 2048, 128, 5, id="production: one similarity"),
-        pytest.param(2, 40, 2048, 128, 5, id="production: the vv pair"),
-        pytest.param(2, 17, 70, 256, 3, id="ragged, the largest embedding"),
-        pytest.param(3, 4, 17, 64, 0, id="none wanted"),
-        pytest.param(3, 4, 17, 64, 2, id="three similarities"),
-    ],
+    ("run", "S", "B", "K", "D", "m"), eager_and_compiled(MINED, ("all sizes", "ragged", "none")), indirect=["run"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mine_positives(
@@ -363,14 +370,16 @@ def test_mine_positives(
     assert all(len(set(line)) == m for line in rows.tolist())
 
 
+MINED_BY_EACH = [
+    pytest.param(2, 17, 300, 5, id="static, dynamic, both: several tiles, ragged"),
+    pytest.param(3, 2, 9, 9, id="three similarities, all entries"),
+    pytest.param(1, 3, 8, 2, id="one, and one together"),
+    pytest.param(2, 3, 8, 0, id="none wanted"),
+]
+
+
 @pytest.mark.parametrize(
-    ("S", "B", "K", "m"),
-    [
-        pytest.param(2, 17, 300, 5, id="static, dynamic, both: several tiles, ragged"),
-        pytest.param(3, 2, 9, 9, id="three similarities, all entries"),
-        pytest.param(1, 3, 8, 2, id="one, and one together"),
-        pytest.param(2, 3, 8, 0, id="none wanted"),
-    ],
+    ("run", "S", "B", "K", "m"), eager_and_compiled(MINED_BY_EACH, ("one", "none")), indirect=["run"]
 )
 def test_mining_by_each_is_mining_by_one_at_a_time(
     S: int, B: int, K: int, m: int, device: torch.device, run: Callable
