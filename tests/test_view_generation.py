@@ -7,6 +7,7 @@ difference. Without a GPU the kernels run in Triton's interpreter.
 import itertools
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 import kornia.augmentation as K
@@ -225,7 +226,7 @@ def test_jitter(backend: str, factors: list[float], order: list[int]) -> None:
 def test_all_orders_of_the_jitter_steps(backend: str) -> None:
     """A batch of 24 clips has one clip of each order. A program must not use the order of another clip."""
     orders = list(itertools.permutations(range(4)))
-    size, factors = (8, 10), [1.3, 0.7, 1.4, 0.08]
+    size, factors = (4, 10), [1.3, 0.7, 1.4, 0.08]
     frames = video(1, 1, *size, 3).expand(24, -1, -1, -1, -1)
     rows = replace(
         neutral([size] * 24),
@@ -277,6 +278,7 @@ def test_whole_chain(backend: str) -> None:
 
 def test_clips_of_different_sizes_equal_themselves_alone(backend: str) -> None:
     frames, rows = two_clips()
+    frames = frames[:, :2]
     together = augment(frames, rows, (8, 11))
     for b, (height, width) in enumerate((WIDE, TALL)):
         row = Augmentation(*(getattr(rows, name)[b : b + 1] for name in Augmentation.__dataclass_fields__))
@@ -291,7 +293,7 @@ def test_turned_and_mirrored_clips(backend: str, yuv: bool) -> None:
     The oracle turns the crop as an array, before it resizes it. Chroma is repeated before the turn.
     """
     H, W, size = 17, 23, (8, 11)
-    source: Tensor | Yuv420 = yuv_video(H, W, B=8, T=2) if yuv else video(8, 2, H, W, 3)
+    source: Tensor | Yuv420 = yuv_video(H, W, B=8, T=1) if yuv else video(8, 1, H, W, 3)
     rng = np.random.default_rng(0)
     boxes = torch.tensor(
         [(top, 5 - top, 9 + top, 18) for top in range(5)] + [(1, 1, 15, 7), (0, 3, 17, 19), (16, 22, 1, 1)]
@@ -323,15 +325,25 @@ def test_turned_and_mirrored_clips(backend: str, yuv: bool) -> None:
         assert_close(got[b], normalized(images), 2 * WHOLE_CHAIN)
 
 
-@pytest.mark.parametrize("orientation", range(8))
-def test_views_of_a_turned_clip_are_those_of_the_upright_clip(backend: str, orientation: int) -> None:
-    """Frames, still and boxes are turned back together. Views must not change, down to the rounding of the resize."""
+def upright_clip() -> tuple[Tensor, Tensor, ViewParams]:
     frames, stills, params = small_batch()
-    frames, stills = frames[:1, :, :30, :41], stills[:1]
     clip, still = (
         Augmentation(*(getattr(rows, field.name)[:1] for field in fields(rows))) for rows in (params.clip, params.still)
     )
-    expected = generate_views(frames, stills, ViewParams(clip, still, (8, 10)))
+    return frames[:1, :, :30, :41], stills[:1], ViewParams(clip, still, (8, 10))
+
+
+@cache
+def upright_views(device: torch.device, backend: str) -> Views:
+    """Return the views of the upright clip. The arguments say where and how they are computed."""
+    return generate_views(*upright_clip())
+
+
+@pytest.mark.parametrize("orientation", range(8))
+def test_views_of_a_turned_clip_are_those_of_the_upright_clip(backend: str, orientation: int) -> None:
+    """Frames, still and boxes are turned back together. Views must not change, down to the rounding of the resize."""
+    frames, stills, params = upright_clip()
+    clip, still = params.clip, params.still
     lying = []
     for images, rows in ((frames, clip), (stills[:, None], still)):
         marked = torch.zeros(images.shape[2:4])
@@ -345,7 +357,7 @@ def test_views_of_a_turned_clip_are_those_of_the_upright_clip(backend: str, orie
         lying.append((coded, replace(turned, orientation=torch.tensor([orientation]))))
     (frames, clip), (stills, still) = lying
     got = generate_views(frames, stills[:, 0], ViewParams(clip, still, (8, 10)))
-    for view, same in zip(got, expected, strict=True):
+    for view, same in zip(got, upright_views(_device, backend), strict=True):
         torch.testing.assert_close(view, same, rtol=0, atol=41 * ONE_OPERATION)
 
 
@@ -376,8 +388,9 @@ def test_blur_of_a_view_smaller_than_the_kernel(backend: str) -> None:
     np.testing.assert_allclose(got[0].permute(1, 2, 3, 0), (blurred - MEAN) / STD, rtol=0, atol=WHOLE_CHAIN)
 
 
-@pytest.mark.parametrize("boundary", ["wrap", "zero", "replicate"])
-@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(
+    ("boundary", "T"), [("wrap", 3), ("zero", 2), ("replicate", 2), ("wrap", 1), ("zero", 1), ("replicate", 1)]
+)
 def test_generate_views(backend: str, boundary: Boundary, T: int) -> None:
     frames, rows = two_clips()
     stills, still_rows = video(2, 20, 26, 3, seed=9), neutral([(20, 26), (15, 11)])
@@ -416,6 +429,7 @@ def test_bfloat16_is_float32_rounded_once(backend: str) -> None:
     frames, rows = two_clips()
     stills, still_rows = video(2, 20, 26, 3, seed=9), neutral([(20, 26), (15, 11)])
     params = ViewParams(clip=rows, still=still_rows, size=(8, 7))
+    frames = frames[:, :2]
     exact = generate_views(frames, stills, params)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # must not change the arithmetic
         rounded = generate_views(frames, stills, params, dtype=torch.bfloat16)
