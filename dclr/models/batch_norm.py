@@ -220,7 +220,11 @@ class _Normalise(torch.autograd.Function):
             y = y.add_(shortcut[0]) if shortcut else y
             return F.relu_(y) if relu else y
 
-        outputs = [_by_frames(output, frames[i], *shortcuts[i : i + 1]) for i in range(count)]
+        if _native(frames[0]) and not shortcuts:
+            outputs = [_native_affine(x, scale, shift) for x in frames]
+            outputs = [F.relu_(y) for y in outputs] if relu else outputs
+        else:
+            outputs = [_by_frames(output, frames[i], *shortcuts[i : i + 1]) for i in range(count)]
         ctx.save_for_backward(scale, shift, mean, rate, *frames, *(outputs if relu and shortcuts else ()))
         ctx.relu, ctx.shortcuts, ctx.count, ctx.runs = relu, len(shortcuts), count, runs
         ctx.mark_non_differentiable(mean, variance)
@@ -238,6 +242,9 @@ class _Normalise(torch.autograd.Function):
                 _by_frames(lambda _, dy, y: _passed(dy, y), upstreams[i], outputs[i]) for i in range(ctx.count)
             ]
         masked = ctx.relu and not ctx.shortcuts
+        if masked and _native(frames[0]):  # a mask selects, so bfloat16 loses nothing
+            upstreams = [_passed(dy, _native_affine(x, scale, shift)) for x, dy in zip(frames, upstreams, strict=True)]
+            masked = False
 
         def passed(x: Tensor, upstream: Tensor) -> Tensor:
             """Return the gradient that passes ReLU, from its input."""
@@ -248,6 +255,9 @@ class _Normalise(torch.autograd.Function):
 
         sums = []
         for x, upstream in zip(frames, upstreams, strict=True):
+            if _native(x):
+                sums.append(_native_sums(x, upstream, mean))
+                continue
             for chunk, dy in _chunks(x, upstream):
                 g = _precise(passed(chunk, dy))
                 centred = _precise(chunk) - mean.to(g.dtype)[:, None, None]
@@ -281,6 +291,32 @@ def _affine(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tenso
     return a * b + c if torch.compiler.is_compiling() else torch.addcmul(c, a, b, out=out)
 
 
+def _native(x: Tensor) -> bool:
+    """Return whether torch's own kernels are used, which read bfloat16, compute in float32 and write bfloat16."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _native_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return scale * x + shift in bfloat16, in one pass."""
+    scale = scale.flatten()
+    return torch.batch_norm(
+        x, scale, shift.flatten(), torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0, False
+    )
+
+
+def _native_sums(x: Tensor, g: Tensor, mean: Tensor) -> Tensor:
+    """Return sum g and sum g (x - mean) of each frame, (2, N, C) float32."""
+    mean = mean.float()
+    one = torch.ones_like(mean)
+    sums = []
+    for frame, dy in zip(_frames(x).split(1), _frames(g).split(1), strict=True):
+        _, product, total = torch.ops.aten.native_batch_norm_backward(
+            dy, frame, one, mean, one, mean, one, True, 0.0, [False, True, True]
+        )
+        sums.append(torch.stack([total, product]))
+    return torch.stack(sums, dim=1)
+
+
 def _passed(upstream: Tensor, reference: Tensor) -> Tensor:
     """Return the gradient where `reference` is above 0, and 0 elsewhere."""
     return torch.ops.aten.threshold_backward(upstream, reference, 0)
@@ -289,6 +325,10 @@ def _passed(upstream: Tensor, reference: Tensor) -> Tensor:
 def _frame_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each frame, both (N, C)."""
     means, variances = [], []
+    if _native(x):
+        running = torch.zeros(x.shape[1]), torch.ones(x.shape[1])  # their dtype makes the results float32
+        found = [torch.ops.aten.batch_norm_update_stats(frame, *running, 0.0) for frame in _frames(x).split(1)]
+        return torch.stack([mean for mean, _ in found]), torch.stack([variance for _, variance in found])
     for (chunk,) in _chunks(x):
         chunk = _precise(chunk)
         if torch.compiler.is_compiling():  # one pass over the values
