@@ -11,7 +11,7 @@ of equal frames that a frame stands for, the gradients are
     dbias = sum g,   dweight = sum g (x - m) / sqrt(v + eps),   dr = g,
     dx = scale * (g - c / n * (dbias + (x - m) / sqrt(v + eps) * dweight)).
 
-Where a convolution has computed m and v (kernels/convolution.py), they have gradients of their own instead:
+Where m and v are computed apart (kernels/convolution.py), they have gradients of their own instead:
 
     dm = -scale * sum g,   dv = -scale / 2 * sum g (x - m) / (v + eps),   dx = scale * g.
 
@@ -99,7 +99,9 @@ class BatchNorm(nn.BatchNorm3d):
         if self.training:
             count = _count(views)
             if statistics is None:
-                statistics = batch_statistics([view._replace(frames=_channels_last(view.frames)) for view in views])
+                runs = tuple((view.repeated, view.times) for view in views)
+                frames = [_channels_last(view.frames) for view in views]
+                statistics = cast(tuple[Tensor, Tensor], _Statistics.apply(runs, *frames))
             mean, variance = statistics
             self._update(mean, variance, count)
         else:
@@ -283,6 +285,38 @@ class _Normalise(torch.autograd.Function):
         weights = (product * rate).to(scale.dtype), total.to(scale.dtype)
         given = (-wide * total, -0.5 * wide * product * rate.square()) if ctx.given else (None, None)
         return *weights, *given, *[None] * (3 + 2 * ctx.count), *inputs, *(upstreams if ctx.shortcuts else ())
+
+
+class _Statistics(torch.autograd.Function):
+    """`batch_statistics` with its gradient dx = c / n * (dm + 2 (x - m) dv)."""
+
+    @staticmethod
+    def forward(ctx: Any, runs: tuple[tuple[int, int], ...], *frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the biased variance, both (C,) float64. `runs`: `repeated` and `times` of each view."""
+        mean, variance = batch_statistics([Clips(x, *run) for x, run in zip(frames, runs, strict=True)])
+        ctx.save_for_backward(mean, *frames)
+        ctx.runs = runs
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of the frames."""
+        of_mean, of_variance = gradients
+        mean, *frames = ctx.saved_tensors
+        views = [Clips(x, *run) for x, run in zip(frames, ctx.runs, strict=True)]
+        precise = torch.promote_types(frames[0].dtype, torch.float32)
+        slope = 2 * of_variance / values(views)
+        offset = (of_mean / values(views) - slope * mean).to(precise)[:, None, None]
+        slope = slope.to(precise)[:, None, None]
+
+        def gradient(out: Tensor | None, x: Tensor, count: Tensor) -> Tensor:
+            return torch.mul(_affine(x.to(precise), slope, offset), count, out=out)
+
+        inputs = []
+        for view in views:
+            counts = view.counts().repeat(len(view.frames))[:, None, None, None]  # (N, 1, 1, 1)
+            inputs.append(_by_frames(gradient, view.frames, counts))
+        return None, *inputs
 
 
 def _affine(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:

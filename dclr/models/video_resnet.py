@@ -31,8 +31,7 @@ CHANNEL_MULTIPLE = 16
 
 Apply = Callable[[Tensor, Tensor, nn.Conv3d], Tensor]
 
-
-Statistics = tuple[Tensor, Tensor]
+BatchStatistics = tuple[Tensor, Tensor]
 """The mean and the biased variance (C,) of a convolution's output over all views, which the convolution computed."""
 
 
@@ -40,7 +39,7 @@ class Before(NamedTuple):
     """Batch normalisation with ReLU that comes before a convolution."""
 
     norm: BatchNorm
-    statistics: Statistics | None
+    statistics: BatchStatistics | None
     """The statistics of the views that it normalises. None computes them from the views."""
     extra: int = 0
     """The number of padded channels of the views."""
@@ -70,7 +69,7 @@ class SpaceThenTime(nn.Sequential):
             return space.weight, time.weight
         return F.pad(space.weight, (0, 0) * 4 + (0, extra)), F.pad(time.weight, (0, 0) * 3 + (0, extra))
 
-    def convolve(self, views: list[Clips], before: Before | None = None) -> tuple[list[Clips], Statistics | None]:
+    def convolve(self, views: list[Clips], before: Before | None = None) -> tuple[list[Clips], BatchStatistics | None]:
         """Convolve in space, normalise, apply ReLU, and convolve in time. See `_layer`."""
         space, between, _, time, *_ = cast(tuple[nn.Conv3d, BatchNorm, nn.Module, nn.Conv3d], tuple(self))
         to_inner, from_inner = self.weights(CHANNEL_MULTIPLE if self.fused else 1)
@@ -212,7 +211,7 @@ class VideoResNet(Backbone):
 
 def _convolve(
     views: list[Clips], conv: nn.Module, before: Before | None = None
-) -> tuple[list[Clips], Statistics | None]:
+) -> tuple[list[Clips], BatchStatistics | None]:
     """Apply a convolution of a block or of a stem to each view. See `_layer`."""
     if isinstance(conv, SpaceThenTime):
         return conv.convolve(views, before)
@@ -222,7 +221,7 @@ def _convolve(
 
 def _layer(
     views: list[Clips], before: Before | None, conv: nn.Conv3d, weight: Tensor, apply: Apply, fused: bool
-) -> tuple[list[Clips], Statistics | None]:
+) -> tuple[list[Clips], BatchStatistics | None]:
     """Normalise the views, apply ReLU, and convolve each view.
 
     Args:
