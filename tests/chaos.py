@@ -138,6 +138,11 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_written(run: Path) -> int:
+    """Return the time in nanoseconds at which metrics.jsonl was last written, or 0 if there is none."""
+    return (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
+
+
 def check_after_kill(run: Path, before: int) -> int:
     """Check the newest checkpoint and return its step, or 0 if there is none.
 
@@ -188,6 +193,7 @@ def attempt(folder: Path, run: Path, draw: random.Random, how: str, seconds: flo
     """Start the run and kill it as `how` says. Return a description of its end and its sessions."""
     unfinished = run / "checkpoints" / checkpoint.UNFINISHED
     unfinished.unlink(missing_ok=True)  # left by an earlier kill; a new file means that a write has started
+    before = last_written(run)
     processes = start(command(folder, run), folder / "log")
     if how == "while writing":
         skipped = draw.randrange(2)  # the first or the second write of this attempt
@@ -199,7 +205,10 @@ def attempt(folder: Path, run: Path, draw: random.Random, how: str, seconds: flo
         if not ended:
             time.sleep(draw.uniform(0, 0.001))
     else:
-        ended = wait(processes, draw.uniform(0, seconds))
+        ended = {}
+        if how == "one rank":  # only a rank that has connected can name the other
+            ended = wait(processes, LONGEST, until=lambda: last_written(run) > before)
+        ended |= wait([p for p in processes if p not in ended], draw.uniform(0, seconds))
     if any(status != 0 for status in ended.values()):
         raise Failed(f"a rank ended by itself with status {max(ended.values())}: see {folder}/log.*")
     if ended:
