@@ -18,6 +18,7 @@ and logs of the run, for machines from which only a few files come back. Logs ar
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -100,6 +101,17 @@ def on_gpu(name: str, minutes: float, *chosen: str, needs: Sequence[str] = ("dee
     )
 
 
+def own_convolutions(what: str, minutes: float) -> Part:
+    """Return a part that runs benchmarks/convolutions.py. Without a GPU its kernels run in Triton's interpreter."""
+    return Part(
+        name=f"convolution-{what}",
+        minutes=minutes,
+        module="benchmarks.convolutions",
+        arguments=(what, *RESULTS),
+        variables={"TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"},
+    )
+
+
 HEURISTIC_B = {layers.HEURISTIC_B: "1"}
 
 PARTS = (
@@ -107,6 +119,9 @@ PARTS = (
     layer("step", 3),
     layer("profile", 1.5),
     layer("convolutions", 2.5),
+    own_convolutions("check", 2),
+    own_convolutions("kernels", 5),
+    own_convolutions("step", 7),
     layer("step", 1, "step-heuristic-b", ["--plain"], **HEURISTIC_B),
     layer("step", 2, "step-search", ["--plain", "--search"]),
     layer("stem", 0.7),
@@ -163,6 +178,10 @@ PARTS = (
     layer("convolutions", 3, "convolutions-search", ("--search",)),
 )
 """In the order of their value. A part that needs the results of another comes after it."""
+
+
+FAST_L2 = 7e12
+"""Bytes per second. Above it the model of L2 traffic (benchmarks/layers.py) has the wrong cause."""
 
 
 class Stop(Exception):
@@ -232,6 +251,9 @@ def run(
             rows.append(run_part(part, command, limit_s, log))
             print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]))
             print(f"{part.name}: {rows[-1]['outcome']} after {rows[-1]['seconds']} s", flush=True)
+        if part.name == "ceilings" and (note := note_about_l2(folder)):
+            rows[-1]["note"] = note
+            print(note, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(
             folder / "layers.json",
@@ -240,6 +262,19 @@ def run(
         if out := os.environ.get("OUT"):
             pack(Path(out), folder, logs)
     return rows
+
+
+def note_about_l2(folder: Path) -> str | None:
+    """Return what to do if reads from L2 are so fast that they cannot be what convolutions wait for."""
+    file = folder / "layers-ceilings.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rate = max((row["bytes_per_second"] for row in rows if row["what"].startswith("L2 read")), default=0.0)
+    if rate <= FAST_L2:
+        return None
+    return (
+        f"NOTE: L2 reads at {rate / 1e12:.1f} TB/s, and the model of convolutions assumes 5.5. So reads from L2 do not "
+        "explain the library's times. Look at the kernel names in layers-convolutions.json first, and change the plan."
+    )
 
 
 def pack(out: Path, folder: Path, logs: Path) -> None:

@@ -31,7 +31,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -50,6 +50,7 @@ from benchmarks.step_providers import Cell, configure, make_inputs, make_network
 from dclr.errors import UserError
 from dclr.kernels import generate_views
 from dclr.kernels.space_to_depth import space_to_depth
+from dclr.kernels.types import kind_of
 from dclr.models import Backbone, build_backbone
 from dclr.report import environment, write_json
 
@@ -162,11 +163,18 @@ def measure_ceilings(device: torch.device, record: Record, arguments: argparse.N
 
 
 class PlainStep:
-    """The step of `train.py pretrain` without DeepSpeed: autocast on a GPU, compiled backbones, torch's SGD."""
+    """The step of `train.py pretrain` without DeepSpeed: autocast on a GPU, compiled backbones, torch's SGD.
 
-    def __init__(self, cell: Cell, device: torch.device) -> None:
+    Args:
+        fused: kind and channels before and after the convolutions that own kernels compute.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device, fused: Collection[tuple[str, int, int]] = ()) -> None:
         self.inputs, self.device, self.network = make_inputs(cell, device), device, make_network(cell)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        for backbone in (self.network.query.backbone, self.network.key.backbone):
+            weights = {name: (kind_of(weight), *weight.shape[1::-1]) for name, weight in backbone.fusible().items()}
+            backbone.fuse([name for name, choice in weights.items() if choice in fused])
         configure(self.network, device)
         self.network.to(device).train()
         self.network.enqueued.fill_(self.network.method.queue_length)  # so queue entries are mined
@@ -378,7 +386,7 @@ def convolutions_of_step(cell: Cell) -> dict[Convolution, tuple[int, int]]:
     three of the key clips forward.
     """
     with torch.device("meta"):
-        backbone = build_backbone(cell.backbone, cell.width)
+        backbone = build_backbone(cell.backbone, cell.width).eval()  # the convolutions are those of training
     backbone.pad_channels(8)
     query, look, keys = (convolutions_of(backbone, views, cell) for views in ("vsd", "sd", "vsd"))
     forward = query + look + keys

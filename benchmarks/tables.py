@@ -222,6 +222,57 @@ def counts_tables(result: Result) -> list[str]:
     return made
 
 
+def predicted_kernel_table(result: Result) -> str:
+    """Return a row for each kernel with its chosen settings."""
+    lines = []
+    for row in result["rows"]:
+        if not row["chosen"]:
+            continue
+        settings, code, library = row["settings"], row["code"], row["library_ms"]
+        limit = max(row["parts_ms"], key=row["parts_ms"].get)
+        theirs = sum(library.values())
+        lines.append(
+            [
+                row["what"],
+                f"{settings['rows']}, {settings['warps']}, {settings['stages']}",
+                *(f"{ms:.2f}" for ms in row["parts_ms"].values()),
+                f"{row['ms']:.2f} ({limit})",
+                f"{theirs:.2f} ({library['convolution']:.2f} + {library['passes']:.2f})",
+                f"{theirs / row['ms']:.2f}",
+                f"{code['registers']}, {code['local']}",
+                f"{code['shared'] / 1024:.0f}",
+                "yes" if code["wgmma"] else "no",
+            ]
+        )
+    columns = [
+        "kernel",
+        "rows, warps, stages",
+        "arithmetic",
+        "memory",
+        "L2",
+        "issue",
+        "predicted",
+        "library, predicted",
+    ]
+    return harness.table([*columns, "speedup", "registers, spilled bytes", "shared KiB", "wgmma"], lines)
+
+
+def predicted_step_table(result: Result) -> str:
+    """Return a row for each choice of kernels."""
+    lines = [[row["what"], f"{row['ms']:.0f}", f"{row['samples_per_second']:.0f}"] for row in result["steps"]]
+    return harness.table(["step at 128 clips", "ms, predicted", "samples/s, predicted"], lines)
+
+
+def predicted_tables(result: Result) -> list[str]:
+    """Return the predicted times of the convolution kernels, and of a step with them."""
+    where = f"model for an H200, {result['environment']['date'][:10]}, commit {result['environment']['commit']}"
+    kernels, steps = predicted_kernel_table(result), predicted_step_table(result)
+    return [
+        f"**Convolution kernels, predicted before any run: ms for one view of 128 clips** ({where})\n\n{kernels}\n",
+        f"**A training step with the convolution kernels, predicted before any run** ({where})\n\n{steps}\n",
+    ]
+
+
 # file, title of the table, function that makes it
 TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
     ("step", "A training step: speedup of ours over the others", step_table),
@@ -239,7 +290,7 @@ TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
 
 
 def tables(results: Path = harness.RESULTS) -> str:
-    """Return the tables of all devices in markdown, and those of results/counts.json."""
+    """Return the tables of all devices in markdown, the predicted tables, and those of results/counts.json."""
     made = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         for name, title, make in TABLES:
@@ -253,6 +304,8 @@ def tables(results: Path = harness.RESULTS) -> str:
                 if file.with_suffix(".png").is_file():
                     where += f"; [picture](../benchmarks/results/{folder.name}/{name}.png)"
                 made.append(f"**{title}** ({where})\n\n{table}\n")
+    if (results / "convolutions_predicted.json").is_file():
+        made += predicted_tables(json.loads((results / "convolutions_predicted.json").read_text()))
     if (results / "counts.json").is_file():
         made += counts_tables(json.loads((results / "counts.json").read_text()))
     return "\n".join(made)
