@@ -38,8 +38,8 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.step_providers import Cell
+from dclr import report
 from dclr.errors import UserError
-from dclr.report import environment, write_json
 
 COMMIT = "64aabb1"
 """The last commit before the step was changed. On a GPU its step is that of 22c1ddd and of results/nvidia-h200. On a
@@ -56,7 +56,8 @@ PROVIDERS = {"cuda": ("ours",), "cpu": ("ours, float32", "ours")}
 ROUNDS = {"cuda": (5, 4), "cpu": (5, 2)}  # rounds, measured steps a turn
 
 ALLOWED = {"ieee": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
-"""Greatest relative difference of the first step's losses. Only the order of sums and rounding differ."""
+"""Greatest relative difference of the first step's losses. The two steps add in another order, so their rounding errors
+differ."""
 
 GOAL = 1.15
 """The least speedup in float32 on a CPU, in every cell."""
@@ -250,12 +251,12 @@ def run(arguments: argparse.Namespace) -> None:
     cells = [cell for cell in CELLS[device.type] if cell.B in (arguments.batch_sizes or [cell.B])]
     if arguments.batch_sizes and not cells:
         raise UserError(f"--batch-sizes: choose from {', '.join(str(cell.B) for cell in CELLS[device.type])}")
-    surroundings, rows = environment(device), []
+    environment, rows = report.environment(device), list[Row]()
     for cell in cells:
         for provider in arguments.providers or PROVIDERS[device.type]:
             rows.append(measure(cell, provider, rounds, steps, arguments.commit))
             print(table(rows[-1:]), flush=True)
-            publish(rows, surroundings, device, arguments.results)
+            publish(rows, environment, device, arguments.results)
     verdict = judge(rows, device.type)
     print(f"\nGoal: {verdict['goal']}: {verdict['verdict']}")
     different = [row for row in rows if not row["same"]]
@@ -263,28 +264,22 @@ def run(arguments: argparse.Namespace) -> None:
         raise RuntimeError(f"{len(different)} of {len(rows)} pairs of first steps have different losses")
 
 
-def publish(rows: Sequence[Row], surroundings: dict[str, Any], device: torch.device, results: Path) -> None:
+def publish(rows: Sequence[Row], environment: dict[str, Any], device: torch.device, results: Path) -> None:
     """Write baseline.json. If the environment variable OUT names a folder, write a copy there."""
     content = {
         "question": "is today's training step faster than that of an older commit?",
-        "environment": surroundings,
+        "environment": environment,
         "rows": list(rows),
         "goals": [judge(rows, device.type)],
     }
     folder = harness.results_folder(device, results)
     for target in (folder, *([Path(out)] if (out := os.environ.get("OUT")) else [])):
         target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "baseline.json", content)
+        report.write_json(target / "baseline.json", content)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    try:
-        run(parser.parse_args(argv))
-    except UserError as error:
-        parser.exit(2, f"{error}\n")
-    except RuntimeError as error:
-        parser.exit(1, f"{error}\n")
+    harness.run_command(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

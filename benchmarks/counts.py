@@ -38,8 +38,7 @@ import torch
 
 from benchmarks import baseline, harness
 from benchmarks.step_providers import METHOD, Cell
-from dclr.errors import UserError
-from dclr.report import environment, write_json
+from dclr import report
 
 PARTS = ("stem", "layer1", "layer2", "layer3", "layer4")
 KINDS = ("convolution", "normalisation", "copy")
@@ -264,7 +263,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    surroundings, before, rows = environment(torch.device("cpu")), baseline.fill(arguments.commit), []
+    environment = report.environment(torch.device("cpu"))
+    before, rows = baseline.fill(arguments.commit), list[harness.Row]()
     for cell in QUICK_CELLS if arguments.quick else CELLS:
         row = count(cell, before, harness.ROOT)
         rows.append(row)
@@ -276,23 +276,17 @@ def run(arguments: argparse.Namespace) -> None:
         "question": "how much arithmetic and memory traffic does a training step take, before and after?",
         "command": harness.command("counts", sys.argv[1:]),
         "commit_before": arguments.commit,
-        "environment": surroundings,
+        "environment": environment,
         "rows": rows,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
     name = "counts_quick.json" if arguments.quick else "counts.json"
-    write_json(arguments.results / name, content)
+    report.write_json(arguments.results / name, content)
     print(f"Wrote {arguments.results / name}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    try:
-        run(parser.parse_args(argv))
-    except UserError as error:
-        parser.exit(2, f"{error}\n")
-    except RuntimeError as error:
-        parser.exit(1, f"{error}\n")
+    harness.run_command(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

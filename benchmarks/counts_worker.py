@@ -14,6 +14,7 @@ A part is the stem or a stage, found by data flow: an operation belongs to the l
 it uses. A kind is a convolution, a copy (the kernel only moves data) or the rest, batch normalisation with ReLU.
 """
 
+import importlib
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -169,11 +171,9 @@ class Hook(TorchDispatchMode):
 
 def find_run_backbone() -> Any:
     """Return `run_backbone` of the tree that is counted. The older commit has it in another module."""
-    try:
-        from dclr.methods.encoder import run_backbone
-    except ModuleNotFoundError:
-        from dclr.method import run_backbone  # type: ignore[no-redef]
-    return run_backbone
+    # An import would not tell: a tree that lacks a module gets it from an installed dclr.
+    name = "dclr.methods.encoder" if Path("dclr/methods").is_dir() else "dclr.method"
+    return importlib.import_module(name).run_backbone
 
 
 def count_eager(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, Any]:

@@ -36,7 +36,7 @@ import torch
 
 from benchmarks import baseline, harness, layers
 from benchmarks.harness import ROOT, Row
-from dclr.report import environment, write_json
+from dclr import report
 
 LOGS = ROOT / "runs" / "gpu-layers"
 SHOWN_LINES = 40
@@ -112,6 +112,17 @@ def own_convolutions(what: str, minutes: float) -> Part:
     )
 
 
+def kernels(name: str, minutes: float, other: str) -> Part:
+    """Return a part that runs a benchmark of kernels for 1 minute. other: the provider next to ours on a CPU."""
+    return Part(
+        name=name,
+        minutes=minutes,
+        module=f"benchmarks.{name}",
+        arguments=("--minutes", "1", *RESULTS),
+        on_cpu=("--quick", "--providers", other, "ours"),
+    )
+
+
 HEURISTIC_B = {layers.HEURISTIC_B: "1"}
 
 PARTS = (
@@ -149,20 +160,8 @@ PARTS = (
         on_cpu=("--quick", "--batch-sizes", "2", "--rounds", "1", "--providers", "ours"),
         needs=("deepspeed",),
     ),
-    Part(
-        name="info_nce",
-        minutes=1.5,
-        module="benchmarks.info_nce",
-        arguments=("--minutes", "1", *RESULTS),
-        on_cpu=("--quick", "--providers", "eager", "ours"),
-    ),
-    Part(
-        name="views",
-        minutes=2,
-        module="benchmarks.views",
-        arguments=("--minutes", "1", *RESULTS),
-        on_cpu=("--quick", "--providers", "reference", "ours"),
-    ),
+    kernels("info_nce", 1.5, "eager"),
+    kernels("views", 2, "reference"),
     Part(
         name="whole-run",
         minutes=4,
@@ -185,7 +184,7 @@ FAST_L2 = 7e12
 
 
 class Stop(Exception):
-    """This process was asked to end."""
+    """SIGTERM was sent to this process, so it ends."""
 
 
 def run_part(part: Part, command: list[str], limit_s: float, log: Path) -> Row:
@@ -232,7 +231,7 @@ def run(
 ) -> list[Row]:
     """Run the parts in their order until the time is over. Return a row for each, which layers.json holds too."""
     folder = harness.results_folder(device, results)
-    surroundings, rows = environment(device), list[Row]()
+    environment, rows = report.environment(device), list[Row]()
     deadline_s = time.monotonic() + 60 * minutes
     for number, part in enumerate(parts):
         left_s = deadline_s - time.monotonic()
@@ -255,9 +254,9 @@ def run(
             rows[-1]["note"] = note
             print(note, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(
+        report.write_json(
             folder / "layers.json",
-            {"question": "what was measured, and what failed?", "environment": surroundings, "rows": rows},
+            {"question": "what was measured, and what failed?", "environment": environment, "rows": rows},
         )
         if out := os.environ.get("OUT"):
             pack(Path(out), folder, logs)

@@ -23,8 +23,8 @@ from dclr.report import environment, write_json
 class Outcomes:
     """A pytest plugin that writes each test's outcome, seconds and first line of the error."""
 
-    def __init__(self, path: Path, surroundings: dict[str, Any]) -> None:
-        self.path, self.surroundings = path, surroundings
+    def __init__(self, path: Path, environment: dict[str, Any]) -> None:
+        self.path, self.environment = path, environment
         self.tests: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -45,7 +45,7 @@ class Outcomes:
         counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
         content = {
             "question": "do the tests that need a GPU pass?",
-            "environment": self.surroundings,
+            "environment": self.environment,
             "counts": counts,
             "tests": self.tests,
         }

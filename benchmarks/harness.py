@@ -407,6 +407,18 @@ def add_kernel_options(parser: argparse.ArgumentParser, precisions: Iterable[str
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+) -> None:
+    """Run a command. It ends with one line and exit status 2 at a UserError, and 1 at a RuntimeError."""
+    try:
+        run(parser.parse_args(argv))
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
+    except RuntimeError as error:
+        parser.exit(1, f"{error}\n")
+
+
 class Run:
     """One run of a benchmark, from its command line to its results files.
 
