@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from kornia import augmentation as K
 from torch import Tensor, nn
 from torchvision.models.video.resnet import Conv2Plus1D
 from torchvision.transforms import v2
@@ -285,6 +284,8 @@ class Released(Provider):
     own_draw = True
 
     def __init__(self, cell: Cell, inputs: Inputs, device: torch.device) -> None:
+        from kornia import augmentation as K
+
         self.inputs = inputs
         self.network = as_torchvision(make_network(cell)).to(device)
         self.precision = "tf32" if device.type == "cuda" else "ieee"

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kornia import augmentation as K
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -105,6 +104,8 @@ def to_yuv(frames: Tensor) -> Yuv420:  # (B, ..., H, W, 3) uint8
 
 def as_released(inputs: Inputs, dtype: torch.dtype) -> Call:
     """Make views by the steps of the released loader and training loop, which draw one sigma for the whole run."""
+    from kornia import augmentation as K  # here and below, so that a machine without kornia can make inputs
+
     T, size = inputs.frames.shape[1], inputs.params.size
     device, frames, stills = inputs.frames.device, inputs.frames.cpu(), inputs.stills.cpu()
     crop = v2.RandomResizedCrop(size, PRETRAIN.scale, PRETRAIN.ratio, antialias=False)
@@ -125,6 +126,8 @@ def as_released(inputs: Inputs, dtype: torch.dtype) -> Call:
 
 
 def kornia_on_device(inputs: Inputs, dtype: torch.dtype) -> Call:
+    from kornia import augmentation as K
+
     crop = K.RandomResizedCrop(
         inputs.params.size, PRETRAIN.scale, PRETRAIN.ratio, align_corners=False, cropping_mode="resample"
     )
@@ -304,6 +307,8 @@ def _refuse_capture(device: torch.device) -> None:
 
 def kornia_steps(sigma: tuple[float, float]) -> list[torch.nn.Module]:
     """Return the steps after the crop, by kornia's modules. sigma: range of the blur's standard deviation in pixels."""
+    from kornia import augmentation as K
+
     recipe = PRETRAIN
     return [
         K.RandomGrayscale(p=recipe.grayscale),

@@ -78,7 +78,7 @@ class Launch:
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if value < 2**31 else "i64"
-                if value % 16 == 0:
-                    attributes[(position,)] = _DIVISIBLE
+                # The launcher gives other integers an empty list. With the same list it finds this in Triton's cache.
+                attributes[(position,)] = _DIVISIBLE if value % 16 == 0 else []
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)

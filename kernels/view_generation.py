@@ -19,14 +19,6 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from kornia.color import rgb_to_grayscale
-from kornia.enhance import (
-    adjust_brightness_accumulative,
-    adjust_contrast_with_mean_subtraction,
-    adjust_hue,
-    adjust_saturation_with_gray_subtraction,
-)
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from dclr.kernels.backend import check_same_device, runs_triton, to_device
@@ -172,6 +164,8 @@ def augment_reference(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (B, 3, T, h, w)
     """Compute `augment` in torch and kornia, without its checks. The host waits for the device to read the rows."""
+    from kornia.color import rgb_to_grayscale  # here and below, because the Triton kernels do without kornia
+
     rows = augmentation.to("cpu")
     B, T = _shape(frames)[:2]
     device = _luma(frames).device
@@ -233,6 +227,13 @@ def colour_jitter(
     order: Tensor,  # (N, 4), on the CPU
 ) -> Tensor:
     """Apply kornia's ColorJitter with the given factors and order of each clip."""
+    from kornia.enhance import (
+        adjust_brightness_accumulative,
+        adjust_contrast_with_mean_subtraction,
+        adjust_hue,
+        adjust_saturation_with_gray_subtraction,
+    )
+
     brightness, contrast, saturation, hue = factors.unbind(1)
     operations = (
         (adjust_brightness_accumulative, brightness, 1),
@@ -259,6 +260,8 @@ def gaussian_blur(
     sigma: Tensor,  # (N,) pixels, on the CPU
 ) -> Tensor:
     """Blur each clip with a Gaussian kernel of its own sigma."""
+    from kornia.filters import gaussian_blur2d
+
     border = "reflect" if min(images.shape[3:]) > BLUR_KERNEL // 2 else "replicate"
     sigmas = sigma.to(images.device)[:, None].expand(-1, 2)
     return gaussian_blur2d(images.flatten(1, 2), BLUR_KERNEL, sigmas, border).view_as(images)

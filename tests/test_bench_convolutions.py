@@ -1,6 +1,8 @@
 """Tests of benchmarks/convolution_model.py and benchmarks/convolutions.py, on a CPU."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import convolution_model, convolutions, gpu_layers, layers, resources
+from benchmarks import convolution_model, convolutions, gpu_layers, harness, layers, resources
 from benchmarks.convolution_model import Code, Layer, count_instructions, kernel_ms, replaced_bytes, work_of
 from benchmarks.step_providers import Cell
 from dclr.kernels import Convolved, backend, set_backend
@@ -235,3 +237,13 @@ def test_a_fast_l2_is_noted(tmp_path, rate, noted):
     note = gpu_layers.note_about_l2(tmp_path)
     assert (note is not None and "7.2 TB/s" in note and "change the plan" in note) == noted
     assert gpu_layers.note_about_l2(tmp_path / "none") is None
+
+
+@pytest.mark.slow
+def test_parts_without_needs_do_without_deepspeed_kornia_and_av():
+    """A GPU machine may have torch, torchvision and Triton only."""
+    modules = {part.module for part in gpu_layers.PARTS if not part.needs}
+    assert {"benchmarks.layers", "benchmarks.convolutions"} <= modules
+    code = f"import sys; sys.modules.update(dict.fromkeys(('deepspeed', 'kornia', 'av'))); import {', '.join(modules)}"
+    made = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
