@@ -1,5 +1,6 @@
 """torch.compile of the backbones: one graph per shape, no recompilation, and the same results."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def test_pretraining_compiles_each_shape_once_without_a_break(
     assert len(losses[0]) == 8
     assert losses[1][2:] == pytest.approx(losses[0][2:], rel=1e-3)
     assert json.loads((folder / "report.json").read_text())["compile_seconds"] > 0
+
+
+def test_a_copy_of_a_compiled_backbone_uses_its_own_weights(fresh):
+    backbone = build_backbone("r3d_10", 1).eval()
+    backbone.layer2 = backbone.layer3 = backbone.layer4 = torch.nn.Sequential()
+    compile_backbone(backbone, backend="eager")
+    twin = copy.deepcopy(backbone)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    clip = torch.ones(1, 3, 2, 8, 8)
+    for network in (backbone, twin):
+        for maps in (network(clip), network.forward_views([clip], 2)[0]):
+            assert bool(maps.any()) == (network is backbone)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,16 +50,18 @@ batch normalisation in float32. On an H200 the query encoder's pass would move 3
 def compile_backbone(backbone: Backbone, backend: str = "inductor") -> None:
     """Compile a backbone's `forward` and `forward_views` in place, so that parameter names stay.
 
-    Each input shape and mode is compiled at its first call. Code that does not compile as one graph is an error. A
-    compiled backbone must not be copied: the copy's `forward_views` would use the weights of the original.
+    Each input shape and mode is compiled at its first call. Code that does not compile as one graph is an error. A deep
+    copy of the backbone has a compiled `forward_views` too, which uses the weights of the copy.
 
     Args:
         backend: the backend of torch.compile. "eager" generates no code, which is enough for some tests.
     """
     options = INDUCTOR_OPTIONS if backend == "inductor" else None
     backbone.compile(dynamic=False, fullgraph=True, backend=backend, options=options)
-    compiled = torch.compile(backbone.forward_views, dynamic=False, fullgraph=True, backend=backend, options=options)
-    setattr(backbone, "forward_views", compiled)  # noqa: B010  (its declared type is a method)
+    # The class's function, with the backbone as its first argument: copy.deepcopy replaces it by the copy.
+    function = type(backbone).forward_views
+    compiled = torch.compile(function, dynamic=False, fullgraph=True, backend=backend, options=options)
+    setattr(backbone, "forward_views", partial(compiled, backbone))  # noqa: B010  (its declared type is a method)
 
 
 def compile_seconds() -> float:
