@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import counts, counts_worker
 from benchmarks.step_providers import Cell
+from dclr.kernels import backend
 from dclr.models import build_backbone
 
 CELL = {"backbone": "r2plus1d_10", "B": 2, "T": 8, "side": 32, "width": 8, "static_once": True}
@@ -131,3 +132,26 @@ def test_the_bytes_of_compiled_batch_normalisation():
         ):
             found[kernel["graph"]] += sum(large)
     assert found == pytest.approx({"forward": 6, "backward": 10})
+
+
+@pytest.mark.slow
+def test_the_compiled_backward_pass_of_fused_convolutions_stores_no_gradient_in_float32(monkeypatch):
+    """The stem's last normalisation takes the statistics of three views from a convolution. layer1 follows it."""
+    if not backend.INTERPRETED:
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
+    monkeypatch.setattr(backend, "_backend", "triton")
+    make = counts_worker.make_backbone
+
+    def make_fused(*arguments):
+        backbone = make(*arguments)
+        backbone.layer2, backbone.layer3, backbone.layer4 = (nn.Sequential() for _ in range(3))
+        backbone.fuse(backbone.fusible())
+        return backbone
+
+    monkeypatch.setattr(counts_worker, "make_backbone", make_fused)
+    kernels = counts_worker.count_pass(CELL | {"width": 16}, "vsd", backward=True)["kernels"]
+    assert any("convolve" in name for kernel in kernels for name in kernel["operations"])
+    elements = 2 * 16 * 8 * 16 * 16  # of the stem's output for a view
+    written = [size for kernel in kernels if kernel["graph"] == "backward" for size in kernel["writes"].values()]
+    assert 2 * elements in written
+    assert 4 * elements not in written

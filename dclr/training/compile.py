@@ -42,9 +42,13 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 12,
     "realize_opcount_threshold": 80,
     "realize_acc_reads_threshold": 24,
+    "unroll_reductions_threshold": 1,
 }
 """Limits above which torch.compile stores an intermediate result. With its defaults it stores the masked gradient of
-batch normalisation in float32. On an H200 the query encoder's pass would move 397 GB at batch 128, instead of 342."""
+batch normalisation in float32. On an H200 the query encoder's pass would move 397 GB at batch 128, instead of 342.
+
+The last limit makes sums over the statistics of each view kernels of their own (`merge_statistics`). With its default,
+the backward pass would compute such a sum again for each value of the frames, and again store a gradient in float32."""
 
 
 def compile_backbone(backbone: Backbone, backend: str = "inductor") -> None:
