@@ -99,9 +99,9 @@ class BatchNorm(nn.BatchNorm3d):
         if self.training:
             count = _count(views)
             if statistics is None:
-                runs = tuple((view.repeated, view.times) for view in views)
+                runs = [number for view in views for number in (view.repeated, view.times)]
                 frames = [_channels_last(view.frames) for view in views]
-                statistics = cast(tuple[Tensor, Tensor], _Statistics.apply(runs, *frames))
+                statistics = cast(tuple[Tensor, Tensor], _Statistics.apply(len(views), *runs, *frames))
             mean, variance = statistics
             self._update(mean, variance, count)
         else:
@@ -291,11 +291,18 @@ class _Statistics(torch.autograd.Function):
     """`batch_statistics` with its gradient dx = c / n * (dm + 2 (x - m) dv)."""
 
     @staticmethod
-    def forward(ctx: Any, runs: tuple[tuple[int, int], ...], *frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the biased variance, both (C,) float64. `runs`: `repeated` and `times` of each view."""
-        mean, variance = batch_statistics([Clips(x, *run) for x, run in zip(frames, runs, strict=True)])
+    def forward(ctx: Any, count: int, *runs_and_frames: Any) -> tuple[Tensor, Tensor]:
+        """Return the mean and the biased variance, both (C,) float64.
+
+        Args:
+            count: number of views.
+            runs_and_frames: `repeated` and `times` of each view, then the frames of the views. torch.compile would not
+                keep lists.
+        """
+        runs, frames = runs_and_frames[: 2 * count], runs_and_frames[2 * count :]
+        mean, variance = batch_statistics([Clips(frames[i], runs[2 * i], runs[2 * i + 1]) for i in range(count)])
         ctx.save_for_backward(mean, *frames)
-        ctx.runs = runs
+        ctx.count, ctx.runs = count, runs
         return mean, variance
 
     @staticmethod
@@ -303,7 +310,7 @@ class _Statistics(torch.autograd.Function):
         """Return the gradients of the frames."""
         of_mean, of_variance = gradients
         mean, *frames = ctx.saved_tensors
-        views = [Clips(x, *run) for x, run in zip(frames, ctx.runs, strict=True)]
+        views = [Clips(frames[i], ctx.runs[2 * i], ctx.runs[2 * i + 1]) for i in range(ctx.count)]
         precise = torch.promote_types(frames[0].dtype, torch.float32)
         slope = 2 * of_variance / values(views)
         offset = (of_mean / values(views) - slope * mean).to(precise)[:, None, None]
@@ -316,7 +323,7 @@ class _Statistics(torch.autograd.Function):
         for view in views:
             counts = view.counts().repeat(len(view.frames))[:, None, None, None]  # (N, 1, 1, 1)
             inputs.append(_by_frames(gradient, view.frames, counts))
-        return None, *inputs
+        return *[None] * (1 + 2 * ctx.count), *inputs
 
 
 def _affine(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
