@@ -80,6 +80,9 @@ STEPS = {"cuda": 3, "cpu": 1}
 """Rounds of two variants of a step, and the steps of a variant in a round."""
 
 
+COMPILED_VERSIONS = 256
+
+
 def layers_on(device: torch.device) -> Sequence[Layer]:
     """Return the layers to measure, those of r2plus1d_10 with the largest predicted gain first."""
     if device.type != "cuda":
@@ -402,6 +405,9 @@ def measure_kernels(device: torch.device, record: layers.Record) -> None:
 
 def measure_step(device: torch.device, record: layers.Record) -> None:
     """Time a step with each choice of kernels, in turns with the library, and write the proposal."""
+    # All networks share the code of their class, and torch.compile keeps 8 versions of a piece of code by default.
+    torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
+    torch._dynamo.config.accumulated_recompile_limit = COMPILED_VERSIONS
     cell = layers.CELLS[device.type]
     library = layers.PlainStep(cell, device)
     weights = library.network.query.backbone.fusible().values()
@@ -413,6 +419,7 @@ def measure_step(device: torch.device, record: layers.Record) -> None:
     for name, fused in plans:
         row = time_step(name, fused, library, device, cell)
         record.add(row)
+        layers.release(device)
         if row.get("wins") and len(fused) == 1:
             winners += fused
     if len(winners) > 1 and winners != each:

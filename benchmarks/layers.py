@@ -201,9 +201,9 @@ def measure_step(device: torch.device, record: Record, arguments: argparse.Names
         cell = Cell(**asdict(CELLS[device.type]) | {"B": B})
         if deepspeed and not arguments.plain:
             record.add(time_ours(cell, device))
-            _release(device)
+            release(device)
         record.add(time_plain_step(cell, device))
-        _release(device)
+        release(device)
 
 
 def time_ours(cell: Cell, device: torch.device) -> Row:
@@ -247,7 +247,7 @@ def time_plain_step(cell: Cell, device: torch.device) -> Row:
     }
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
     """Free the memory of a step, whose modules refer to themselves."""
     gc.collect()
     if device.type == "cuda":
