@@ -363,7 +363,8 @@ def settings_for(kernel: str, weight: Tensor, normalised: bool, capability: int)
         if hopper:
             return Settings(64, 8, 2, taps=1 if large else 3)
         return Settings(16 if large else 64, 8, 2)
-    if large or (kernel == "input gradient" and temporal):
+    many_written = kernel == "input gradient" and weight.shape[1] > 64
+    if large or (temporal and many_written):
         return Settings(64, 8, 2)
     if not hopper:
         return Settings(128, 8, 2)
