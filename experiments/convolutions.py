@@ -1,7 +1,7 @@
 """Do twenty training steps with fused convolutions lose what steps with the library's convolutions learn?
 
-    python -m experiments.convolutions            three seeds: about half an hour without a GPU
-    python -m experiments.convolutions --quick    one seed, three steps: checks that it runs, writes nothing
+    TRITON_INTERPRET=1 python -m experiments.convolutions            three seeds: about half an hour without a GPU
+    TRITON_INTERPRET=1 python -m experiments.convolutions --quick    three steps: checks that it runs
 
 DCLR trains a small network (r2plus1d_10 of width 16, 2 clips of 4 x 16 x 16) in bfloat16 on drawn clips, from the same
 weights and with the same clips:
@@ -22,12 +22,10 @@ Claims, written before the first run:
   is further away than the claims allow.
 """
 
-import argparse
 import contextlib
-import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -35,18 +33,19 @@ from torch import Tensor
 
 from dclr import kernels
 from dclr.config import MethodConfig, ModelConfig
+from dclr.errors import UserError
 from dclr.kernels import Views, convolution_triton
 from dclr.kernels.backend import INTERPRETED
 from dclr.methods import DCLR
-from dclr.report import environment
-from experiments import evidence
+from experiments import evidence, runs
 from experiments.evidence import Finding
 from experiments.precision import powers_of_ten, relative_differences
 
-STEPS, SEEDS, BATCH, FRAMES, PIXELS = 20, 3, 2, 4, 16
+STEPS, QUICK_STEPS, BATCH, FRAMES, PIXELS = 20, 3, 2, 4, 16
 LIBRARY, FUSED, PERTURBED, FAULTY = CURVES = ("library", "fused", "perturbed", "fused, no gradient of the statistics")
 FUSED_STAGES = ("stem", "layer1")
 MODEL = ModelConfig(backbone="r2plus1d_10", width=16)
+LOSS_PANEL = "loss in bfloat16, by convolutions"
 METHOD = MethodConfig(queue_length=16, embedding_dim=32, mined_positives=1)
 
 
@@ -107,12 +106,20 @@ def curve(name: str, seed: int, steps: int, device: torch.device) -> list[float]
     return losses
 
 
-def findings(curves: dict[str, list[list[float]]]) -> list[Finding]:
-    """Return the claims about the losses, {name: [[one loss for each step] for each seed]}."""
-    differences = {
+def distances(curves: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    """Return the relative difference from the library's loss, {name: [[one for each step] for each seed]}."""
+    return {
         name: [relative_differences(*pair) for pair in zip(curves[name], curves[LIBRARY], strict=True)]
         for name in CURVES[1:]
     }
+
+
+def findings(result: evidence.Result) -> list[Finding]:
+    """Return the claims about the losses; [] for one seed."""
+    lines = next(panel["lines"] for panel in result["panels"] if panel["title"] == LOSS_PANEL)
+    differences = distances({name: lines[name]["values"] for name in CURVES})
+    if len(differences[FUSED]) < 2:
+        return []
     first = {name: statistics.mean(max(by_step[:2]) for by_step in by_seed) for name, by_seed in differences.items()}
     along = {
         name: [statistics.mean(powers_of_ten(by_step)) for by_step in by_seed] for name, by_seed in differences.items()
@@ -141,43 +148,43 @@ def findings(curves: dict[str, list[list[float]]]) -> list[Finding]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, three steps, no result file")
-    quick = parser.parse_args().quick
+def panels(curves: dict[str, list[list[float]]]) -> list[dict[str, object]]:
+    """Return the panel of the losses, and the panel of their distance from the library's."""
+    steps = list(range(1, len(curves[LIBRARY][0]) + 1))
+    away = {name: [powers_of_ten(by_step) for by_step in by_seed] for name, by_seed in distances(curves).items()}
+    return [
+        {"title": title, "ylabel": label, "lines": {k: {"steps": steps, "values": v} for k, v in values.items()}}
+        for title, label, values in (
+            (LOSS_PANEL, "nats", curves),
+            ("distance from the library", "log10 of the relative difference", away),
+        )
+    ]
+
+
+def result_of(curves: dict[str, list[list[float]]]) -> evidence.Result:
+    result: evidence.Result = {
+        "question": "do twenty steps with fused convolutions follow those with the library's?",
+        "recipe": {"steps": STEPS, "batch": BATCH, "clips": [FRAMES, PIXELS, PIXELS], "width": MODEL.width},
+        "figures": {},
+        "rows": {},
+        "panels": panels(curves),
+    }
+    return result | {"findings": findings(result)}
+
+
+def main(arguments: Sequence[str]) -> None:
+    options, _ = runs.parse(__doc__, arguments)
     device = evidence.here()
     if device.type == "cpu" and not INTERPRETED:
-        sys.exit("without a GPU the kernels need Triton's interpreter: set TRITON_INTERPRET=1")
+        raise UserError("without a GPU the kernels need Triton's interpreter: set TRITON_INTERPRET=1")
     kernels.set_backend("triton")
-    seeds, steps = (1, 3) if quick else (SEEDS, STEPS)
     curves: dict[str, list[list[float]]] = {name: [] for name in CURVES}
-    for seed in range(seeds):
+    for seed in options.seeds:
         for name in CURVES:
-            curves[name].append(curve(name, seed, steps, device))
+            curves[name].append(curve(name, seed, QUICK_STEPS if options.quick else STEPS, device))
             print(f"seed {seed}, {name}: " + " ".join(f"{loss:.4f}" for loss in curves[name][-1]), flush=True)
-    if quick:
-        return
-    found = findings(curves)
-    for each in found:
-        print(("holds: " if each["holds"] else "does NOT hold: ") + each["claim"] + "; " + each["detail"])
-    result = {
-        "question": "do twenty steps with fused convolutions follow those with the library's?",
-        "command": "python -m experiments.convolutions",
-        "recipe": {
-            "steps": STEPS,
-            "batch": BATCH,
-            "clips": [FRAMES, PIXELS, PIXELS],
-            "width": MODEL.width,
-            "fused": FUSED_STAGES,
-        },
-        "losses": curves,
-        "findings": found,
-        "environment": environment(device),
-    }
-    path = evidence.published_file("convolutions")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    evidence.publish("convolutions", result_of(curves), [], options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(runs.entry(main))

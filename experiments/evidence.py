@@ -150,7 +150,7 @@ def publish(
     Args:
         name: the name of the experiment.
         result: the result without command, seeds and environment, which are added here.
-        chains: the commands that were run, whose commits are recorded.
+        chains: the commands that were run, whose commits are recorded. Without commands, the newest commit is.
         options: the options of the experiment's command line.
         taken: the published result that some rows come from. Its commits are added.
 
@@ -158,6 +158,7 @@ def publish(
         True if the result was published.
     """
     commits = {*runs.commits(chains), *(taken["environment"]["commit"].split(AND) if taken else ())}
+    commits = commits or {environment(here())["commit"]}
     result = result | {
         "command": " ".join([f"python -m experiments.{name}", *options.arguments]),
         "seeds": list(options.seeds),

@@ -363,6 +363,8 @@ def settings_for(kernel: str, weight: Tensor, normalised: bool, capability: int)
         if hopper:
             return Settings(64, 8, 2, taps=1 if large else 3)
         return Settings(16 if large else 64, 8, 2)
+    if hopper and large and kernel == "forward" and (temporal or not normalised):
+        return Settings(128, 8, 2)
     many_written = kernel == "input gradient" and weight.shape[1] > 64
     if large or (temporal and many_written):
         return Settings(64, 8, 2)
