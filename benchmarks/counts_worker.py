@@ -176,6 +176,21 @@ def find_run_backbone() -> Any:
     return importlib.import_module(name).run_backbone
 
 
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Let the stem convolve blocks, as on a GPU. Backbones of older commits have no such choice."""
+    from dclr.models import video_resnet
+
+    if not hasattr(video_resnet, "_as_blocks"):
+        yield
+        return
+    from dclr.kernels.space_to_depth import space_to_depth
+
+    with mock.patch.object(video_resnet, "_as_blocks", lambda x: space_to_depth(x) if x.shape[1] == 3 else x):
+        yield
+
+
+@as_on_a_gpu()
 def count_eager(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, Any]:
     """Return the counts of a pass without torch.compile."""
     run_backbone = find_run_backbone()
@@ -440,20 +455,11 @@ def count_compiled(function: Callable[[], Any], backward: bool) -> dict[str, Any
     return {"bytes": named(sums), "largest": compiler.largest, "kernels": compiler.kernels}
 
 
-def as_on_a_gpu() -> None:
-    """Let the stem convolve blocks, as on a GPU. Backbones of older commits have no such choice."""
-    from dclr.models import video_resnet
-
-    if hasattr(video_resnet, "_as_blocks"):
-        from dclr.kernels.space_to_depth import space_to_depth
-
-        video_resnet._as_blocks = lambda x: space_to_depth(x) if x.shape[1] == 3 else x
-
-
 def is_counted(error: BaseException | None) -> bool:
     return error is not None and ("Counted" in str(error) or is_counted(error.__cause__))
 
 
+@as_on_a_gpu()
 def count_pass(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, Any]:
     """Return the counts of a pass with torch.compile, without the kernels themselves."""
     run_backbone = find_run_backbone()
@@ -466,7 +472,6 @@ def count_pass(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, 
 
     backbone, views = make_backbone(cell, fake), make_views(cell, fake)
     encoder: Any = types.SimpleNamespace(backbone=backbone)
-    as_on_a_gpu()
     compile_backbone(backbone)
 
     def call() -> None:
