@@ -17,7 +17,17 @@ from dclr.commands import evaluate as evaluation
 from dclr.commands import train
 from dclr.data.datasets import open_catalog
 from dclr.errors import UserError
-from experiments import activation_maps, controlled, controlled_set, evidence, plots, precision, runs, weizmann
+from experiments import (
+    activation_maps,
+    controlled,
+    controlled_set,
+    convolutions,
+    evidence,
+    plots,
+    precision,
+    runs,
+    weizmann,
+)
 from experiments.runs import Job
 
 ENVIRONMENT = {"device": "a device", "date": "2026-11-25T00:00:00+00:00", "commit": "abc", "versions": {"torch": "2"}}
@@ -391,7 +401,7 @@ def test_dclr_is_compared_with_moco_random_weights_and_itself_without_dynamic_pa
 def test_the_findings_of_the_page_are_those_that_were_published():
     """The page computes them again from the rows, in present words. Verdicts and numbers must be those of the file."""
     modules = {"controlled_set": controlled_set, "controlled": controlled, "weizmann": weizmann}
-    modules |= {"activation_maps": activation_maps, "precision": precision}
+    modules |= {"activation_maps": activation_maps, "precision": precision, "convolutions": convolutions}
     for file in evidence.RESULTS.glob("*/*.json"):
         result = json.loads(file.read_text())
         for now, then in zip(modules[file.stem].findings(result), result["findings"], strict=True):
