@@ -81,6 +81,7 @@ STEPS = {"cuda": 3, "cpu": 1}
 
 
 COMPILED_VERSIONS = 256
+"""Versions of a piece of code that torch.compile may keep."""
 
 
 def layers_on(device: torch.device) -> Sequence[Layer]:

@@ -1,4 +1,4 @@
-"""Do twenty training steps with fused convolutions lose what steps with the library's convolutions learn?
+"""Do twenty training steps with fused convolutions follow those with the library's convolutions?
 
     TRITON_INTERPRET=1 python -m experiments.convolutions            three seeds: about half an hour without a GPU
     TRITON_INTERPRET=1 python -m experiments.convolutions --quick    three steps: checks that it runs

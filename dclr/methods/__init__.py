@@ -1,4 +1,4 @@
-"""Pretraining methods, one class in one file each. A method says what a training step computes, and what moves."""
+"""Pretraining methods, one class in one file each. A method says what a training step computes."""
 
 from dclr.methods.dclr import DCLR
 from dclr.methods.encoder import Encoder

@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         """Let `dclr.kernels.convolution` compute these convolutions of `fusible`, and the library the others.
 
         A fused convolution normalises its input itself and computes the statistics of its output. Parameters and
-        checkpoints stay the same, and results up to rounding errors.
+        checkpoints stay the same. Results change by rounding errors only.
         """
 
     def forward(self, x: Tensor, differences: bool = False) -> Tensor:
