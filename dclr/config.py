@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.kernels import BACKENDS, EMBEDDING_SIZES
-from dclr.methods import METHODS
+from dclr.methods import METHODS, QUEUE_SETTINGS, VIEW_SETTINGS
 from dclr.models import BACKBONES, MAX_WIDTH
 from dclr.models.clip_format import MAX_SIZE
 
@@ -324,11 +324,12 @@ class MethodConfig(_Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         mined, length = self.mined_positives, self.queue_length
-        if mined > length:
+        settings = METHODS[self.method].settings
+        if "mined_positives" in settings and mined > length:
             raise UserError(f"--mined-positives is {mined}, but must be from 0 to --queue-length ({length})")
         if METHODS[self.method].auxiliary_views and not self.auxiliary_views:
             raise UserError("--no-static-pairs and --no-dynamic-pairs together leave only rgb clips: use --method moco")
-        if self.repel_weight and METHODS[self.method].auxiliary_views and len(self.auxiliary_views) < 2:
+        if "repel_weight" in settings and self.repel_weight and len(self.auxiliary_views) < 2:
             raise UserError(
                 "--repel-weight pushes static and dynamic features apart: it needs --static-pairs and --dynamic-pairs"
             )
@@ -614,16 +615,6 @@ def make_config(command: str, values: dict[str, Any]) -> Config:
     return COMMANDS[command](**built)
 
 
-# Settings without effect on a method without auxiliary views, such as MoCo.
-_ONLY_WITH_AUXILIARY_VIEWS = {
-    "static_pairs", "dynamic_pairs", "activation_maps", "mined_positives", "alignment_weight", "alignment",
-    "repel_weight", "boundary",
-}  # fmt: skip
-
-# Settings without effect on a method without a queue.
-_ONLY_WITH_QUEUE = {"queue_length", "fill_steps", "mined_positives"}
-
-
 def resolve(
     command: str,
     preset: str,
@@ -643,18 +634,23 @@ def resolve(
     config = make_config(command, {**stored, **flags})
     if not isinstance(config, PretrainConfig):
         return config
-    name, method = config.method.method, METHODS[config.method.method]
-    for has, what, useless in (
-        (method.auxiliary_views, "neither static nor dynamic views", _ONLY_WITH_AUXILIARY_VIEWS & flags.keys()),
-        (method.has_queue, "no queue", _ONLY_WITH_QUEUE & flags.keys()),
-    ):
-        if useless and not has:
-            raise UserError(
-                f"{flag_of(min(useless))} has no effect with --method {name}, which has {what}: leave the flag out"
-            )
-    if not method.has_queue:
+    refuse_settings_without_effect(config.method.method, flags)
+    if not METHODS[config.method.method].has_queue:
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, fill_steps=0))
     return config
+
+
+def refuse_settings_without_effect(method: str, flags: Collection[str]) -> None:
+    """Raise UserError if one of the settings `flags` is a field of MethodConfig that has no effect on `method`."""
+    chosen = METHODS[method]
+    of_methods = {f.name for f in dataclasses.fields(MethodConfig)} - {"method"}
+    for name in sorted((of_methods - chosen.settings).intersection(flags)):
+        why = ""
+        if name in VIEW_SETTINGS and not chosen.auxiliary_views:
+            why = ", which has neither static nor dynamic views"
+        elif name in QUEUE_SETTINGS and not chosen.has_queue:
+            why = ", which has no queue"
+        raise UserError(f"{flag_of(name)} has no effect with --method {method}{why}: leave the flag out")
 
 
 # Settings that may change when a run is resumed. Any other change would alter the samples or the network.

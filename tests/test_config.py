@@ -345,7 +345,7 @@ def test_each_flag_says_when_to_change_it(command):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method": "simclr"}, "--method is simclr, but must be dclr or moco"),
+        ({"method": "simclr"}, "--method is simclr, but must be dclr, moco"),
         ({"static_pairs": False, "dynamic_pairs": False}, "use --method moco"),
         ({"activation_maps": "perhaps"}, "--activation-maps is perhaps, but must be True or False"),
         ({"repel_weight": 1.0, "static_pairs": False}, "it needs --static-pairs and --dynamic-pairs"),

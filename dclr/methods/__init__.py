@@ -2,11 +2,12 @@
 
 from dclr.methods.dclr import DCLR
 from dclr.methods.encoder import Encoder
-from dclr.methods.method import Method
+from dclr.methods.method import QUEUE_SETTINGS, VIEW_SETTINGS, Method
 from dclr.methods.moco import MoCo
+from dclr.methods.simsiam import SimSiam
 
-__all__ = ["DCLR", "METHODS", "Encoder", "Method", "MoCo"]
+__all__ = ["DCLR", "METHODS", "QUEUE_SETTINGS", "VIEW_SETTINGS", "Encoder", "Method", "MoCo", "SimSiam"]
 
-METHODS: dict[str, type[Method]] = {"dclr": DCLR, "moco": MoCo}
+METHODS: dict[str, type[Method]] = {"dclr": DCLR, "moco": MoCo, "simsiam": SimSiam}
 """Name -> class of every method. Flags and files read this dictionary when they need it, so an entry that is added
 before the command line is parsed counts everywhere."""

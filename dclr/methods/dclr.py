@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from dclr import distributed
 from dclr.kernels import Views, contrast, mine_positives_by_each
 from dclr.kernels.backend import to_device
-from dclr.methods.encoder import KEY_OF_PAIR, PAIRS, ByLetter, Encoder, run_backbone
-from dclr.methods.method import Method, means_over_ranks
+from dclr.methods.encoder import KEY_OF_PAIR, ByLetter, Encoder, by_pair, pairs_of, run_backbone
+from dclr.methods.method import QUEUE_SETTINGS, VIEW_SETTINGS, Method, means_over_ranks
 from dclr.models import activation_map, pool
 
 if TYPE_CHECKING:  # config.py imports the methods' names
@@ -54,6 +54,7 @@ class DCLR(Method):
         pairs: names of the P pairs.
     """
 
+    settings = Method.settings | QUEUE_SETTINGS | VIEW_SETTINGS | {"temperature", "key_momentum"}
     auxiliary_views: ClassVar[tuple[str, ...]] = ("static", "dynamic")
     has_queue = True
     queue: Tensor  # (P, K, D)
@@ -63,7 +64,7 @@ class DCLR(Method):
         super().__init__()
         self.method, self.seed = method, seed
         self.auxiliary = "".join(view[0] for view in method.auxiliary_views)
-        self.pairs = tuple(name for name in PAIRS if set(name) <= set("v" + self.auxiliary))
+        self.pairs = pairs_of(self.auxiliary)
         self.query = Encoder(model, method.embedding_dim, self.pairs)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         queue = F.normalize(torch.randn(len(self.pairs), method.queue_length, method.embedding_dim), dim=2)
@@ -124,7 +125,7 @@ class DCLR(Method):
         """
         keys, all_keys, _ = self._encode_key(key, step)
         self._enqueue(all_keys)
-        return self._by_pair("key", keys.float().sum((1, 2)))
+        return by_pair(self.pairs, "key", keys.float().sum((1, 2)))
 
     def reset_key(self) -> None:
         """Make the key encoder equal to the query encoder."""
@@ -147,7 +148,7 @@ class DCLR(Method):
         """Return the loss and its terms, each (), under the names of the log."""
         terms = {
             **super().terms(output),
-            **self._by_pair("pair_loss", output.losses),
+            **by_pair(self.pairs, "pair_loss", output.losses),
             "alignment": output.alignment,
             "repel": output.repel,
         }
@@ -159,9 +160,9 @@ class DCLR(Method):
             **self.terms(output),
             "alignment_other_form": output.alignment_other_form,
             "alignment_key_maps": output.alignment_key_maps,
-            **self._by_pair("positive_similarity", output.positive),
-            **self._by_pair("hardest_negative", output.hardest_negative),
-            **self._by_pair("nearest_key", self.nearest_key(output.queries)),
+            **by_pair(self.pairs, "positive_similarity", output.positive),
+            **by_pair(self.pairs, "hardest_negative", output.hardest_negative),
+            **by_pair(self.pairs, "nearest_key", self.nearest_key(output.queries)),
         }
         metrics = means_over_ranks({name: value for name, value in terms.items() if value is not None})
         # The loss of a network that cannot tell any two clips apart, without mined positives and with them.
@@ -173,6 +174,11 @@ class DCLR(Method):
             share = self.method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
             metrics["alignment_share"] = share
         return metrics
+
+    def first_step(self, metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+        """Return the alignment term, in the forms that are logged and as a share of the loss."""
+        names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
+        return {"alignment_at_first_step": {name: metrics[name] for name in names if name in metrics}}
 
     def plateau(self) -> float:
         """Return the loss of a pair if all similarities are equal: ln(K + 1), less ln(M + 1) once entries are mined.
@@ -195,10 +201,6 @@ class DCLR(Method):
         own = (first + torch.arange(size, device=queries.device)) % length  # (B,)
         nearest = (queries.float() @ self.queue.float().transpose(1, 2)).argmax(2)  # (P, B)
         return (nearest == own).float().mean(1)
-
-    def _by_pair(self, name: str, values: Tensor) -> dict[str, Tensor]:
-        """Name the numbers (P,) of the pairs: name/pair."""
-        return {f"{name}/{pair}": value for pair, value in zip(self.pairs, values, strict=True)}
 
     def _weights(self, maps: ByLetter) -> ByLetter:
         """Return the maps that weigh the rgb features: none if --no-activation-maps is given."""

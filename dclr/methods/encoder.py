@@ -25,6 +25,16 @@ ByLetter = dict[str, Tensor]
 """Feature maps or activation maps, by the letter of their view."""
 
 
+def pairs_of(auxiliary: str) -> tuple[str, ...]:
+    """Return the names of the pairs, in the order of PAIRS. `auxiliary`: the letters of the auxiliary views."""
+    return tuple(name for name in PAIRS if set(name) <= set("v" + auxiliary))
+
+
+def by_pair(pairs: Sequence[str], name: str, values: Tensor) -> dict[str, Tensor]:
+    """Name the numbers (P,) of the pairs: name/pair."""
+    return {f"{name}/{pair}": value for pair, value in zip(pairs, values, strict=True)}
+
+
 class Encoder(nn.Module):
     """A backbone that all views share, and one projection head for each embedding."""
 

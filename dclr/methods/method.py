@@ -9,6 +9,23 @@ from dclr import distributed
 from dclr.kernels import Views
 from dclr.methods.encoder import Encoder
 
+QUEUE_SETTINGS = frozenset({"queue_length", "fill_steps", "mined_positives"})
+"""Names of the settings that have an effect only on a method with a queue."""
+
+VIEW_SETTINGS = frozenset(
+    {
+        "static_pairs",
+        "dynamic_pairs",
+        "activation_maps",
+        "mined_positives",
+        "alignment_weight",
+        "alignment",
+        "repel_weight",
+        "boundary",
+    }
+)
+"""Names of the settings that have an effect only on a method with auxiliary views."""
+
 
 class Method(nn.Module):
     """Base class of pretraining methods. Pretraining builds METHODS[name](model, method, seed).
@@ -18,15 +35,22 @@ class Method(nn.Module):
 
     Attributes:
         query: the encoder that learns. Pretraining writes its backbone and its heads into the run's folder.
-        auxiliary_views: the views that rgb clips can be contrasted with: "static", "dynamic", both or none. The flags
-            of these views are refused for a method without them.
-        has_queue: whether the first --fill-steps steps only call `fill`. If not, --fill-steps and --queue-length are
-            refused.
+        settings: names of the fields of MethodConfig that have an effect on the method. The flag of any other field is
+            refused. `method` need not be named.
+        auxiliary_views: the views that rgb clips can be contrasted with: "static", "dynamic", both or none.
+        has_queue: whether the first --fill-steps steps only call `fill`.
+        smallest_micro_batch: the number of clips that one process needs at once, at least. It is 2 if a head has batch
+            normalisation.
+        in_batch_negatives: whether the negatives of a clip are the other clips of the micro-batches of all processes,
+            so that there must be at least 2 clips.
     """
 
     query: Encoder
+    settings: ClassVar[frozenset[str]] = frozenset({"embedding_dim", "jitter"})
     auxiliary_views: ClassVar[tuple[str, ...]] = ()
     has_queue: ClassVar[bool] = False
+    smallest_micro_batch: ClassVar[int] = 1
+    in_batch_negatives: ClassVar[bool] = False
 
     def forward(self, query: Views, key: Views, step: int) -> Any:
         """Compute a training step of one micro-batch.
@@ -62,6 +86,10 @@ class Method(nn.Module):
     def metrics(self, output: Any) -> dict[str, float]:
         """Return the log line of a step, means over ranks. Every rank calls this method at the same step."""
         return means_over_ranks(self.terms(output))
+
+    def first_step(self, metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+        """Return values of the first trained step's log line that report.json keeps, in groups by name."""
+        return {}
 
 
 def means_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:

@@ -164,10 +164,9 @@ class Pretraining:
             metrics |= {"queue/filled_rows": float(filled), "queue/oldest_row_age_steps": filled / batch_size}
         if self._output is not None:
             metrics |= self.network.metrics(self._output)
-        if "alignment_at_first_step" not in self.summary and math.isfinite(metrics.get("loss", math.nan)):
-            names = ("alignment", "alignment_other_form", "alignment_key_maps", "alignment_share")
-            first = {"step": done, **{name: metrics[name] for name in names if name in metrics}}
-            self.summary["alignment_at_first_step"] = first
+        if math.isfinite(metrics.get("loss", math.nan)):
+            for name, first in self.network.first_step(metrics).items():
+                self.summary.setdefault(name, {"step": done, **first})
         return metrics
 
     def bar(self, metrics: dict[str, float]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from dclr.data.prefetch import batches_on
 from dclr.data.samples import TrainSamples
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
+from dclr.methods import METHODS
 from dclr.models import Backbone, ClipFormat
 from dclr.models.weights import metadata_of, stored_statistics
 from dclr.training import checkpoint, engine
@@ -271,6 +272,7 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     micro_batch = engine.micro_batch_size(ds_config, config.optim.batch_size)
     if command != "linear":  # whose BatchNorm does not use statistics of the batch
         check_batch_statistics(config, micro_batch)
+    check_micro_batch(config, micro_batch)
     precision = engine.resolve_precision(ds_config, device)
     choose_kernels(config.run.kernels, device)
     choose_algorithms(config.run.deterministic)
@@ -313,6 +315,24 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
         print(SLOW_ON_A_CPU, file=sys.stderr)
     run.say(f"  writing to {folder}")
     return run
+
+
+def check_micro_batch(config: Config, micro_batch: int) -> None:
+    """Raise UserError if a micro-batch has fewer clips than the method needs. `micro_batch`: its clips on one rank."""
+    if not isinstance(config, PretrainConfig):
+        return
+    name, ranks = config.method.method, distributed.world_size()
+    method, found = METHODS[name], f"--batch-size {config.optim.batch_size} gives micro-batches of"
+    if micro_batch < method.smallest_micro_batch:
+        raise UserError(
+            f"{found} {micro_batch} clip(s) on each of {ranks} process(es), but --method {name} needs at least "
+            f"{method.smallest_micro_batch}: raise --batch-size, or lower gradient_accumulation_steps in --ds_config"
+        )
+    if method.in_batch_negatives and micro_batch * ranks < 2:
+        raise UserError(
+            f"{found} 1 clip, but --method {name} takes the other clips of a micro-batch as negatives: "
+            "raise --batch-size, or lower gradient_accumulation_steps in --ds_config"
+        )
 
 
 def find_ds_config(name: str) -> Path:
