@@ -527,8 +527,8 @@ class Run:
 
 
 def from_row(kind: type[T], row: Row) -> T:
-    """Return the cell (a dataclass) that a row was measured in."""
-    return kind(**{each.name: row[each.name] for each in fields(kind)})  # type: ignore[arg-type]
+    """Return the cell (a dataclass) that a row was measured in. Older rows lack fields that have a default."""
+    return kind(**{each.name: row[each.name] for each in fields(kind) if each.name in row})  # type: ignore[arg-type]
 
 
 def command(script: str, arguments: Sequence[str]) -> str:

@@ -19,7 +19,9 @@ Providers:
 With mining, positives are found as in training (dclr/methods/dclr.py): three searches serve five pairs. "Forward and
 backward" includes the gradient of the queries, which is the only one. Errors are those of the measured call, compared
 with float64. The float64 loss takes the positives that this call mined, so two equally similar queue entries are no
-error. "Same rows" is the share of searches that mined the same queue entries as float64.
+error. "With decay" multiplies the logits of each queue entry by a number of its own, as VideoMoCo does
+(dclr/methods/videomoco.py). It is measured at the sizes of the goals, which do not count it. "Same rows" is the share
+of searches that mined the same queue entries as float64.
 
 Prints tables and writes info_nce.json and info_nce.png into results/DEVICE. --precision and --quick add to the file
 names.
@@ -77,7 +79,7 @@ GOALS = (
     ),
 )
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 """What a provider computes: the tensors of `Inputs` -> losses (P,) and mined entries (P, B, M) int64, or None."""
 
 
@@ -86,6 +88,7 @@ class Inputs(NamedTuple):
     keys: Tensor  # (P, B, D)
     queue: Tensor  # (P, K, D)
     features: Tensor | None  # (2, B, D) static and dynamic features of the query clips; None: without mining
+    logit_scale: Tensor | None = None  # (K,) the factor of each queue entry's logits; None: without decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +100,23 @@ class Cell:
     backward: bool
     B: int
     K: int
+    decay: bool = False
 
     def __str__(self) -> str:
         return f"{self.precision}, {self.kind}, B {self.B}, K {self.K}"
 
     @property
     def kind(self) -> str:
-        mining = "with mining" if self.mining else "without mining"
+        mining = "with decay" if self.decay else "with mining" if self.mining else "without mining"
         return f"{mining}, {'forward and backward' if self.backward else 'forward'}"
 
 
 # ------------------------------------------------------------------------------------------------------------ providers
 
 
-def as_released(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def as_released(
+    queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None, logit_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Compute the steps of the released loss, one pair at a time.
 
     In bfloat16 the products are in bfloat16 and the softmax is in float32, as under autocast.
@@ -133,20 +139,26 @@ def as_released(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor |
     for pair in range(P):
         own = (queries[pair] * keys[pair]).sum(dim=1, keepdim=True)
         past = queries[pair] @ queue[pair].clone().T
+        if logit_scale is not None:
+            past = past * logit_scale
         logits = torch.cat([own, past], dim=1).div_(TEMPERATURE)  # (B, 1 + K)
         probabilities = logits.softmax(dim=1, dtype=torch.float32)
         losses.append(-(probabilities * labels[pair]).sum(dim=1).log().mean())
     return torch.stack(losses), mined
 
 
-def eager(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def eager(
+    queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None, logit_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     mined = None if features is None else by_pair(*mine_positives_by_each_reference(features, queue[1:3], M))
-    return info_nce_reference(queries, keys, queue, mined, TEMPERATURE), mined
+    return info_nce_reference(queries, keys, queue, mined, TEMPERATURE, logit_scale), mined
 
 
-def ours(queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def ours(
+    queries: Tensor, keys: Tensor, queue: Tensor, features: Tensor | None, logit_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     mined = None if features is None else by_pair(*mine_positives_by_each(features, queue[1:3], M))
-    return info_nce(queries, keys, queue, mined, TEMPERATURE), mined
+    return info_nce(queries, keys, queue, mined, TEMPERATURE, logit_scale=logit_scale), mined
 
 
 def by_pair(static: Tensor, dynamic: Tensor, both: Tensor) -> Tensor:
@@ -184,6 +196,8 @@ def float64_loss(inputs: Inputs, mined: Tensor | None) -> tuple[Tensor, Tensor]:
     gradient = torch.zeros(P, B, D, dtype=torch.float64, device=inputs.queue.device)
     for pair in range(P):
         queue = inputs.queue[pair].double()
+        if inputs.logit_scale is not None:
+            queue = queue * inputs.logit_scale.double()[:, None]
         for block in torch.arange(B, device=queue.device).split(_block_size(K)):
             queries, keys = inputs.queries[pair, block].detach().double(), inputs.keys[pair, block].double()
             key_logits = (queries * keys).sum(dim=1, keepdim=True)
@@ -227,8 +241,9 @@ def floor_bytes(cell: Cell) -> int:
     queue, queries, keys = P * cell.K * D * number, P * cell.B * D * number, P * cell.B * D * number
     gradient = P * cell.B * D * number if cell.backward else 0
     features = 2 * cell.B * D * number if cell.mining else 0
+    scale = cell.K * 4 if cell.decay else 0
     losses = P * 4
-    return queue + queries + keys + gradient + features + losses
+    return queue + queries + keys + gradient + features + scale + losses
 
 
 def floor_flops(cell: Cell) -> int:
@@ -267,6 +282,7 @@ def make_inputs(cell: Cell, device: torch.device) -> Inputs:
         keys=keys.to(dtype),
         queue=unit(P, cell.K).to(dtype),
         features=features.to(dtype) if cell.mining else None,
+        logit_scale=0.99999 ** torch.arange(float(cell.K), device=device) if cell.decay else None,
     )
 
 
@@ -331,6 +347,7 @@ def name_cell(row: Row) -> str:
 def judge(rows: Sequence[Row], genuine: bool) -> list[dict[str, Any]]:
     """Judge the goals. The typical row is a training step: forward and backward, with mining."""
     typical = ("training_step", lambda row: row["mining"] and row["backward"])
+    rows = [row for row in rows if not row.get("decay")]  # the goals are older than decay
     return harness.judge_kernels(rows, GOALS, name_cell, genuine, typical)
 
 
@@ -417,6 +434,7 @@ def plan(arguments: argparse.Namespace, kind: str) -> list[Cell]:
             for mining in (True, False):
                 for backward in (True, False):
                     cells.append(Cell(precision=precision, mining=mining, backward=backward, B=B, K=K))
+        cells += [Cell(precision=precision, mining=False, backward=True, B=B, K=K, decay=True) for B, K in goals]
     return sorted(cells, key=lambda cell: (cell.B, cell.K) not in goals)
 
 

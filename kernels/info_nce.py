@@ -23,6 +23,7 @@ def info_nce(
     positives: Tensor | None = None,  # (P, B, M)
     temperature: float = 0.07,
     *,
+    logit_scale: Tensor | None = None,  # (K,)
     check_rows: bool | None = None,
 ) -> Tensor:  # (P,)
     """Return the multiple-positive InfoNCE loss of each of P pairs, averaged over its B queries.
@@ -30,7 +31,8 @@ def info_nce(
     Source: MIL-NCE, Miech et al., CVPR 2020, arXiv 1912.06430. With logits l_ij = q_i . x_j / temperature, where x_0 is
     the query's own key and x_1 .. x_K are the queue entries,
         loss_i = -log( sum over positives of exp(l_ij) / sum over all of exp(l_ij) ).
-    The key is always a positive. `positives` adds queue entries.
+    The key is always a positive. `positives` adds queue entries. `logit_scale` multiplies the logits of queue entries:
+    l_ij = logit_scale_j q_i . x_j / temperature for j >= 1. The logit of the key stays as it is.
 
     Arithmetic and result are float32, also for bfloat16 arguments and under autocast. On a GPU, products of float32
     arguments follow torch.set_float32_matmul_precision.
@@ -43,6 +45,7 @@ def info_nce(
         positives: int64 row numbers of queue entries. A repeated number counts once. A negative number is not a
             positive.
         temperature: Greater than 0.
+        logit_scale: float32, one number for each queue entry, the same for all pairs. None scales nothing.
         check_rows: True raises an error for a row number of K or more. By default only CPU tensors outside
             torch.compile are checked, because a check on a GPU makes the host wait for the device. Without a check,
             such a number is not a positive.
@@ -56,10 +59,10 @@ def info_nce(
             or the Triton kernels do not support the embedding size (they support 32, 64, 128 and 256).
         RuntimeError: The backend is "triton", and it cannot run on this device.
     """
-    _check_info_nce(queries, keys, queue, positives, temperature, check_rows)
+    _check_info_nce(queries, keys, queue, positives, temperature, logit_scale, check_rows)
     if not _runs_triton(queries):
-        return info_nce_reference(queries, keys, queue, positives, temperature)
-    return _fused(queries, keys, queue, positives, temperature)[0]
+        return info_nce_reference(queries, keys, queue, positives, temperature, logit_scale)
+    return _fused(queries, keys, queue, positives, temperature, logit_scale)[0]
 
 
 def contrast(
@@ -69,21 +72,26 @@ def contrast(
     positives: Tensor | None = None,  # (P, B, M)
     temperature: float = 0.07,
     *,
+    logit_scale: Tensor | None = None,  # (K,)
     check_rows: bool | None = None,
 ) -> Contrast:
     """Return the losses of `info_nce` with two mean similarities that show how training develops.
 
-    The kernels compute the similarities anyway. Arguments and errors are those of `info_nce`.
+    The kernels compute the similarities anyway. Arguments and errors are those of `info_nce`. With a logit scale, the
+    similarity of a queue entry is multiplied by its scale.
     """
-    _check_info_nce(queries, keys, queue, positives, temperature, check_rows)
+    _check_info_nce(queries, keys, queue, positives, temperature, logit_scale, check_rows)
     if _runs_triton(queries):
-        losses, similarities = _fused(queries, keys, queue, positives, temperature)
+        losses, similarities = _fused(queries, keys, queue, positives, temperature, logit_scale)
         return Contrast(losses, similarities[0], similarities[1])
-    losses = info_nce_reference(queries, keys, queue, positives, temperature)
+    losses = info_nce_reference(queries, keys, queue, positives, temperature, logit_scale)
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
         queries, keys, queue = queries.float(), keys.float(), queue.float()
         positive = (queries * keys).sum(dim=2).mean(dim=1)
-        hardest = (queries @ queue.transpose(1, 2)).amax(dim=2).mean(dim=1)
+        similarities = queries @ queue.transpose(1, 2)  # (P, B, K)
+        if logit_scale is not None:
+            similarities = similarities * logit_scale
+        hardest = similarities.amax(dim=2).mean(dim=1)
     return Contrast(losses, positive, hardest)
 
 
@@ -93,6 +101,7 @@ def info_nce_reference(
     queue: Tensor,  # (P, K, D)
     positives: Tensor | None,  # (P, B, M)
     temperature: float,
+    logit_scale: Tensor | None = None,  # (K,)
 ) -> Tensor:  # (P,)
     """Compute `info_nce` in plain torch, without its checks."""
     with torch.autocast(queries.device.type, enabled=False):
@@ -103,6 +112,8 @@ def info_nce_reference(
 
         key_logits = (queries * keys).sum(dim=2, keepdim=True) / temperature  # (P, B, 1)
         queue_logits = queries @ queue.transpose(1, 2) / temperature  # (P, B, K)
+        if logit_scale is not None:
+            queue_logits = queue_logits * logit_scale.detach()
         all_logits = torch.cat([key_logits, queue_logits], dim=2)  # (P, B, 1 + K)
         positive_logits = key_logits
         if positives is not None:
@@ -191,7 +202,12 @@ def mine_positives_by_each_reference(features: Tensor, queue: Tensor, m: int) ->
 
 
 def _fused(
-    queries: Tensor, keys: Tensor, queue: Tensor, positives: Tensor | None, temperature: float
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    positives: Tensor | None,
+    temperature: float,
+    logit_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute losses (P,) and similarities (2, P) with the kernels.
 
@@ -200,8 +216,9 @@ def _fused(
     from dclr.kernels.info_nce_triton import info_nce_op  # Triton has wheels for Linux only
 
     needs_gradient = torch.is_grad_enabled() and queries.requires_grad
+    scale = None if logit_scale is None else logit_scale.detach()
     losses, similarities, *_ = info_nce_op(
-        queries, keys.detach(), queue.detach(), positives, temperature, needs_gradient
+        queries, keys.detach(), queue.detach(), positives, temperature, needs_gradient, scale
     )
     return losses, similarities.detach()
 
@@ -238,6 +255,7 @@ def _check_info_nce(
     queue: Tensor,
     positives: Tensor | None,
     temperature: float,
+    logit_scale: Tensor | None,
     check_rows: bool | None,
 ) -> None:
     for name, tensor in (("queries", queries), ("keys", keys), ("queue", queue)):
@@ -253,6 +271,12 @@ def _check_info_nce(
         raise ValueError(f"queue must be ({P}, K, {D}) to match queries, not {tuple(queue.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, not {temperature}")
+    if logit_scale is not None:
+        if logit_scale.dtype != torch.float32:
+            raise TypeError(f"logit_scale must be float32, not {logit_scale.dtype}")
+        if logit_scale.shape != queue.shape[1:2]:
+            raise ValueError(f"logit_scale must be ({queue.shape[1]},), not {tuple(logit_scale.shape)}")
+        backend.check_same_device("logit_scale", logit_scale, "queries", queries)
     if positives is None:
         return
     if positives.dtype != torch.int64:

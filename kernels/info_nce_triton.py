@@ -6,8 +6,9 @@ l_ij = q_i . x_j / temperature, where x_0 is the query's key and x_1 .. x_K are 
     loss_i = log sum_j exp(l_ij) - log sum_(j positive) exp(l_ij)
     d loss_i / d q_i = (sum_j p_ij x_j - sum_(j positive) r_ij x_j) / temperature
 
-where p_i is the softmax over all j and r_i is the softmax over the positives. The first sum is attention with the queue
-as both keys and values. The online softmax of FlashAttention (Dao et al., arXiv 2205.14135) therefore computes this sum
+where p_i is the softmax over all j and r_i is the softmax over the positives. With a logit scale s_j for each queue
+entry, l_ij is s_j times as large, and x_j in both sums becomes s_j x_j. The first sum is attention with the queue as
+both keys and values. The online softmax of FlashAttention (Dao et al., arXiv 2205.14135) therefore computes this sum
 together with the loss. One launch reads the queue once and leaves one partial result for each split of the queue. The
 last of its programs merges the losses. The backward launch merges the gradient and multiplies it by the upstream
 gradient. It does not read the queue, so the queue may be overwritten between the two passes.
@@ -113,10 +114,10 @@ def _arrives_last(arrivals, programs):
 
 @triton.jit
 def _stream_queue(
-    queries, queue, peaks, masses, sums, pair, block, split, stride_pair, stride_row, scale, B, K, slots,
+    queries, queue, logit_scale, peaks, masses, sums, pair, block, split, stride_pair, stride_row, scale, B, K, slots,
     rows_per_split,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    GRADIENT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Compute the online softmax of BLOCK_B queries of one pair over one split of its queue.
 
@@ -134,12 +135,17 @@ def _stream_queue(
         rows = start + tl.arange(0, BLOCK_K)
         x = _read_rows(queue + pair * stride_pair, rows, K, stride_row, D, DTYPE, PRECISION, WIDEN)
         bits = _similarities(q, x, BLOCK_B, BLOCK_K, PRECISION) * scale
+        if SCALED:
+            scales = tl.load(logit_scale + rows, mask=rows < K, other=0.0)
+            bits *= scales[None, :]
         bits = tl.where((rows < K)[None, :], bits, float("-inf"))
         higher = tl.maximum(peak, tl.max(bits, 1))
         weights = tl.exp2(bits - higher[:, None])
         rescale = tl.exp2(peak - higher)
         mass = mass * rescale + tl.sum(weights, 1)
         if GRADIENT:
+            if SCALED:
+                weights *= scales[None, :]
             weights = _operand(weights, DTYPE, PRECISION, WIDEN)
             acc = tl.dot(weights, x, acc * rescale[:, None], input_precision=PRECISION)
         peak = higher
@@ -153,9 +159,9 @@ def _stream_queue(
 
 @triton.jit
 def _gather_positives(
-    queries, keys, queue, positives, peaks, masses, sums, positive_bits, positive_means, pair, block,
+    queries, keys, queue, positives, logit_scale, peaks, masses, sums, positive_bits, positive_means, pair, block,
     stride_pair, stride_row, scale, B, K, M, slots,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, GRADIENT: tl.constexpr,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Compute the online softmax of BLOCK_R queries of one pair over their key and their positives.
 
@@ -189,12 +195,18 @@ def _gather_positives(
             queue + pair * stride_pair + tl.where(is_positive, j, 0)[:, :, None] * stride_row + d[None, None, :],
             mask=is_positive[:, :, None], other=0.0,
         ).to(tl.float32)  # fmt: skip
-        bits = tl.where(is_positive, tl.sum(q[:, None, :] * x, 2) * scale, float("-inf"))
+        bits = tl.sum(q[:, None, :] * x, 2) * scale
+        if SCALED:
+            scales = tl.load(logit_scale + j, mask=is_positive, other=0.0)
+            bits *= scales
+        bits = tl.where(is_positive, bits, float("-inf"))
         higher = tl.maximum(peak, tl.max(bits, 1))
         weights = tl.exp2(bits - higher[:, None])
         rescale = tl.exp2(peak - higher)
         mass = mass * rescale + tl.sum(weights, 1)
         if GRADIENT:
+            if SCALED:
+                weights *= scales
             acc = acc * rescale[:, None] + tl.sum(weights[:, :, None] * x, 1)
         peak = higher
 
@@ -247,18 +259,20 @@ def _loss_kernel(
     keys,  # (P, B, D)
     queue,  # (P, K, D), with stride_pair between pairs and stride_row between entries
     positives,  # (P, B, M) int64
+    logit_scale,  # (K,) float32, read with SCALED only
     peaks,  # output (P, B, N + 1): greatest logit of each split, in bits; the last slot holds the key alone
     masses,  # output (P, B, N + 1): sum of exp2(logit - peak)
-    sums,  # output (P, B, N + 1, D): sum of exp2(logit - peak) x
+    sums,  # output (P, B, N + 1, D): sum of exp2(logit - peak) x, or of exp2(logit - peak) logit_scale x with SCALED
     positive_bits,  # output (P, B): log2 of the sum of exp2(logit) over key and positives
-    positive_means,  # output (P, B, D): mean of key and positives, weighted by exp2(logit)
+    positive_means,  # output (P, B, D): mean of key and positives, weighted by exp2(logit); with SCALED also scaled
     losses,  # output (P,)
-    similarities,  # output (2, P): mean over B of query . key, and of the greatest query . queue entry
+    similarities,  # output (2, P): mean over B of query . key, and of the greatest (scaled) query . queue entry
     arrivals,  # (P,) int32: 0 before and after
     stride_pair, stride_row, scale, B, K, M, pairs, row_blocks, splits, rows_per_split, gather_blocks,
     D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MERGE_R: tl.constexpr,
-    GRADIENT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Compute the partial results of each split, the results of the positives, and the losses.
 
@@ -273,17 +287,17 @@ def _loss_kernel(
         pair = (pid // of_a_pair).to(tl.int64)
         # The block changes fastest, so that neighbouring programs read the same queue entries.
         _stream_queue(
-            queries, queue, peaks, masses, sums, pair, pid % row_blocks, pid // row_blocks % splits,
+            queries, queue, logit_scale, peaks, masses, sums, pair, pid % row_blocks, pid // row_blocks % splits,
             stride_pair, stride_row, scale, B, K, splits + 1, rows_per_split,
-            D, BLOCK_B, BLOCK_K, GRADIENT, DTYPE, PRECISION, WIDEN,
+            D, BLOCK_B, BLOCK_K, GRADIENT, SCALED, DTYPE, PRECISION, WIDEN,
         )  # fmt: skip
     else:
         pid -= pairs * of_a_pair
         pair = (pid // gather_blocks).to(tl.int64)
         _gather_positives(
-            queries, keys, queue, positives, peaks, masses, sums, positive_bits, positive_means, pair,
+            queries, keys, queue, positives, logit_scale, peaks, masses, sums, positive_bits, positive_means, pair,
             pid % gather_blocks, stride_pair, stride_row, scale, B, K, M, splits + 1,
-            D, BLOCK_R, BLOCK_M, GRADIENT,
+            D, BLOCK_R, BLOCK_M, GRADIENT, SCALED,
         )  # fmt: skip
     if _arrives_last(arrivals + pair, of_a_pair + gather_blocks):
         _merge_losses(
@@ -733,6 +747,7 @@ def loss_launch(
     temperature: float,
     gradient: bool,
     precision: str,  # precision of float32 products: "ieee" or "tf32"
+    logit_scale: Tensor | None = None,  # (K,) float32
 ) -> tuple[Launch, Tensor, Tensor, Partials]:
     """Return the launch of `_loss_kernel`, its losses, its similarities and its other outputs."""
     P, B, D = queries.shape
@@ -750,6 +765,8 @@ def loss_launch(
         (P * (row_blocks * splits + gather_blocks),),
         {
             "queries": queries, "keys": keys, "queue": queue, "positives": positives,
+            # Without a scale this pointer is never read.
+            "logit_scale": losses if logit_scale is None else logit_scale,
             "peaks": partials.peaks, "masses": partials.masses, "sums": partials.sums,
             "positive_bits": torch.empty(P, B, dtype=torch.float32, device=queries.device),
             "positive_means": partials.positive_means, "losses": losses, "similarities": similarities,
@@ -761,7 +778,7 @@ def loss_launch(
         {
             "BLOCK_B": blocks.b, "BLOCK_K": blocks.k, "BLOCK_R": block_r, "BLOCK_M": _POSITIVES,
             "BLOCK_N": block_n, "MERGE_R": max(1, 2048 // block_n), "GRADIENT": gradient,
-            **_product_constants(queries, queue, precision),
+            "SCALED": logit_scale is not None, **_product_constants(queries, queue, precision),
         },
         blocks.num_warps,
         blocks.num_stages,
@@ -896,7 +913,13 @@ def rank_launch(
 
 @torch.library.custom_op("dclr::info_nce", mutates_args=())
 def info_nce_op(
-    queries: Tensor, keys: Tensor, queue: Tensor, positives: Tensor | None, temperature: float, gradient: bool
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    positives: Tensor | None,
+    temperature: float,
+    gradient: bool,
+    logit_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the losses (P,), the similarities (2, P) and the fields of `Partials`, for the backward pass.
 
@@ -906,15 +929,17 @@ def info_nce_op(
     queries, keys, queue = queries.contiguous(), keys.contiguous(), _rows_contiguous(queue)
     if positives is None:
         positives = torch.empty((P, B, 0), dtype=torch.int64, device=queries.device)
+    if logit_scale is not None:
+        logit_scale = logit_scale.contiguous()
     launch, losses, similarities, partials = loss_launch(
-        queries, keys, queue, positives.contiguous(), temperature, gradient, float32_precision()
+        queries, keys, queue, positives.contiguous(), temperature, gradient, float32_precision(), logit_scale
     )
     launch()
     return losses, similarities, partials.peaks, partials.masses, partials.sums, partials.positive_means
 
 
 @info_nce_op.register_fake
-def _(queries, keys, queue, positives, temperature, gradient):
+def _(queries, keys, queue, positives, temperature, gradient, logit_scale=None):
     P = queries.shape[0]
     partials = make_partials(queries, queue, float32_precision(), gradient)
     losses = queries.new_empty((P,), dtype=torch.float32)
@@ -954,9 +979,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, losses_gradient, *_):
     if losses_gradient is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
     gradient = torch.ops.dclr.info_nce_backward(*ctx.saved_tensors, losses_gradient, ctx.temperature, ctx.dtype)
-    return gradient, None, None, None, None, None
+    return gradient, None, None, None, None, None, None
 
 
 info_nce_op.register_autograd(_backward, setup_context=_setup_context)
@@ -1006,7 +1031,7 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
     launches = []
     for D in EMBEDDING_SIZES:
         for name, dtype, precision in kinds:
-            queue = meta(P, K, D, dtype=dtype)
+            queue, scales = meta(P, K, D, dtype=dtype), meta(K, dtype=torch.float32)
             for B in (16, 40):
                 label = f"D {D}, {name}, B {'to 16' if B == 16 else 'above 16'}"
                 queries, positives = meta(P, B, D, dtype=dtype), meta(P, B, M, dtype=torch.int64)
@@ -1018,6 +1043,11 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                         small = queue[:, :64]
                         launch = loss_launch(queries, queries, small, positives, 0.07, gradient, precision)[0]
                         launches.append((f"{label}, small queue{suffix}", launch))
+                # Training computes the gradient, which needs the most registers.
+                for queue_name, entries in (("", K), (", small queue", 64)):
+                    if entries == K or (dtype == torch.bfloat16 and D <= 128):
+                        own = queue[:, :entries], positives, 0.07, True, precision, scales[:entries]
+                        launches.append((f"{label}{queue_name}, logit scale", loss_launch(queries, queries, *own)[0]))
             for size, entries in (("small", 64), ("large", K)):  # the size of the blocks follows from B and K
                 # One similarity leaves more registers than two. It is compiled where registers are scarce.
                 for S in (1, 2) if D == 256 else (2,):

@@ -126,14 +126,16 @@ def test_paths_are_not_published() -> None:
 
 
 def loss_cell(
-    mining: bool = True, backward: bool = True, B: int = 3, K: int = 200, precision: str = "ieee"
+    mining: bool = True, backward: bool = True, B: int = 3, K: int = 200, precision: str = "ieee", decay: bool = False
 ) -> info_nce.Cell:
-    return info_nce.Cell(precision=precision, mining=mining, backward=backward, B=B, K=K)
+    return info_nce.Cell(precision=precision, mining=mining, backward=backward, B=B, K=K, decay=decay)
 
 
 def oracle(inputs: info_nce.Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return losses (P,), mined entries (P, B, M) and the gradient (P, B, D), one query at a time in numpy."""
     q, k, z = (tensor.detach().double().numpy() for tensor in inputs[:3])
+    if inputs.logit_scale is not None:
+        z = z * inputs.logit_scale.double().numpy()[:, None]
     pairs, size = q.shape[:2]
     losses, gradient = np.zeros(pairs), np.zeros(q.shape)
     mined = np.zeros((pairs, size, info_nce.M), dtype=int)
@@ -154,10 +156,10 @@ def oracle(inputs: info_nce.Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return losses, mined, gradient
 
 
-@pytest.mark.parametrize("mining", [True, False])
-def test_providers_and_float64_agree_with_numpy(mining: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mining", "decay"), [(True, False), (False, False), (False, True)])
+def test_providers_and_float64_agree_with_numpy(mining: bool, decay: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info_nce, "_block_size", lambda K: 2)
-    inputs = info_nce.make_inputs(loss_cell(mining), CPU)
+    inputs = info_nce.make_inputs(loss_cell(mining, decay=decay), CPU)
     true_losses, true_mined, true_gradient = oracle(inputs)
     # The gradient is a difference of two means of rows, each divided by temperature and B: float32 rounds those.
     rounding = np.finfo(np.float32).eps / (info_nce.TEMPERATURE * inputs.queries.shape[1])
@@ -201,6 +203,7 @@ def test_floors_by_hand() -> None:
     assert info_nce.floor_bytes(loss_cell(False, False, 2, 10)) == (50 + 10 + 10) * 512 + 20
     assert info_nce.floor_bytes(loss_cell(False, True, 2, 10)) == (50 + 10 + 10 + 10) * 512 + 20
     assert info_nce.floor_bytes(loss_cell(True, True, 2, 10, "bf16")) == (50 + 10 + 10 + 10 + 4) * 256 + 20
+    assert info_nce.floor_bytes(loss_cell(False, True, 2, 10, decay=True)) == (50 + 10 + 10 + 10) * 512 + 40 + 20
     # 5 x 2 x 10 x 128 multiplications and as many additions; twice that; and two of 2 x 10 x 128.
     assert info_nce.floor_flops(loss_cell(False, False, 2, 10)) == 25_600
     assert info_nce.floor_flops(loss_cell(False, True, 2, 10)) == 51_200
@@ -214,11 +217,12 @@ def test_floors_by_hand() -> None:
 def test_the_grid_begins_with_the_goals_sizes_in_every_precision() -> None:
     cells = info_nce.plan(info_nce.make_parser().parse_args([]), "cuda")
     sizes = {(goal.size["B"], goal.size["K"]) for goal in info_nce.GOALS if goal.size}
-    # 3 sizes, 2 precisions, with and without mining, with and without backward come first.
-    assert {(c.B, c.K) for c in cells[:24]} == sizes
+    # 3 sizes, 2 precisions, with and without mining, with and without backward, and with decay come first.
+    assert {(c.B, c.K) for c in cells[:30]} == sizes
     for precision in ("bf16", "tf32"):
         assert sizes <= {(c.B, c.K) for c in cells if c.precision == precision}
-    assert len(set(cells)) == len(cells) == 4 * (15 + 3)
+    assert len(set(cells)) == len(cells) == 4 * (15 + 3) + 2 * 3
+    assert sum(cell.decay for cell in cells) == 2 * 3
 
 
 def test_a_run_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +235,7 @@ def test_a_run_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "reference" in content["implementation"]
     assert content["ceilings"] is None
     assert {goal["verdict"] for goal in content["goals"]} == {"not measured on this device"}
-    assert len(content["rows"]) == 4
+    assert len(content["rows"]) == 5
     for each in content["rows"]:
         assert each["floor_flops"] == info_nce.floor_flops(harness.from_row(info_nce.Cell, each))
         for found in each["providers"].values():

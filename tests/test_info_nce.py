@@ -59,14 +59,21 @@ def case(P: int, B: int, K: int, D: int, M: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def oracle(
-    queries: Tensor, keys: Tensor, queue: Tensor, positives: Tensor | None, temperature: float
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    positives: Tensor | None,
+    temperature: float,
+    logit_scale: Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return losses (P,) and their gradient (P, B, D) with respect to the queries, computed query by query.
 
     p is the softmax over key and queue. r is p restricted to the positives and normalised there. Then
-    d loss_i / d q_i = (sum_j p_j x_j - sum_j r_j x_j) / temperature.
+    d loss_i / d q_i = (sum_j p_j x_j - sum_j r_j x_j) / temperature. A logit scale multiplies the queue entries.
     """
     q, k, z = (t.double().numpy() for t in (queries, keys, queue))
+    if logit_scale is not None:
+        z = z * logit_scale.double().numpy()[:, None]
     P, B, D = q.shape
     losses, gradient = np.zeros(P), np.zeros((P, B, D))
     for p in range(P):
@@ -152,6 +159,54 @@ def test_losses_similarities_and_gradient(
             tolerance += P * EPS_BF16 / 4 * float(queue.abs().max()) / temperature / B
     assert leaf.grad.dtype == dtype
     np.testing.assert_allclose(leaf.grad.double().cpu().numpy(), expected_gradient, rtol=0, atol=tolerance)
+
+
+SCALED = [
+    pytest.param(1, 1, 1, 32, 0, torch.float32, id="all sizes 1"),
+    pytest.param(3, 5, 37, 64, 4, torch.float32, id="ragged, with positives"),
+    pytest.param(2, 18, 130, 32, 0, torch.float32, id="several tiles"),
+    pytest.param(2, 18, 130, 32, 3, torch.bfloat16, id="several tiles, bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("P", "B", "K", "D", "M", "dtype"), SCALED)
+def test_a_logit_scale_multiplies_the_logits_of_queue_entries_only(
+    P: int, B: int, K: int, D: int, M: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Each of three planted faults would exceed the tolerance."""
+    queries, keys, queue, positives = case(P, B, K, D, M)
+    queries, keys, queue = (t.to(dtype) for t in (queries, keys, queue))
+    queue[:, 0] = queries[:, 0]  # an entry with a large logit, so that its scale counts
+    scale = torch.linspace(0.3, 1.2, K)
+    expected, expected_gradient = oracle(queries, keys, queue, positives, 0.07, scale)
+
+    leaf, *others = (None if t is None else t.to(device, copy=True) for t in (queries, keys, queue, positives))
+    own_scale = scale.to(device, copy=True)
+    leaf.requires_grad_()
+    own_scale.requires_grad_()
+    found = contrast(leaf, *others, logit_scale=own_scale)
+    found.losses.sum().backward()
+    # A fifth rounding error comes from the multiplication by the scale.
+    rounding = 5 * EPS / 0.07
+    gradient_tolerance = rounding / 0.07 / B
+    if dtype == torch.bfloat16:  # as in the test without a scale
+        gradient_tolerance += EPS_BF16 * np.abs(expected_gradient).max() + EPS_BF16 / 4 / 0.07 / B
+    np.testing.assert_allclose(found.losses.detach().cpu().numpy(), expected, rtol=0, atol=rounding)
+    gradient = leaf.grad.double().cpu().numpy()
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=gradient_tolerance)
+    assert own_scale.grad is None
+    hardest = (queries.double() @ queue.double().transpose(1, 2) * scale).amax(2).mean(1)
+    np.testing.assert_allclose(found.hardest.cpu().numpy(), hardest.numpy(), rtol=0, atol=4 * EPS)
+
+    without, without_gradient = oracle(queries, keys, queue, positives, 0.07)
+    assert np.abs(without - expected).max() > 10 * rounding
+    assert np.abs(without_gradient - expected_gradient).max() > 2 * gradient_tolerance
+    key_too, _ = oracle(queries, keys * 0.9, queue, positives, 0.07, scale)
+    assert np.abs(key_too - expected).max() > 10 * rounding
+    one_entry_late, _ = oracle(queries, keys, queue, positives, 0.07, scale.roll(1) if K > 1 else scale * 0.9)
+    assert np.abs(one_entry_late - expected).max() > 10 * rounding
+    ones = info_nce(*(queries.to(device), *others), logit_scale=torch.ones(K, device=device))
+    assert torch.equal(ones, info_nce(queries.to(device), *others))
 
 
 def to_tf32(x: Tensor) -> Tensor:
@@ -299,6 +354,8 @@ def test_float32_under_autocast(device: torch.device) -> None:
             "positives names queue entry 4, but queue has entries 0 to 3",
         ),
         ({"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
+        ({"logit_scale": torch.ones(4).double()}, TypeError, "logit_scale must be float32, not torch.float64"),
+        ({"logit_scale": torch.ones(3)}, ValueError, r"logit_scale must be \(4,\), not \(3,\)"),
         ({"temperature": float("nan")}, ValueError, "temperature must be greater than 0"),
     ],
 )
@@ -711,8 +768,8 @@ def test_opcheck(dtype: torch.dtype, gradient: bool, kernel_device: torch.device
     queries, keys, queue, positives = (t.to(kernel_device) for t in case(2, 3, 20, 32, 2))
     queries, keys, queue = (t.to(dtype) for t in (queries, keys, queue))
     leaf = queries.clone().requires_grad_(gradient)
-    for mined in (positives, None):
-        torch.library.opcheck(info_nce_triton.info_nce_op, (leaf, keys, queue, mined, 0.07, gradient))
+    for mined, scale in ((positives, None), (None, torch.ones(20, device=kernel_device))):
+        torch.library.opcheck(info_nce_triton.info_nce_op, (leaf, keys, queue, mined, 0.07, gradient, scale))
     torch.library.opcheck(info_nce_triton.mine_positives_op, (queries, queue, 3, True))
     if gradient:
         partials = info_nce_triton.info_nce_op(leaf, keys, queue, positives, 0.07, True)[2:]
