@@ -247,12 +247,13 @@ class ModelConfig(_Group):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(_Group):
-    """The method: dual contrastive learning (DCLR), or MoCo as a baseline."""
+    """The method: dual contrastive learning (DCLR), or another method to compare it with."""
 
     method: str = option(
         "dclr",
         "pretraining method. Change it to moco for the baseline of the same shape: "
-        "only rgb clips, one queue, no static view and no dynamic view",
+        "only rgb clips, one queue, no static view and no dynamic view. "
+        "dclr-simclr: DCLR with the other clips of the batch as negatives, without a queue. simsiam: without negatives",
         choices=METHODS,
     )
     static_pairs: bool = option(
@@ -275,6 +276,12 @@ class MethodConfig(_Group):
     )
     temperature: float = option(
         0.07, "temperature of the contrastive losses. Lower it to give hard negatives more weight", above=0
+    )
+    negatives: str = option(
+        "cross",
+        "negatives of a clip in --method dclr-simclr. cross: the keys of the other clips of the batch. "
+        "Change it to all for the NT-Xent loss of SimCLR: also the queries of the other clips",
+        choices=("cross", "all"),
     )
     key_momentum: float = option(
         0.999,
@@ -660,7 +667,8 @@ FREE_ON_RESUME = {
     "log_every", "checkpoint_every", "on_nonfinite",
     "knn_every", "test_every",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
-    "temperature", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight", "dropout",
+    "temperature", "negatives", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight",
+    "dropout",
 }  # fmt: skip
 
 

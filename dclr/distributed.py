@@ -46,6 +46,30 @@ def gather_batch(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
+class _GatherBatch(torch.autograd.Function):
+    """`gather_batch` with the gradient of `gather_batch_with_gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.size = rows.shape[0]
+        return gather_batch(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[rank() * ctx.size : (rank() + 1) * ctx.size]
+
+
+def gather_batch_with_gradient(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks, as `gather_batch` does. All ranks must have equally many rows.
+
+    The gradient of a rank's rows is the sum over the gradients that all ranks have for these rows. The mean of the
+    parameters' gradients over ranks, which the engine takes, is then the gradient of the mean of the ranks' losses.
+    """
+    return rows if world_size() == 1 else _GatherBatch.apply(rows)
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Return the elementwise mean over the ranks, as a new tensor."""
     if world_size() == 1:

@@ -4,10 +4,11 @@ from dclr.methods.dclr import DCLR
 from dclr.methods.encoder import Encoder
 from dclr.methods.method import QUEUE_SETTINGS, VIEW_SETTINGS, Method
 from dclr.methods.moco import MoCo
+from dclr.methods.simclr import SimCLR
 from dclr.methods.simsiam import SimSiam
 
-__all__ = ["DCLR", "METHODS", "QUEUE_SETTINGS", "VIEW_SETTINGS", "Encoder", "Method", "MoCo", "SimSiam"]
+__all__ = ["DCLR", "METHODS", "QUEUE_SETTINGS", "VIEW_SETTINGS", "Encoder", "Method", "MoCo", "SimCLR", "SimSiam"]
 
-METHODS: dict[str, type[Method]] = {"dclr": DCLR, "moco": MoCo, "simsiam": SimSiam}
+METHODS: dict[str, type[Method]] = {"dclr": DCLR, "moco": MoCo, "dclr-simclr": SimCLR, "simsiam": SimSiam}
 """Name -> class of every method. Flags and files read this dictionary when they need it, so an entry that is added
 before the command line is parsed counts everywhere."""
