@@ -32,8 +32,7 @@ class SimSiam(Method):
     The gradient flows through p and p' only.
 
     Published sizes are D = 2048 and a hidden layer of 512 in h. Here D is --embedding-dim, and the hidden layer has
-    D / 4 channels, as in the publication. The publication normalises over all GPUs. Here each process normalises its
-    own clips.
+    D / 4 channels. The authors normalise over all GPUs (SyncBatchNorm). Here each process normalises its own clips.
     """
 
     smallest_micro_batch = 2
@@ -42,7 +41,9 @@ class SimSiam(Method):
         super().__init__()
         self.query = Encoder(model, method.embedding_dim, pairs=())
         C, D = self.query.backbone.feature_dim, method.embedding_dim
-        self.project = nn.Sequential(*layer(C, C), *layer(C, C), *layer(C, D)[:2])
+        # As in the authors' code, the last normalisation has no weight and no bias.
+        last = (nn.Linear(C, D, bias=False), nn.BatchNorm1d(D, affine=False))
+        self.project = nn.Sequential(*layer(C, C), *layer(C, C), *last)
         self.predict = nn.Sequential(*layer(D, D // 4), nn.Linear(D // 4, D))
 
     def forward(self, query: Views, key: Views, step: int) -> Output:
