@@ -320,6 +320,49 @@ class MethodConfig(_Group):
         at_least=0,
         at_most=2,
     )
+    augmentation: str = option(
+        "dclr",
+        "augmentation of the clips. dclr: the published recipe of DCLR. Change it to videomoco for that of VideoMoCo: "
+        "colour jitter of every clip, with four times the hue shift, and no blur",
+        choices=("dclr", "videomoco"),
+    )
+    adversarial_from: int = option(
+        100,
+        "epochs of plain MoCo before frames are dropped and queue entries fade, in videomoco. The published number is "
+        "100 of 200. Change it with --epochs",
+        at_least=0,
+    )
+    dropping: str = option(
+        "generator",
+        "how videomoco chooses the quarter of the frames that a query clip loses. Change it to random or none to "
+        "measure the effect of the generator",
+        choices=("generator", "random", "none"),
+    )
+    dropped_fill: str = option(
+        "mean",
+        "values of a dropped frame. mean: the mean of that frame, as released. Change it to zero for the mean of all "
+        "videos, as the paper is cited",
+        choices=("mean", "zero"),
+    )
+    straight_through: str = option(
+        "exact",
+        "gradient of the generator's scores. exact: that of keeping a frame. Change it to released for the gradient of "
+        "the released code, which does not follow the effect of a frame",
+        choices=("exact", "released"),
+    )
+    decay: str = option(
+        "steps",
+        "age of a queue entry, by which its logits fade. steps: optimizer steps since it was written, as released. "
+        "position: its position in the queue, as the paper is cited. Change it to none to measure the effect",
+        choices=("steps", "position", "none"),
+    )
+    decay_rate: float = option(
+        0.99999,
+        "factor of a queue entry's logits for each unit of age. Lower it to forget old entries sooner: with steps, the "
+        "oldest of 65536 entries has the factor 0.98 at the published rate and batch size",
+        above=0,
+        at_most=1,
+    )
     fill_steps: int = option(
         AUTOMATIC,
         "first steps, which only fill the queue and do not train. -1 chooses: 256 as published, and in a run of fewer "
@@ -461,6 +504,7 @@ class PretrainConfig:
                 f"--queue-length is {queue_length}, but must be at least --batch-size ({batch_size}): "
                 "each step writes a whole batch to the queue"
             )
+        METHODS[self.method.method].check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,6 +537,9 @@ _LINEAR = {"lr": 5.0, "weight_decay": 0.0, "epochs": 10, "milestones": (6, 8), "
 
 # The demo finishes in minutes on two cores: its network costs a sixteenth, and its clips have a tenth of the pixels.
 _DEMO = {"clip_length": 8, "clip_stride": 2, "crop_size": 32, "width": 16}
+
+# VideoMoCo's released code: clips of 32 consecutive frames, and torchvision's network. Finetuning has DCLR's protocol.
+_VIDEOMOCO = {"clip_length": 32, "clip_stride": 1, "backbone": "r2plus1d_18"}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
@@ -531,6 +578,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
     "kinetics400": {"pretrain": {"queue_length": 16384}, "finetune": _FINETUNE, "linear": _LINEAR},
+    "videomoco": {
+        "pretrain": {
+            **_VIDEOMOCO,
+            "method": "videomoco",
+            "augmentation": "videomoco",
+            "queue_length": 65536,
+            "fill_steps": 0,
+            "batch_size": 32,
+            "lr": 0.005,
+        },
+        "finetune": {**_VIDEOMOCO, **_FINETUNE},
+        "linear": {**_VIDEOMOCO, **_LINEAR},
+    },
 }
 
 
@@ -668,6 +728,7 @@ FREE_ON_RESUME = {
     "knn_every", "test_every",
     "epochs", "lr", "milestones", "momentum", "weight_decay",
     "temperature", "negatives", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight",
+    "adversarial_from", "dropped_fill", "straight_through", "decay", "decay_rate",
     "dropout",
 }  # fmt: skip
 

@@ -589,7 +589,16 @@ class Blocks:
     num_stages: int
 
 
-def choose_blocks(P: int, B: int, K: int, D: int, dtype: torch.dtype, precision: str, device: torch.device) -> Blocks:
+def choose_blocks(
+    P: int,
+    B: int,
+    K: int,
+    D: int,
+    dtype: torch.dtype,
+    precision: str,
+    device: torch.device,
+    scaled: bool,  # with a logit scale
+) -> Blocks:
     """Return large blocks that spill no register on sm_80 and sm_90. tests/test_resources.py compiles all of them."""
     b = 16 if B <= 16 else 64  # 16 is the smallest size of a matrix unit
     fits = D <= 128  # D = 256 leaves registers and shared memory for half as many queue entries
@@ -598,8 +607,8 @@ def choose_blocks(P: int, B: int, K: int, D: int, dtype: torch.dtype, precision:
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(16, 32, 8, 2)
     if dtype == torch.float32:  # rounding to tf32 needs registers, and 64 queries of 256 numbers would spill
-        return Blocks(b, 64, 8, 2) if fits else Blocks(min(b, 32), 32, 8, 2)
-    if fits and P * triton.cdiv(B, b) * triton.cdiv(K, 64) <= 2 * multiprocessors(device):
+        return Blocks(b, 32 if scaled else 64, 8, 2) if fits else Blocks(min(b, 32), 32, 8, 2)
+    if fits and not scaled and P * triton.cdiv(B, b) * triton.cdiv(K, 64) <= 2 * multiprocessors(device):
         return Blocks(b, 128, 8, 2)  # every program has one tile; larger tiles leave half as many partial results
     return Blocks(b, 64 if fits else 32, 8 if b == 16 or D == 256 else 4, 3)
 
@@ -713,20 +722,20 @@ class Partials:
     positive_means: Tensor
 
 
-def _loss_splits(queries: Tensor, queue: Tensor, precision: str) -> tuple[Blocks, int, int]:
+def _loss_splits(queries: Tensor, queue: Tensor, precision: str, scaled: bool) -> tuple[Blocks, int, int]:
     """Return the blocks of the loss, the number of splits and the number of tiles of a split."""
     P, B, D = queries.shape
     K, device = queue.shape[1], queries.device
-    blocks = choose_blocks(P, B, K, D, _dtype(queries, queue), precision, device)
+    blocks = choose_blocks(P, B, K, D, _dtype(queries, queue), precision, device, scaled)
     # Two programs for each multiprocessor, if there are enough tiles.
     wanted = 2 * multiprocessors(device) // (P * triton.cdiv(B, blocks.b))
     return blocks, *_split(triton.cdiv(K, blocks.k), min(wanted, _MOST_SLOTS - 1))
 
 
-def make_partials(queries: Tensor, queue: Tensor, precision: str, gradient: bool) -> Partials:
+def make_partials(queries: Tensor, queue: Tensor, precision: str, gradient: bool, scaled: bool) -> Partials:
     """Return memory for the partial results of the loss."""
     P, B, D = queries.shape
-    slots = _loss_splits(queries, queue, precision)[1] + 1
+    slots = _loss_splits(queries, queue, precision, scaled)[1] + 1
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=queries.device)
@@ -752,12 +761,13 @@ def loss_launch(
     """Return the launch of `_loss_kernel`, its losses, its similarities and its other outputs."""
     P, B, D = queries.shape
     K, M = queue.shape[1], positives.shape[2]
-    blocks, splits, tiles_per_split = _loss_splits(queries, queue, precision)
+    scaled = logit_scale is not None
+    blocks, splits, tiles_per_split = _loss_splits(queries, queue, precision, scaled)
     row_blocks = triton.cdiv(B, blocks.b)
     block_r = 4096 // (_POSITIVES * D)
     gather_blocks = triton.cdiv(B, block_r)
     block_n = triton.next_power_of_2(splits + 1)
-    partials = make_partials(queries, queue, precision, gradient)
+    partials = make_partials(queries, queue, precision, gradient, scaled)
     losses = torch.empty(P, dtype=torch.float32, device=queries.device)
     similarities = torch.empty(2, P, dtype=torch.float32, device=queries.device)
     launch = Launch(
@@ -778,7 +788,7 @@ def loss_launch(
         {
             "BLOCK_B": blocks.b, "BLOCK_K": blocks.k, "BLOCK_R": block_r, "BLOCK_M": _POSITIVES,
             "BLOCK_N": block_n, "MERGE_R": max(1, 2048 // block_n), "GRADIENT": gradient,
-            "SCALED": logit_scale is not None, **_product_constants(queries, queue, precision),
+            "SCALED": scaled, **_product_constants(queries, queue, precision),
         },
         blocks.num_warps,
         blocks.num_stages,
@@ -941,7 +951,7 @@ def info_nce_op(
 @info_nce_op.register_fake
 def _(queries, keys, queue, positives, temperature, gradient, logit_scale=None):
     P = queries.shape[0]
-    partials = make_partials(queries, queue, float32_precision(), gradient)
+    partials = make_partials(queries, queue, float32_precision(), gradient, logit_scale is not None)
     losses = queries.new_empty((P,), dtype=torch.float32)
     similarities = queries.new_empty((2, P), dtype=torch.float32)
     return losses, similarities, partials.peaks, partials.masses, partials.sums, partials.positive_means
@@ -1044,10 +1054,8 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                         launch = loss_launch(queries, queries, small, positives, 0.07, gradient, precision)[0]
                         launches.append((f"{label}, small queue{suffix}", launch))
                 # Training computes the gradient, which needs the most registers.
-                for queue_name, entries in (("", K), (", small queue", 64)):
-                    if entries == K or (dtype == torch.bfloat16 and D <= 128):
-                        own = queue[:, :entries], positives, 0.07, True, precision, scales[:entries]
-                        launches.append((f"{label}{queue_name}, logit scale", loss_launch(queries, queries, *own)[0]))
+                launch = loss_launch(queries, queries, queue, positives, 0.07, True, precision, scales)[0]
+                launches.append((f"{label}, logit scale", launch))
             for size, entries in (("small", 64), ("large", K)):  # the size of the blocks follows from B and K
                 # One similarity leaves more registers than two. It is compiled where registers are scarce.
                 for S in (1, 2) if D == 256 else (2,):

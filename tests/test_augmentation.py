@@ -246,5 +246,10 @@ def test_jitter_of_another_strength():
     none = draws(augmentation.pretrain_recipe(0.0), n=200)
     assert (none["factors"] == np.array([1, 1, 1, 0], np.float32)).all()
     assert none["grayscale"].any()  # only the colour jitter is scaled
+    videomoco = draws(augmentation.pretrain_recipe(1.0, "videomoco"), n=200)
+    assert videomoco["jitter"].all()
+    assert not videomoco["sigma"].any()
+    assert np.abs(videomoco["factors"][:, 3]).max() > 0.3
+    assert augmentation.pretrain_recipe(2.0, "videomoco").hue == 0.5  # a whole turn of the colour circle
     half = draws(augmentation.pretrain_recipe(0.5))["factors"]
     assert np.abs(half - [1, 1, 1, 0]).max(0) == pytest.approx([0.2, 0.2, 0.2, 0.05], rel=0.01)

@@ -51,3 +51,14 @@ def test_uniform_clips_run_from_the_first_window_to_the_last():
     assert found[-1, 0] == 100
     assert np.ptp(np.diff(found[:, 0])) <= 1  # evenly, to a frame
     assert (clips.uniform_clips(5, 10, 16, 2) < 5).all()
+
+
+def test_the_same_frames_change_no_other_random_number():
+    for index in range(20):
+        first, second = clips.sample_rng(0, 0, index), clips.sample_rng(0, 0, index)
+        pair = clips.draw_pair(first, 1000, 16, 2)
+        same = clips.draw_pair(second, 1000, 16, 2, same_frames=True)
+        assert (same.query == pair.query).all()
+        assert (same.key == pair.query).all()
+        assert same.key_still == same.query_still == pair.query_still
+        assert first.random() == second.random()

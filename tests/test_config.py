@@ -70,7 +70,7 @@ def test_presets_hold_the_published_recipe(preset, queue):
 
 def test_every_preset_makes_a_configuration_for_every_command():
     assert {preset: set(commands) for preset, commands in PRESETS.items()} == {
-        preset: set(COMMANDS) for preset in ("demo", "ucf101", "kinetics400")
+        preset: set(COMMANDS) for preset in ("demo", "ucf101", "kinetics400", "videomoco")
     }
     for preset, commands in PRESETS.items():
         for command, values in commands.items():
@@ -213,7 +213,7 @@ def test_a_queue_shorter_than_a_batch_is_refused():
 def test_unknown_settings_are_refused_by_name():
     with pytest.raises(UserError, match=r"^finetune has no setting named fill_steps, queue_length$"):
         make_config("finetune", {"queue_length": 8, "fill_steps": 1})
-    with pytest.raises(UserError, match=r"^--preset is ucf, but must be one of demo, ucf101, kinetics400$"):
+    with pytest.raises(UserError, match=r"^--preset is ucf, but must be one of demo, ucf101, kinetics400, videomoco$"):
         resolve("pretrain", "ucf", {})
 
 
@@ -311,7 +311,7 @@ def test_the_deepspeed_configuration_has_both_spellings():
         (
             train,
             ["--preset", "ucf"],
-            "argument --preset: invalid choice: 'ucf' (choose from demo, ucf101, kinetics400)",
+            "argument --preset: invalid choice: 'ucf' (choose from demo, ucf101, kinetics400, videomoco)",
         ),
         (train, ["--backbone", "vit"], "--backbone is vit, but must be r2plus1d_10, "),
         (train, ["pretrian"], "invalid choice: 'pretrian' (choose from pretrain, finetune, linear, check, pack)"),
@@ -462,7 +462,7 @@ def test_a_configuration_of_an_earlier_version_can_be_repeated(tmp_path):
         (["optim = 3"], "--config {file}: pretrain has no setting named optim"),
         (["lr = nan"], "--lr is nan, but must be above 0"),
         (["lr = -1"], "--lr is -1, but must be above 0"),
-        (["preset = 'ucf'"], "--preset is ucf, but must be one of demo, ucf101, kinetics400"),
+        (["preset = 'ucf'"], "--preset is ucf, but must be one of demo, ucf101, kinetics400, videomoco"),
         (["preset = []"], "--config {file}: preset is [], but must be a text"),
         (
             ["command = 'linear'"],
@@ -530,5 +530,5 @@ def test_eval_takes_clips_and_network_from_a_file(toml, tmp_path):
         settings("--config", file, "--preset", "demo")
     with pytest.raises(UserError, match=r"no command has a setting named epoch$"):
         settings("--config", toml("epoch = 3"))
-    with pytest.raises(UserError, match=r"preset is ucf, but must be one of demo, ucf101, kinetics400$"):
+    with pytest.raises(UserError, match=r"preset is ucf, but must be one of demo, ucf101, kinetics400, videomoco$"):
         settings("--config", toml("preset = 'ucf'"))

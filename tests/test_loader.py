@@ -223,6 +223,15 @@ def test_epochs_and_seeds_draw_differently(videos):
     assert all(sorted(order[:16]) == sorted(order[16:]) == list(range(16)) for order in orders)
 
 
+def test_the_same_frames_have_two_augmentations(videos):
+    batch = batch_of(PairSamples(videos, CONFIG, 0, same_frames=True), [3, 5])
+    assert torch.equal(batch.query_frames.y, batch.key_frames.y)
+    assert not torch.equal(batch.query_params.clip.box, batch.key_params.clip.box)
+    other = batch_of(PairSamples(videos, CONFIG, 0), [3, 5])
+    assert not torch.equal(other.query_frames.y, other.key_frames.y)
+    assert torch.equal(other.query_params.clip.box, batch.query_params.clip.box)
+
+
 def test_frames_of_a_pair_are_those_of_a_sequential_decode_at_the_drawn_numbers(genuine):
     """Genuine UCF101 files, two of them with scrambled timestamps."""
     catalog = open_catalog(genuine / "ucf101_sample")

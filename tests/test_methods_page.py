@@ -9,7 +9,7 @@ import torch
 from helpers import REPOSITORY
 from torch.utils.flop_counter import FlopCounterMode
 
-from dclr.config import MethodConfig, ModelConfig
+from dclr.config import MethodConfig, PretrainConfig
 from dclr.kernels import Views
 from dclr.methods import METHODS
 
@@ -26,7 +26,8 @@ def gigaflop_a_sample(name: str) -> float:
     samples = 8
     # torch.autocast does not know the device "meta". The loss switches it off, which has no effect here.
     with torch.device("meta"), patch("torch.autocast", lambda *_, **__: nullcontext()):
-        network = METHODS[name](ModelConfig(), MethodConfig(method=name), seed=0)
+        # VideoMoCo is counted in its second phase.
+        network = METHODS[name].build(PretrainConfig(method=MethodConfig(method=name, adversarial_from=0)))
         rgb, still = torch.empty(samples, 3, 16, 112, 112), torch.empty(samples, 3, 1, 112, 112)
         views = Views(rgb, still.expand_as(rgb), rgb)
         with FlopCounterMode(display=False) as counter:

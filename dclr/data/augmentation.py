@@ -67,10 +67,18 @@ PRETRAIN = AugmentRecipe()
 """The recipe of the released pretraining code."""
 
 
-def pretrain_recipe(jitter: float) -> AugmentRecipe:
-    """Return PRETRAIN with another strength of colour jitter. 1 is the published strength, 0 turns jitter off."""
-    scaled = {name: jitter * getattr(PRETRAIN, name) for name in ("brightness", "contrast", "saturation", "hue")}
-    return replace(PRETRAIN, **scaled)
+VIDEOMOCO = AugmentRecipe(jitter=1.0, hue=0.4, blur=0.0)
+"""The recipe of VideoMoCo's released code: strong jitter of every clip, and no blur."""
+
+
+def pretrain_recipe(jitter: float, name: str = "dclr") -> AugmentRecipe:
+    """Return a published recipe with another strength of colour jitter. 1 is the published strength, 0 turns it off.
+
+    `name`: a value of --augmentation.
+    """
+    recipe = {"dclr": PRETRAIN, "videomoco": VIDEOMOCO}[name]
+    scaled = {factor: jitter * getattr(recipe, factor) for factor in ("brightness", "contrast", "saturation", "hue")}
+    return replace(recipe, **{**scaled, "hue": min(scaled["hue"], 0.5)})
 
 
 FINETUNE = AugmentRecipe(grayscale=0.0, jitter=0.0, blur=0.0)

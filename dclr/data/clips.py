@@ -44,9 +44,15 @@ class ClipPair:
     key_still: int
 
 
-def draw_pair(rng: np.random.Generator, frames: int, length: int, stride: int) -> ClipPair:
-    """Draw two windows with independent starts. The still has the same random offset in both (DCLR's released code)."""
+def draw_pair(rng: np.random.Generator, frames: int, length: int, stride: int, same_frames: bool = False) -> ClipPair:
+    """Draw two windows with independent starts. The still has the same random offset in both (DCLR's released code).
+
+    With `same_frames`, both clips are the first window. The second start is drawn all the same, so that the random
+    numbers that follow do not depend on `same_frames`.
+    """
     query, key = (random_start(rng, frames, length, stride) for _ in range(2))
+    if same_frames:
+        key = query
     offset = int(rng.integers(length * stride))  # any source frame of the window, also one between the clip's frames
     return ClipPair(
         query=window(query, frames, length, stride),

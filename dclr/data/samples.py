@@ -225,7 +225,10 @@ class TrainSamples(Samples):
 
 
 class PairSamples(TrainSamples):
-    """Pretraining samples: two clips of a video and one still of each clip."""
+    """Pretraining samples: two clips of a video and one still of each clip.
+
+    With `same_frames`, both clips are the same frames, each with its own augmentation.
+    """
 
     def __init__(
         self,
@@ -233,16 +236,17 @@ class PairSamples(TrainSamples):
         config: DataConfig,
         seed: int,
         recipe: augmentation.AugmentRecipe = augmentation.PRETRAIN,
+        same_frames: bool = False,
     ) -> None:
         super().__init__(videos, config, seed)
-        self.frames_a_sample, self.recipe = 2 * config.clip_length + 2, recipe
+        self.frames_a_sample, self.recipe, self.same_frames = 2 * config.clip_length + 2, recipe, same_frames
 
     def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
         """Return frames in the order query clip, key clip, query still, key still, and rows in the order query, its
         still, key, its still."""
         rng = clips.sample_rng(self.seed, epoch, index)
         count, length, stride = int(self.videos.frames[index]), self.config.clip_length, self.config.clip_stride
-        pair = clips.draw_pair(rng, count, length, stride)
+        pair = clips.draw_pair(rng, count, length, stride, self.same_frames)
         wanted = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
         frames = self.videos.read(index, wanted, into)  # one pass over the file for all four
         height, width = frames.y.shape[1:]

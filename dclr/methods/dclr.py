@@ -11,7 +11,8 @@ together with its pairs and its activation map. Without both (S = 0 and P = 1) t
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class Output(NamedTuple):
     alignment_other_form: Tensor | None = None  # () the form that is not trained: raw or relative
     alignment_key_maps: Tensor | None = None  # () with the key clip's maps, as a name in the released code suggests
     repel: Tensor | None = None  # () mean cosine of static and dynamic features
+    further: Mapping[str, Tensor] = MappingProxyType({})  # terms () of a method that extends this one, by name
 
 
 class DCLR(Method):
@@ -151,6 +153,7 @@ class DCLR(Method):
             **by_pair(self.pairs, "pair_loss", output.losses),
             "alignment": output.alignment,
             "repel": output.repel,
+            **output.further,
         }
         return {name: value for name, value in terms.items() if value is not None}
 

@@ -1,6 +1,6 @@
 """The base class of all pretraining methods. docs/extend.md shows how to add another method."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from dclr import distributed
 from dclr.kernels import Views
 from dclr.methods.encoder import Encoder
+
+if TYPE_CHECKING:  # config.py imports the methods' names
+    from dclr.config import PretrainConfig
 
 QUEUE_SETTINGS = frozenset({"queue_length", "fill_steps", "mined_positives"})
 """Names of the settings that have an effect only on a method with a queue."""
@@ -28,7 +31,7 @@ VIEW_SETTINGS = frozenset(
 
 
 class Method(nn.Module):
-    """Base class of pretraining methods. Pretraining builds METHODS[name](model, method, seed).
+    """Base class of pretraining methods. Pretraining calls METHODS[name].build(config).
 
     A method defines `query` and `forward`. If it has a queue or a key encoder, it also defines `fill` or `update_key`.
     All parameters with a gradient learn by SGD. Checkpoints hold all parameters and buffers of the module.
@@ -43,14 +46,36 @@ class Method(nn.Module):
             normalisation.
         in_batch_negatives: whether the negatives of a clip are the other clips of the micro-batches of all processes,
             so that there must be at least 2 clips.
+        same_frames: whether query and key clip are the same frames, each with its own augmentation.
+        takes_blocks: whether views may come in the layout of `dclr.kernels.space_to_depth`, which the backbone reads
+            faster. Without it, views are always (B, 3, T, H, W).
     """
 
     query: Encoder
-    settings: ClassVar[frozenset[str]] = frozenset({"embedding_dim", "jitter"})
+    settings: ClassVar[frozenset[str]] = frozenset({"embedding_dim", "jitter", "augmentation"})
     auxiliary_views: ClassVar[tuple[str, ...]] = ()
     has_queue: ClassVar[bool] = False
     smallest_micro_batch: ClassVar[int] = 1
     in_batch_negatives: ClassVar[bool] = False
+    same_frames: ClassVar[bool] = False
+    takes_blocks: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, config: "PretrainConfig") -> Self:
+        """Return the method of a run: cls(model, method, seed). A method that needs other settings overrides this."""
+        return cls(config.model, config.method, seed=config.run.seed)  # type: ignore[call-arg]
+
+    @classmethod
+    def check(cls, config: "PretrainConfig") -> None:
+        """Raise UserError if the settings of a run do not fit the method."""
+
+    def begin_step(self, epoch: int, batch_size: int) -> None:
+        """Prepare for an optimizer step.
+
+        Args:
+            epoch: the number of the epoch, from 0.
+            batch_size: the clips of the step, over all ranks and micro-batches.
+        """
 
     def forward(self, query: Views, key: Views, step: int) -> Any:
         """Compute a training step of one micro-batch.

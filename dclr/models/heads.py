@@ -28,6 +28,13 @@ class ProjectionHead(nn.Sequential):
         return F.normalize(super().forward(x).float(), dim=1)
 
 
+class LinearHead(nn.Linear):
+    """Linear and L2 normalisation: (B, in_dim) -> (B, out_dim) float32, rows of length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(super().forward(x).float(), dim=1)
+
+
 def activation_map(features: Tensor) -> Tensor:
     """Sum a feature map over its channels: (B, C, T, H, W) -> (B, 1, T, H, W) float32.
 

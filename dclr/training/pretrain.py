@@ -50,14 +50,15 @@ def pretrain(
     with start_run("pretrain", preset, config, device, resume, replace) as run:
         config = cast(PretrainConfig, run.config)
         torch.manual_seed(config.run.seed)
-        network = METHODS[config.method.method](config.model, config.method, seed=config.run.seed)
+        network = METHODS[config.method.method].build(config)
         partners = ", ".join(("rgb", *config.method.auxiliary_views))
         start = load_start(network, config.start.init) if not run.resumed else "the run's checkpoint"
         run.say(f"  start: {start}")
         run.say(f"  {config.method.method}: rgb clips contrasted with {partners}")
         run.prepare(*(module for module in network.modules() if isinstance(module, Backbone)))
         engine = Engine(network, run.ds_config, config.optim, device)
-        samples = PairSamples(run.videos, config.data, config.run.seed, pretrain_recipe(config.method.jitter))
+        recipe = pretrain_recipe(config.method.jitter, config.method.augmentation)
+        samples = PairSamples(run.videos, config.data, config.run.seed, recipe, network.same_frames)
         knn = run.open_monitor(open_knn) if open_knn and config.monitor.knn_every else None
         task = Pretraining(network, engine, config, samples, knn)
         trained = train(run, task, engine)
@@ -127,13 +128,15 @@ class Pretraining:
         self.fill_steps = config.method.fill_steps if network.has_queue else 0
         self.first_trained_step = self.fill_steps + 1
         # On a GPU the view kernels write the layout that the stem reads.
-        self._blocks = engine.device.type == "cuda" and network.query.backbone.takes_blocks
+        self._blocks = engine.device.type == "cuda" and network.takes_blocks and network.query.backbone.takes_blocks
         self._query: Views | None = None
         self._size = (0, 0)  # height and width of the views in _query
         self._output: Any = None
 
     def begin_step(self, step: int) -> None:
         self._output = None
+        batch_size = self.config.optim.batch_size
+        self.network.begin_step(step // (len(self.samples.videos) // batch_size), batch_size)
 
     def forward(
         self, batch: PairBatch, step: int, micro_step: int, watch: Stopwatch
