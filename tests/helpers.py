@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for train.py and eval.py
 
 from dclr.commands import train  # noqa: E402
-from dclr.config import MethodConfig, ModelConfig, OptimConfig  # noqa: E402
+from dclr.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, PretrainConfig  # noqa: E402
 from dclr.data.encode import write_video  # noqa: E402
 from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
 from dclr.kernels import Views  # noqa: E402
-from dclr.methods import DCLR  # noqa: E402
+from dclr.methods import DCLR, METHODS  # noqa: E402
 from dclr.training.checkpoint import newest, read  # noqa: E402
 from dclr.training.engine import read_ds_config  # noqa: E402
 
@@ -96,8 +96,11 @@ def make_views(seed: int) -> Views:
 
 
 def make_network(**settings: Any) -> DCLR:
+    """Return DCLR, or one of the methods that extend it, for the clips of `make_views`."""
     torch.manual_seed(0)
-    return DCLR(MODEL, replace(METHOD, **settings))
+    method = replace(METHOD, **settings)
+    config = PretrainConfig(data=DataConfig(clip_length=8), model=MODEL, method=method, optim=OPTIM)
+    return cast(DCLR, METHODS[method.method].build(config))
 
 
 def float32_config(stage: int) -> dict:
