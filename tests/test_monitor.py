@@ -203,6 +203,7 @@ def test_the_page_of_curves_names_every_curve_that_a_run_writes(tiny, tiny_pretr
     runs = [
         pretraining("dclr", on_nonfinite="skip", knn_every=1),
         pretraining("moco", method="moco"),
+        pretraining("simsiam", method="simsiam"),
         finetune("finetune", config, "demo", one_process, open_accuracy=monitor.open_accuracy),
     ]
     written: set[str] = set()

@@ -138,12 +138,28 @@ def share_of(rank: int, seed: int, size: int) -> Views:
     return Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed)))
 
 
+def record_clips(network: SimCLR) -> list[torch.Tensor]:
+    """Return a list to which each pass of the encoder adds its rgb clips."""
+    passes, compute = [], network.query.backbone.feature_maps
+
+    def feature_maps(views: list[torch.Tensor], frames: int) -> list[torch.Tensor]:
+        passes.append(views[0].clone())
+        return compute(views, frames)
+
+    network.query.backbone.feature_maps = feature_maps
+    return passes
+
+
 def train_rank(rank: int, folder: Path) -> None:
-    """Train one of two ranks on its share of two batches, for both kinds of negatives. Rank 0 saves what it found."""
+    """Train one of two ranks on its share of two batches, for both kinds of negatives. Rank 0 saves what it found.
+
+    The first value of each kind is the rgb clips that the encoder got in the first step.
+    """
     device = start_processes()
     found = {}
     for negatives in ("cross", "all"):
         network = make_simclr(negatives=negatives)
+        encoded = record_clips(network)
         own = Engine(network, float32_config(0), OPTIM, device)
         own.train(False)
         losses = []
@@ -152,7 +168,7 @@ def train_rank(rank: int, folder: Path) -> None:
             own.backward(output.loss)
             own.step()
             losses.append(output.loss.item())
-        found[negatives] = losses, [p.detach() for p in network.parameters()], network.metrics(output)
+        found[negatives] = encoded[0], losses, [p.detach() for p in network.parameters()], network.metrics(output)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     try:
@@ -164,7 +180,12 @@ def train_rank(rank: int, folder: Path) -> None:
 
 def test_two_ranks_compute_the_same_as_one_and_unequal_batches_are_refused(tmp_path: Path) -> None:
     assert on_two_ranks(train_rank, tmp_path) == [0, 0]
-    for negatives, (losses, parameters, logged) in torch.load(tmp_path / "found.pt").items():
+    for negatives, (encoded, losses, parameters, logged) in torch.load(tmp_path / "found.pt").items():
+        clips = torch.cat([make_views(0).rgb, make_views(1).rgb])
+        origin = [int((clip == clips).flatten(1).all(1).nonzero()) for clip in encoded]
+        assert len(set(origin)) == 4
+        assert {number % 4 // 2 for number in origin} == {0, 1}  # clips of both ranks
+
         network = make_simclr(negatives=negatives)
         settings = {"lr": OPTIM.lr, "momentum": OPTIM.momentum, "weight_decay": OPTIM.weight_decay}
         optimizer = torch.optim.SGD(network.parameters(), **settings)

@@ -1,12 +1,13 @@
-"""SimSiam: its loss and gradients by a separate computation, its spread, and a short run."""
+"""SimSiam: its loss and gradients by a separate computation, its spread, and refused settings.
+
+test_monitor.py makes a run.
+"""
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import METHOD, MODEL, make_views, metrics
+from helpers import METHOD, MODEL, make_views
 
 from dclr.config import resolve
 from dclr.errors import UserError
@@ -33,6 +34,8 @@ def test_the_loss_is_the_published_one_and_its_gradient_flows_through_the_predic
         total = total - ((p * z).sum(1) / (p.norm(dim=1) * z.norm(dim=1))).mean() / 2
     total.backward()
     assert output.loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert network.metrics(output) == {"loss": output.loss.item(), "spread": output.spread.item()}
+    assert 0 < output.spread.item() <= 1
     for (name, found), p in zip(network.named_parameters(), plain.parameters(), strict=True):
         tolerance = 1e-3 * p.grad.abs().max().item() + 1e-8
         torch.testing.assert_close(found.grad, p.grad, rtol=0, atol=tolerance, msg=name)
@@ -43,16 +46,6 @@ def test_spread_is_0_for_equal_projections_and_1_for_a_sphere() -> None:
     assert spread(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))).item() == pytest.approx(
         1, abs=0.01
     )
-
-
-def test_a_run_logs_the_spread_and_writes_a_backbone(train_main, tiny: dict[str, Any], tmp_path: Path) -> None:
-    train_main(
-        "pretrain", **{**tiny, "epochs": 1, "clip_length": 4}, method="simsiam", embedding_dim=32, out=tmp_path / "run"
-    )
-    lines = metrics(tmp_path / "run")
-    assert all(-1 <= line["loss"] <= 1 and 0 < line["spread"] <= 1 for line in lines)
-    assert not any(name.startswith(("queue/", "pair_loss", "alignment")) for name in lines[0])
-    assert (tmp_path / "run" / "backbone.safetensors").is_file()
 
 
 @pytest.mark.parametrize("flag", ["temperature", "key_momentum", "negatives"])
