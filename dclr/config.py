@@ -253,7 +253,8 @@ class MethodConfig(_Group):
         "dclr",
         "pretraining method. Change it to moco for the baseline of the same shape: "
         "only rgb clips, one queue, no static view and no dynamic view. "
-        "dclr-simclr: DCLR with the other clips of the batch as negatives, without a queue. simsiam: without negatives",
+        "dclr-simclr: DCLR with the other clips of the batch as negatives, without a queue. simsiam: no negatives. "
+        "videomoco: moco whose query clips lose frames that a generator chooses",
         choices=METHODS,
     )
     static_pairs: bool = option(

@@ -5,8 +5,6 @@ Source: Pan et al., "VideoMoCo: Contrastive Video Representation Learning with T
 2021 (arXiv 2103.05905), and its released code, from which the sizes below are taken.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +17,6 @@ SIDE = 13
 
 HIDDEN = 64
 """Hidden units of each direction of the LSTM."""
-
-DroppedFill = Literal["mean", "zero"]
-"""The values of dropped frames: the frame's mean over C, H and W (released code), or 0 (as the paper is cited)."""
-
-StraightThrough = Literal["exact", "released"]
-"""The gradient with respect to the scores, see `score_gradient`."""
 
 
 class Generator(nn.Module):
@@ -104,18 +96,21 @@ def lowest(scores: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order[:, : dropped_count(scores.shape[1])], True)
 
 
-def fill_of(clip: Tensor, fill: DroppedFill) -> Tensor:
-    """Return the values (B, 1, T, 1, 1) that replace the frames of a clip (B, 3, T, H, W) if they are dropped."""
+def fill_of(clip: Tensor, fill: str) -> Tensor:
+    """Return the values (B, 1, T, 1, 1) that replace the frames of a clip (B, 3, T, H, W) if they are dropped.
+
+    `fill`: "mean" for the mean of each frame, as in the released code, or "zero" for 0, as the paper is cited.
+    """
     mean = clip.mean(dim=(1, 3, 4), keepdim=True, dtype=torch.promote_types(clip.dtype, torch.float32))
     return mean.to(clip.dtype) if fill == "mean" else torch.zeros_like(mean, dtype=clip.dtype)
 
 
-def drop(clip: Tensor, dropped: Tensor, fill: DroppedFill) -> Tensor:
-    """Return the clip (B, 3, T, H, W) with the frames of the mask `dropped` (B, T) replaced by their fill."""
+def drop(clip: Tensor, dropped: Tensor, fill: str) -> Tensor:
+    """Return the clip (B, 3, T, H, W) with the frames of the mask `dropped` (B, T) replaced. `fill`: see `fill_of`."""
     return torch.where(dropped[:, None, :, None, None], fill_of(clip, fill), clip)
 
 
-def score_gradient(gradient: Tensor, clip: Tensor, fill: DroppedFill, form: StraightThrough) -> Tensor:
+def score_gradient(gradient: Tensor, clip: Tensor, fill: str, form: str) -> Tensor:
     """Return the gradient (B, T) with respect to the scores, given the gradient with respect to the dropped clip.
 
     The dropped clip is x~_t = m_t x_t + (1 - m_t) c_t, with m_t = 1 for a frame that is kept, and else 0. The
@@ -126,6 +121,8 @@ def score_gradient(gradient: Tensor, clip: Tensor, fill: DroppedFill, form: Stra
     Args:
         gradient, clip: (B, 3, T, H, W). The products are summed in float32, or in the dtype of the clip if that is
             wider.
+        fill: see `fill_of`.
+        form: "exact" or "released".
     """
     dtype = torch.promote_types(clip.dtype, torch.float32)
     if form == "released":

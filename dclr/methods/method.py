@@ -63,7 +63,7 @@ class Method(nn.Module):
     @classmethod
     def build(cls, config: "PretrainConfig") -> Self:
         """Return the method of a run: cls(model, method, seed). A method that needs other settings overrides this."""
-        return cls(config.model, config.method, seed=config.run.seed)  # type: ignore[call-arg]
+        return cls(config.model, config.method, seed=config.run.seed)
 
     @classmethod
     def check(cls, config: "PretrainConfig") -> None:

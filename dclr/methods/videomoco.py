@@ -38,8 +38,8 @@ class VideoMoCo(MoCo):
     L_G moves the generator only, and L_D moves the encoder only.
 
     Attributes:
-        generator: None with --dropping random or none.
-        epoch, batch_size: see `begin_step`.
+        generator: the generator; None with --dropping random or none.
+        epoch, batch_size: see `begin_step`. A resumed run sets both again.
     """
 
     settings = MoCo.settings | {
@@ -64,6 +64,7 @@ class VideoMoCo(MoCo):
 
     @classmethod
     def build(cls, config: "PretrainConfig") -> Self:
+        """Return the method of a run. The generator is built for the run's clip length."""
         return cls(config.model, config.method, config.run.seed, config.data.clip_length)
 
     @classmethod
@@ -83,16 +84,17 @@ class VideoMoCo(MoCo):
             )
 
     def begin_step(self, epoch: int, batch_size: int) -> None:
+        """Set the epoch, which decides about the phase, and the clips of an optimizer step, which ages need."""
         self.epoch, self.batch_size = epoch, batch_size
 
     def forward(self, query: Views, key: Views, step: int) -> Output:
         """Compute one step and write its keys into the queue. See `DCLR.forward` for the arguments."""
         adversarial = self.epoch >= self.method.adversarial_from
-        clip, of_generator = query.rgb, None
-        if adversarial and self.generator is not None:
-            queries, of_generator, generator_loss = self._drop_by_generator(self.generator, clip)
-        elif adversarial and self.method.dropping == "random":
-            queries = self._embed(drop(clip, self._random_frames(clip, step), self.method.dropped_fill))
+        clip = query.rgb
+        generator_term: Tensor | None = None
+        further: dict[str, Tensor] = {}
+        if adversarial and self.method.dropping != "none":
+            queries, generator_term, further["generator_loss"] = self._drop_frames(clip, step)
         else:
             queries = self._embed(clip)
         keys, all_keys, _ = self._encode_key(key, step)
@@ -102,17 +104,16 @@ class VideoMoCo(MoCo):
         )
         self._enqueue(all_keys)
 
-        output = Output(losses.sum(), losses.detach(), positive, hardest, queries.detach()[None])
-        if self.generator is None:
-            return output
-        if of_generator is None:
+        output = Output(losses.sum(), losses.detach(), positive, hardest, queries.detach()[None], further=further)
+        if generator_term is not None:
+            # The term carries the generator's gradient, and its value is 0: the log's loss is that of the encoder.
+            return output._replace(loss=output.loss + (generator_term - generator_term.detach()))
+        if self.generator is not None:
             # On several processes, DeepSpeed gives a parameter without a gradient a gradient of 0. The optimizer then
             # applies weight decay to it. This term does the same on one process.
             idle = sum((parameter.sum() for parameter in self.generator.parameters()), torch.zeros_like(output.loss))
             return output._replace(loss=output.loss + 0 * idle)
-        # The term carries the generator's gradient, and its value is 0: the log's loss is that of the encoder.
-        loss = output.loss + (of_generator - of_generator.detach())
-        return output._replace(loss=loss, further={"generator_loss": generator_loss})
+        return output
 
     def logit_scale(self) -> Tensor | None:
         """Return the factor (K,) float32 of each queue entry's logits: rate^age; None without decay.
@@ -138,23 +139,28 @@ class VideoMoCo(MoCo):
         """Return the query encoder's embeddings (B, D) of clips (B, 3, T, H, W)."""
         return self.query.embed({"v": self.query.backbone(clip)}, {})["vv"]
 
-    def _drop_by_generator(self, generator: Generator, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Drop the frames with the lowest scores and embed the rest.
+    def _drop_frames(self, clip: Tensor, step: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Drop a quarter of the frames and embed the rest: those with the lowest scores, or random ones.
 
         Returns:
             The embeddings q~ (B, D), whose graph reaches the encoder only. A term () whose gradient is that of L_G with
-            respect to the generator, and reaches the generator only. L_G () without a graph.
+            respect to the generator, and reaches the generator only; None for random frames. L_G () without a graph.
         """
         fill, form = self.method.dropped_fill, self.method.straight_through
-        scores = generator(clip)
-        dropped = drop(clip, lowest(scores), fill).detach().requires_grad_()
+        scores = self.generator(clip) if self.generator is not None else None
+        frames = lowest(scores) if scores is not None else self._random_frames(clip, step)
+        dropped = drop(clip, frames, fill).detach().requires_grad_(scores is not None)
         # The graph of q~ serves two backward passes. Code of torch.compile may not reuse memory of the first.
         with functorch.patch(donated_buffer=False):
             embeddings = self._embed(dropped.view_as(dropped))  # hooks of modules may need an input that is no leaf
             with torch.no_grad():
                 whole = self._embed(clip)
             loss = -GENERATOR_WEIGHT * (embeddings - whole).abs().mean()
-            (gradient,) = torch.autograd.grad(loss, dropped, retain_graph=True)
+            if scores is None:
+                return embeddings, None, loss.detach()
+            # A backward pass has the dtypes of its forward pass. It must not choose its own.
+            with torch.autocast(clip.device.type, enabled=False):
+                (gradient,) = torch.autograd.grad(loss, dropped, retain_graph=True)
         return embeddings, (scores * score_gradient(gradient, clip, fill, form)).sum(), loss.detach()
 
     def _random_frames(self, clip: Tensor, step: int) -> Tensor:
