@@ -202,6 +202,7 @@ def test_before_its_epoch_it_is_moco_and_the_generator_rests() -> None:
 def test_random_frames_are_the_same_on_two_ranks_as_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
     network, clip = make_network(dropping="random"), torch.zeros(4, 3, FRAMES, 1, 1)
     assert network.generator is None
+    assert network(make_views(1), make_views(2), 0).further["generator_loss"] < 0  # the control logs the same change
     whole = network._random_frames(clip, 7)
     assert whole.sum(1).tolist() == [2, 2, 2, 2]
     assert not torch.equal(whole, network._random_frames(clip, 8))
