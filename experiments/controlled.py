@@ -82,7 +82,7 @@ def recipe(options: Options) -> dict[str, Any]:
 
 
 def folder_of(method: str) -> str:
-    return method.lower().replace(" ", "-")
+    return method.lower().replace(",", "").replace(" ", "-")
 
 
 # ------------------------------------------------------------------------------------------------------------- commands

@@ -85,6 +85,15 @@ def not_below(claim: str, first: Sequence[float], second: Sequence[float]) -> li
     return [finding(claim, gap >= -STANDARD_ERRORS * error, detail)]
 
 
+def equal(claim: str, first: Sequence[float], second: Sequence[float]) -> list[Finding]:
+    """Return the finding that two means differ by at most two standard errors; [] for one seed."""
+    if len(first) < 2:
+        return []
+    gap, error = difference(first, second)
+    detail = f"{100 * gap:+.1f} points, threshold at most {100 * STANDARD_ERRORS * error:.1f} in either direction"
+    return [finding(claim, abs(gap) <= STANDARD_ERRORS * error, detail)]
+
+
 # ---------------------------------------------------------------------------------------------------- published results
 
 

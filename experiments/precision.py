@@ -145,12 +145,7 @@ def compare_curves(curves: dict[str, list[list[float]]]) -> list[evidence.Findin
 
 def compare_accuracy(label: str, bfloat16: Sequence[float], float32: Sequence[float]) -> list[evidence.Finding]:
     """Return the claim that two means agree; [] for one seed."""
-    if len(bfloat16) < 2:
-        return []
-    gap, error = evidence.difference(bfloat16, float32)
-    limit = evidence.STANDARD_ERRORS * error
-    detail = f"{100 * gap:+.1f} points, threshold at most {100 * limit:.1f} in either direction"
-    return [evidence.finding(f"bfloat16 is as accurate as float32 on {label}", abs(gap) <= limit, detail)]
+    return evidence.equal(f"bfloat16 is as accurate as float32 on {label}", bfloat16, float32)
 
 
 def findings(result: evidence.Result) -> list[evidence.Finding]:

@@ -15,14 +15,20 @@ import torch
 from benchmarks.harness import plt
 from dclr.commands import evaluate as evaluation
 from dclr.commands import train
-from dclr.data.datasets import open_catalog
+from dclr.config import DataConfig, resolve, write_config
+from dclr.data.datasets import open_catalog, open_data
 from dclr.errors import UserError
+from dclr.methods import VideoMoCo
+from dclr.methods.generator import drop, lowest
+from dclr.training import checkpoint
 from experiments import (
     activation_maps,
     controlled,
     controlled_set,
     convolutions,
+    dropped_frames,
     evidence,
+    methods,
     plots,
     precision,
     runs,
@@ -47,6 +53,8 @@ def written_by_train(job: Job) -> None:
         line: dict[str, float] = {"step": step}
         if step > 10:  # before, the queue fills
             line |= {"loss": 5 + 1 / step, "pair_loss/vv": 4.0}
+            if "generator" in job.command or "random" in job.command:
+                line["generator_loss"] = -0.5
             for pair in ("vv",) if "moco" in job.command else ("vv", "vd", "vs"):
                 line |= {f"positive_similarity/{pair}": 0.5, f"hardest_negative/{pair}": 0.25}
         lines.append(json.dumps(line) + "\n")
@@ -56,7 +64,7 @@ def written_by_train(job: Job) -> None:
 
 
 MOTION = {"random": 0.125, "dclr": 0.75, "moco": 0.25, "supervised": 0.96875, "scratch": 0.96875, "float32": 0.75}
-MOTION |= {"without": 0.5625}
+MOTION |= {"without": 0.5625, "simclr": 0.5, "simsiam": 0.25, "videomoco": 0.25, "decay": 0.25}
 """Motion probe of a run, by the first word of its folder's name. Each further seed adds 1 %."""
 
 
@@ -69,6 +77,8 @@ def written_by_eval(job: Job) -> None:
     figures |= {"recall_at_1": 0.5, "chance_at_1": 0.1, "top1_video": motion, "top1_clip": 0.125}
     figures |= {name: motion + seed / 100 for name in ("A_v", "A_s", "A_d")} | {"flat": 0.1}
     figures |= {f"{name}_untrained": 0.125 for name in ("A_v", "A_s", "A_d")}
+    figures |= {name: motion for name in ("motion_whole", "motion_chosen", "motion_random")}
+    figures |= {"rank": 0.75 + seed / 100, "rank_other_clips": 0.75}
     figures["chance_top1"] = 1 / 24 if "scene" in run else 0.125
     job.writes.parent.mkdir(parents=True, exist_ok=True)
     if job.command[1] == "maps":
@@ -109,7 +119,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evidence, "PLOTS", tmp_path / "plots")
     monkeypatch.setattr(evidence, "PAGE", tmp_path / "evidence.md")
-    sections = [evidence.MARKER.format(name) + evidence.END for name in ("controlled_set", "controlled", "weizmann")]
+    sections = [
+        evidence.MARKER.format(name) + evidence.END for name in ("controlled_set", "controlled", "methods", "weizmann")
+    ]
     (tmp_path / "evidence.md").write_text("Before.\n\n" + "\nBetween.\n\n".join(sections) + "\nAfter.\n")
     monkeypatch.setattr(controlled_set, "render_demo", render_lists)
     monkeypatch.setattr(precision, "render_demo", render_lists)
@@ -242,7 +254,7 @@ def test_sigterm_ends_an_experiment_as_ctrl_c_does(monkeypatch):
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
-@pytest.mark.parametrize("experiment", [controlled_set, controlled, weizmann, activation_maps, precision])
+@pytest.mark.parametrize("experiment", [controlled_set, controlled, methods, weizmann, activation_maps, precision])
 def test_train_and_eval_understand_every_command(root, monkeypatch, experiment, quick):
     jobs: list[Job] = []
 
@@ -265,6 +277,9 @@ def test_train_and_eval_understand_every_command(root, monkeypatch, experiment, 
             flags = train.parse(arguments)
             if (command := flags.pop("command")) != "pack":
                 train.resolve(command, flags)
+        elif entry == "-m":
+            assert arguments.pop(0) == "experiments.dropped_frames"
+            dropped_frames.make_parser().parse_args(arguments)
         else:
             evaluation.make_parser().parse_args(arguments)
 
@@ -402,6 +417,7 @@ def test_the_findings_of_the_page_are_those_that_were_published():
     """The page computes them again from the rows, in present words. Verdicts and numbers must be those of the file."""
     modules = {"controlled_set": controlled_set, "controlled": controlled, "weizmann": weizmann}
     modules |= {"activation_maps": activation_maps, "precision": precision, "convolutions": convolutions}
+    modules |= {"methods": methods}
     for file in evidence.RESULTS.glob("*/*.json"):
         result = json.loads(file.read_text())
         for now, then in zip(modules[file.stem].findings(result), result["findings"], strict=True):
@@ -660,6 +676,90 @@ def test_maps_are_compared_with_moco_random_weights_and_a_uniform_map(root, call
     ]  # fmt: skip
     pictures = [root / "plots" / file.parent.name / f"maps_{name}.png" for name in ("dclr", "moco")]
     assert [picture.read_text() for picture in pictures] == ["of dclr-0", "of moco-0"]
+
+
+def test_other_methods_are_compared_at_a_probe_of_the_comparison_with_a_constant_learning_rate(root, calls):
+    methods.main(["--seeds", "2", "--work", str(root / "work")])
+    started = [line for line in calls if line.startswith("train.py pretrain")]
+    assert len(started) == 2 * len(methods.METHODS)
+    assert methods.EPOCHS in controlled.EPOCHS
+    assert min(controlled.MILESTONES) > methods.EPOCHS
+    for line in started:
+        assert f"--epochs {methods.EPOCHS} " in line
+        assert ("--queue-length" in line) == ("simclr" not in line and "simsiam" not in line)
+        assert ("--adversarial-from 20 " in line) == ("--method videomoco" in line)
+    measured = [line.split("--run ")[1].split()[0] for line in calls if "experiments.dropped_frames" in line]
+    assert [Path(run).name for run in measured] == [
+        f"{name}-{seed}" for seed in (0, 1) for name in ("videomoco-dropping-only", "videomoco")
+    ]
+    (file,) = (root / "results").glob("*/methods.json")
+    result = json.loads(file.read_text())
+    assert tuple(result["rows"]) == methods.ROWS
+    assert result["rows"]["VideoMoCo"]["rank"] == [0.75, 0.76]
+    assert "rank" not in result["rows"]["DCLR"]
+    verdicts = [each["holds"] for each in result["findings"]]
+    # DCLR 75 and the SimCLR form 50 %, all others 25 % (random frames 12.5 %); ranks 75.5, 50 and 75 %.
+    assert verdicts == [True, True, True, True, False, False, True, True, True, False, False]
+    assert list(result["panels"][0]["lines"]) == ["VideoMoCo, dropping only", "VideoMoCo", "random frames dropped"]
+    assert len(result["panels"][1]["lines"]) == 8
+    calls.clear()
+    methods.main(["--seeds", "2", "--work", str(root / "work")])
+    assert calls == []
+
+
+def test_ranks_of_dropped_frames_are_those_among_all_sets():
+    changes = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 1.0, 0.0]])
+    assert dropped_frames.ranks(changes).tolist() == [[0, 0.5, 1], [1, 0.5, 0], [0.75, 0.75, 0]]
+    found = dropped_frames.rank_figures(changes, torch.tensor([2, 0, 0]))
+    assert found["rank"] == pytest.approx((1 + 1 + 0.75) / 3)
+    # Clip 0 loses set 0 twice, clip 1 sets 2 and 0, clip 2 sets 2 and 0.
+    assert found["rank_other_clips"] == pytest.approx((0 + (0 + 1) / 2 + (0 + 0.75) / 2) / 3)
+    assert found["most_common"] == pytest.approx(2 / 3)
+    assert (found["change_chosen"], found["change_largest"]) == pytest.approx(((3 + 3 + 1) / 3, (3 + 3 + 1) / 3))
+
+
+def test_dropped_frames_are_measured_on_the_run_s_checkpoint(demo_videos, tmp_path, capsys):
+    """The figures of a run with made-up weights are those of its frames, dropped one set at a time."""
+    data, run = tmp_path / "videos", tmp_path / "run"
+    (data / "splits").mkdir(parents=True)
+    (data / "videos").symlink_to(demo_videos / "videos")
+    (data / "splits" / "classes.txt").write_text((demo_videos / "splits" / "classes.txt").read_text())
+    for split in ("train", "test"):
+        lines = (demo_videos / "splits" / f"{split}.txt").read_text().splitlines()
+        listed = [f"{line.rsplit(maxsplit=1)[0]} scene{number % 2}" for number, line in enumerate(lines)]
+        (data / "splits" / f"{split}.txt").write_text("\n".join(listed) + "\n")
+    flags = {"method": "videomoco", "width": 4, "crop_size": 16, "clip_length": 8, "workers": 0, "adversarial_from": 0}
+    config = resolve("pretrain", "demo", {**flags, "queue_length": 64, "embedding_dim": 32})
+    torch.manual_seed(0)
+    network = VideoMoCo.build(config)
+    torch.nn.init.normal_(network.query.heads["vv"].weight)
+    run.mkdir()
+    write_config(run / "config.json", "pretrain", "demo", config)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        dropped_frames.load_method(run)
+    weights = {f"model/{name}": tensor for name, tensor in network.state_dict().items()}
+    checkpoint.write(run / "checkpoints", 1, weights, {"loss": 1.0})
+
+    dropped_frames.main(["--run", str(run), "--data", str(data), "--out", str(tmp_path / "out")])
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())["figures"]
+    assert f"{'rank':20}{figures['rank']:10.4f}" in capsys.readouterr().out
+    settings = DataConfig(**{**vars(config.data), "data": str(data)})
+    clips, labels, scenes = dropped_frames.middle_clips(open_data(settings), "test", settings)
+    assert (clips.shape, sorted(labels.tolist()), set(scenes)) == ((8, 3, 8, 16, 16), [*range(8)], {"scene0", "scene1"})
+    network.eval()
+    changes = []
+    with torch.no_grad():
+        for clip in clips:
+            mask = lowest(network.generator(clip[None]))
+            pair = torch.stack([clip, drop(clip[None], mask, "mean")[0]])
+            whole, dropped = network.query.embed({"v": network.query.backbone(pair)}, {})["vv"]
+            changes.append((whole - dropped).abs().mean())
+    assert figures["change_chosen"] == pytest.approx(float(torch.stack(changes).mean()), rel=1e-4)
+    assert figures["change_chosen"] <= figures["change_largest"]
+
+    write_config(run / "config.json", "pretrain", "demo", resolve("pretrain", "demo", {**flags, "dropping": "random"}))
+    with pytest.raises(UserError, match="must be a run of pretrain --method videomoco --dropping generator"):
+        dropped_frames.load_method(run)
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
