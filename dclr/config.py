@@ -314,6 +314,13 @@ class MethodConfig(_Group):
         "Change it for videos that do not loop",
         choices=("wrap", "zero", "replicate"),
     )
+    key_encoder_views: str = option(
+        "auxiliary",
+        "views of the query clip that pass through the key encoder, for mined positives and activation maps. "
+        "auxiliary: static and dynamic view. Change it to all for the form of the released code: also the rgb view, "
+        "so the three views share batch statistics, and a step costs one more forward pass",
+        choices=("auxiliary", "all"),
+    )
     jitter: float = option(
         1.0,
         "strength of the colour jitter. 1 is the published strength, 0 turns it off. "

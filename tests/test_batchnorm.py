@@ -56,7 +56,8 @@ def test_the_message_names_the_smallest_settings_that_work():
 def test_two_auxiliary_views_are_two_clips_of_a_batch():
     data = DataConfig(clip_length=8, crop_size=16)
     both, one = MethodConfig(), MethodConfig(dynamic_pairs=False)
-    assert refused(PretrainConfig(data=data, method=both)) == ""
+    for method in (both, replace(one, key_encoder_views="all")):
+        assert refused(PretrainConfig(data=data, method=method)) == ""
     for method in (one, MethodConfig(method="moco")):
         assert refused(PretrainConfig(data=data, method=method))
 

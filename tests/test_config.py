@@ -351,6 +351,12 @@ def test_each_flag_says_when_to_change_it(command):
         ({"repel_weight": 1.0, "static_pairs": False}, "it needs --static-pairs and --dynamic-pairs"),
         ({"method": "moco", "mined_positives": 5}, "--mined-positives has no effect with --method moco"),
         ({"method": "moco", "boundary": "wrap"}, "--boundary has no effect with --method moco"),
+        ({"method": "moco", "key_encoder_views": "all"}, "no effect with --method moco, which has neither static"),
+        (
+            {"method": "dclr-simclr", "key_encoder_views": "all"},
+            "--key-encoder-views has no effect with --method dclr-",
+        ),
+        ({"key_encoder_views": "three"}, "--key-encoder-views is three, but must be auxiliary or all"),
         ({"jitter": 2.1}, "--jitter is 2.1, but must be from 0 to 2"),
         ({"jitter": float("nan")}, "--jitter is nan"),
     ],

@@ -175,6 +175,26 @@ def test_alignment_term_has_a_gradient():
     assert not all(torch.equal(a, b) for a, b in zip(with_term, without, strict=True))
 
 
+@pytest.mark.parametrize(("views", "first"), [("auxiliary", 1), ("all", 0)])
+def test_the_key_encoder_normalises_the_query_clips_views_together(views, first):
+    """In training mode, the maps and the mined entries depend on the views that share batch statistics."""
+    query = make_views(3, 1)
+    network, same = make_network(key_encoder_views=views), make_network()
+    maps, mining = network._look_at_query(query)
+    with torch.no_grad():
+        static, dynamic = same.key.backbone(torch.cat(query[first:]))[-6:].split(3)
+        for letter, features, embedding in zip("sd", (static, dynamic), mining, strict=True):
+            torch.testing.assert_close(maps[letter], features.sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
+            expected = same.key.heads[letter + "v"](features.mean((2, 3, 4)))
+            torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_statistics_make_the_views_of_the_key_encoder_independent():
+    query, key = make_views(2, 1), make_views(2, 2)
+    losses = [make_network(key_encoder_views=views).eval()(query, key, 0).losses for views in ("auxiliary", "all")]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
 def test_align_by_hand():
     ones = torch.ones(2, 1, 2, 2, 2)
     assert align(3 * ones, [ones, ones], relative=False).item() == 1.0  # (3 - 2)^2

@@ -211,14 +211,17 @@ class DCLR(Method):
 
     @torch.no_grad()
     def _look_at_query(self, query: Views) -> tuple[ByLetter, Tensor | None]:
-        """Pass the query clips' auxiliary views through the key encoder.
+        """Pass the query clips' views through the key encoder: the auxiliary ones, or all (--key-encoder-views).
+
+        The rgb view then only changes the batch statistics that the auxiliary views are normalised with.
 
         Returns:
             Their activation maps (B, 1, t, h, w), and the features (S, B, D) by which similar queue entries are mined.
         """
         if not self.auxiliary:
             return {}, None
-        features = run_backbone(self.key, query, self.auxiliary)
+        rgb = "v" if self.method.key_encoder_views == "all" else ""
+        features = run_backbone(self.key, query, rgb + self.auxiliary)
         mining = torch.stack([self.key.heads[letter + "v"](pool(features[letter])) for letter in self.auxiliary])
         return {letter: activation_map(features[letter]) for letter in self.auxiliary}, mining
 

@@ -25,6 +25,7 @@ VIEW_SETTINGS = frozenset(
         "alignment",
         "repel_weight",
         "boundary",
+        "key_encoder_views",
     }
 )
 """Names of the settings that have an effect only on a method with auxiliary views."""

@@ -21,6 +21,8 @@ def check_batch_statistics(config: Config, micro_batch: int) -> None:
     `micro_batch`: number of samples that a rank computes at once.
     """
     views = len(config.method.auxiliary_views) if isinstance(config, PretrainConfig) else 1
+    if views and isinstance(config, PretrainConfig) and config.method.key_encoder_views == "all":
+        views += 1
     backbone = backbone_without_memory(config.model.backbone, config.model.width)
     frames, pixels = config.data.clip_length, config.data.crop_size
     time, height, width = map_size(backbone, frames, pixels)
