@@ -50,6 +50,24 @@ def test_each_split_is_centred_on_its_own_mean():
     assert result.recall[1] == 1
 
 
+@pytest.mark.parametrize(("normalise_clips", "nearest"), [(False, [0, 1]), (True, [1, 0])])
+def test_a_clip_with_a_large_feature_counts_as_one_clip_if_clips_are_normalised(normalise_clips, nearest):
+    """The query has the clips (8, 0), (0, 1) and (0, 1). Its mean is (8, 2) / 3, but the mean of their directions is
+    (1, 2) / 3. The other videos have clips of length 1 along (1, 0) or (0, 1). Every split has the mean 0 because of
+    mirrored videos."""
+
+    def split(*videos):
+        values = np.array(videos, float)
+        return outputs(np.concatenate([values, -values]), range(2 * len(values)))
+
+    gallery = split([[1, 0]] * 3, [[0, 1]] * 3)
+    queries = split([[8, 0], [0, 1], [0, 1]])
+    result = retrieval(gallery, queries, normalise_clips)
+    assert result.nearest[0, :2].tolist() == nearest
+    mean = np.array([1, 2]) if normalise_clips else np.array([8, 2])
+    assert result.similarity[0, 0] == pytest.approx(mean.max() / np.linalg.norm(mean), abs=1e-6)
+
+
 @pytest.mark.parametrize(("same_class", "gallery"), [(0, 5), (1, 5), (2, 6), (3, 7), (5, 5)])
 def test_chance_is_the_share_of_all_draws_that_contain_the_class(same_class, gallery):
     for k in range(1, gallery + 1):

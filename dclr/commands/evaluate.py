@@ -126,6 +126,14 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
         help="take clips and network from the config.json of a run, or from a TOML file as train.py reads it. "
         "Flags override the file. Use it with random for an untrained network of the same shape",
     )
+    if command == "retrieval":
+        heading.add_argument(
+            "--normalise-clips",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="scale the feature of each clip to length 1 before the mean over the clips of a video. "
+            "Turn it on to evaluate as the released code does (default: off)",
+        )
     if command == "bias":
         heading.add_argument(
             "--foreground",
@@ -147,7 +155,7 @@ def main(arguments: list[str]) -> None:
         USES[command].run(flags)
         return
     checkpoint, out = Path(flags.pop("checkpoint")), flags.pop("out", None)
-    foreground = flags.pop("foreground", False)
+    special = {name: flags.pop(name) for name in ("foreground", "normalise_clips") if name in flags}
     without_suffix = checkpoint.with_name(f"{checkpoint.name}.safetensors") if checkpoint.name else checkpoint
     exists = checkpoint.exists() or without_suffix.is_file()
     if not exists and (command == "accuracy" or str(checkpoint) != RANDOM):
@@ -156,18 +164,19 @@ def main(arguments: list[str]) -> None:
         )
     folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
     if flags.get("split") == configuration.ALL and command in ("accuracy", "retrieval"):
-        evaluate_splits(command, checkpoint, flags, folder)
+        evaluate_splits(command, checkpoint, flags, folder, **special)
     elif runs := [] if (checkpoint / "config.json").exists() else begun_splits(checkpoint):
         every = "use --split all for every split, or " if command in ("accuracy", "retrieval") else ""
         raise UserError(f"--checkpoint {checkpoint} holds runs on single splits: {every}give one of them, {runs[0]}")
     else:
-        evaluate(command, checkpoint, flags, folder, foreground)
+        evaluate(command, checkpoint, flags, folder, **special)
 
 
-def evaluate(
-    command: str, checkpoint: Path, flags: dict[str, Any], folder: Path, foreground: bool = False
-) -> dict[str, Any]:
+def evaluate(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path, **special: bool) -> dict[str, Any]:
     """Run one evaluation and return the content of its report.json, which is in `folder`.
+
+    Args:
+        special: the flags that only one command has, for its evaluation.
 
     Raises UserError for wrong input, see the function of each command.
     """
@@ -193,9 +202,9 @@ def evaluate(
     if command == "accuracy":
         result = evaluate_accuracy(checkpoint, data, device, folder)
     elif command == "retrieval":
-        result = evaluate_retrieval(checkpoint, data, model, seed, device, pictures)
+        result = evaluate_retrieval(checkpoint, data, model, seed, device, pictures, **special)
     elif command == "bias":
-        result = evaluate_background(checkpoint, data, model, seed, device, pictures, foreground)
+        result = evaluate_background(checkpoint, data, model, seed, device, pictures, **special)
     else:
         boundary = pick(configuration.MethodConfig, settings).boundary
         result = evaluate_activation_maps(checkpoint, data, model, seed, boundary, device, pictures)
@@ -212,7 +221,7 @@ def evaluate(
     return content
 
 
-def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path) -> None:
+def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path, **special: bool) -> None:
     """Evaluate on every official split. Print mean and standard deviation and write them to report.json.
 
     Each split has a report.json of its own, in `folder`/split-N. Each split has a checkpoint of its own too, if
@@ -250,7 +259,7 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
     began = time.monotonic()
     results = {}
     for number, run in checkpoints.items():
-        results[number] = evaluate(command, run, {**data, "split": number}, folder / f"split-{number}")
+        results[number] = evaluate(command, run, {**data, "split": number}, folder / f"split-{number}", **special)
     figures = {number: result["figures"] for number, result in results.items()}
     print("\n" + "\n".join(describe_splits(figures)))
     means, deviations = over_splits(figures)

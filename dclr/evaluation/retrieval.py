@@ -1,7 +1,8 @@
 """Retrieval: find the train videos whose features are nearest to those of each test video. `eval.py retrieval`.
 
-A video's feature is the mean over its test clips, minus the mean of its split, scaled to length 1. Similarity is the
-cosine. The train split is the gallery; the test split gives the queries.
+A video's feature is the mean over its test clips, minus the mean of its split, scaled to length 1. The released code
+also scales the feature of each clip to length 1 before the mean over clips. Similarity is the cosine. The train split
+is the gallery, and the test split gives the queries.
 
 Letters: Q queries, G gallery videos, D features.
 """
@@ -44,7 +45,13 @@ class Retrieval:
 
 
 def evaluate_retrieval(
-    checkpoint: Path, data: DataConfig, model: ModelConfig, seed: int, device: torch.device, folder: Path
+    checkpoint: Path,
+    data: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    normalise_clips: bool = False,
 ) -> dict[str, Any]:
     """Look up the test videos in the train split. Return the entries of report.json.
 
@@ -52,6 +59,7 @@ def evaluate_retrieval(
 
     Args:
         seed: the seed of random weights, used only if `checkpoint` is the word random.
+        normalise_clips: see `normalized`.
 
     Raises:
         UserError: see load_backbone, open_data, open_videos and Benchmark. A data set without labels.
@@ -66,9 +74,10 @@ def evaluate_retrieval(
         for videos, title in ((gallery_videos, "gallery"), (query_videos, "queries"))
     )
     benchmark.add_failures({**gallery.failures, **queries.failures})
-    result = retrieval(gallery, queries)
+    result = retrieval(gallery, queries, normalise_clips)
 
     counts = f"{len(queries.labels)} test videos looked up among {len(gallery.labels)} train videos"
+    counts += ", features of clips of length 1" if normalise_clips else ""
     print(f"\n{loaded}\non {catalog.root}: {counts}")
     print("".join([f"{'':10}", *(f"{f'R@{k}':>8}" for k in result.recall)]))
     for name, shares in (("retrieval", result.recall), ("chance", result.chance)):
@@ -91,14 +100,20 @@ def evaluate_retrieval(
         },
         "gallery": len(gallery.labels),
         "queries": len(queries.labels),
+        "normalised_clips": normalise_clips,
         "left_out": {**gallery_videos.unreadable, **query_videos.unreadable, **gallery.failures, **queries.failures},
         **benchmark.report(),
     }
 
 
-def retrieval(gallery: ClipOutputs, queries: ClipOutputs) -> Retrieval:
-    """Look up each query in the gallery. The values of both are features (N, TEST_CLIPS, D)."""
-    found = (normalized(queries) @ normalized(gallery).T).sort(dim=1, descending=True, stable=True)
+def retrieval(gallery: ClipOutputs, queries: ClipOutputs, normalise_clips: bool = False) -> Retrieval:
+    """Look up each query in the gallery. The values of both are features (N, TEST_CLIPS, D).
+
+    Args:
+        normalise_clips: see `normalized`.
+    """
+    cosines = normalized(queries, normalise_clips) @ normalized(gallery, normalise_clips).T
+    found = cosines.sort(dim=1, descending=True, stable=True)
     depth = min(max(RANKS), found.indices.shape[1])
     nearest = found.indices[:, :depth]
     hits = gallery.labels[nearest] == queries.labels[:, None]  # (Q, depth)
@@ -112,9 +127,15 @@ def retrieval(gallery: ClipOutputs, queries: ClipOutputs) -> Retrieval:
     )
 
 
-def normalized(outputs: ClipOutputs) -> Tensor:
-    """Return each video's mean feature, minus the mean of the split, scaled to length 1: (N, D) float32."""
-    features = outputs.values.mean(1)
+def normalized(outputs: ClipOutputs, normalise_clips: bool = False) -> Tensor:
+    """Return each video's mean feature, minus the mean of the split, scaled to length 1: (N, D) float32.
+
+    Args:
+        normalise_clips: scale the feature of each clip to length 1 before the mean over clips, as the released code
+            does. A clip with a large feature then has no more weight than the other clips of its video.
+    """
+    clips = F.normalize(outputs.values, dim=2) if normalise_clips else outputs.values
+    features = clips.mean(1)
     return F.normalize(features - features.mean(0), dim=1)
 
 
