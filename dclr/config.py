@@ -460,6 +460,17 @@ class TransferConfig(_Group):
     dropout: float = option(
         0.7, "dropout before the classifier, in finetune. Lower it for narrow networks", at_least=0, below=1
     )
+    finetune_augmentation: str = option(
+        "crop",
+        "augmentation of the clips in finetune. crop: random crop and flip. Change it to released for that of the "
+        "released code, which also removes the colour of a fifth of the clips and jitters the colour of four fifths",
+        choices=("crop", "released"),
+    )
+    normalised_probe: bool = option(
+        True,
+        "in linear, scale the pooled feature of each clip to length 1 before the classifier, as the released code "
+        "does. Turn it off, and lower --lr, to compare with runs of version 0.1, which did not normalise",
+    )
     test_every: int = option(
         1,
         "epochs between two measurements of the accuracy on test videos (at most 500, one clip each). They appear in "
@@ -538,8 +549,7 @@ def groups(command: str) -> dict[str, type]:
 GROUPS = {name: group for command in COMMANDS for name, group in groups(command).items()}
 FIELDS = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
 
-# The downstream protocols of the released code of DCLR and FAME.
-# finetune: batches of 64 clips, learning rate 0.1. linear: batches of 128 clips, learning rate 5, no weight decay.
+# The downstream recipes of DCLR's repository: finetune from its README.md, linear from its start_freeze.sh.
 _FINETUNE = {"lr": 0.1, "epochs": 10, "milestones": (6, 8), "batch_size": 64}
 _LINEAR = {"lr": 5.0, "weight_decay": 0.0, "epochs": 10, "milestones": (6, 8), "batch_size": 128}
 
@@ -572,12 +582,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "checkpoint_every": 20,
             "test_every": 20,
         },
-        # At the published learning rate, 5, the loss of this network's linear probe stays above 100 (docs/LOG.md).
         "linear": {
             **_DEMO,
             **_LINEAR,
             "batch_size": 16,
-            "lr": 0.05,
             "epochs": 40,
             "milestones": (24, 32),
             "checkpoint_every": 20,
@@ -701,18 +709,24 @@ def resolve(
 
     A resumed run has its stored values, `resumed`, in place of preset and file.
 
-    Raises UserError for a value that is refused, and for a flag that has no effect on the chosen method.
+    Raises UserError for a value that is refused, and for a flag that has no effect on the chosen method or command.
     """
     if resumed is None and preset not in PRESETS:
         raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
     stored = resumed if resumed is not None else {**PRESETS[preset][command], **(file or {})}
     config = make_config(command, {**stored, **flags})
     if not isinstance(config, PretrainConfig):
+        for name, only in _SETTINGS_OF_ONE_COMMAND.items():
+            if name in flags and command != only:
+                raise UserError(f"{flag_of(name)} has no effect in {command}, only in {only}: leave the flag out")
         return config
     refuse_settings_without_effect(config.method.method, flags)
     if not METHODS[config.method.method].has_queue:
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, fill_steps=0))
     return config
+
+
+_SETTINGS_OF_ONE_COMMAND = {"finetune_augmentation": "finetune", "normalised_probe": "linear"}
 
 
 def refuse_settings_without_effect(method: str, flags: Collection[str]) -> None:
@@ -786,6 +800,8 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
         # Runs of earlier versions hold "yes" and "no" for true and false.
         if isinstance(f.default, bool) and values.get(name) in ("yes", "no"):
             values[name] = values[name] == "yes"
+    if command == "linear" and "transfer" in stored:
+        values.setdefault("normalised_probe", False)  # earlier versions did not normalise
     values = _typed(path, values)
     for name in PATHS & values.keys():
         values[name] = _find(values[name], started_in, path)

@@ -120,12 +120,21 @@ def test_probabilities_and_blur() -> None:
 
 
 def test_finetune_crops_and_flips_only() -> None:
-    rows = draws(FINETUNE, n=500)
+    rows = draws(FINETUNE["crop"], n=500)
     assert_probability(rows["flip"], 0.5)
     assert not rows["grayscale"].any()
     assert not rows["jitter"].any()
     assert not rows["sigma"].any()
     assert len(np.unique(rows["box"], axis=0)) > 400
+
+
+def test_the_released_finetuning_also_changes_colours() -> None:
+    ours, released = draws(FINETUNE["crop"], n=N), draws(FINETUNE["released"], n=N)
+    assert_probability(released["grayscale"], 0.2)
+    assert_probability(released["jitter"], 0.8)
+    assert not released["sigma"].any()
+    for name in ("box", "flip", "factors"):  # the same draws of crop, flip and factors
+        assert (ours[name] == released[name]).all()
 
 
 def test_same_state_same_draw() -> None:

@@ -25,6 +25,7 @@ from dclr.evaluation.background import evaluate_features, evaluate_foreground, m
 from dclr.evaluation.composites import CompositeClips
 from dclr.evaluation.features import ClipOutputs, run_on_clips
 from dclr.models import Classifier, build_backbone, save_backbone, save_classifier
+from dclr.models.heads import NormalisedLinear
 
 CONFIG = DataConfig(clip_length=4, crop_size=16, workers=0)
 CPU = torch.device("cpu")
@@ -158,6 +159,16 @@ def test_moving_static_and_contrasted_for_predictors_that_use_motion_only(crosse
     for values, expected in ((ordinary.values, eighth), (ordinary.values * 0, 0)):
         found = evaluate_foreground(if_moving(2, 8), moves, samples, replace(ordinary, values=values), CPU)
         assert (found.ordinary, found.moving, found.static, found.contrasted) == (expected, eighth, 0, eighth)
+
+    # A video's logits are the mean over its clips, also if they are not linear in the features: one clip of ten has a
+    # large feature, and by its length it would decide for the whole video.
+    one_large = torch.full_like(ordinary.values, -1.0)
+    one_large[:, 0] = 100
+    sign = NormalisedLinear(1, 9, bias=False)
+    with torch.no_grad():
+        sign.weight.zero_()[[2, 8], 0] = torch.tensor([1.0, -1.0])
+    found = evaluate_foreground(sign, moves, samples, replace(ordinary, values=one_large), CPU)
+    assert found.ordinary == 0  # class 2 has the logit -0.8, and class 8 the logit 0.8
 
 
 # ---------------------------------------------------------------- command line

@@ -53,7 +53,8 @@ PUBLISHED_FINETUNE = {
     "milestones": (6, 8),
 }  # fmt: skip
 PUBLISHED_LINEAR = {
-    **PUBLISHED_CLIPS, "lr": 5.0, "weight_decay": 0.0, "batch_size": 128, "epochs": 10, "milestones": (6, 8)
+    **PUBLISHED_CLIPS, "normalised_probe": True, "lr": 5.0, "weight_decay": 0.0, "batch_size": 128, "epochs": 10,
+    "milestones": (6, 8),
 }  # fmt: skip
 
 
@@ -134,6 +135,26 @@ def test_a_configuration_of_an_earlier_version_is_read_with_yes_and_no_as_true_a
         configuration.check_resume(tmp_path, {"static_pairs": True}, values)
     write_config(tmp_path / "config.json", command, preset, config)
     assert json.loads((tmp_path / "config.json").read_text())["method"]["static_pairs"] is False
+
+
+def test_a_linear_run_of_an_earlier_version_does_not_normalise_its_features(tmp_path):
+    path = tmp_path / "config.json"
+    for command, expected in (("linear", False), ("finetune", None)):
+        write_config(path, command, "demo", make_config(command, {}))
+        assert read_config(path)[2]["normalised_probe"] is True
+        stored = json.loads(path.read_text())
+        del stored["transfer"]["normalised_probe"]
+        path.write_text(json.dumps(stored))
+        assert read_config(path)[2].get("normalised_probe") is expected
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "only"),
+    [("finetune", {"normalised_probe": True}, "linear"), ("linear", {"finetune_augmentation": "crop"}, "finetune")],
+)
+def test_a_flag_of_the_other_training_on_labels_is_refused(command, flags, only):
+    with pytest.raises(UserError, match=rf"^--[a-z-]+ has no effect in {command}, only in {only}: leave the flag out$"):
+        resolve(command, "demo", flags)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dclr.config import make_config
 from dclr.data.encode import write_video
 from dclr.errors import UserError
-from dclr.models import build_backbone, load_classifier, save_backbone
+from dclr.models import build_backbone, load_classifier, load_pretrained, save_backbone
 from dclr.training import finetune as finetuning
 from dclr.training.checkpoint import newest, read
 from dclr.training.finetune import finetune
@@ -59,9 +59,12 @@ def test_finetuning_trains_all_weights_and_writes_every_documented_file(run_tiny
     assert all(not torch.equal(found[name], initial[name]) for name in initial)
 
 
-@pytest.mark.parametrize("command", ["finetune", "linear"])
-def test_the_classifier_loads_with_its_classes_and_equals_the_saved_backbone(run_tiny, command):
-    run = run_tiny(command, epochs=1)
+@pytest.mark.parametrize(
+    ("command", "changes", "normalised"),
+    [("finetune", {}, False), ("linear", {}, True), ("linear", {"normalised_probe": False}, False)],
+)
+def test_the_classifier_loads_with_its_classes_and_equals_the_saved_backbone(run_tiny, command, changes, normalised):
+    run = run_tiny(command, epochs=1, **changes)
     classifier, classes = load_classifier(run)
     assert classes == CLASSES
     assert load_classifier(run / "classifier.safetensors")[1] == CLASSES
@@ -71,6 +74,17 @@ def test_the_classifier_loads_with_its_classes_and_equals_the_saved_backbone(run
     assert torch.equal(classifier.fc.bias, saved["fc.bias"])
     backbone = load_file(run / "backbone.safetensors")
     assert all(torch.equal(tensor, backbone[name]) for name, tensor in classifier.backbone.state_dict().items())
+
+    # Both files say whether the classifier scales the features. Files of earlier versions, without a word, do not.
+    clip = torch.randn(2, 3, 8, 32, 32)
+    features = classifier.backbone(clip).mean((2, 3, 4))
+    if normalised:
+        features = features / features.norm(dim=1, keepdim=True)
+    expected = features @ saved["fc.weight"].T + saved["fc.bias"]
+    for file in (run, newest(run / "checkpoints")):
+        found = load_pretrained(file)
+        assert torch.allclose(found.classifier(clip), expected, atol=1e-6)
+        assert ("on features of length 1" in found.loaded) == normalised
 
 
 def test_linear_leaves_the_backbone_untouched_batch_statistics_included(run_tiny, pretrained):
@@ -97,6 +111,20 @@ def test_finetuning_starts_from_the_pretrained_weights(run_tiny, pretrained, mon
     assert any(not torch.equal(before[name], after[name]) for name in before if "running_mean" in name)
     scratch = load_file(run_tiny("finetune", "scratch", lr=1e-30, epochs=1) / "backbone.safetensors")
     assert not torch.equal(scratch["stem.0.weight"], before["stem.0.weight"])
+
+
+@pytest.mark.parametrize("command", ["finetune", "linear"])
+def test_the_released_augmentation_changes_the_colour_of_clips_in_finetune_only(run_tiny, monkeypatch, command):
+    seen = []
+    real = finetuning.augment
+
+    def watched(frames, augmentation, *others):
+        seen.append((augmentation.grayscale | augmentation.jitter).any().item())
+        return real(frames, augmentation, *others)
+
+    monkeypatch.setattr(finetuning, "augment", watched)
+    run_tiny(command, epochs=1, finetune_augmentation="released")
+    assert any(seen) == (command == "finetune")
 
 
 class Interrupted(Exception):

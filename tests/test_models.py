@@ -1,5 +1,6 @@
 """dclr/models: backbones against torchvision's networks, heads against numbers by hand, every kind of weight file."""
 
+import argparse
 import gzip
 import pickle
 import tarfile
@@ -7,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,6 +28,7 @@ from dclr.models import (
     build_backbone,
     load_backbone,
     load_classifier,
+    load_pretrained,
     pool,
     save_backbone,
     save_classifier,
@@ -436,6 +439,23 @@ def test_load_the_authors_checkpoint(tmp_path: Path) -> None:
     assert_equal_states(backbone.state_dict(), without_fc(theirs))
 
 
+def test_unusual_heads_are_not_used_and_named(tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=4))
+    state = {f"module.module.encoder_q.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    heads = {"fc.0.weight": 32, "fc_p.0.weight": 32, "fc_p.0.bias": 32, "fc_n.weight": 32}
+    state |= {f"module.module.encoder_q.{name}": torch.zeros(size) for name, size in heads.items()}
+    torch.save({"state_dict": state}, tmp_path / "checkpoint.pth.tar")
+    backbone = build_backbone("r3d_10", width=4)
+    line = load_backbone(tmp_path / "checkpoint.pth.tar", backbone)
+    assert line.endswith("module.module.encoder_q.); not used: fc_n (1 tensor), fc_p (2 tensors)")
+    assert load_pretrained(tmp_path / "checkpoint.pth.tar").loaded.startswith(line)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
+
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({**wrapped, "_orig_mod.fc_p.weight": torch.zeros(32)}, tmp_path / "wrapped.pth")
+    assert "; not used: fc_p (1 tensor)" in load_backbone(tmp_path / "wrapped.pth", build_backbone("r3d_10", width=4))
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_load_a_nested_state_dict(prefix: str, tmp_path: Path) -> None:
     theirs = randomized(build_backbone("r3d_10", width=8))
@@ -696,6 +716,48 @@ def test_a_classifier_that_is_not_finite_is_refused(name: str, tmp_path: Path) -
     save_file(state, tmp_path / "classifier.safetensors", metadata)
     with pytest.raises(UserError, match=f"{name} holds 1 value that is not finite"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_of_numpy_and_a_namespace_next_to_the_weights_are_skipped(legacy: bool, tmp_path: Path) -> None:
+    theirs = randomized(build_backbone("r3d_10", width=4))
+    beside = {"best": np.float64(88.9), "epoch": np.int64(3), "top": {"f": np.float32(0.5), "yes": np.bool_(True)}}
+    options = argparse.Namespace(lr=np.float64(0.1), schedule=[6, 8], device=torch.device("cpu"))
+    content = {"state_dict": theirs.state_dict(), "args": options, **beside}
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:  # as NumPy before version 2 names its module
+        path.write_bytes(path.read_bytes().replace(b"numpy._core.", b"numpy.core."))
+    backbone, safe = build_backbone("r3d_10", width=4), set(torch.serialization.get_safe_globals())
+    load_backbone(path, backbone)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
+    assert set(torch.serialization.get_safe_globals()) == safe
+
+    # An array in the file, or an object in a Namespace, is still refused.
+    torch.save({**content, "args": argparse.Namespace(model=Bomb(tmp_path / "exploded"))}, path)
+    refused(path, r"\(it holds [\w.]+\), and reading other objects could run code: give a file that holds only a state")
+    torch.save({**content, "accuracy": np.zeros(3)}, path)
+    refused(path, r"\(it holds numpy\.[\w.]+\), and reading other objects could run code")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_number_of_numpy_with_an_address_of_memory_is_not_made(tmp_path: Path) -> None:
+    """A pickled dtype may say that its bytes are no objects. NumPy itself would take the bytes for an address."""
+    theirs = randomized(build_backbone("r3d_10", width=4))
+
+    class Forged:
+        def __reduce__(self) -> tuple:
+            return np.float64(0).__reduce__()[0], (ForgedType(), b"\x08" * 8)
+
+    class ForgedType:
+        def __reduce__(self) -> tuple:
+            state = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+            return np.dtype, ("V8", False, True), state
+
+    torch.save({"state_dict": theirs.state_dict(), "best": Forged()}, tmp_path / "forged.pth")
+    backbone = build_backbone("r3d_10", width=4)
+    load_backbone(tmp_path / "forged.pth", backbone)
+    assert_equal_states(backbone.state_dict(), theirs.state_dict())
 
 
 class Bomb:

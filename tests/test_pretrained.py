@@ -13,7 +13,17 @@ from torchvision.models import video
 from dclr.commands import evaluate
 from dclr.errors import UserError
 from dclr.kernels.types import MEAN, STD
-from dclr.models import KINETICS, ClipFormat, ProjectionHead, build_backbone, load_backbone, load_pretrained
+from dclr.models import (
+    KINETICS,
+    Classifier,
+    ClipFormat,
+    ProjectionHead,
+    build_backbone,
+    load_backbone,
+    load_classifier,
+    load_pretrained,
+    save_classifier,
+)
 from dclr.models import save_backbone as save
 from dclr.models.backbone import convert
 from dclr.training import checkpoint
@@ -86,6 +96,19 @@ def test_metadata_that_do_not_fit_are_refused_in_one_line(name: str, value: str,
     with pytest.raises(UserError) as caught:
         load_pretrained(file)
     assert str(caught.value).isprintable()
+
+
+def test_a_classifier_with_an_unknown_normalisation_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "classifier.safetensors"
+    save_classifier(Classifier(build_backbone("r3d_10", 4), 1, normalised=True), ("a",), file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["normalised"] == "true"
+    save_file(load_file(file), file, {**metadata, "normalised": "yes\n" * 100})
+    for load in (load_pretrained, load_classifier):
+        with pytest.raises(UserError, match=r"its metadata say normalised 'yes.*, not true") as caught:
+            load(file)
+        assert str(caught.value).isprintable()
 
 
 def test_heads_of_the_same_name_and_shape_are_loaded_and_the_others_named(tmp_path: Path) -> None:

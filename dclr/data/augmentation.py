@@ -81,8 +81,12 @@ def pretrain_recipe(jitter: float, name: str = "dclr") -> AugmentRecipe:
     return replace(recipe, **{**scaled, "hue": min(scaled["hue"], 0.5)})
 
 
-FINETUNE = AugmentRecipe(grayscale=0.0, jitter=0.0, blur=0.0)
-"""Crop and flip only."""
+FINETUNE = {
+    "crop": AugmentRecipe(grayscale=0.0, jitter=0.0, blur=0.0),
+    "released": AugmentRecipe(blur=0.0),
+}
+"""The recipes of training on labels, by the values of --finetune-augmentation: crop and flip only, and that of the
+released code, which also removes the colour (probability 0.2) and jitters it (probability 0.8)."""
 
 
 def draw_augmentation(

@@ -269,9 +269,15 @@ class PairSamples(TrainSamples):
 class ClipSamples(TrainSamples):
     """Samples for training on labels: one random clip of a video."""
 
-    def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
+    def __init__(
+        self,
+        videos: VideoSet,
+        config: DataConfig,
+        seed: int,
+        recipe: augmentation.AugmentRecipe = augmentation.FINETUNE["crop"],
+    ) -> None:
         super().__init__(videos, config, seed)
-        self.frames_a_sample = config.clip_length
+        self.frames_a_sample, self.recipe = config.clip_length, recipe
 
     def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
         """Return the frames of the clip and its one row."""
@@ -280,7 +286,7 @@ class ClipSamples(TrainSamples):
         wanted = clips.window(clips.random_start(rng, count, length, stride), count, length, stride)
         frames = self.videos.read(index, wanted, into)
         height, width = frames.y.shape[1:]
-        row = augmentation.draw_augmentation(rng, height, width, augmentation.FINETUNE, frames.display)
+        row = augmentation.draw_augmentation(rng, height, width, self.recipe, frames.display)
         return Sample(index, frames, row[None])
 
     def batch(self, frames: Yuv420, infos: Sequence[SampleInfo]) -> ClipBatch:

@@ -4,8 +4,7 @@ The first part fits linear probes on frozen features: how well do the features p
 The second part classifies composites: test clips whose foreground is on the background of another class.
 
 Probes and nearest neighbours use the mean feature over a video's test clips. One video is one example, because its ten
-clips are not independent. For a linear classifier the mean of the logits equals the logits of the mean feature, so each
-network runs once per clip.
+clips are not independent. A video's class is predicted from the mean of the logits of its test clips.
 
 Letters: B clips, N videos, T frames, h, w pixels of the crop, D features.
 """
@@ -300,7 +299,7 @@ class Foreground:
 
 
 def evaluate_foreground(
-    logits: Callable[[Tensor], Tensor],  # mean features (N, D) -> (N, classes)
+    logits: Callable[[Tensor], Tensor],  # features (B, D) -> (B, classes)
     features: Callable[[Tensor], Tensor],  # clips (B, 3, T, h, w) -> (B, D)
     samples: CompositeClips,
     ordinary: ClipOutputs,
@@ -328,19 +327,19 @@ def evaluate_foreground(
     rows, indices = (list(column) for column in zip(*kept, strict=True))
     labels = outputs.labels[rows]
     # values: (videos, TEST_CLIPS, 2, D), the moving and the frozen composite
-    moving, static = outputs.values[rows].mean(1).unbind(1)  # (N, D) each
+    moving, static = outputs.values[rows].unbind(2)  # (N, TEST_CLIPS, D) each
 
     paths = [samples.videos.path(index) for index in indices]
 
-    def correct(video: Tensor) -> Tensor:  # (N, D) -> (N,) bool
-        predicted = logits(video)
+    def correct(clips: Tensor) -> Tensor:  # (N, TEST_CLIPS, D) -> (N,) bool
+        predicted = logits(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]).mean(1)
         check_outputs(predicted, paths)
         return predicted.argmax(1) == labels
 
     moving_correct, static_correct = correct(moving), correct(static)
     shares = samples.shares[indices]
     return Foreground(
-        ordinary=share(correct(ordinary.values[[row_of[index] for index in indices]].mean(1))),
+        ordinary=share(correct(ordinary.values[[row_of[index] for index in indices]])),
         moving=share(moving_correct),
         static=share(static_correct),
         contrasted=share(moving_correct & ~static_correct),

@@ -7,21 +7,24 @@ from torch import Tensor, nn
 
 from dclr.models.backbone import Backbone
 from dclr.models.clip_format import ClipFormat
-from dclr.models.heads import pool
+from dclr.models.heads import NormalisedLinear, pool
 from dclr.models.weights import save_weights
 
 
 class Classifier(nn.Module):
     """Backbone, `pool`, dropout and a linear layer `fc`.
 
-    With `frozen` (the linear protocol) the backbone gets no gradient and stays in evaluation mode.
+    With `frozen` (the linear protocol) the backbone gets no gradient and stays in evaluation mode. With `normalised`,
+    `fc` scales each clip's pooled feature to length 1 first.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, dropout: float = 0.0, frozen: bool = False) -> None:
+    def __init__(
+        self, backbone: Backbone, classes: int, dropout: float = 0.0, frozen: bool = False, normalised: bool = False
+    ) -> None:
         super().__init__()
         self.backbone, self.frozen = backbone, frozen
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(backbone.feature_dim, classes)
+        self.fc = (NormalisedLinear if normalised else nn.Linear)(backbone.feature_dim, classes)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
         if frozen:

@@ -35,6 +35,16 @@ class LinearHead(nn.Linear):
         return F.normalize(super().forward(x).float(), dim=1)
 
 
+class NormalisedLinear(nn.Linear):
+    """Linear layer that scales each feature to length 1 first: (..., in_dim) -> (..., out_dim).
+
+    The released code does this in its linear probe. A learning rate then fits features of any scale.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.normalize(x, dim=-1))
+
+
 def activation_map(features: Tensor) -> Tensor:
     """Sum a feature map over its channels: (B, C, T, H, W) -> (B, 1, T, H, W) float32.
 

@@ -141,11 +141,12 @@ def _build(weights: Weights) -> Pretrained:
         heads[pair].load_state_dict(tensors)
     classifier = None
     if weights.fc:
-        classifier = Classifier(backbone, len(classes))
+        classifier = Classifier(backbone, len(classes), normalised="normalised" in weights.metadata)
         classifier.fc.load_state_dict(weights.fc)
         classifier.eval()
-    loaded = f"{file}: {name} (width {width}), {weights.kind}{weights.removed}"
+    loaded = f"{file}: {name} (width {width}), {weights.kind}{weights.removed}{weights.unused}"
     loaded += f", a classifier of {len(classes)} classes" if classes else ""
+    loaded += " on features of length 1" if classes and "normalised" in weights.metadata else ""
     loaded += f", heads {' '.join(heads)}" if heads else ""
     if clips.statistics not in (IMAGENET, KINETICS):
         loaded += f", mean {clips.mean}, standard deviation {clips.std}"
@@ -192,13 +193,15 @@ def _number(file: Path, text: str) -> int:
 
 
 def _classes(file: Path, weights: Weights, features: int) -> tuple[str, ...]:
-    """Return the names of the classes. Raises UserError unless they fit the classifier's tensors."""
+    """Return the names of the classes. Raises UserError unless the metadata fit the classifier's tensors."""
     try:
         classes = json.loads(weights.metadata["classes"])
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: its classes are not a list of names ({str(error)[:200]})") from None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{file}: its classes are not a list of names")
+    if weights.metadata.get("normalised", "true") != "true":
+        raise UserError(f"{file}: its metadata say normalised {weights.metadata['normalised']!r:.80}, not true")
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.fc.items()}
     if shapes != {"weight": (len(classes), features), "bias": (len(classes),)}:
         raise UserError(f"{file}: fc does not have {len(classes)} classes by {features} features")

@@ -1,12 +1,15 @@
 """Files of named tensors: safetensors, and the files of torch.save. The content decides how a file is read.
 
-The files of torch.save are read with torch.load(weights_only=True), so no file can run code.
+The files of torch.save are read with torch.load(weights_only=True), so no file can run code. Numbers of NumPy and
+argparse.Namespace, which training scripts often save next to the weights, are read as an object that holds nothing.
 """
 
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -35,6 +38,26 @@ _OTHER_KINDS = {
     b"\x93NUMPY": "a numpy array, not weights: give a state dict",
 }
 _TAR = slice(257, 262)  # the position of "ustar" in a tar archive
+
+
+class _Skipped:
+    """Stand-in for an object in a file of torch.save that is not a tensor. It ignores all that it is given.
+
+    NumPy's own functions are not called: a file may give them an address of memory in place of an object.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_SKIPPED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Skipped, name)
+    for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "argparse.Namespace")
+]
+"""The classes and functions in place of which torch.load takes _Skipped."""
 
 
 def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
@@ -139,13 +162,15 @@ def _check_zip(file: Path) -> None:
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_SKIPPED):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))  # the class that torch refuses to unpickle
         holds = f" (it holds {found[1]})" if found else ""
         raise UserError(
             f"{file} is not a file of plain tensors{holds}, and reading other objects could run code: "
-            "give a file that holds only a state dict"
+            "give a file that holds only a state dict, written by torch.save(checkpoint['state_dict'], FILE) "
+            "where the checkpoint is trusted"
         ) from error
     except Exception as error:  # a damaged file can cause any error in the reader
         raise UserError(

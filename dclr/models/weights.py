@@ -4,7 +4,8 @@
     a run's checkpoint step-N, also of a run       the query encoder, with BatchNorm's statistics averaged over ranks
     that is still going or was stopped
     torchvision's weights, .pth                    a state dict; `fc` is ignored
-    a checkpoint of any project with this network  safetensors or torch.save; the backbone's names may have any prefix
+    a checkpoint of any project with this network  safetensors or torch.save; the backbone's names may have any prefix;
+                                                   its heads are ignored, and unusual ones are named
     the DCLR authors' checkpoint_*.pth.tar         the query encoder "module.encoder_q."; its heads are ignored
 
 A file that this project writes tells all that is needed to use the weights. Its tensors have torchvision's names; names
@@ -16,12 +17,14 @@ of projection heads begin with "heads." and names of a classifier with "fc.". It
     mean, std                            their statistics, JSON lists of three numbers
     heads                                JSON list of the heads' names
     classes                              JSON list of the classifier's classes
+    normalised                           true: the classifier scales features to length 1. Else it has no such entry
 
 Weights that are not finite are refused: every figure from them would be meaningless.
 """
 
 import json
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +38,7 @@ from dclr.errors import UserError
 from dclr.models.backbone import Backbone
 from dclr.models.backbones import BACKBONES, MAX_WIDTH, backbone_without_memory
 from dclr.models.clip_format import IMAGENET, KINETICS, Channels, ClipFormat, Statistics
-from dclr.models.heads import ProjectionHead
+from dclr.models.heads import NormalisedLinear, ProjectionHead
 from dclr.models.tensor_file import read_metadata, read_tensors, write_safetensors
 
 FILE_NAME = "backbone.safetensors"
@@ -51,9 +54,11 @@ FORMAT = "dclr"
 CHECKPOINT_FORMAT = "dclr checkpoint 1"
 """The metadata `format` of training checkpoints. Raise the number when the content of the file changes."""
 
-# Prefixes of parameters in foreign files that are not the backbone's: a classifier, and the authors' five heads.
-_CLASSIFIER = ("fc.", "classifier.")
-_AUTHORS_HEADS = ("fc.", "fvv.", "fvs.", "fvd.", "fsv.", "fdv.")
+# Modules of foreign files that are not the backbone's and cannot change its features.
+_HEAD = re.compile(r"(fc\w*|classifier|\w*head\w*|proj\w*|pred\w*|fvv|fvs|fvd|fsv|fdv)\.")
+
+_EXPECTED_HEADS = {"fc", "classifier", "fvv", "fvs", "fvd", "fsv", "fdv"}
+"""Heads of torchvision's networks and of the released code. What is loaded does not name them."""
 
 # torch adds these to names, anywhere, when it compiles, shards or checkpoints a module.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -88,6 +93,11 @@ def metadata_of(backbone: Backbone, clips: ClipFormat | None) -> dict[str, str]:
     return {**metadata, "mean": json.dumps(mean), "std": json.dumps(std)}
 
 
+def metadata_of_classifier(fc: nn.Module) -> dict[str, str]:
+    """Return the metadata that describe a classifier's layer, without its classes."""
+    return {"normalised": "true"} if isinstance(fc, NormalisedLinear) else {}
+
+
 def save_weights(
     path: Path,
     backbone: Backbone,
@@ -116,7 +126,7 @@ def save_weights(
         metadata["heads"] = json.dumps(list(written))
     if fc is not None:
         tensors |= {f"fc.{name}": tensor for name, tensor in fc.state_dict().items()}
-        metadata["classes"] = json.dumps(classes)
+        metadata |= {"classes": json.dumps(classes), **metadata_of_classifier(fc)}
     check_finite(path, tensors)
     write_safetensors(tensors, metadata, path)
 
@@ -143,6 +153,7 @@ class Weights:
     kind: str  # what the file is, in words
     removed: str  # which prefix the names no longer have, in words
     torchvision: bool  # whether this is a file of torchvision's published weights
+    unused: str = ""  # which heads of a foreign file are not used, in words
 
     @property
     def statistics(self) -> Statistics:
@@ -229,7 +240,7 @@ def read_weights(file: Path, backbone: Backbone | None = None) -> Weights:
     torchvision = not prefixes and is_torchvisions(tensors, found)
     if torchvision:
         kind = "torchvision's weights (mean and standard deviation of Kinetics)"
-    return Weights(file, found, {}, {}, {}, kind, removed, torchvision)
+    return Weights(file, found, {}, {}, {}, kind, removed, torchvision, _unused(tensors, prefix))
 
 
 def is_torchvisions(tensors: dict[str, Tensor], backbone: dict[str, Tensor]) -> bool:
@@ -318,7 +329,9 @@ def load_backbone(path: Path, backbone: Backbone, heads: nn.ModuleDict | None = 
     # Not strict, because `check_fits` accepts files without BatchNorm's step counters.
     backbone.load_state_dict(weights.backbone, strict=False)
     backbone.statistics = statistics
-    loaded = f"{weights.file}: {backbone.name} (width {backbone.width}), {weights.kind}{weights.removed}"
+    loaded = (
+        f"{weights.file}: {backbone.name} (width {backbone.width}), {weights.kind}{weights.removed}{weights.unused}"
+    )
     return loaded if heads is None else f"{loaded}; {_load_heads(weights, heads)}"
 
 
@@ -394,10 +407,22 @@ def _without_wrappers(name: str) -> str:
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, without the prefix and without the known heads."""
-    heads = _AUTHORS_HEADS if "encoder_q." in prefix else _CLASSIFIER
+    """Return the tensors whose names begin with `prefix`, without the prefix and without heads."""
     below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in below.items() if not name.startswith(heads)}
+    return {name: tensor for name, tensor in below.items() if not _HEAD.match(name)}
+
+
+def _unused(tensors: dict[str, Tensor], prefix: str) -> str:
+    """Return which heads next to the backbone are not used, in words. Heads of the usual names are not counted."""
+    heads = Counter(
+        head[1]
+        for name in map(_without_wrappers, tensors)
+        if name.startswith(prefix)
+        and (head := _HEAD.match(name.removeprefix(prefix)))
+        and head[1] not in _EXPECTED_HEADS
+    )
+    counts = ", ".join(f"{name} ({count} tensor{'s' * (count > 1)})" for name, count in sorted(heads.items()))
+    return f"; not used: {counts}" if heads else ""
 
 
 def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dclr import distributed
 from dclr.config import FinetuneConfig
+from dclr.data.augmentation import FINETUNE
 from dclr.data.samples import ClipBatch, ClipSamples, TrainSamples
 from dclr.errors import UserError
 from dclr.kernels import augment
@@ -22,6 +23,7 @@ from dclr.models import (
     save_backbone,
     save_classifier,
 )
+from dclr.models.weights import metadata_of_classifier
 from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
@@ -58,10 +60,13 @@ def finetune(
         run.prepare(backbone)
         classes = run.videos.classes
         dropout = config.transfer.dropout if command == "finetune" else 0.0
-        classifier = Classifier(backbone, len(classes), dropout, frozen=command == "linear")
+        frozen = command == "linear"
+        classifier = Classifier(backbone, len(classes), dropout, frozen, frozen and config.transfer.normalised_probe)
+        run.description |= metadata_of_classifier(classifier.fc)
         engine = Engine(classifier, run.ds_config, config.optim, device)
         test = open_test(run, open_accuracy) if open_accuracy and config.transfer.test_every else None
-        task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed), test)
+        recipe = FINETUNE["crop" if command == "linear" else config.transfer.finetune_augmentation]
+        task = Finetuning(engine, config, ClipSamples(run.videos, config.data, config.run.seed, recipe), test)
         trained = train(run, task, engine)
 
         average_statistics(classifier)
