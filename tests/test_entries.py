@@ -404,7 +404,7 @@ def test_retrieval_accepts_a_run_its_file_and_random_weights(finetuned, demo_vid
     evaluation.main(["retrieval", *flags, "--checkpoint", file, "--out", other])
     first, second = (json.loads(Path(f, "report.json").read_text()) for f in (finetuned / "retrieval", other))
     assert first["figures"] == second["figures"]
-    assert (first["gallery"], first["queries"]) == (16, 8)
+    assert (first["gallery"], first["queries"], first["normalise_clips"]) == (16, 8, False)
     assert first["figures"]["chance_at_1"] == pytest.approx(2 / 16)
     assert {"recall_at_1", "recall_at_5", "recall_at_10"} <= first["figures"].keys()
     assert (finetuned / "retrieval" / "pictures" / "retrieval.png").stat().st_size > 5000

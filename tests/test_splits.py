@@ -178,7 +178,10 @@ def test_accuracy_and_retrieval_on_all_splits(train_main, few, data, tmp_path, c
     single = ["--checkpoint", str(out / "split-1"), "--data", str(data), "--split", "all"]
     refused("split-1 has no runs on splits, such as split-1", "accuracy", *single)
     refused("--split is all, which only finetune, linear, accuracy", "maps", *single)
-    evaluate.main(["retrieval", *single, "--workers", "0"])  # the run's features may be looked up on other splits
+    # The run's features may be looked up on other splits.
+    evaluate.main(["retrieval", *single, "--workers", "0", "--normalise-clips"])
+    written = [out / "split-1" / "retrieval" / folder / "report.json" for folder in (".", "split-1", "split-2")]
+    assert all(json.loads(report.read_text())["normalise_clips"] for report in written)
     assert "warning: one checkpoint for all splits" in capsys.readouterr().err
     folder = ["--checkpoint", str(out), "--data", str(data)]
     one = f"give one of them, {out / 'split-1'}"

@@ -267,6 +267,7 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
         "command": command,
         "checkpoint": str(checkpoint),
         "split": configuration.ALL,
+        **special,
         "splits": figures,
         "mean": means,
         "standard_deviation": deviations,

@@ -100,7 +100,7 @@ def evaluate_retrieval(
         },
         "gallery": len(gallery.labels),
         "queries": len(queries.labels),
-        "normalised_clips": normalise_clips,
+        "normalise_clips": normalise_clips,
         "left_out": {**gallery_videos.unreadable, **query_videos.unreadable, **gallery.failures, **queries.failures},
         **benchmark.report(),
     }
