@@ -699,9 +699,9 @@ def test_other_methods_are_compared_at_a_probe_of_the_comparison_with_a_constant
     assert "rank" not in result["rows"]["DCLR"]
     verdicts = [each["holds"] for each in result["findings"]]
     # DCLR 75 and the SimCLR form 50 %, all others 25 % (random frames 12.5 %); ranks 75.5, 50 and 75 %.
-    assert verdicts == [True, True, True, True, False, False, True, True, True, False, False]
+    assert verdicts == [True, True, True, True, False, False, True, True, True, True, True, False, False]
     assert list(result["panels"][0]["lines"]) == ["VideoMoCo, dropping only", "VideoMoCo", "random frames dropped"]
-    assert len(result["panels"][1]["lines"]) == 8
+    assert len(result["panels"][1]["lines"]) == 9
     calls.clear()
     methods.main(["--seeds", "2", "--work", str(root / "work")])
     assert calls == []
