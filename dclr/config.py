@@ -412,11 +412,30 @@ class OptimConfig(_Group):
         40, "samples of a step, over all processes together. Raise it to fill a GPU, and raise --lr with it", at_least=1
     )
     lr: float = option(0.01, "learning rate of SGD. Lower it if the loss jumps", above=0)
+    schedule: str = option(
+        "step",
+        "how the learning rate falls. step: to a tenth after each of --milestones, as published. Change it to cosine "
+        "for half a cosine from --lr to 0 over all epochs, which needs no milestones",
+        choices=("step", "cosine"),
+    )
     milestones: tuple[int, ...] = option(
-        (120, 160), "epochs after which the learning rate drops to a tenth. Change them with --epochs", at_least=1
+        (120, 160),
+        "epochs after which the learning rate drops to a tenth, in --schedule step. Change them with --epochs",
+        at_least=1,
+    )
+    warmup_epochs: int = option(
+        0,
+        "first epochs, in which the learning rate rises from near 0 to --lr with each step. Steps that fill the queue "
+        "count. Raise it if the loss jumps in the first epochs",
+        at_least=0,
     )
     momentum: float = option(0.9, "momentum of SGD. Lower it if the loss oscillates", at_least=0, below=1)
     weight_decay: float = option(1e-4, "weight decay of SGD. Raise it if a classifier overfits", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"--warmup-epochs is {self.warmup_epochs}, but must be below --epochs ({self.epochs})")
 
 
 _WEIGHTS = (
@@ -715,6 +734,11 @@ def resolve(
         raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
     stored = resumed if resumed is not None else {**PRESETS[preset][command], **(file or {})}
     config = make_config(command, {**stored, **flags})
+    if config.optim.schedule == "cosine":
+        same_file = file if file and file.get("schedule") == "cosine" else {}
+        if {**same_file, **flags}.get("milestones"):
+            raise UserError("--milestones has no effect with --schedule cosine: leave it out, or use --schedule step")
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, milestones=()))
     if not isinstance(config, PretrainConfig):
         for name, only in _SETTINGS_OF_ONE_COMMAND.items():
             if name in flags and command != only:
@@ -748,7 +772,7 @@ FREE_ON_RESUME = {
     "ds_config", "kernels", "compile", "convolutions", "deterministic", "pad_channels",
     "log_every", "checkpoint_every", "on_nonfinite",
     "knn_every", "test_every",
-    "epochs", "lr", "milestones", "momentum", "weight_decay",
+    "epochs", "lr", "schedule", "milestones", "warmup_epochs", "momentum", "weight_decay",
     "temperature", "negatives", "key_momentum", "mined_positives", "alignment_weight", "alignment", "repel_weight",
     "adversarial_from", "dropped_fill", "straight_through", "decay", "decay_rate",
     "dropout",

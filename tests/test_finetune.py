@@ -135,8 +135,14 @@ class Interrupted(Exception):
 def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     run_tiny, train_main, pretrained, monkeypatch, tmp_path, command
 ):
-    """The runs use dropout. The pretrained file is deleted before resuming, which no longer needs it."""
-    settings = {"pretrained": str(pretrained), "dropout": 0.5, "momentum": 0.9, "test_every": 0}
+    """The runs use dropout and a learning rate that changes with each step.
+
+    The pretrained file is deleted before resuming, which no longer needs it.
+    """
+    settings = {
+        "pretrained": str(pretrained), "dropout": 0.5, "momentum": 0.9, "test_every": 0,
+        "schedule": "cosine", "warmup_epochs": 1,
+    }  # fmt: skip
     finished = run_tiny(command, "finished", **settings)
     real = finetuning.count_correct
     calls = []

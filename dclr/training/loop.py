@@ -131,7 +131,7 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
     with StopRequest() as request, log or nullcontext():
         for step in range(start, sampler.stop):
             epoch = step // sampler.steps_per_epoch
-            lr = learning_rate(config.optim, epoch)
+            lr = learning_rate(config.optim, step, sampler.steps_per_epoch)
             engine.set_learning_rate(lr)
             task.begin_step(step)
             guard.begin(step + 1)
@@ -190,9 +190,22 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
     return Trained(last, guard.skipped, failures, began)
 
 
-def learning_rate(optim: OptimConfig, epoch: int) -> float:
-    """Return --lr, divided by 10 for each milestone that `epoch` has reached."""
-    return optim.lr * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
+def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of an optimizer step, counted from 0.
+
+    The rate is a function of the step alone, without a state like that of torch.optim.lr_scheduler. So a resumed run
+    has the rates of an uninterrupted one, also with another --epochs, --lr or --milestones.
+
+        warm-up, W steps of --warmup-epochs   --lr * (step + 1) / W  (Goyal et al., arXiv 1706.02677, section 2.2)
+        --schedule step                       --lr, divided by 10 for each milestone that the epoch has reached
+        --schedule cosine, S steps in all     --lr * (1 + cos(pi * (step - W) / (S - W))) / 2
+    """
+    warmup, total = optim.warmup_epochs * steps_per_epoch, optim.epochs * steps_per_epoch
+    if optim.schedule == "cosine":
+        lr = optim.lr * (1 + math.cos(math.pi * max(step - warmup, 0) / (total - warmup))) / 2
+    else:
+        lr = optim.lr * 0.1 ** sum(step // steps_per_epoch >= milestone for milestone in optim.milestones)
+    return lr * (step + 1) / warmup if step < warmup else lr
 
 
 def common_metrics(lr: float, batch_size: int, device: torch.device, watch: Stopwatch) -> dict[str, float]:
