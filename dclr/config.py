@@ -321,6 +321,11 @@ class MethodConfig(_Group):
         "so the three views share batch statistics, and a step costs one more forward pass",
         choices=("auxiliary", "all"),
     )
+    distinct_starts: bool = option(
+        True,
+        "the two clips of a video start at different frames, as in the released code. A video that is too short for "
+        "two gives the same clip twice. Turn it off for independent starts, as in runs of earlier versions",
+    )
     jitter: float = option(
         1.0,
         "strength of the colour jitter. 1 is the published strength, 0 turns it off. "
@@ -757,8 +762,9 @@ def refuse_settings_without_effect(method: str, flags: Collection[str]) -> None:
     """Raise UserError if one of the settings `flags` is a field of MethodConfig that has no effect on `method`."""
     chosen = METHODS[method]
     of_methods = {f.name for f in dataclasses.fields(MethodConfig)} - {"method"}
-    for name in sorted((of_methods - chosen.settings).intersection(flags)):
-        why = ""
+    same_frames = {"distinct_starts"} if chosen.same_frames else set()
+    for name in sorted((of_methods - chosen.settings | same_frames).intersection(flags)):
+        why = ", whose clips are the same frames" if name in same_frames else ""
         if name in VIEW_SETTINGS and not chosen.auxiliary_views:
             why = ", which has neither static nor dynamic views"
         elif name in QUEUE_SETTINGS and not chosen.has_queue:
@@ -824,13 +830,20 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
         # Runs of earlier versions hold "yes" and "no" for true and false.
         if isinstance(f.default, bool) and values.get(name) in ("yes", "no"):
             values[name] = values[name] == "yes"
-    if command == "linear" and "transfer" in stored:
-        values.setdefault("normalised_probe", False)  # earlier versions did not normalise
     values = _typed(path, values)
+    if "optim" in stored:
+        values = {**_OF_EARLIER_VERSIONS.get(command, {}), **values}
     for name in PATHS & values.keys():
         values[name] = _find(values[name], started_in, path)
     return command, preset, values
 
+
+_OF_EARLIER_VERSIONS: dict[str, dict[str, Any]] = {
+    "pretrain": {"distinct_starts": False},
+    "linear": {"normalised_probe": False},
+}
+"""Command -> settings whose default today is not what runs did before the setting was added. A config.json of such a
+run does not name them."""
 
 PATHS = {"data", "pretrained", "init", "ds_config"}
 """Settings that are paths of files that a run reads."""

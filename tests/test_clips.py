@@ -1,5 +1,8 @@
 """Windows stay inside the video, continue at frame 0 in a short video, and depend on their arguments only."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -28,6 +31,28 @@ def test_the_still_lies_at_the_same_offset_in_both_windows_and_may_be_a_skipped_
         assert pair.query_still - pair.query[0] == pair.key_still - pair.key[0]
         offsets.add(int(pair.query_still - pair.query[0]))
     assert offsets == set(range(32))
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_the_two_starts_are_uniform_over_all_pairs_of_different_starts(windows):
+    frames, count = 32 + windows - 1, 600
+    pairs = [clips.draw_pair(clips.sample_rng(0, 0, i), frames, 16, 2) for i in range(count)]
+    found = Counter((int(pair.query[0]), int(pair.key[0])) for pair in pairs)
+    possible = list(itertools.permutations(range(windows), 2)) or [(0, 0)]  # a short video has one window
+    assert sorted(found) == possible
+    assert min(found.values()) > 0.7 * count / len(possible)
+
+
+def test_independent_starts_are_those_of_earlier_versions():
+    equal = 0
+    for index in range(200):
+        rng, again = clips.sample_rng(0, 0, index), clips.sample_rng(0, 0, index)
+        pair = clips.draw_pair(rng, 36, 16, 2, distinct_starts=False)
+        query, key, offset = again.integers(5), again.integers(5), again.integers(32)
+        assert (pair.query[0], pair.key[0], pair.query_still) == (query, key, (query + offset) % 36)
+        assert rng.random() == again.random()
+        equal += query == key
+    assert equal > 20
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():

@@ -121,6 +121,10 @@ OLD_CONFIG = """{
 }"""
 
 
+# Where it differs from a run of today. It does not name distinct_starts.
+OLD_VALUES = {"static_pairs": False, "seed": 3, "fill_steps": 256, "distinct_starts": False}
+
+
 def test_a_configuration_of_an_earlier_version_is_read_with_yes_and_no_as_true_and_false(tmp_path):
     (tmp_path / "config.json").write_text(OLD_CONFIG)
     command, preset, values = read_config(tmp_path / "config.json")
@@ -128,13 +132,15 @@ def test_a_configuration_of_an_earlier_version_is_read_with_yes_and_no_as_true_a
     switches = ("deterministic", "allow_outside", "static_pairs", "dynamic_pairs", "activation_maps")
     assert [values[name] for name in switches] == [False, True, False, True, True]
     config = resolve("pretrain", preset, {"epochs": 3}, values)
-    changed = {"static_pairs": False, "allow_outside": True, "seed": 3, "epochs": 3, "fill_steps": 256}
+    changed = {**OLD_VALUES, "allow_outside": True, "epochs": 3}
     assert config == resolve("pretrain", "ucf101", changed)
     configuration.check_resume(tmp_path, {"static_pairs": False}, values)
     with pytest.raises(UserError, match=r"^--static-pairs is on, but the run in .* has off"):
         configuration.check_resume(tmp_path, {"static_pairs": True}, values)
     write_config(tmp_path / "config.json", command, preset, config)
     assert json.loads((tmp_path / "config.json").read_text())["method"]["static_pairs"] is False
+    with pytest.raises(UserError, match=r"^--distinct-starts is on, but the run in .* has off"):
+        configuration.check_resume(tmp_path, {"distinct_starts": True}, values)
 
 
 def test_a_linear_run_of_an_earlier_version_does_not_normalise_its_features(tmp_path):
@@ -461,7 +467,7 @@ def test_a_runs_configuration_repeats_the_run_in_another_folder(tmp_path):
 def test_a_configuration_of_an_earlier_version_can_be_repeated(tmp_path):
     (tmp_path / "config.json").write_text(OLD_CONFIG)
     found, preset = settings_of("--config", tmp_path / "config.json")
-    assert found == flat(resolve("pretrain", "ucf101", {"static_pairs": False, "seed": 3, "fill_steps": 256}))
+    assert found == flat(resolve("pretrain", "ucf101", OLD_VALUES))
     assert preset == "ucf101"
 
 

@@ -243,6 +243,10 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(train_main, ti
         ({"decay_rate": 1.5}, r"^--decay-rate is 1.5, but must be above 0 and at most 1$"),
         ({"adversarial_from": -1}, r"^--adversarial-from is -1, but must be at least 0$"),
         ({"method": "moco", "decay": "steps"}, r"^--decay has no effect with --method moco: leave the flag out$"),
+        (
+            {"distinct_starts": True},
+            r"^--distinct-starts has no effect with --method videomoco, whose clips are the same frames: leave the ",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(flags: dict[str, Any], message: str) -> None:

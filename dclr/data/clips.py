@@ -44,13 +44,29 @@ class ClipPair:
     key_still: int
 
 
-def draw_pair(rng: np.random.Generator, frames: int, length: int, stride: int, same_frames: bool = False) -> ClipPair:
-    """Draw two windows with independent starts. The still has the same random offset in both (DCLR's released code).
+def draw_pair(
+    rng: np.random.Generator,
+    frames: int,
+    length: int,
+    stride: int,
+    same_frames: bool = False,
+    distinct_starts: bool = True,
+) -> ClipPair:
+    """Draw two windows and one offset, at which both have their still, like DCLR's released code.
 
-    With `same_frames`, both clips are the first window. The second start is drawn all the same, so that the random
-    numbers that follow do not depend on `same_frames`.
+    The two starts are uniform over all pairs of different starts. A video without a second window has two equal starts.
+
+    Args:
+        same_frames: both clips are the first window. The second start is drawn all the same, so that the random numbers
+            that follow do not depend on `same_frames`.
+        distinct_starts: False draws two independent starts, which can be equal.
     """
-    query, key = (random_start(rng, frames, length, stride) for _ in range(2))
+    query = random_start(rng, frames, length, stride)
+    if distinct_starts and frames > length * stride:
+        key = random_start(rng, frames - 1, length, stride)  # one start fewer: all but `query`
+        key += key >= query
+    else:
+        key = random_start(rng, frames, length, stride)
     if same_frames:
         key = query
     offset = int(rng.integers(length * stride))  # any source frame of the window, also one between the clip's frames

@@ -227,7 +227,8 @@ class TrainSamples(Samples):
 class PairSamples(TrainSamples):
     """Pretraining samples: two clips of a video and one still of each clip.
 
-    With `same_frames`, both clips are the same frames, each with its own augmentation.
+    With `same_frames`, both clips are the same frames, each with its own augmentation. `distinct_starts`: see
+    `clips.draw_pair`.
     """
 
     def __init__(
@@ -237,16 +238,18 @@ class PairSamples(TrainSamples):
         seed: int,
         recipe: augmentation.AugmentRecipe = augmentation.PRETRAIN,
         same_frames: bool = False,
+        distinct_starts: bool = True,
     ) -> None:
         super().__init__(videos, config, seed)
-        self.frames_a_sample, self.recipe, self.same_frames = 2 * config.clip_length + 2, recipe, same_frames
+        self.frames_a_sample, self.recipe = 2 * config.clip_length + 2, recipe
+        self.same_frames, self.distinct_starts = same_frames, distinct_starts
 
     def read(self, epoch: int, index: int, into: Planes | None = None) -> Sample:
         """Return frames in the order query clip, key clip, query still, key still, and rows in the order query, its
         still, key, its still."""
         rng = clips.sample_rng(self.seed, epoch, index)
         count, length, stride = int(self.videos.frames[index]), self.config.clip_length, self.config.clip_stride
-        pair = clips.draw_pair(rng, count, length, stride, self.same_frames)
+        pair = clips.draw_pair(rng, count, length, stride, self.same_frames, self.distinct_starts)
         wanted = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
         frames = self.videos.read(index, wanted, into)  # one pass over the file for all four
         height, width = frames.y.shape[1:]

@@ -53,7 +53,7 @@ class Method(nn.Module):
     """
 
     query: Encoder
-    settings: ClassVar[frozenset[str]] = frozenset({"embedding_dim", "jitter", "augmentation"})
+    settings: ClassVar[frozenset[str]] = frozenset({"embedding_dim", "jitter", "augmentation", "distinct_starts"})
     auxiliary_views: ClassVar[tuple[str, ...]] = ()
     has_queue: ClassVar[bool] = False
     smallest_micro_batch: ClassVar[int] = 1
