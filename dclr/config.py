@@ -379,8 +379,8 @@ class MethodConfig(_Group):
     fill_steps: int = option(
         AUTOMATIC,
         "first steps, which only fill the queue and do not train. -1 chooses: 256 as published, and in a run of fewer "
-        "than 2560 steps a tenth of them, or what fills the queue if that is more. Raise it if the loss jumps at the "
-        "first trained steps",
+        "than 2560 steps a tenth of them; or what fills the queue if that is more, but at most half of the steps. "
+        "Raise it if the loss jumps at the first trained steps",
         at_least=AUTOMATIC,
     )
 
@@ -414,7 +414,10 @@ class OptimConfig(_Group):
         at_least=1,
     )
     batch_size: int = option(
-        40, "samples of a step, over all processes together. Raise it to fill a GPU, and raise --lr with it", at_least=1
+        64,
+        "samples of a step, over all processes together. Published learning rates are for the published batches. "
+        "Raise it to fill a GPU, and raise --lr with it",
+        at_least=1,
     )
     lr: float = option(0.01, "learning rate of SGD. Lower it if the loss jumps", above=0)
     schedule: str = option(

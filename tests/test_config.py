@@ -42,7 +42,7 @@ PUBLISHED_PRETRAINING = {
     "repel_weight": 0.0,
     "fill_steps": AUTOMATIC,
     "epochs": 200,
-    "batch_size": 40,
+    "batch_size": 64,
     "lr": 0.01,
     "milestones": (120, 160),
     "momentum": 0.9,
@@ -121,8 +121,8 @@ OLD_CONFIG = """{
 }"""
 
 
-# Where it differs from a run of today. It does not name distinct_starts.
-OLD_VALUES = {"static_pairs": False, "seed": 3, "fill_steps": 256, "distinct_starts": False}
+# Where it differs from a run of today. The file does not name distinct_starts.
+OLD_VALUES = {"static_pairs": False, "seed": 3, "fill_steps": 256, "distinct_starts": False, "batch_size": 40}
 
 
 def test_a_configuration_of_an_earlier_version_is_read_with_yes_and_no_as_true_and_false(tmp_path):

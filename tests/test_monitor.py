@@ -141,11 +141,13 @@ def test_nearest_key_and_plateau_of_a_queue():
     ("videos", "settings", "chosen"),
     [
         (9537, {}, 256),  # UCF101, as published
-        (400, {"epochs": 100}, 100),  # 1000 steps
-        (400, {"epochs": 100, "queue_length": 8000}, 200),  # as many as fill the queue
-        (80, {"epochs": 5, "mined_positives": 0}, 5),  # half of 10 steps
-        (400, {"epochs": 100, "fill_steps": 3}, 3),
-        (400, {"epochs": 100, "fill_steps": 0}, 0),
+        (240_000, {"queue_length": 16384}, 256),  # Kinetics-400: as published, and as many as fill the queue
+        (240_000, {"queue_length": 16384, "batch_size": 40}, 410),  # as many as fill the queue
+        (640, {"epochs": 100}, 100),  # 1000 steps
+        (640, {"epochs": 100, "queue_length": 12800}, 200),  # as many as fill the queue
+        (128, {"epochs": 5, "mined_positives": 0}, 5),  # half of 10 steps
+        (640, {"epochs": 100, "fill_steps": 3}, 3),
+        (640, {"epochs": 100, "fill_steps": 0}, 0),
     ],
 )
 def test_the_default_of_fill_steps_follows_the_length_of_the_run(videos, settings, chosen):

@@ -364,14 +364,14 @@ def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catal
 def choose_fill_steps(config: Config, videos: int) -> Config:
     """Return the settings with a number in place of AUTOMATIC for --fill-steps. The run's config.json keeps the number.
 
-    A run of 2,560 or more steps gets the published 256. A shorter run gets a tenth of its steps, or as many as fill the
-    queue if that is more, but at most half of its steps.
+    A run of 2,560 or more steps gets the published 256, and a shorter run gets a tenth of its steps. If more are needed
+    to fill the queue, the run gets what fills it, but at most half of its steps.
     """
     if not isinstance(config, PretrainConfig) or config.method.fill_steps != AUTOMATIC:
         return config
     steps = videos // config.optim.batch_size * config.optim.epochs
     fills_queue = math.ceil(config.method.queue_length / config.optim.batch_size)
-    chosen = min(PUBLISHED_FILL_STEPS, max(steps // 10, min(fills_queue, steps // 2)))
+    chosen = max(min(PUBLISHED_FILL_STEPS, steps // 10), min(fills_queue, steps // 2))
     return dataclasses.replace(config, method=dataclasses.replace(config.method, fill_steps=chosen))
 
 
