@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, as_flags, launcher_command, numbers
+from helpers import REPOSITORY, as_flags, launcher_command, numbers, run_program
 from PIL import Image
 
 from dclr.commands import evaluate as evaluation
@@ -46,7 +46,7 @@ def error_lines(text: str, program: str) -> list[str]:
     ids=["while running", "command line", "eval"],
 )
 def test_a_wrong_input_exits_with_status_2_and_one_line_on_stderr(clean_environment, program, arguments, message):
-    done = run([sys.executable, program, *arguments], clean_environment)
+    done = run_program(program, *arguments, environment=clean_environment)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{program}: error: ")
@@ -54,7 +54,7 @@ def test_a_wrong_input_exits_with_status_2_and_one_line_on_stderr(clean_environm
 
 
 def test_check_of_genuine_ucf101_files_prints_layout_counts_and_frames(clean_environment, genuine):
-    done = run([sys.executable, "train.py", "check", "--data", str(genuine / "ucf101_sample")], clean_environment)
+    done = run_program("train.py", "check", "--data", genuine / "ucf101_sample", environment=clean_environment)
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0] == f"{genuine / 'ucf101_sample'}: UCF101, 7 videos, 6 classes"
@@ -87,12 +87,10 @@ def test_check_of_faulty_files_names_each_with_its_reason(genuine, capsys):
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_two_processes_make_one_run_and_one_process_resumes_it(
-    clean_environment, train_main, tiny_pretrain, tmp_path, launcher
-):
+def test_two_processes_make_one_run_and_one_process_resumes_it(clean_environment, train_main, tiny_pretrain, tmp_path):
+    """The launcher is deepspeed. tests/test_splits.py starts two processes by torchrun."""
     flags = as_flags({**tiny_pretrain, "epochs": 1, "knn_every": 1, "out": tmp_path / "run"})
-    start = launcher_command(launcher)
+    start = launcher_command("deepspeed")
     done = run([*start, *flags], clean_environment)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())

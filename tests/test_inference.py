@@ -4,8 +4,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -314,17 +312,6 @@ def test_the_examples_of_the_page_run(weights, videos, tmp_path, monkeypatch, ca
     assert names["logits"].shape == (2, 5)
     assert (tmp_path / "published" / "README.md").is_file()
     assert capsys.readouterr().out == "no such file or folder: missing.mp4\n"
-
-
-def test_importing_the_package_imports_nothing_large():
-    code = (
-        "import sys, dclr\n"
-        "print(sorted({'torch', 'numpy', 'av', 'matplotlib'} & sys.modules.keys()), dclr.__version__)\n"
-        "dclr.load\n"
-        "print(sorted({'deepspeed', 'tensorboard', 'matplotlib', 'huggingface_hub'} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"[] {dclr.__version__}", "[]"]
 
 
 def test_every_public_name_exists_and_an_unknown_one_is_refused():

@@ -3,14 +3,12 @@
 import json
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import REPOSITORY, make_list
+from helpers import REPOSITORY, make_list, run_program
 
 from dclr.data.datasets import LAYOUTS, official_splits, open_catalog
 from dclr.errors import UserError
@@ -87,8 +85,6 @@ def test_a_run_uses_the_layout(lab, train_main, tiny: dict[str, Any], data: Path
 
 
 def test_the_program_of_the_page_runs(program: Path, data: Path, clean_environment: dict[str, str]) -> None:
-    command = [sys.executable, str(program), "check", "--data", str(data), "--split", "3"]
-    environment = {**clean_environment, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_program(program, "check", "--data", data, "--split", "3", environment=clean_environment)
     assert done.returncode == 0, done.stderr
     assert f"{data}: lab, 6 videos, 2 classes" in done.stdout

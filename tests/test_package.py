@@ -1,6 +1,7 @@
 """The package outside of its checkout: a wheel in a new environment without the packages that only training needs."""
 
 import email
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from helpers import REPOSITORY
 from packaging.requirements import Requirement
 
 import dclr
+from dclr.commands import train
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 ONLY_TRAINING = ("deepspeed", "tensorboard")
@@ -44,26 +46,27 @@ def test_the_constraints_hold_every_declared_package_within_its_range():
         assert declared.specifier.contains(version), declared
 
 
-def test_imports_that_are_not_declared_are_not_used_for_inference():
-    """Importing what inference uses imports neither what only training needs nor an extra."""
-    modules = "dclr, dclr.commands.evaluate, dclr.evaluation.retrieval, dclr.evaluation.accuracy, dclr.data.check"
-    code = f"import sys, {modules}; print(sorted({set(ONLY_TRAINING + EXTRAS)} & sys.modules.keys()))"
+def test_an_import_imports_only_what_it_needs():
+    """`import dclr` imports nothing large, and inference and evaluation import no package of an extra."""
+    commands = "dclr.commands.evaluate, dclr.evaluation.retrieval, dclr.evaluation.accuracy, dclr.data.check"
+    code = (
+        "import sys, dclr; dclr.__version__\n"
+        "print(sorted({'torch', 'numpy', 'av', 'matplotlib'} & sys.modules.keys()))\n"
+        "dclr.load\n"
+        f"print(sorted({ {'matplotlib', *ONLY_TRAINING, *EXTRAS} } & sys.modules.keys()))\n"
+        f"import {commands}\n"
+        f"print(sorted({ {*ONLY_TRAINING, *EXTRAS} } & sys.modules.keys()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines() == ["[]"] * 3
 
 
 @pytest.mark.parametrize("package", ONLY_TRAINING)
-def test_training_without_its_packages_says_what_to_install(package):
-    code = (
-        "import importlib.util, sys\n"
-        "found = importlib.util.find_spec\n"
-        f"importlib.util.find_spec = lambda name, *more: None if name == '{package}' else found(name, *more)\n"
-        "from dclr.commands import train\n"
-        "sys.exit(train.run(['pretrain']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode == 2
-    assert done.stderr.endswith(
+def test_training_without_its_packages_says_what_to_install(package, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    assert train.run(["pretrain"]) == 2
+    assert capsys.readouterr().err.endswith(
         f"training needs the package {package}, which is not installed: pip install 'dclr[train]'\n"
     )
 
