@@ -1,5 +1,6 @@
 # make demo       everything once on the built-in demo videos, from installation to a table: about 8 minutes on two cores
 # make test       lint, types and all tests but the slow ones: about 13 minutes on two cores after installation
+# make test-fast  the tests of `make test` alone
 # make test-slow  the slow tests: kills, damaged videos, launchers, compiled backbones
 # make setup      the environment only
 # make evidence   checks the controlled set, then compares DCLR with MoCo on it, one seed: half an hour; resumable
@@ -18,14 +19,15 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test test-slow lint evidence chaos soak
+.PHONY: setup demo demo-quick test test-fast test-slow lint evidence chaos soak
 .PHONY: gpu-baseline gpu-layers gpu gpu-test gpu-step gpu-kernels gpu-runs
 
 setup: $(VENV)/.ready
 
+# Without --no-compile, pip would compile 12,000 files. Python compiles those that it imports, a quarter of them.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,parquet,onnx,hub,notebook,test]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[train,parquet,onnx,hub,notebook,test]'
 	touch $@
 
 demo: setup
@@ -51,14 +53,17 @@ lint: setup
 
 # Tests run on the CPU, also on a machine with a GPU, and the kernels in Triton's interpreter. Two test processes of one
 # thread each are faster than one process of two threads. A test file stays in one process, as its fixtures are shared.
-PYTEST = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# tests/conftest.py orders the files: else a long file could come last, and one of the two processes would wait for it.
+PYTEST = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint
+test: lint test-fast
+
+test-fast: setup
 	$(PYTEST) -m "not gpu and not slow"
 
-# In the order of the files: else the files with one long test come last, and one of the two processes waits for them.
 test-slow: setup
-	$(PYTEST) --no-loadscope-reorder -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 evidence: setup
 	$(BIN)/python -m experiments.controlled_set --seeds 1

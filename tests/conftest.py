@@ -28,6 +28,22 @@ tqdm.monitor_interval = 0
 GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "shared" / "data"))
 
 
+# The files whose tests take longest, the longest first: more than 20 seconds for all, or for one test.
+LONGEST = (
+    "test_resume.py", "test_view_generation.py", "test_pretrain.py", "test_entries.py", "test_chaos.py",
+    "test_models.py", "test_views_apart.py", "test_resources.py", "test_notebook.py", "test_signals.py",
+    "test_ranks.py", "test_bench_step.py", "test_compile.py", "test_splits.py", "test_extend.py",
+    "test_feature_table.py", "test_machines.py", "test_package.py", "test_export.py", "test_info_nce.py",
+    "test_untrusted.py", "test_loader.py", "test_engine.py", "test_decode.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of LONGEST first. Of two test processes, neither waits for a long file of the other at the end."""
+    ranks = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

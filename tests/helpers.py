@@ -143,12 +143,16 @@ def redirect_output(path: Path, errors: Path | None = None) -> None:
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if errors else file, 2)
 
 
-def run_train(arguments: list[str], environment: dict[str, str], output: Path) -> None:
-    """Run train.py in this forked process, which leads a session of its own. Write the output to a file."""
+def run_train(arguments: list[str], environment: dict[str, str], output: Path | None) -> None:
+    """Run train.py in this forked process, which leads a session of its own. Write the output to a file.
+
+    With None, the output of this process stays as it is.
+    """
     os.environ.clear()
     os.environ.update(environment)
     os.setsid()
-    redirect_output(output)
+    if output is not None:
+        redirect_output(output)
     sys.argv = ["train.py", *arguments]
     sys.exit(train.start())
 
@@ -163,17 +167,24 @@ def _run_program(words: list[str], environment: dict[str, str], folder: Path, ou
     runpy.run_path(words[0], run_name="__main__")
 
 
+def start_program(
+    *words: str | Path, environment: dict[str, str], folder: Path = REPOSITORY, output: Path, errors: Path
+) -> BaseProcess:
+    """Start a Python program with its arguments in a forked process, on one thread. See `fork`.
+
+    A new interpreter would do the same after 4 seconds of imports.
+    """
+    environment = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return fork(_run_program, [str(word) for word in words], environment, folder, output, errors)
+
+
 def run_program(
     *words: str | Path, environment: dict[str, str], folder: Path = REPOSITORY, timeout: float = 200
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python program with its arguments in a forked process, on one thread. See `fork`.
-
-    A new interpreter would give the same output and exit status after 4 seconds of imports.
-    """
-    environment = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    """Run a Python program to its end. See `start_program`."""
     with tempfile.TemporaryDirectory() as made:
         output, errors = Path(made) / "output", Path(made) / "errors"
-        process = fork(_run_program, [str(word) for word in words], environment, folder, output, errors)
+        process = start_program(*words, environment=environment, folder=folder, output=output, errors=errors)
         process.join(timeout)
         process.kill()
         process.join()

@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 
 from dclr.config import make_config
 from dclr.errors import UserError
-from dclr.models import build_backbone
+from dclr.models import Backbone, build_backbone
+from dclr.models.backbones import BACKBONES
+from dclr.models.video_resnet import Factored, VideoResNet
 from dclr.training import setup
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
 from dclr.training.pretrain import pretrain
@@ -24,15 +26,27 @@ def fresh() -> None:
     counters.clear()
 
 
+def stem_and_layer2(width: int) -> Backbone:
+    """Build an r2plus1d_10 without layer1, layer3 and layer4. layer2 has every kind of layer that they have."""
+    backbone = VideoResNet([Factored] * 4, 1, width)
+    backbone.layer1, backbone.layer3, backbone.layer4 = (torch.nn.Sequential() for _ in range(3))
+    backbone.feature_dim = 2 * width
+    return backbone
+
+
 def test_pretraining_compiles_each_shape_once_without_a_break(
     tiny_pretrain, one_process, tmp_path, monkeypatch, fresh, capfd
 ):
-    """The backend "eager" runs what is traced. The tracer alone decides the graphs, and generating code is slow."""
+    """The backend "eager" runs what is traced. The tracer alone decides the graphs, and generating code is slow.
+
+    Tracing the whole network three times would take half a minute. The slow tests below compile it as one graph.
+    """
 
     def traced(backbone):
         compile_backbone(backbone, backend="eager")
 
     monkeypatch.setattr(setup, "compile_backbone", traced)
+    monkeypatch.setitem(BACKBONES, "r2plus1d_10", stem_and_layer2)
     settings = {**tiny_pretrain, "fill_steps": 2, "compile": "on", "pad_channels": 8}
     plain = pretrain(
         make_config("pretrain", {**settings, "compile": "off", "out": str(tmp_path / "plain")}), "demo", one_process

@@ -265,8 +265,7 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "on_nonfinite"), [(1, "stop"), (2, "skip")])
 @pytest.mark.parametrize("file", ["ddp.json", "zero1.json", "zero2.json"])
 def test_nothing_in_a_step_makes_the_host_wait(one_process, file, accumulation, on_nonfinite):
     """A step is forward, backward, the non-finite check, the optimizer, the key encoder and the queue.

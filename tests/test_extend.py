@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODEL, REPOSITORY, as_flags, assert_same_end, free_port, make_views, metrics
+from helpers import MODEL, REPOSITORY, as_flags, assert_same_end, free_port, make_views, metrics, run_program
 from torch._dynamo.utils import counters
 
 from dclr import config, programs
@@ -215,8 +215,10 @@ def test_a_program_runs_under_the_launcher_with_two_processes_and_workers(
     launcher = str(Path(sys.executable).parent / "deepspeed")
     start = [launcher, "--num_accelerators", "2", "--master_port", str(free_port()), str(program)]
     assert "2 process(es) on cpu" in run(*start, **flags, out="run")
-    found = run(sys.executable, str(program), "retrieval", checkpoint="run", data=tiny["data"], workers=0)
-    assert "R@1" in found
+    evaluation = as_flags({"checkpoint": "run", "data": tiny["data"], "workers": 0})
+    found = run_program(program, "retrieval", *evaluation, environment=environment, folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "R@1" in found.stdout
 
 
 # ---------------------------------------------------------------- s3d of torchvision

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, as_flags, free_port
+from helpers import REPOSITORY, as_flags, free_port, start_program
 
 from dclr.commands import evaluate
 from dclr.commands import features as features_command
@@ -80,6 +81,13 @@ def assert_equal(found: FeatureTable, expected: FeatureTable) -> None:
     assert found.paths == expected.paths
     assert found.skipped == expected.skipped
     np.testing.assert_array_equal(found.embeddings["pooled"], expected.embeddings["pooled"])
+
+
+def start_features(settings: dict[str, Any], environment: dict[str, str]) -> BaseProcess:
+    """Start `eval.py features` in another process, whose output nobody reads."""
+    nowhere = Path(os.devnull)
+    words = ["eval.py", "features", *as_flags(settings)]
+    return start_program(*words, environment=environment, output=nowhere, errors=nowhere)
 
 
 def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:
@@ -203,13 +211,13 @@ def test_a_killed_command_continues(
 ) -> None:
     """The command is killed after its first parts, and continued by another number of processes."""
     settings = {"checkpoint": weights, "data": demo_videos, "out": out, "workers": 0}
-    command = [sys.executable, "eval.py", "features", *as_flags(settings)]
     folder = feature_parts.parts_folder(out)
-    with subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment, stdout=subprocess.DEVNULL) as process:
-        while len(list(folder.glob("part-*.npz"))) < 2 and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = start_features(settings, clean_environment)
+    while len(list(folder.glob("part-*.npz"))) < 2 and process.exitcode is None:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob("part-*.npz")}
     assert 2 <= len(before) < 24
     assert not out.exists()
@@ -225,12 +233,12 @@ def test_a_killed_command_continues(
 
 @pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_launcher_makes_the_same_file(
-    whole: FeatureTable, weights: Path, demo_videos: Path, out: Path, clean_environment: dict, launcher: str
+    whole: FeatureTable, weights: Path, demo_videos: Path, out: Path, clean_environment: dict
 ) -> None:
-    processes = "--num_accelerators" if launcher == "deepspeed" else "--nproc_per_node"
-    start = [str(Path(sys.executable).parent / launcher), processes, "2", "--master_port", str(free_port())]
+    """deepspeed adds the flag --local_rank. torchrun only sets RANK and WORLD_SIZE, as the next test does."""
+    program = str(Path(sys.executable).parent / "deepspeed")
+    start = [program, "--num_accelerators", "2", "--master_port", str(free_port())]
     settings = {"checkpoint": weights, "data": demo_videos, "out": out, "workers": 1}
     done = subprocess.run(
         [*start, "eval.py", "features", *as_flags(settings)],
@@ -244,29 +252,20 @@ def test_a_launcher_makes_the_same_file(
     assert_equal(read_features(out), whole)
 
 
-@pytest.mark.slow
-@pytest.mark.launcher
 def test_a_process_that_dies_leaves_the_others_parts(
     features: Features, whole: FeatureTable, weights: Path, demo_videos: Path, out: Path, clean_environment: dict
 ) -> None:
     """Without a launcher that would end the other process, it ends by itself."""
     settings = {"checkpoint": weights, "data": demo_videos, "out": out, "workers": 0}
-    command = [sys.executable, "eval.py", "features", *as_flags(settings)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env={**clean_environment, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
+    ranks = ({**clean_environment, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2))
+    processes = [start_features(settings, environment) for environment in ranks]
     own = [feature_parts.parts_folder(out) / f"part-{number:06}.npz" for number in range(1, 24, 2)]
-    while not own[0].exists() and processes[1].poll() is None:
+    while not own[0].exists() and processes[1].exitcode is None:
         time.sleep(0.005)
     processes[1].kill()
-    assert processes[1].wait() == -signal.SIGKILL
-    assert processes[0].wait(timeout=60) == 0
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
     assert not out.exists()
     assert 1 <= sum(part.exists() for part in own) < 12
     assert_equal(features(), whole)

@@ -4,14 +4,14 @@ As a script, this module writes variants into a folder, to test more of them:
 `python tests/test_fuzz.py VIDEOS FOLDER SEED VARIANTS`.
 """
 
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, children
+from helpers import children, run_program
 
 from dclr.config import DataConfig
 from dclr.data import clips, decode
@@ -78,8 +78,8 @@ def fuzzed(genuine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checked(fuzzed: Path) -> str:
     """The output of `train.py check` for these videos, run in another process."""
-    command = [sys.executable, "train.py", "check", "--data", str(fuzzed), "--workers", "2", "--video-timeout", "20"]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    words = ["train.py", "check", "--data", fuzzed, "--workers", "2", "--video-timeout", "20"]
+    run = run_program(*words, environment=dict(os.environ), timeout=120)
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr
     return run.stdout

@@ -328,11 +328,8 @@ def test_a_signal_to_one_rank_stops_both_and_the_same_command_resumes_bit_for_bi
 
 @pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.parametrize(
-    ("launcher", "number"),
-    [("deepspeed", signal.SIGINT), ("deepspeed", signal.SIGUSR1), ("torchrun", signal.SIGTERM)],
-)
-def test_each_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint_within_30_seconds(
+@pytest.mark.parametrize(("launcher", "number"), [("deepspeed", signal.SIGINT), ("torchrun", signal.SIGTERM)])
+def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint_within_30_seconds(
     clean_environment, tiny_pretrain, tmp_path, launcher, number
 ):
     flags = as_flags({**tiny_pretrain, "epochs": 200, "out": tmp_path / "run", "checkpoint_every": 100})

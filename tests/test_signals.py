@@ -1,10 +1,12 @@
 """What asks a run to stop: signals, a terminal that goes away, and the end of the launcher."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,21 @@ def test_a_rank_is_asked_to_stop_when_its_launcher_ends(launchers, environment, 
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_a_signal_to_all_processes_asks_a_rank_to_stop_though_its_launchers_end_of_it():
+    """A scheduler sends SIGUSR1 to all processes of a job. deepspeed's launchers do not handle SIGUSR1."""
+    process = start_rank("bin/deepspeed", INNER)
+    try:
+        os.killpg(process.pid, signal.SIGUSR1)
+        output, errors = process.communicate(timeout=20)  # until the rank has closed it
+        assert output == "asked\n"
+        assert process.returncode == -signal.SIGUSR1
+        ended = r"train.py: the launcher \(process \d+\) has ended, so the run stops\n"
+        assert re.fullmatch(f"({ended})?", errors)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_without_a_launcher_nothing_is_watched(monkeypatch):
     """A run that a shell or another program started outlives it."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -124,20 +141,20 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.parametrize("ended", ["outermost", "inner"])
-def test_ranks_leave_a_checkpoint_when_deepspeed_ends_alone(clean_environment, tiny_pretrain, tmp_path, ended):
-    """SIGTERM to the outermost process, which it does not pass on, and SIGKILL to the one that started the ranks."""
+def test_ranks_leave_a_checkpoint_when_deepspeed_ends_alone(clean_environment, tiny_pretrain, tmp_path):
+    """SIGTERM to the outermost process, which it does not pass on.
+
+    Ranks watch both launchers. The test above ends each of two that stand for them.
+    """
     flags = as_flags({**tiny_pretrain, "epochs": 500, "out": tmp_path / "run", "checkpoint_every": 500})
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = start([*launcher_command("deepspeed"), *flags], clean_environment, **streams)
     try:
         wait_for_step(tmp_path / "run", 3)
         below = children(process.pid)
-        if ended == "outermost":
-            process.send_signal(signal.SIGTERM)
-        else:
-            (inner,) = (p for p in below if b"launcher.launch" in Path(f"/proc/{p}/cmdline").read_bytes())
-            os.kill(inner, signal.SIGKILL)
+        (inner,) = (p for p in below if b"launcher.launch" in Path(f"/proc/{p}/cmdline").read_bytes())
+        assert find_launchers(inner).keys() == {inner, process.pid}
+        process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         output, _ = process.communicate(timeout=60)
         while any(map(is_running, below)):
@@ -150,19 +167,27 @@ def test_ranks_leave_a_checkpoint_when_deepspeed_ends_alone(clean_environment, t
     assert "has ended, so the run stops" in output
 
 
+def train_with_closed_pipe(arguments: list[str], environment: dict[str, str]) -> None:
+    """Run train.py in this forked process, with an output that nobody can read."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    run_train(arguments, environment, None)
+
+
 @pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
 def test_a_run_whose_output_goes_nowhere_ends_as_usual(clean_environment, tiny_pretrain, tmp_path, output):
-    flags = as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})
-    command = [sys.executable, "train.py", "pretrain", *flags]
+    """The full disk has a new interpreter, because an interpreter writes the rest of its output when it ends."""
+    arguments = ["pretrain", *as_flags({**tiny_pretrain, "epochs": 1, "out": tmp_path / "run"})]
     if output == "a full disk":
         with open("/dev/full", "w") as full:
-            process = start(command, clean_environment, stdout=full, stderr=full)
+            process = start([sys.executable, "train.py", *arguments], clean_environment, stdout=full, stderr=full)
+        assert process.wait(120) == 0
     else:
-        reading, writing = os.pipe()
-        process = start(command, clean_environment, stdout=writing, stderr=writing)
-        os.close(writing)
-        os.close(reading)
-    assert process.wait(120) == 0
+        forked = fork(train_with_closed_pipe, arguments, clean_environment)
+        forked.join(120)
+        assert forked.exitcode == 0
     assert (tmp_path / "run" / "report.json").exists()
     assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2, 3, 4]
 
