@@ -326,6 +326,11 @@ class MethodConfig(_Group):
         "the two clips of a video start at different frames, as in the released code. A video that is too short for "
         "two gives the same clip twice. Turn it off for independent starts, as in runs of earlier versions",
     )
+    symmetric_loss: bool = option(
+        False,
+        "contrast both clips of a video with the other one, and average the two losses. A step then costs twice as "
+        "much and writes two keys of each sample into the queue. Turn it on to compare methods that do so",
+    )
     jitter: float = option(
         1.0,
         "strength of the colour jitter. 1 is the published strength, 0 turns it off. "
@@ -396,6 +401,11 @@ class MethodConfig(_Group):
             raise UserError(
                 "--repel-weight pushes static and dynamic features apart: it needs --static-pairs and --dynamic-pairs"
             )
+
+    @property
+    def keys_per_sample(self) -> int:
+        """The keys that a step writes into the queue for each sample: 2 with --symmetric-loss, else 1."""
+        return 2 if self.symmetric_loss and "symmetric_loss" in METHODS[self.method].settings else 1
 
     @property
     def auxiliary_views(self) -> tuple[str, ...]:
@@ -545,11 +555,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         queue_length, batch_size = self.method.queue_length, self.optim.batch_size
-        if METHODS[self.method.method].has_queue and queue_length < batch_size:
-            raise UserError(
-                f"--queue-length is {queue_length}, but must be at least --batch-size ({batch_size}): "
-                "each step writes a whole batch to the queue"
-            )
+        if METHODS[self.method.method].has_queue and queue_length < batch_size * self.method.keys_per_sample:
+            least = f"--batch-size ({batch_size}): each step writes a whole batch to the queue"
+            if self.method.keys_per_sample == 2:
+                least = f"twice --batch-size ({2 * batch_size}): --symmetric-loss writes two keys of each sample"
+            raise UserError(f"--queue-length is {queue_length}, but must be at least {least}")
         METHODS[self.method.method].check(self)
 
 

@@ -387,6 +387,12 @@ def test_each_flag_says_when_to_change_it(command):
             "--key-encoder-views has no effect with --method dclr-",
         ),
         ({"key_encoder_views": "three"}, "--key-encoder-views is three, but must be auxiliary or all"),
+        ({"method": "videomoco", "symmetric_loss": True}, "--symmetric-loss has no effect with --method videomoco"),
+        ({"method": "dclr-simclr", "symmetric_loss": True}, "--symmetric-loss has no effect with --method dclr-simclr"),
+        (
+            {"symmetric_loss": True, "queue_length": 79},
+            "--queue-length is 79, but must be at least twice --batch-size (80): --symmetric-loss writes two keys",
+        ),
         ({"jitter": 2.1}, "--jitter is 2.1, but must be from 0 to 2"),
         ({"jitter": float("nan")}, "--jitter is nan"),
     ],

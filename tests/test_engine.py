@@ -88,6 +88,8 @@ def train_rank(rank: int, stage: int, count: int, result: Path, settings: dict[s
         pytest.param(2, {}, id="zero2"),
         pytest.param(0, {"static_pairs": False}, id="one auxiliary view: one map is exchanged"),
         pytest.param(0, {"method": "moco"}, id="moco: no map is exchanged"),
+        # Not DCLR: its two directions give opposite gradients for a weight of the stem, so rounding errors remain.
+        pytest.param(0, {"method": "moco", "symmetric_loss": True, "queue_length": 16}, id="moco: both directions"),
         pytest.param(
             0, {"method": "videomoco", "adversarial_from": 0, "decay_rate": 0.9}, id="videomoco: two losses, and decay"
         ),

@@ -1,8 +1,11 @@
 """DCLR on tiny networks: pairs, queue, mining, alignment and momentum, each compared with a separate computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same_end, numbers, tensors_of
 from torch.nn import functional as F
 
 from dclr.config import MethodConfig, ModelConfig
@@ -22,7 +25,8 @@ def make_views(batch: int, seed: int) -> Views:
 
 def make_network(**settings) -> DCLR:
     torch.manual_seed(0)
-    return DCLR(MODEL, MethodConfig(**{"queue_length": 16, "embedding_dim": 32, "mined_positives": 2, **settings}))
+    method = MethodConfig(**{"queue_length": 16, "embedding_dim": 32, "mined_positives": 2, **settings})
+    return DCLR(MODEL, method)
 
 
 def weighted(features: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
@@ -150,7 +154,7 @@ def test_forward_writes_the_keys_of_each_pair_into_its_own_queue():
     key = make_views(2, 2)
     network(make_views(2, 1), key, 0)
     expected = make_network().eval()
-    expected.fill(key, 0)
+    expected.fill(make_views(2, 1), key, 0)
     assert torch.equal(network.queue, expected.queue)
     with torch.no_grad():
         static = network.key.heads["sv"](network.key.backbone(torch.cat(key))[2:4].mean((2, 3, 4)))
@@ -308,3 +312,56 @@ def test_without_activation_maps_rgb_features_are_pooled_without_weights():
         assert (name == "vv") == (expected[name] == pytest.approx(weighed[name], rel=1e-4)), name
     # alignment_weight alone controls the alignment term, so it is the same without activation maps.
     assert output.alignment.item() == pytest.approx(expected["alignment"], rel=2e-5)
+
+
+# ---------------------------------------------------------------- symmetric loss
+
+
+@pytest.mark.parametrize("method", ["dclr", "moco"])
+def test_the_symmetric_loss_is_the_mean_of_both_directions_on_the_same_queue(method):
+    query, key = make_views(3, 1), make_views(3, 2)
+    forth, back, both, filled = (make_network(method=method) for _ in range(4))
+    for network in (both, filled):
+        network.method = replace(network.method, symmetric_loss=True)
+    for network in (forth, back, both):
+        network.enqueued.fill_(16)  # a full queue is mined
+    outputs = [forth(query, key, 0), back(key, query, 0)]
+    found = both(query, key, 0)
+    for name in ("loss", "losses", "positive", "hardest_negative", "alignment", "alignment_key_maps", "repel"):
+        values = [getattr(output, name) for output in outputs]
+        if values[0] is not None:
+            torch.testing.assert_close(getattr(found, name), sum(values) / 2, rtol=1e-6, atol=0)
+    (outputs[0].loss + outputs[1].loss).backward()
+    found.loss.backward()
+    for one, other, mean in zip(*(n.query.parameters() for n in (forth, back, both)), strict=True):
+        torch.testing.assert_close(mean.grad, (one.grad + other.grad) / 2, rtol=1e-5, atol=1e-7)
+    # The keys of the key clips, then those of the query clips. A step that only fills the queue writes the same.
+    assert both.enqueued.item() == 22
+    assert torch.equal(both.queue[:, :6], torch.cat([forth.queue[:, :3], back.queue[:, :3]], dim=1))
+    assert torch.equal(both.queue[:, 6:], forth.queue[:, 6:])
+    filled.fill(query, key, 0)
+    assert torch.equal(filled.queue, both.queue)
+    assert filled.enqueued.item() == 6
+
+
+@pytest.mark.parametrize(("shift", "share"), [(0, 1.0), (1, 0.0)])
+def test_the_nearest_key_is_not_that_of_the_query_clip_itself(shift, share):
+    """Both encoders are equal, so the key of the query clip itself, in the same queue, has similarity 1."""
+    network = make_network(method="moco", symmetric_loss=True).eval()
+    with torch.no_grad():
+        for one, other in zip(network.query.heads.parameters(), network.key.heads.parameters(), strict=True):
+            other.copy_(one.copy_(torch.randn_like(one)))
+    query = make_views(3, 1)
+    near = (query.rgb + 0.1 * make_views(3, 2).rgb).roll(shift, 0)
+    assert network.nearest_key(network(query, query._replace(rgb=near), 0).queries).item() == share
+
+
+def test_a_run_with_the_symmetric_loss_resumes_bit_for_bit(train_main, tiny_pretrain, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    flags = {**tiny_pretrain, "symmetric_loss": True}
+    train_main("pretrain", **flags, out=straight)
+    train_main("pretrain", **{**flags, "epochs": 1}, out=resumed)
+    train_main("pretrain", epochs=2, resume=resumed)
+    assert_same_end(straight, resumed)
+    assert [line["queue/filled_rows"] for line in numbers(straight)] == [8, 16, 18, 18, 18, 18, 18, 18]
+    assert tensors_of(straight, "model")["enqueued"].item() == 8 * 8

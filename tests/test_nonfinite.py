@@ -165,7 +165,7 @@ def test_a_skipped_step_of_dclr_changes_neither_queue_nor_statistics(one_process
                 if step in bad_steps and micro_batch == 0:
                     (query if of == "query" and step > 1 else key).rgb[1] = math.nan
                 if step < 2:
-                    guard.see(network.fill(key, step), torch.arange(4))
+                    guard.see(network.fill(query, key, step), torch.arange(4))
                     continue
                 output = engine(query, key, step)
                 guard.see(network.terms(output), torch.arange(4))

@@ -56,7 +56,7 @@ class DCLR(Method):
         pairs: names of the P pairs.
     """
 
-    settings = Method.settings | QUEUE_SETTINGS | VIEW_SETTINGS | {"temperature", "key_momentum"}
+    settings = Method.settings | QUEUE_SETTINGS | VIEW_SETTINGS | {"temperature", "key_momentum", "symmetric_loss"}
     auxiliary_views: ClassVar[tuple[str, ...]] = ("static", "dynamic")
     has_queue = True
     queue: Tensor  # (P, K, D)
@@ -80,7 +80,19 @@ class DCLR(Method):
         Args:
             query, key: the three views of the query clips and of the key clips, each (B, 3, T, H, W).
             step: the seed of the shuffle of keys over ranks. It must be the same on all ranks.
+
+        Returns:
+            the results, with --symmetric-loss the means over both directions. Both use the queues before the step.
         """
+        output, keys = self._contrast(query, key, step)
+        if self.method.symmetric_loss:
+            other_output, other_keys = self._contrast(key, query, step)
+            output, keys = mean(output, other_output), torch.cat([keys, other_keys], dim=1)
+        self._enqueue(keys)
+        return output
+
+    def _contrast(self, query: Views, key: Views, step: int) -> tuple[Output, Tensor]:
+        """Return the results of contrasting query with key clips, and all ranks' keys (P, ranks * B, D)."""
         features = run_backbone(self.query, query, "v" + self.auxiliary)
         maps, mining = self._look_at_query(query)
         keys, all_keys, key_maps = self._encode_key(key, step)
@@ -90,10 +102,10 @@ class DCLR(Method):
         # Mined entries exist, so they are not checked: a check would make the host wait for the device.
         mined, temperature = self._mine(mining), self.method.temperature
         losses, positive, hardest = contrast(queries, keys, self.queue, mined, temperature, check_rows=False)
-        self._enqueue(all_keys)
-
         output = Output(losses.sum(), losses.detach(), positive, hardest, queries.detach())
-        return self._with_auxiliary_terms(output, features, maps, key_maps) if self.auxiliary else output
+        if self.auxiliary:
+            output = self._with_auxiliary_terms(output, features, maps, key_maps)
+        return output, all_keys
 
     def _with_auxiliary_terms(self, output: Output, features: ByLetter, maps: ByLetter, key_maps: ByLetter) -> Output:
         """Add the alignment and the repulsion of the auxiliary views to the loss."""
@@ -119,13 +131,16 @@ class DCLR(Method):
         )
 
     @torch.no_grad()
-    def fill(self, key: Views, step: int) -> dict[str, Tensor]:
-        """Write a batch's keys into the queues, without a loss.
+    def fill(self, query: Views, key: Views, step: int) -> dict[str, Tensor]:
+        """Write a batch's keys into the queues, without a loss: those that `forward` would write.
 
         Returns:
             one number for each pair. It is finite if the pair's keys are: keys have length 1.
         """
         keys, all_keys, _ = self._encode_key(key, step)
+        if self.method.symmetric_loss:
+            other_keys, all_other_keys, _ = self._encode_key(query, step)
+            keys, all_keys = torch.cat([keys, other_keys], dim=1), torch.cat([all_keys, all_other_keys], dim=1)
         self._enqueue(all_keys)
         return by_pair(self.pairs, "key", keys.float().sum((1, 2)))
 
@@ -199,11 +214,16 @@ class DCLR(Method):
         `queries`: (P, B, D) of the newest step, whose keys are the newest entries of the queue. So the keys of the
         step's other clips count as negatives here, which the loss does not use.
         """
-        rank, size, length = distributed.rank(), queries.shape[1], self.method.queue_length
-        first = self.enqueued - (distributed.world_size() - rank) * size
+        ranks, size, length = distributed.world_size(), queries.shape[1], self.method.queue_length
+        written = ranks * size * self.method.keys_per_sample
+        first = self.enqueued - written + distributed.rank() * size
         own = (first + torch.arange(size, device=queries.device)) % length  # (B,)
-        nearest = (queries.float() @ self.queue.float().transpose(1, 2)).argmax(2)  # (P, B)
-        return (nearest == own).float().mean(1)
+        similarity = queries.float() @ self.queue.float().transpose(1, 2)  # (P, B, K)
+        if self.method.symmetric_loss:
+            # The other direction has made a key of the query clip itself. It does not count.
+            itself = (own + ranks * size) % length
+            similarity[:, torch.arange(size, device=queries.device), itself] = -torch.inf
+        return (similarity.argmax(2) == own).float().mean(1)
 
     def _weights(self, maps: ByLetter) -> ByLetter:
         """Return the maps that weigh the rgb features: none if --no-activation-maps is given."""
@@ -284,6 +304,13 @@ class DCLR(Method):
         entries = (self.enqueued + torch.arange(keys.shape[1], device=keys.device)) % length
         self.queue.index_copy_(1, entries, keys.to(self.queue.dtype))
         self.enqueued += keys.shape[1]
+
+
+def mean(first: Output, second: Output) -> Output:
+    """Return the means of two directions' losses and similarities. `queries` are those of the first."""
+    names = set(Output._fields) - {"queries", "further"}
+    values = {name: (getattr(first, name), getattr(second, name)) for name in names}
+    return first._replace(**{name: (a + b) / 2 for name, (a, b) in values.items() if a is not None})
 
 
 def align(rgb: Tensor, auxiliary: Sequence[Tensor], relative: bool) -> Tensor:

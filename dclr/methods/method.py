@@ -91,7 +91,7 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def fill(self, key: Views, step: int) -> dict[str, Tensor]:
+    def fill(self, query: Views, key: Views, step: int) -> dict[str, Tensor]:
         """Write a micro-batch's keys into the queues, without a loss. Only called with `has_queue`.
 
         Returns:

@@ -42,7 +42,7 @@ class VideoMoCo(MoCo):
         epoch, batch_size: see `begin_step`. A resumed run sets both again.
     """
 
-    settings = MoCo.settings | {
+    settings = (MoCo.settings - {"symmetric_loss"}) | {
         "adversarial_from",
         "dropping",
         "dropped_fill",

@@ -149,7 +149,7 @@ class Pretraining:
             self._size = batch.query_params.size
         if step < self.fill_steps:
             with watch.section("fill"), self.engine.autocast():
-                return self.network.fill(key, micro_step), None
+                return self.network.fill(self._query, key, micro_step), None
         with watch.section("forward"):
             self._output = self.engine(self._query, key, micro_step)
         return self.network.terms(self._output), self._output.loss
@@ -164,8 +164,9 @@ class Pretraining:
         config, batch_size = self.config, self.config.optim.batch_size
         metrics = common_metrics(lr, batch_size, self.engine.device, watch)
         if self.network.has_queue:
-            filled = min((done - skipped) * batch_size, config.method.queue_length)
-            metrics |= {"queue/filled_rows": float(filled), "queue/oldest_row_age_steps": filled / batch_size}
+            written = batch_size * config.method.keys_per_sample
+            filled = min((done - skipped) * written, config.method.queue_length)
+            metrics |= {"queue/filled_rows": float(filled), "queue/oldest_row_age_steps": filled / written}
         if self._output is not None:
             metrics |= self.network.metrics(self._output)
         if math.isfinite(metrics.get("loss", math.nan)):

@@ -370,7 +370,7 @@ def choose_fill_steps(config: Config, videos: int) -> Config:
     if not isinstance(config, PretrainConfig) or config.method.fill_steps != AUTOMATIC:
         return config
     steps = videos // config.optim.batch_size * config.optim.epochs
-    fills_queue = math.ceil(config.method.queue_length / config.optim.batch_size)
+    fills_queue = math.ceil(config.method.queue_length / (config.optim.batch_size * config.method.keys_per_sample))
     chosen = max(min(PUBLISHED_FILL_STEPS, steps // 10), min(fills_queue, steps // 2))
     return dataclasses.replace(config, method=dataclasses.replace(config.method, fill_steps=chosen))
 
