@@ -390,7 +390,7 @@ def test_each_flag_says_when_to_change_it(command):
         ({"method": "videomoco", "symmetric_loss": True}, "--symmetric-loss has no effect with --method videomoco"),
         ({"method": "dclr-simclr", "symmetric_loss": True}, "--symmetric-loss has no effect with --method dclr-simclr"),
         (
-            {"symmetric_loss": True, "queue_length": 79},
+            {"symmetric_loss": True, "queue_length": 79, "batch_size": 40},
             "--queue-length is 79, but must be at least twice --batch-size (80): --symmetric-loss writes two keys",
         ),
         ({"jitter": 2.1}, "--jitter is 2.1, but must be from 0 to 2"),
