@@ -89,6 +89,14 @@ def multiprocessors(device: torch.device) -> int:
     )
 
 
+def compute_capability(device: torch.device) -> int:
+    """Return the compute capability of a GPU, 90 for 9.0. For a device that is no GPU it is 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def float32_precision() -> Literal["ieee", "tf32"]:
     """Return the precision that torch allows for float32 products on the matrix units.
 

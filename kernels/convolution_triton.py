@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dclr.kernels.backend import INTERPRETED, multiprocessors
+from dclr.kernels.backend import INTERPRETED, compute_capability, multiprocessors
 from dclr.kernels.launch import Launch
 from dclr.kernels.rounding_triton import rounded
 from dclr.kernels.types import CONVOLUTIONS, Normalisation, kind_of
@@ -375,14 +375,6 @@ def settings_for(kernel: str, weight: Tensor, normalised: bool, capability: int)
     return Settings(128 if normalised else 256, 8, 3)
 
 
-def _capability(device: torch.device) -> int:
-    """Return the compute capability of a GPU, 90 for 9.0. The interpreter takes the settings of 9.0."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 @dataclass(frozen=True)
 class Partials:
     """What the programs of a kernel write for their rows."""
@@ -402,7 +394,7 @@ def forward_launch(
 ) -> tuple[Launch, Tensor, Partials]:
     """Return the launch of a convolution, its result and the partial statistics."""
     matrices = weight.flatten(2).permute(2, 1, 0).contiguous()  # (taps, C, C')
-    settings = settings or settings_for("forward", weight, normalisation is not None, _capability(x.device))
+    settings = settings or settings_for("forward", weight, normalisation is not None, compute_capability(x.device))
     return _convolution_launch(x, matrices, None, normalisation, kind_of(weight), repeated, times, settings)
 
 
@@ -411,7 +403,9 @@ def input_gradient_launch(
 ) -> tuple[Launch, Tensor, Partials]:
     """Return the launch of an input gradient, the gradient and its partial sums, which need a normalisation."""
     matrices = weight.flatten(2).flip(2).permute(2, 0, 1).contiguous()  # (taps, C', C)
-    settings = settings or settings_for("input gradient", weight, normalisation is not None, _capability(x.device))
+    settings = settings or settings_for(
+        "input gradient", weight, normalisation is not None, compute_capability(x.device)
+    )
     return _convolution_launch(upstream, matrices, x, normalisation, kind_of(weight), 0, 1, settings)
 
 
@@ -488,7 +482,9 @@ def weight_gradient_launch(
 
     The output's channels come first if they are a power of two. `weight_gradient` adds the sums.
     """
-    settings = settings or settings_for("weight gradient", weight, normalisation is not None, _capability(x.device))
+    settings = settings or settings_for(
+        "weight gradient", weight, normalisation is not None, compute_capability(x.device)
+    )
     kind = kind_of(weight)
     B, K, D, H, W = x.shape
     N = upstream.shape[1]

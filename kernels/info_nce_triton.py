@@ -25,14 +25,16 @@ Logits are stored in units of log 2, called bits, because a GPU has an instructi
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dclr.kernels.backend import INTERPRETED, float32_precision, multiprocessors
+from dclr.kernels.backend import INTERPRETED, compute_capability, float32_precision, multiprocessors
 from dclr.kernels.launch import Launch
+from dclr.kernels.rounding_triton import rounded
 from dclr.kernels.types import EMBEDDING_SIZES
 
 _BITS = math.log2(math.e)  # exp(x) = exp2(x * _BITS)
@@ -79,13 +81,41 @@ def _to_tf32(x):
 
 
 @triton.jit
-def _read_rows(
-    start, rows, end, stride_row, D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr
-):  # fmt: skip
-    """Return rows (BLOCK, D) of a matrix at `start` as an operand. Rows from `end` on are 0."""
+def _read_rows(start, rows, end, stride_row, D: tl.constexpr):
+    """Return rows (BLOCK, D) of a matrix at `start`. Rows from `end` on are 0."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + tl.arange(0, D)[None, :]
-    x = tl.load(start + offsets, mask=(rows < end)[:, None], other=0.0)
-    return _operand(x, DTYPE, PRECISION, WIDEN)
+    return tl.load(start + offsets, mask=(rows < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _terms(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """Return a tuple of operands for `_add_product`, whose sum is x.
+
+    Precision "bf16x3" has two: x rounded to bfloat16, and what the rounding leaves. They are converted once for all
+    products of a tile. Triton's own "bf16x3" would convert them again for each product.
+    """
+    if PRECISION == "bf16x3":
+        x = x.to(tl.float32)
+        high = rounded(x, tl.bfloat16, WIDEN)
+        low = rounded(x - high.to(tl.float32), tl.bfloat16, WIDEN)
+        return _operand(high, tl.bfloat16, PRECISION, WIDEN), _operand(low, tl.bfloat16, PRECISION, WIDEN)
+    else:
+        return (_operand(x, DTYPE, PRECISION, WIDEN),)
+
+
+@triton.jit
+def _add_product(a, b, acc, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + a b in float32, or acc + a b^T with TRANSPOSED. a and b are tuples from `_terms`.
+
+    Precision "bf16x3" omits the product of the two small terms, which is at most 2^-18 of the whole.
+    """
+    if PRECISION == "bf16x3":
+        acc = tl.dot(a[1], tl.trans(b[0]) if TRANSPOSED else b[0], acc)
+        acc = tl.dot(a[0], tl.trans(b[1]) if TRANSPOSED else b[1], acc)
+        acc = tl.dot(a[0], tl.trans(b[0]) if TRANSPOSED else b[0], acc)
+    else:
+        acc = tl.dot(a[0], tl.trans(b[0]) if TRANSPOSED else b[0], acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -125,7 +155,7 @@ def _stream_queue(
     """
     b = block * BLOCK_B + tl.arange(0, BLOCK_B)
     d = tl.arange(0, D)
-    q = _read_rows(queries + pair * B * D, b, B, D, D, DTYPE, PRECISION, WIDEN)
+    q = _terms(_read_rows(queries + pair * B * D, b, B, D, D), DTYPE, PRECISION, WIDEN)
 
     peak = tl.full((BLOCK_B,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_B,), tl.float32)
@@ -133,8 +163,8 @@ def _stream_queue(
     first = split * rows_per_split
     for start in range(first, tl.minimum(first + rows_per_split, K), BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
-        x = _read_rows(queue + pair * stride_pair, rows, K, stride_row, D, DTYPE, PRECISION, WIDEN)
-        bits = _similarities(q, x, BLOCK_B, BLOCK_K, PRECISION) * scale
+        x = _terms(_read_rows(queue + pair * stride_pair, rows, K, stride_row, D), DTYPE, PRECISION, WIDEN)
+        bits = _add_product(q, x, tl.zeros((BLOCK_B, BLOCK_K), tl.float32), True, PRECISION) * scale
         if SCALED:
             scales = tl.load(logit_scale + rows, mask=rows < K, other=0.0)
             bits *= scales[None, :]
@@ -146,8 +176,8 @@ def _stream_queue(
         if GRADIENT:
             if SCALED:
                 weights *= scales[None, :]
-            weights = _operand(weights, DTYPE, PRECISION, WIDEN)
-            acc = tl.dot(weights, x, acc * rescale[:, None], input_precision=PRECISION)
+            weights = _terms(weights, DTYPE, PRECISION, WIDEN)
+            acc = _add_product(weights, x, acc * rescale[:, None], False, PRECISION)
         peak = higher
 
     out = (pair * B + b) * slots + split
@@ -344,7 +374,8 @@ def _read_tiles(
     tiles = ()
     for s in tl.static_range(S):
         start = queue + (tl.zeros((), tl.int64) + s) * stride_pair
-        tiles += (_read_rows(start, rows, end, stride_row, D, DTYPE, PRECISION, WIDEN),)  # type: ignore[assignment]
+        x = _read_rows(start, rows, end, stride_row, D)
+        tiles += (_operand(x, DTYPE, PRECISION, WIDEN),)  # type: ignore[assignment]
     return tiles
 
 
@@ -604,6 +635,8 @@ def choose_blocks(
     fits = D <= 128  # D = 256 leaves registers and shared memory for half as many queue entries
     if INTERPRETED:  # the interpreter has no registers, and large blocks make it fast
         return Blocks(b, 64, 4, 1)
+    if precision == "bf16x3":  # every group of 4 warps owns 64 queries, which share the conversion of a tile
+        return Blocks(64, 64, 4, 2) if B <= 64 else Blocks(128, 64, 8, 2)
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(16, 32, 8, 2)
     if dtype == torch.float32:  # rounding to tf32 needs registers, and 64 queries of 256 numbers would spill
@@ -639,6 +672,23 @@ def choose_search_blocks(
             rank = Blocks(16, 64 if fits else 32, 8, 1)
         return replace(floor, b=16), replace(rank, b=16)
     return floor, rank
+
+
+def _loss_precision(queries: Tensor, queue: Tensor, allowed: str, capability: int) -> str:
+    """Return the precision of the loss's float32 products: "bf16x3" instead of tf32 on Hopper, or else `allowed`.
+
+    The matrix units of Hopper read queue entries from shared memory. They read bfloat16 in both orders that the loss
+    needs, and tf32 in one. For tf32 every tile would therefore be written to shared memory a second time, transposed,
+    number by number. Three bfloat16 products take 1.5 times the time of one tf32 product, and are more exact.
+
+    Args:
+        allowed: "ieee" or "tf32", from `float32_precision`.
+        capability: 90 for Hopper. Older matrix units read from registers, and two tiles of bfloat16 would spill.
+            Newer ones have not been tried.
+    """
+    _, B, D = queries.shape
+    helps = capability == 90 and B > 16 and D <= 128 and _dtype(queries, queue) == torch.float32
+    return "bf16x3" if helps and allowed == "tf32" else allowed
 
 
 def _products(precision: str, D: int) -> str:
@@ -755,7 +805,7 @@ def loss_launch(
     positives: Tensor,  # (P, B, M)
     temperature: float,
     gradient: bool,
-    precision: str,  # precision of float32 products: "ieee" or "tf32"
+    precision: str,  # precision of float32 products: "ieee", "tf32" or "bf16x3"
     logit_scale: Tensor | None = None,  # (K,) float32
 ) -> tuple[Launch, Tensor, Tensor, Partials]:
     """Return the launch of `_loss_kernel`, its losses, its similarities and its other outputs."""
@@ -941,8 +991,9 @@ def info_nce_op(
         positives = torch.empty((P, B, 0), dtype=torch.int64, device=queries.device)
     if logit_scale is not None:
         logit_scale = logit_scale.contiguous()
+    precision = _loss_precision(queries, queue, float32_precision(), compute_capability(queries.device))
     launch, losses, similarities, partials = loss_launch(
-        queries, keys, queue, positives.contiguous(), temperature, gradient, float32_precision(), logit_scale
+        queries, keys, queue, positives.contiguous(), temperature, gradient, precision, logit_scale
     )
     launch()
     return losses, similarities, partials.peaks, partials.masses, partials.sums, partials.positive_means
@@ -951,7 +1002,8 @@ def info_nce_op(
 @info_nce_op.register_fake
 def _(queries, keys, queue, positives, temperature, gradient, logit_scale=None):
     P = queries.shape[0]
-    partials = make_partials(queries, queue, float32_precision(), gradient, logit_scale is not None)
+    precision = _loss_precision(queries, queue, float32_precision(), compute_capability(queries.device))
+    partials = make_partials(queries, queue, precision, gradient, logit_scale is not None)
     losses = queries.new_empty((P,), dtype=torch.float32)
     similarities = queries.new_empty((2, P), dtype=torch.float32)
     return losses, similarities, partials.peaks, partials.masses, partials.sums, partials.positive_means
@@ -1042,20 +1094,24 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
     for D in EMBEDDING_SIZES:
         for name, dtype, precision in kinds:
             queue, scales = meta(P, K, D, dtype=dtype), meta(K, dtype=torch.float32)
-            for B in (16, 40):
-                label = f"D {D}, {name}, B {'to 16' if B == 16 else 'above 16'}"
+            # The precision of tf32 follows from the GPU. It is the same for all GPUs where D is 256.
+            sizes = product((16, 40, 128), (80, 90)) if name == "tf32" and D <= 128 else product((16, 40), (None,))
+            for B, capability in sizes:
+                label = f"D {D}, {name}, B {'to 16' if B == 16 else 'above 16' if B == 40 else 'above 64'}"
                 queries, positives = meta(P, B, D, dtype=dtype), meta(P, B, M, dtype=torch.int64)
+                own = _loss_precision(queries, queue, precision, capability or 80)
+                losses = []
                 for gradient in (True, False):
                     suffix = ", gradient" if gradient else ""
-                    launch = loss_launch(queries, queries, queue, positives, 0.07, gradient, precision)[0]
-                    launches.append((f"{label}{suffix}", launch))
+                    losses.append((suffix, loss_launch(queries, queries, queue, positives, 0.07, gradient, own)[0]))
                     if dtype == torch.bfloat16 and D <= 128:
                         small = queue[:, :64]
-                        launch = loss_launch(queries, queries, small, positives, 0.07, gradient, precision)[0]
-                        launches.append((f"{label}, small queue{suffix}", launch))
+                        launch = loss_launch(queries, queries, small, positives, 0.07, gradient, own)[0]
+                        losses.append((f", small queue{suffix}", launch))
                 # Training computes the gradient, which needs the most registers.
-                launch = loss_launch(queries, queries, queue, positives, 0.07, True, precision, scales)[0]
-                launches.append((f"{label}, logit scale", launch))
+                launch = loss_launch(queries, queries, queue, positives, 0.07, True, own, scales)[0]
+                losses.append((", logit scale", launch))
+                launches += [(f"{label}{suffix}", replace(launch, capability=capability)) for suffix, launch in losses]
             for size, entries in (("small", 64), ("large", K)):  # the size of the blocks follows from B and K
                 # One similarity leaves more registers than two. It is compiled where registers are scarce.
                 for S in (1, 2) if D == 256 else (2,):

@@ -251,6 +251,41 @@ def test_tf32(P: int, B: int, K: int, D: int, M: int, temperature: float) -> Non
         assert own <= 4 * max(torchs, nearest) + float32s
 
 
+@pytest.mark.parametrize(
+    ("B", "K", "D", "M", "scaled"), [(18, 130, 32, 3, False), (18, 130, 64, 0, True), (70, 96, 32, 0, False)]
+)
+def test_three_bfloat16_products_are_far_more_exact_than_tf32(
+    B: int, K: int, D: int, M: int, scaled: bool, kernel_device: torch.device
+) -> None:
+    """Their error is at most a tenth of that of tf32, in the loss and in the gradient.
+
+    The error without one of the three products would be greater than that of tf32.
+    """
+    if backend.compute_capability(kernel_device) != 90:
+        pytest.skip("three bfloat16 products are for Hopper")
+    queries, keys, queue, positives = case(1, B, K, D, M)
+    scale = torch.linspace(0.3, 1.2, K) if scaled else None
+    expected = oracle(queries, keys, queue, positives, 0.07, scale)
+    leaf, *others = (None if t is None else t.to(kernel_device, copy=True) for t in (queries, keys, queue, positives))
+    leaf.requires_grad_()
+    torch.set_float32_matmul_precision("high")
+    try:
+        losses = info_nce(leaf, *others, logit_scale=None if scale is None else scale.to(kernel_device))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    losses.sum().backward()
+
+    def errors(found: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        return np.array([np.abs(f - e).max() for f, e in zip(found, expected, strict=True)])
+
+    own = errors((losses.detach().double().cpu().numpy(), leaf.grad.double().cpu().numpy()))
+    tf32 = errors(oracle(to_tf32(queries), keys, to_tf32(queue), positives, 0.07, scale))
+    float32 = 5 * EPS / 0.07 * np.array([1, 1 / 0.07 / B])
+    assert (own <= tf32 / 10 + float32).all()
+    one_product_less = errors(oracle(queries.bfloat16().float(), keys, queue, positives, 0.07, scale))
+    assert (one_product_less > tf32 / 10 + float32).all()
+
+
 def test_matmul_precision_is_followed() -> None:
     assert backend.float32_precision() == "ieee"
     torch.set_float32_matmul_precision("high")
