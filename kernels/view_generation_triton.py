@@ -51,11 +51,12 @@ _RADIUS = tl.constexpr(BLUR_KERNEL // 2)
 _MEAN_R, _MEAN_G, _MEAN_B = (tl.constexpr(mean) for mean in MEAN)
 _PER_STD_R, _PER_STD_G, _PER_STD_B = (tl.constexpr(1 / std) for std in STD)
 
-# Number of partial sums of a frame's luma. They are always added in the same order, so the mean is the same in every
-# run.
-_SPLITS = 8
-_MEANS_ROWS = 4  # rows that a program of _means processes at once
-_MEANS_COLUMNS = 128  # columns that it processes at once, enough for 112: one for each thread
+# Number of partial sums of a frame's luma: one for each 16 rows of 112. They are always added in the same order, so the
+# mean is the same in every run.
+_SPLITS = 7
+_MEANS_COLUMNS = 16  # width of the tiles of _means, which divide 112 x 112
+_MEANS_ROWS = {False: 16, True: 8}  # their height for RGB and for YUV, which would need 137 registers with 16 rows
+_MEANS_WARPS = 2  # each of their 64 threads then has four or two pixels of a tile's column, which share its `_taps`
 _COLUMNS_BLOCK = 128  # columns of a program of _columns, enough for 112 columns and a border of 10
 _STRIP = 56  # rows of a program of _columns, which also computes a border of 10 rows
 _FINISH_BLOCK = 256  # pixels of a program of _finish: 49 programs for 112 x 112
@@ -344,9 +345,58 @@ def _gaussian(sigma):
 
 
 @triton.jit
+def _before_contrast(colour):
+    """Return the number of colour steps before contrast, and how these steps change a frame's mean luma.
+
+    The second result is true if they multiply the mean luma by a factor. The third result is this factor.
+
+    A brightness of 0..1 is the factor, because its result needs no clamping. A saturation of 0..1 needs no clamping
+    either, and does not change the luma of a pixel. Saturation and hue do not change a grey pixel.
+    """
+    grayscale, _, brightness, _, saturation, hue, order = colour
+    steps = 0
+    for step in tl.static_range(1, 4):
+        if ((order >> (2 * step)) & 3) == 1:
+            steps = step
+    linear = True
+    factor = 1.0
+    for step in range(steps):
+        operation = (order >> (2 * step)) & 3
+        if operation == 0:
+            linear &= (brightness >= 0) & (brightness <= 1)
+            factor = brightness
+        if operation == 2:
+            linear &= (grayscale != 0) | ((saturation >= 0) & (saturation <= 1))
+        if operation == 3:
+            linear &= (grayscale != 0) | (hue == 0)
+    return steps, linear, factor
+
+
+@triton.jit
+def _weight(position, extent, outputs):
+    """Return the sum of the weights that a source pixel has in all pixels of the view, along one axis.
+
+    position: the source pixel, counted from the start of the crop. Outside 0..extent - 1, the result is 0.
+    extent, outputs: lengths of the crop and of the view.
+    A pixel of the view is at `at` in the crop. As in `_taps`, source pixels less than 1 away have the weight
+    1 - |at - position|. The loop visits the pixels of the view that can be that near.
+    """
+    scale = tl.div_rn(extent.to(tl.float32), outputs + 0.0)
+    position = position.to(tl.float32)
+    output = tl.floor((position - 0.5) / scale - 0.5)  # the last pixel of the view that is not beyond position - 1
+    total = position * 0
+    for _ in range((2 / scale).to(tl.int32) + 1):
+        output += 1
+        at = tl.minimum(tl.maximum((output + 0.5) * scale - 0.5, 0.0), extent - 1.0)
+        weight = tl.maximum(1 - tl.abs(at - position), 0.0)
+        total += tl.where((output >= 0) & (output < outputs), weight, 0.0)
+    return total
+
+
+@triton.jit
 def _means(
     luma, u, v, still_luma, still_u, still_v, table, partials,
-    B, T, H, W, still_H, still_W, h, w, rows_per_split,
+    B, T, H, W, still_H, still_W, h, w,
     YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute partial sums of each frame's luma before its contrast step. Without a contrast step they are 0.
@@ -357,8 +407,12 @@ def _means(
         table (rows, C), float32.
     Output: partials (images, SPLITS), float32, where images is B * T plus the number of stills.
 
-    A program owns `rows_per_split` rows of one frame and processes ROWS rows of COLUMNS columns at once. It therefore
-    computes `_taps` of the columns once, and divides no pixel number by the width.
+    A program owns every SPLITS-th row of tiles of one frame. A tile has ROWS x COLUMNS pixels. The program computes
+    the `_taps` of a tile's rows once for all columns.
+
+    If the steps before contrast only multiply the mean luma, the mean is a weighted sum over the source rows. Pixels
+    then need no colour steps, and a column reads two pixels of each source row, in place of four for each row of the
+    view. This is less work if the crop has at most twice as many rows as the view.
     """
     frame = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -367,27 +421,36 @@ def _means(
     )
     colour = _colour_row(row)
     yuv = _yuv_row(row, YUV)
-    order = colour[6]
-    before_contrast = 0
-    for step in tl.static_range(1, 4):
-        if ((order >> (2 * step)) & 3) == 1:
-            before_contrast = step
-    total = 0.0
+    sums = tl.zeros((COLUMNS, ROWS), tl.float32)
     if (tl.load(row + _JITTER) != 0) & (tl.load(row + _FACTORS + 1) != 1):
-        vertical, horizontal, pitches = _axes(row, H, W, 1 if YUV else 3)
-        end = tl.minimum((split + 1) * rows_per_split, h)
-        for left in range(0, w, COLUMNS):
-            sums = tl.zeros((COLUMNS, ROWS), tl.float32)
-            x = left + tl.arange(0, COLUMNS)[:, None]
-            columns = _taps(tl.minimum(x, w - 1), horizontal, w)  # reversed axes have the same mean
-            for top in range(split * rows_per_split, end, ROWS):
+        steps, linear, factor = _before_contrast(colour)
+        vertical, horizontal, pitches = _axes(row, H, W, 1 if YUV else 3)  # reversed axes have the same mean
+        start, extent = vertical
+        if linear & (extent <= 2 * h):
+            for top in range(split * ROWS, extent, SPLITS * ROWS):
+                y = top + tl.arange(0, ROWS)[None, :]
+                weight = _weight(y, extent, h) * (factor / 255)  # 0 for y >= extent
+                y = start + tl.minimum(y, extent - 1)
+                luma_sums = tl.zeros((COLUMNS, ROWS), tl.float32)
+                for left in range(0, w, COLUMNS):
+                    x = left + tl.arange(0, COLUMNS)[:, None]
+                    before, after, right = _taps(tl.minimum(x, w - 1), horizontal, w)
+                    r0, g0, b0 = _source_pixel(luma, u, v, y, before, pitches, yuv, YUV)
+                    r1, g1, b1 = _source_pixel(luma, u, v, y, after, pitches, yuv, YUV)
+                    luma_sums += tl.where(x < w, 1 - right, 0.0) * _luma(r0, g0, b0)
+                    luma_sums += tl.where(x < w, right, 0.0) * _luma(r1, g1, b1)
+                sums += weight * luma_sums
+        else:
+            for top in range(split * ROWS, h, SPLITS * ROWS):
                 y = top + tl.arange(0, ROWS)[None, :]
                 rows = _taps(tl.minimum(y, h - 1), vertical, h)
-                r, g, b = _sample(luma, u, v, rows, columns, pitches, yuv, YUV)
-                r, g, b = _colour(r, g, b, colour, 0.0, before_contrast)
-                sums += tl.where(y < h, _luma(r, g, b), 0.0)
-            total += tl.sum(tl.where(x < w, sums, 0.0))
-    tl.store(partials + tl.program_id(0), total)
+                for left in range(0, w, COLUMNS):
+                    x = left + tl.arange(0, COLUMNS)[:, None]
+                    columns = _taps(tl.minimum(x, w - 1), horizontal, w)
+                    r, g, b = _sample(luma, u, v, rows, columns, pitches, yuv, YUV)
+                    r, g, b = _colour(r, g, b, colour, 0.0, steps)
+                    sums += tl.where((x < w) & (y < h), _luma(r, g, b), 0.0)
+    tl.store(partials + tl.program_id(0), tl.sum(sums))
 
 
 @triton.jit
@@ -732,12 +795,9 @@ def _launches(
         Launch(
             _means,
             (images * _SPLITS,),
-            {
-                **source,
-                **sizes,
-                "rows_per_split": math.ceil(h / (_SPLITS * _MEANS_ROWS)) * _MEANS_ROWS,
-            },
-            {**constants, "ROWS": _MEANS_ROWS, "COLUMNS": _MEANS_COLUMNS},
+            {**source, **sizes},
+            {**constants, "ROWS": _MEANS_ROWS[yuv], "COLUMNS": _MEANS_COLUMNS},
+            num_warps=_MEANS_WARPS,
         ),
         Launch(
             _columns,

@@ -571,6 +571,53 @@ def test_yuv_goes_through_the_whole_chain(backend: str) -> None:
     assert (got.static == got.static[:, :, :1]).all()
 
 
+@pytest.mark.parametrize(
+    ("yuv", "size"),
+    [
+        pytest.param(False, (12, 13), id="RGB, smaller"),
+        pytest.param(True, (12, 13), id="YUV, smaller"),
+        pytest.param(False, (18, 17), id="RGB, larger"),
+        pytest.param(False, (1, 1), id="RGB, one pixel"),
+    ],
+)
+def test_mean_before_contrast(backend: str, yuv: bool, size: tuple[int, int]) -> None:
+    """A contrast of 0 leaves nothing but the mean luma. Each clip has another orientation and other steps before it.
+
+    The steps before contrast multiply the mean luma in all clips but the last. The kernels then sum over source rows if
+    a crop has at most twice as many rows as the view.
+    """
+    factors, orders = zip(
+        ([1.0, 0.0, 1.0, 0.0], [1, 3, 0, 2]),
+        ([0.6, 0.0, 1.0, 0.0], [0, 1, 2, 3]),
+        ([0.5, 0.0, 0.7, 0.0], [2, 0, 1, 3]),
+        ([0.8, 0.0, 1.4, 0.1], [3, 2, 0, 1]),  # the clip is grey
+        ([1.0, 0.0, 1.0, 0.0], [0, 2, 3, 1]),
+        ([1.4, 0.0, 1.0, 0.0], [0, 1, 2, 3]),
+        strict=True,
+    )
+    boxes = [(0, 0, 17, 23), (1, 3, 15, 16), (5, 2, 2, 9), (3, 4, 11, 1), (16, 22, 1, 1), (0, 0, 17, 22)]
+    B = len(boxes)
+    rows = replace(
+        neutral([SMALL] * B),
+        box=torch.tensor(boxes),
+        grayscale=torch.arange(B) == 3,
+        jitter=torch.ones(B, dtype=torch.bool),
+        factors=torch.tensor(factors),
+        order=torch.tensor(orders),
+        orientation=torch.arange(B),
+    )
+    source: Tensor | Yuv420 = yuv_video(*SMALL, B=B, T=1) if yuv else video(B, 1, *SMALL, 3)
+    got = augment(source, rows, size)
+    for b in range(B):
+        top, left, height, width = rows.box[b].tolist()
+        rgb = numpy_rgb(source, b) if isinstance(source, Yuv420) else source[b].double().numpy() / 255
+        crop = np.rot90(rgb[0, top : top + height, left : left + width], -(b % 4))
+        image = torch.from_numpy(numpy_resize(crop[:, ::-1] if b >= 4 else crop, *size)).permute(2, 0, 1)[None]
+        if rows.grayscale[b]:
+            image = K.RandomGrayscale(p=1.0)(image)
+        assert_close(got[b], normalized(kornia_jitter(image, factors[b], orders[b])), WHOLE_CHAIN)
+
+
 def test_yuv_refuses_by_name() -> None:
     frames, rows = yuv_video(11, 15), neutral([(11, 15)] * 2)
     with pytest.raises(ValueError, match=r"u must be \(2, 2, 6, 8\), half of y"):
