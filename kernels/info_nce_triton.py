@@ -1100,18 +1100,18 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                 label = f"D {D}, {name}, B {'to 16' if B == 16 else 'above 16' if B == 40 else 'above 64'}"
                 queries, positives = meta(P, B, D, dtype=dtype), meta(P, B, M, dtype=torch.int64)
                 own = _loss_precision(queries, queue, precision, capability or 80)
-                losses = []
+                found = []
                 for gradient in (True, False):
                     suffix = ", gradient" if gradient else ""
-                    losses.append((suffix, loss_launch(queries, queries, queue, positives, 0.07, gradient, own)[0]))
+                    found.append((suffix, loss_launch(queries, queries, queue, positives, 0.07, gradient, own)[0]))
                     if dtype == torch.bfloat16 and D <= 128:
                         small = queue[:, :64]
                         launch = loss_launch(queries, queries, small, positives, 0.07, gradient, own)[0]
-                        losses.append((f", small queue{suffix}", launch))
+                        found.append((f", small queue{suffix}", launch))
                 # Training computes the gradient, which needs the most registers.
                 launch = loss_launch(queries, queries, queue, positives, 0.07, True, own, scales)[0]
-                losses.append((", logit scale", launch))
-                launches += [(f"{label}{suffix}", replace(launch, capability=capability)) for suffix, launch in losses]
+                found.append((", logit scale", launch))
+                launches += [(f"{label}{suffix}", replace(launch, capability=capability)) for suffix, launch in found]
             for size, entries in (("small", 64), ("large", K)):  # the size of the blocks follows from B and K
                 # One similarity leaves more registers than two. It is compiled where registers are scarce.
                 for S in (1, 2) if D == 256 else (2,):
