@@ -1,6 +1,5 @@
 # make demo       everything once on the built-in demo videos, from installation to a table: about 8 minutes on two cores
 # make test       lint, types and all tests but the slow ones: about 13 minutes on two cores after installation
-# make test-fast  the tests of `make test` alone
 # make test-slow  the slow tests: kills, damaged videos, launchers, compiled backbones
 # make setup      the environment only
 # make evidence   checks the controlled set, then compares DCLR with MoCo on it, one seed: half an hour; resumable
@@ -19,7 +18,7 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
-.PHONY: setup demo demo-quick test test-fast test-slow lint evidence chaos soak
+.PHONY: setup demo demo-quick test test-slow lint evidence chaos soak
 .PHONY: gpu-baseline gpu-layers gpu gpu-test gpu-step gpu-kernels gpu-runs
 
 setup: $(VENV)/.ready
@@ -57,9 +56,7 @@ lint: setup
 PYTEST = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint test-fast
-
-test-fast: setup
+test: lint
 	$(PYTEST) -m "not gpu and not slow"
 
 test-slow: setup
