@@ -338,6 +338,13 @@ class MethodConfig(_Group):
         at_least=0,
         at_most=2,
     )
+    jitter_form: str = option(
+        "multiplicative",
+        "form of the colour jitter. multiplicative: brightness is multiplied, contrast changes the distance from the "
+        "mean, as in torchvision. Change it to additive for the published form: a number is added to brightness, "
+        "contrast multiplies the values, and saturation is that of HSV",
+        choices=("multiplicative", "additive"),
+    )
     augmentation: str = option(
         "dclr",
         "augmentation of the clips. dclr: the published recipe of DCLR. Change it to videomoco for that of VideoMoCo: "
@@ -586,6 +593,9 @@ def groups(command: str) -> dict[str, type]:
 GROUPS = {name: group for command in COMMANDS for name, group in groups(command).items()}
 FIELDS = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
 
+# The released code of DCLR and VideoMoCo jitters colours with a kornia before 0.6.4 (docs/method.md, "Views").
+_PRETRAIN = {"jitter_form": "additive"}
+
 # The downstream recipes of DCLR's repository: finetune from its README.md, linear from its start_freeze.sh.
 _FINETUNE = {"lr": 0.1, "epochs": 10, "milestones": (6, 8), "batch_size": 64}
 _LINEAR = {"lr": 5.0, "weight_decay": 0.0, "epochs": 10, "milestones": (6, 8), "batch_size": 128}
@@ -629,11 +639,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "test_every": 20,
         },
     },
-    "ucf101": {"pretrain": {}, "finetune": _FINETUNE, "linear": _LINEAR},
-    "kinetics400": {"pretrain": {"queue_length": 16384}, "finetune": _FINETUNE, "linear": _LINEAR},
+    "ucf101": {"pretrain": _PRETRAIN, "finetune": _FINETUNE, "linear": _LINEAR},
+    "kinetics400": {"pretrain": {**_PRETRAIN, "queue_length": 16384}, "finetune": _FINETUNE, "linear": _LINEAR},
     "videomoco": {
         "pretrain": {
             **_VIDEOMOCO,
+            **_PRETRAIN,
             "method": "videomoco",
             "augmentation": "videomoco",
             "queue_length": 65536,
@@ -852,11 +863,11 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
 
 
 _OF_EARLIER_VERSIONS: dict[str, dict[str, Any]] = {
-    "pretrain": {"distinct_starts": False},
+    "pretrain": {"distinct_starts": False, "jitter_form": "multiplicative"},
     "linear": {"normalised_probe": False},
 }
-"""Command -> settings whose default today is not what runs did before the setting was added. A config.json of such a
-run does not name them."""
+"""Command -> settings whose default or preset today is not what runs did before the setting was added. A config.json of
+such a run does not name them."""
 
 PATHS = {"data", "pretrained", "init", "ds_config"}
 """Settings that are paths of files that a run reads."""

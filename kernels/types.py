@@ -106,6 +106,8 @@ class Augmentation:
     order: Tensor = field(metadata=_row(np.int64, 4))
     # (B,): quarter turns clockwise that bring the crop upright, 0..3, plus 4 to mirror the turned crop left to right
     orientation: Tensor = field(metadata=_row(np.int64))
+    # (B,): True jitters in the additive form, see `augment`
+    additive: Tensor = field(metadata=_row(np.bool_))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Augmentation":
         """Return a copy on another device."""

@@ -98,8 +98,16 @@ def augment(
         4. flip
         5. blur with an 11 x 11 Gaussian kernel
         6. normalise with ImageNet's mean and standard deviation
-    The colour operations are kornia's and clamp to 0..1 like its ColorJitter. The contrast step uses the mean of each
-    frame.
+    The colour operations are kornia's and clamp to 0..1 like its ColorJitter. Colour jitter has two forms:
+
+        step         multiplicative                           additive
+        brightness   factor * pixel                           pixel + (factor - 1)
+        contrast     mean + factor * (pixel - mean)           factor * pixel
+        saturation   luma + factor * (pixel - luma)           factor * the saturation of HSV
+        hue          shift by `factor` turns of the circle    the same
+
+    The mean is that of the frame's luma, and luma is that of the pixel. The multiplicative form is that of kornia's
+    ColorJitter since version 0.6.4 and of torchvision. The additive form is that of kornia's ColorJitter before.
 
     The blur mirrors pixels at the border, like kornia's RandomGaussianBlur. A view with a side of 5 pixels or fewer has
     too few pixels to mirror, so the border pixels are repeated instead.
@@ -131,6 +139,15 @@ def augment(
 
 
 # ---------------------------------------------------------------- reference
+
+# The functions of kornia.enhance for brightness, contrast, saturation and hue.
+MULTIPLICATIVE = (
+    "adjust_brightness_accumulative",
+    "adjust_contrast_with_mean_subtraction",
+    "adjust_saturation_with_gray_subtraction",
+    "adjust_hue",
+)
+ADDITIVE = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
 
 
 def generate_views_reference(
@@ -177,7 +194,9 @@ def augment_reference(
         images /= 255  # after the resize, which is linear and leaves fewer pixels to scale
         # Each operation runs once on all clips that it applies to, so the number of calls does not grow with the batch.
         images = _where(rows.grayscale, images, lambda some, _: rgb_to_grayscale(some).expand_as(some))
-        images = _where(rows.jitter, images, lambda some, b: colour_jitter(some, rows.factors[b], rows.order[b]))
+        for form in (MULTIPLICATIVE, ADDITIVE):
+            jitter = partial(_jitter_clips, rows, form)
+            images = _where(rows.jitter & (rows.additive == (form is ADDITIVE)), images, jitter)
         images = _where(rows.flip, images, lambda some, _: some.flip(4))
         images = _where(rows.sigma > 0, images, lambda some, b: gaussian_blur(some, rows.sigma[b]))
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
@@ -221,32 +240,31 @@ def _crop(
     return upright.flip(3) if orientation & 4 else upright
 
 
+def _jitter_clips(rows: Augmentation, form: tuple[str, str, str, str], images: Tensor, numbers: Tensor) -> Tensor:
+    """Jitter the clips with these numbers, each by its own row."""
+    return colour_jitter(images, rows.factors[numbers], rows.order[numbers], form)
+
+
 def colour_jitter(
     images: Tensor,  # (N, T, 3, h, w), 0..1
     factors: Tensor,  # (N, 4), on the CPU
     order: Tensor,  # (N, 4), on the CPU
+    form: tuple[str, str, str, str],  # names of functions of kornia.enhance: MULTIPLICATIVE or ADDITIVE
 ) -> Tensor:
-    """Apply kornia's ColorJitter with the given factors and order of each clip."""
-    from kornia.enhance import (
-        adjust_brightness_accumulative,
-        adjust_contrast_with_mean_subtraction,
-        adjust_hue,
-        adjust_saturation_with_gray_subtraction,
-    )
+    """Jitter the colours with the given factors and order of each clip."""
+    from kornia import enhance
 
+    neutral = [1.0, 1.0, 1.0, 0.0]
     brightness, contrast, saturation, hue = factors.unbind(1)
-    operations = (
-        (adjust_brightness_accumulative, brightness, 1),
-        (adjust_contrast_with_mean_subtraction, contrast, 1),
-        (adjust_saturation_with_gray_subtraction, saturation, 1),
-        (adjust_hue, hue * 2 * math.pi, 0),  # turns to radians
-    )
+    if form == ADDITIVE:
+        brightness, neutral[0] = brightness - 1, 0.0
+    values = (brightness, contrast, saturation, hue * 2 * math.pi)  # turns to radians
     images = images.clamp(0, 1)
     for position in range(4):
         now = order[:, position]
-        for number, (operation, factor, neutral) in enumerate(operations):
-            applies = (now == number) & (factor != neutral)
-            images = _where(applies, images, partial(_by_factor, operation, factor))
+        for number, (name, value) in enumerate(zip(form, values, strict=True)):
+            applies = (now == number) & (value != neutral[number])
+            images = _where(applies, images, partial(_by_factor, getattr(enhance, name), value))
     return images.clamp(0, 1)
 
 

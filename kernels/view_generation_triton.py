@@ -39,12 +39,12 @@ from dclr.kernels.rounding_triton import rounded
 from dclr.kernels.space_to_depth import CHANNELS, blocks_shape
 from dclr.kernels.types import BLUR_KERNEL, MEAN, STD, TABLE_COLUMNS, Augmentation, Yuv420
 
-# Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 17, or 23 for
+# Columns of the table of parameters, (rows, C) float32, which holds whole numbers of pixels exactly. C is 18, or 24 for
 # YUV frames.
 _TOP, _LEFT, _HEIGHT, _WIDTH = (tl.constexpr(TABLE_COLUMNS["box"] + i) for i in range(4))
-_FLIP, _GRAYSCALE, _JITTER, _SIGMA, _FACTORS, _ORDER, _ORIENTATION, _YUV = (
+_FLIP, _GRAYSCALE, _JITTER, _SIGMA, _FACTORS, _ORDER, _ORIENTATION, _ADDITIVE, _YUV = (
     tl.constexpr(TABLE_COLUMNS[name])
-    for name in ("flip", "grayscale", "jitter", "sigma", "factors", "order", "orientation", "yuv")
+    for name in ("flip", "grayscale", "jitter", "sigma", "factors", "order", "orientation", "additive", "yuv")
 )
 
 _RADIUS = tl.constexpr(BLUR_KERNEL // 2)
@@ -211,17 +211,32 @@ def _shift_hue(r, g, b, turns):
 
 
 @triton.jit
+def _scale_saturation(r, g, b, factor):
+    """Multiply the saturation of HSV by `factor` and clamp it to 1, at constant value and hue.
+
+    This is kornia.enhance.adjust_saturation in closed form. Value is the greatest channel, and saturation is
+    chroma / value. So the distance of each channel from the value is multiplied by `factor`, but by at most
+    value / chroma, which gives a saturation of 1.
+    """
+    value = tl.maximum(tl.maximum(r, g), b)
+    chroma = value - tl.minimum(tl.minimum(r, g), b)
+    factor = tl.minimum(factor, value / tl.where(chroma == 0, 1.0, chroma))
+    return value - (value - r) * factor, value - (value - g) * factor, value - (value - b) * factor
+
+
+@triton.jit
 def _colour_row(row):
     """Return the values that `_colour` needs from a row of the table.
 
-    They are grayscale, jitter, the four factors, and their order as one integer with 2 bits a step.
+    They are grayscale, jitter, the four factors, and their order as one integer with 2 bits a step. jitter is 0 for
+    none, 1 for the multiplicative form and 2 for the additive form.
     """
     order = 0
     for step in tl.static_range(4):
         order += (tl.load(row + _ORDER + step).to(tl.int32) & 3) << (2 * step)
     return (
         tl.load(row + _GRAYSCALE),
-        tl.load(row + _JITTER),
+        tl.load(row + _JITTER) * (1 + tl.load(row + _ADDITIVE)),
         tl.load(row + _FACTORS),
         tl.load(row + _FACTORS + 1),
         tl.load(row + _FACTORS + 2),
@@ -232,9 +247,9 @@ def _colour_row(row):
 
 @triton.jit
 def _colour(r, g, b, colour, mean, steps):
-    """Apply grayscale and the first `steps` colour steps, if the clip has them.
+    """Apply grayscale and the first `steps` colour steps, if the clip has them. `augment` defines their two forms.
 
-    `mean` is the frame's mean luma before the contrast step.
+    `mean` is the frame's mean luma before the contrast step, which is 0 in the additive form.
     """
     grayscale, jitter, brightness, contrast, saturation, hue, order = colour
     if grayscale != 0:
@@ -250,21 +265,24 @@ def _colour(r, g, b, colour, mean, steps):
             if operation == 3:
                 if hue != 0:
                     r, g, b = _shift_hue(r, g, b, hue)
+            elif (operation == 2) & (jitter == 2):
+                r, g, b = _scale_saturation(r, g, b, saturation)
             else:
-                # The other three operations blend each channel with another value: black, the frame's mean or the
-                # pixel's luma.
+                # The other operations multiply each channel and add a number to it.
                 factor = brightness
-                other = r * 0
+                added = r * 0
+                if (operation == 0) & (jitter == 2):
+                    factor = 1.0
+                    added += brightness - 1
                 if operation == 1:
                     factor = contrast
-                    other += mean
+                    added += mean * (1 - contrast)
                 if operation == 2:
                     factor = saturation
-                    other = _luma(r, g, b)
-                other *= 1 - factor
-                r = _clamp(factor * r + other)
-                g = _clamp(factor * g + other)
-                b = _clamp(factor * b + other)
+                    added = _luma(r, g, b) * (1 - saturation)
+                r = _clamp(factor * r + added)
+                g = _clamp(factor * g + added)
+                b = _clamp(factor * b + added)
         r = _clamp(r)
         g = _clamp(g)
         b = _clamp(b)
@@ -422,7 +440,7 @@ def _means(
     colour = _colour_row(row)
     yuv = _yuv_row(row, YUV)
     sums = tl.zeros((COLUMNS, ROWS), tl.float32)
-    if (tl.load(row + _JITTER) != 0) & (tl.load(row + _FACTORS + 1) != 1):
+    if (colour[1] == 1) & (tl.load(row + _FACTORS + 1) != 1):
         steps, linear, factor = _before_contrast(colour)
         vertical, horizontal, pitches = _axes(row, H, W, 1 if YUV else 3)  # reversed axes have the same mean
         start, extent = vertical
@@ -872,7 +890,7 @@ def _launches_without_memory(
 
     alone = boundary == "none"
     views = _empty_views(B, T, h, w, dtype, torch.device("meta"), blocks)[: 1 if alone else 3]
-    table = torch.empty(B if alone else 2 * B, 23 if yuv else 17, device="meta")
+    table = torch.empty(B if alone else 2 * B, TABLE_COLUMNS["yuv"] + (6 if yuv else 0), device="meta")
     return _launches(planes(B, T), None if alone else planes(B), table, views, (h, w), boundary)
 
 

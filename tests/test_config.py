@@ -39,6 +39,10 @@ PUBLISHED_PRETRAINING = {
     "mined_positives": 5,
     "alignment_weight": 0.1,
     "boundary": "wrap",
+    "jitter": 1.0,
+    "jitter_form": "additive",
+    "augmentation": "dclr",
+    "distinct_starts": True,
     "repel_weight": 0.0,
     "fill_steps": AUTOMATIC,
     "epochs": 200,
@@ -121,8 +125,11 @@ OLD_CONFIG = """{
 }"""
 
 
-# Where it differs from a run of today. The file does not name distinct_starts.
-OLD_VALUES = {"static_pairs": False, "seed": 3, "fill_steps": 256, "distinct_starts": False, "batch_size": 40}
+# Where it differs from a run of today. The file names neither distinct_starts nor jitter_form.
+OLD_VALUES = {
+    "static_pairs": False, "seed": 3, "fill_steps": 256, "distinct_starts": False, "batch_size": 40,
+    "jitter_form": "multiplicative",
+}  # fmt: skip
 
 
 def test_a_configuration_of_an_earlier_version_is_read_with_yes_and_no_as_true_and_false(tmp_path):
@@ -395,6 +402,7 @@ def test_each_flag_says_when_to_change_it(command):
         ),
         ({"jitter": 2.1}, "--jitter is 2.1, but must be from 0 to 2"),
         ({"jitter": float("nan")}, "--jitter is nan"),
+        ({"jitter_form": "added"}, "--jitter-form is added, but must be multiplicative or additive"),
     ],
     ids=str,
 )

@@ -262,5 +262,6 @@ def test_the_preset_holds_the_published_recipe() -> None:
         "epochs": 200, "adversarial_from": 100, "queue_length": 65536, "embedding_dim": 128, "temperature": 0.07,
         "key_momentum": 0.999, "decay": "steps", "decay_rate": 0.99999, "dropping": "generator", "fill_steps": 0,
         "dropped_fill": "mean", "straight_through": "exact", "augmentation": "videomoco",
+        "jitter_form": "additive",
     }  # fmt: skip
     assert {name: found[name] for name in published} == published

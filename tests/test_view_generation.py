@@ -4,6 +4,7 @@ The oracles are kornia's augmentation classes for colours, flip and blur, and Nu
 difference. Without a GPU the kernels run in Triton's interpreter.
 """
 
+import colorsys
 import itertools
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -90,6 +91,7 @@ def neutral(sizes: list[tuple[int, int]]) -> Augmentation:
         order=torch.tensor([[0, 1, 2, 3]] * B),
         sigma=torch.zeros(B),
         orientation=torch.zeros(B, dtype=torch.int64),
+        additive=torch.zeros(B, dtype=torch.bool),
     )
 
 
@@ -240,6 +242,48 @@ def test_all_orders_of_the_jitter_steps(backend: str) -> None:
         assert_close(got[b], expected, ALL_STEPS)
 
 
+def jitter_of_hsv(images: Tensor, factors: list[float], order: list[int]) -> Tensor:
+    """Jitter images (T, 3, h, w) in the additive form, pixel by pixel in float64. colorsys computes HSV."""
+    brightness, contrast, saturation, hue = factors
+
+    def jitter(pixel: np.ndarray) -> np.ndarray:
+        for step in order:
+            if step == 0:
+                pixel = np.clip(pixel + (brightness - 1), 0, 1)
+            elif step == 1:
+                pixel = np.clip(contrast * pixel, 0, 1)
+            else:
+                h, s, v = colorsys.rgb_to_hsv(*pixel)
+                h, s = ((h + hue) % 1, s) if step == 3 else (h, min(saturation * s, 1))
+                pixel = np.array(colorsys.hsv_to_rgb(h, s, v))
+        return pixel
+
+    return torch.from_numpy(np.apply_along_axis(jitter, 1, images.numpy()))
+
+
+def test_additive_jitter(backend: str) -> None:
+    """Each step is once at each position. Some factors clamp the saturation to 1, and colours to 0 and 1."""
+    orders = [(0, 1, 2, 3), (1, 3, 0, 2), (2, 0, 3, 1), (3, 2, 1, 0), (2, 3, 0, 1), (0, 2, 1, 3)]
+    factors = [[1.3, 0.7, 1.4, 0.08], [0.5, 1.9, 3.0, -0.1], [0.8, 0.6, 0.5, 0.0]]
+    size, B = (6, 8), len(orders)
+    frames = video(B, 1, *size, 3)
+    rows = replace(
+        neutral([size] * B),
+        jitter=torch.ones(B, dtype=torch.bool),
+        factors=torch.tensor([factors[b % 3] for b in range(B)]),
+        order=torch.tensor(orders),
+        sigma=torch.where(torch.arange(B) == 4, 0.8, 0.0),
+        additive=torch.arange(B) != 5,  # a batch may have clips of both forms
+    )
+    got = augment(frames, rows, size)
+    for b, order in enumerate(orders):
+        jitter = jitter_of_hsv if rows.additive[b] else kornia_jitter
+        images = jitter(images_of(frames[b]), factors[b % 3], list(order))
+        images = kornia_blur(images, 0.8) if b == 4 else images
+        # Contrast and saturation multiply an error by up to 1.9 * 3.
+        assert_close(got[b], normalized(images), 6 * ALL_STEPS)
+
+
 def two_clips() -> tuple[Tensor, Augmentation]:
     """Return two clips of different size in one buffer: one in colour with blur, one in grey without blur."""
     frames = torch.full((2, 3, 40, 44, 3), 77, dtype=torch.uint8)  # 77 is padding that no view may contain
@@ -255,6 +299,7 @@ def two_clips() -> tuple[Tensor, Augmentation]:
         order=torch.tensor([[2, 0, 3, 1], [1, 3, 2, 0]]),
         sigma=torch.tensor([0.9, 0.0]),
         orientation=torch.zeros(2, dtype=torch.int64),
+        additive=torch.zeros(2, dtype=torch.bool),
     )
     return frames, rows
 
@@ -799,9 +844,9 @@ def test_the_record_the_tensors_and_the_table_agree() -> None:
         values = getattr(rows, name).numpy()
         record = np.zeros(2, AUGMENTATION)[name]
         assert (values.dtype, values.shape) == (record.dtype, record.shape), name
-    names = ["box", "flip", "grayscale", "jitter", "sigma", "factors", "order", "orientation", "yuv"]
+    names = ["box", "flip", "grayscale", "jitter", "sigma", "factors", "order", "orientation", "additive", "yuv"]
     assert list(TABLE_COLUMNS) == names
-    assert list(TABLE_COLUMNS.values()) == [0, 4, 5, 6, 7, 8, 12, 16, 17]
+    assert list(TABLE_COLUMNS.values()) == [0, 4, 5, 6, 7, 8, 12, 16, 17, 18]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -810,9 +855,9 @@ def test_table_of_parameters_has_the_kernels_columns() -> None:
 
     _, rows = two_clips()
     table = table_of(rows, yuv_video(40, 44))
-    assert table.shape == (2, 23)
+    assert table.shape == (2, 24)
     assert table.dtype == torch.float32
-    assert torch.equal(table[:, :17], table_of(rows, torch.empty(0)))
+    assert torch.equal(table[:, :18], table_of(rows, torch.empty(0)))
     for name in AUGMENTATION.names[1:]:  # all but the size
         values = getattr(rows, name).float().view(2, -1)
         column = TABLE_COLUMNS[name]

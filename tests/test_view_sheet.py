@@ -5,6 +5,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
+from dclr.config import resolve
 from dclr.data import augmentation, clips, decode
 from dclr.evaluation import view_sheet
 from dclr.evaluation.view_sheet import write_view_sheet
@@ -45,7 +46,8 @@ def test_what_the_picture_shows_is_the_sample_of_its_seed(demo_videos, tmp_path,
     record = decode.verify_video(video)
     rng = clips.sample_rng(5, 0, 0)
     pair = clips.draw_pair(rng, record.frames, 16, 2)
-    rows = [augmentation.draw_augmentation(rng, record.height, record.width, augmentation.PRETRAIN) for _ in range(4)]
+    recipe = augmentation.pretrain_recipe(1.0, form=resolve("pretrain", "ucf101", {}).method.jitter_form)
+    rows = [augmentation.draw_augmentation(rng, record.height, record.width, recipe) for _ in range(4)]
     for (name, source, still, row, still_row, pictures), numbers, still_number, expected in zip(
         samples, (pair.query, pair.key), (pair.query_still, pair.key_still), (rows[:2], rows[2:]), strict=True
     ):

@@ -43,6 +43,8 @@ class AugmentRecipe:
     """The same for the saturation factor."""
     hue: float = 0.1
     """The hue shift, in turns of the colour circle, is uniform within this distance of 0."""
+    additive: bool = False
+    """The form of colour jitter, see `kernels.augment`. True: the same brightness factor f adds f - 1."""
     blur: float = 0.5
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -64,21 +66,21 @@ class AugmentRecipe:
 
 
 PRETRAIN = AugmentRecipe()
-"""The recipe of the released pretraining code."""
+"""The recipe of the released pretraining code, but with the multiplicative form of the colour jitter."""
 
 
 VIDEOMOCO = AugmentRecipe(jitter=1.0, hue=0.4, blur=0.0)
 """The recipe of VideoMoCo's released code: strong jitter of every clip, and no blur."""
 
 
-def pretrain_recipe(jitter: float, name: str = "dclr") -> AugmentRecipe:
+def pretrain_recipe(jitter: float, name: str = "dclr", form: str = "multiplicative") -> AugmentRecipe:
     """Return a published recipe with another strength of colour jitter. 1 is the published strength, 0 turns it off.
 
-    `name`: a value of --augmentation.
+    `name`: a value of --augmentation. `form`: a value of --jitter-form.
     """
     recipe = {"dclr": PRETRAIN, "videomoco": VIDEOMOCO}[name]
     scaled = {factor: jitter * getattr(recipe, factor) for factor in ("brightness", "contrast", "saturation", "hue")}
-    return replace(recipe, **{**scaled, "hue": min(scaled["hue"], 0.5)})
+    return replace(recipe, **{**scaled, "hue": min(scaled["hue"], 0.5)}, additive=form == "additive")
 
 
 FINETUNE = {
@@ -111,6 +113,7 @@ def draw_augmentation(
     row["flip"] = rng.random() < recipe.flip
     row["grayscale"] = rng.random() < recipe.grayscale
     row["jitter"] = rng.random() < recipe.jitter
+    row["additive"] = recipe.additive
     row["factors"] = (
         rng.uniform(max(0.0, 1 - recipe.brightness), 1 + recipe.brightness),
         rng.uniform(max(0.0, 1 - recipe.contrast), 1 + recipe.contrast),

@@ -207,7 +207,10 @@ def _changes(row: np.ndarray) -> str:
     words = ["grayscale"] if row["grayscale"] else []
     if row["jitter"]:
         names = ("brightness", "contrast", "saturation", "hue")
-        words += [f"{names[step]} {row['factors'][step]:.2f}" for step in row["order"]]
+        values = [f"{factor:.2f}" for factor in row["factors"]]
+        if row["additive"]:
+            values[0] = f"{row['factors'][0] - 1:+.2f}"
+        words += [f"{names[step]} {values[step]}" for step in row["order"]]
     words += ["flipped"] if row["flip"] else []
     words += [f"blur {row['sigma']:.1f} pixels"] if row["sigma"] > 0 else []
     return "\n".join(words) or "no change of colour"

@@ -21,7 +21,7 @@ from dclr.kernels import ViewParams, describe, generate_views
 def write_view_sheet(video: Path, out: Path, seed: int) -> str:
     """Write the picture of one training sample of `video`, query and key. Return the message for the user.
 
-    Training with `seed` draws the same sample from the first video of its data set in epoch 0.
+    Training with `seed` and the preset ucf101 draws the same sample from the first video of its data set in epoch 0.
 
     Raises:
         UserError: the video cannot be read, or the picture cannot be written.
@@ -32,6 +32,7 @@ def write_view_sheet(video: Path, out: Path, seed: int) -> str:
         record = decode.verify_video(video)
         rng = clips.sample_rng(seed, 0, 0)
         pair = clips.draw_pair(rng, record.frames, length, config.clip_stride)
+        recipe = augmentation.pretrain_recipe(1.0, form="additive")
         # In the order of the data loader: query clip, key clip, still of the query, still of the key.
         numbers = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
         planes = decode.read_planes(video, record, numbers)
@@ -40,7 +41,7 @@ def write_view_sheet(video: Path, out: Path, seed: int) -> str:
     rgb = shown(decode.rgb_of(planes), planes.display)
     # In the order of the data loader: query clip, its still, key clip, its still.
     coded = record.height, record.width
-    rows = [augmentation.draw_augmentation(rng, *coded, augmentation.PRETRAIN, record.display) for _ in range(4)]
+    rows = [augmentation.draw_augmentation(rng, *coded, recipe, record.display) for _ in range(4)]
     outlined = [row.copy() for row in rows]
     for row in outlined:
         row["box"] = record.display.shown_box(row["box"].tolist(), *coded)

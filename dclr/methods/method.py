@@ -53,7 +53,9 @@ class Method(nn.Module):
     """
 
     query: Encoder
-    settings: ClassVar[frozenset[str]] = frozenset({"embedding_dim", "jitter", "augmentation", "distinct_starts"})
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"embedding_dim", "jitter", "jitter_form", "augmentation", "distinct_starts"}
+    )
     auxiliary_views: ClassVar[tuple[str, ...]] = ()
     has_queue: ClassVar[bool] = False
     smallest_micro_batch: ClassVar[int] = 1

@@ -57,7 +57,7 @@ def pretrain(
         run.say(f"  {config.method.method}: rgb clips contrasted with {partners}")
         run.prepare(*(module for module in network.modules() if isinstance(module, Backbone)))
         engine = Engine(network, run.ds_config, config.optim, device)
-        recipe = pretrain_recipe(config.method.jitter, config.method.augmentation)
+        recipe = pretrain_recipe(config.method.jitter, config.method.augmentation, config.method.jitter_form)
         same_frames, distinct = network.same_frames, config.method.distinct_starts
         samples = PairSamples(run.videos, config.data, config.run.seed, recipe, same_frames, distinct)
         knn = run.open_monitor(open_knn) if open_knn and config.monitor.knn_every else None
