@@ -211,9 +211,28 @@ def test_moco_logs_one_pair_and_no_metric_of_auxiliary_views(run_tiny, train_mai
     assert metrics(run)[-1]["step"] == 12
 
 
-def test_jitter_reaches_the_samples(run_tiny):
-    plain, strong = run_tiny("plain", jitter=0.0, epochs=1), run_tiny("strong", jitter=2.0, epochs=1)
-    assert metrics(plain)[-1]["loss"] != metrics(strong)[-1]["loss"]
+def test_settings_of_the_samples_reach_them(run_tiny, monkeypatch):
+    class Caught(Exception):
+        pass
+
+    def samples_of(name: str, **settings) -> PairSamples:
+        def caught(run, task, engine):
+            raise Caught(task.samples)
+
+        monkeypatch.setattr(pretraining, "train", caught)
+        with pytest.raises(Caught) as found:
+            run_tiny(name, **settings)
+        return found.value.args[0]
+
+    plain = samples_of("plain", jitter=0.0)
+    changed = samples_of("changed", jitter=2.0, jitter_form="additive", distinct_starts=False)
+    assert plain.distinct_starts
+    assert not changed.distinct_starts
+    plain, changed = plain.read(0, 0).rows, changed.read(0, 0).rows
+    assert not plain["additive"].any()
+    assert changed["additive"].all()
+    assert (plain["factors"] == [1, 1, 1, 0]).all()
+    assert (np.abs(changed["factors"][:, :3] - 1) > 0.4).any()  # the published strength is at most 0.4
 
 
 def test_the_first_lines_name_the_kernels_that_run(run_tiny, capfd):
