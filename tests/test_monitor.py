@@ -206,6 +206,7 @@ def test_the_page_of_curves_names_every_curve_that_a_run_writes(tiny, tiny_pretr
         pretraining("dclr", on_nonfinite="skip", knn_every=1),
         pretraining("moco", method="moco"),
         pretraining("simsiam", method="simsiam"),
+        pretraining("videomoco", method="videomoco", adversarial_from=0),
         finetune("finetune", config, "demo", one_process, open_accuracy=monitor.open_accuracy),
     ]
     written: set[str] = set()
