@@ -10,6 +10,7 @@ mean over all sets is what random frames change, and no random numbers are neede
 - "rank" is the share of the other sets that change the embedding less than the chosen set. Random frames have 50 %.
 - "rank, other clips" gives each clip the sets that the generator chose for the other clips. If it equals "rank", the
   generator has learned which positions matter, but its choice does not depend on the clip.
+- "most_common" is the share of clips that lose the most frequent set.
 - Linear probes of motion and scene are fitted to the features of whole train clips. They are scored on whole test
   clips, on test clips without the chosen set, and on test clips without each set in turn. The mean over all sets is the
   accuracy without random frames.

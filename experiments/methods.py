@@ -99,7 +99,7 @@ ROWS = (
 DROPPED = {
     "rank": ["rank of the dropped frames", "%"],
     "rank_other_clips": ["rank, other clips' frames", "%"],
-    "motion_whole": ["motion, one whole clip", "%"],
+    "most_common": ["clips that lose the same frames", "%"],
     "motion_chosen": ["motion, without the dropped frames", "%"],
     "motion_random": ["motion, without random frames", "%"],
 }
