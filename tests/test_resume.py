@@ -56,9 +56,10 @@ def flags(tiny_pretrain, accumulating) -> dict:
 @pytest.fixture(scope="module")
 def uninterrupted(demo_videos, accumulating, one_process, tmp_path_factory) -> Path:
     """Run 8 steps of two micro-batches. Step 1 only fills the queue, and mining is on from step 5."""
-    from dclr.config import make_config
+    from dclr.config import PRESETS, make_config
 
     settings = {
+        **PRESETS["ucf101"]["pretrain"],
         "data": str(demo_videos), "ds_config": str(accumulating), "width": 4, "clip_length": 8, "crop_size": 32,
         "batch_size": 4, "epochs": 2, "workers": 0, "log_every": 1, "queue_length": 18, "embedding_dim": 32,
         "mined_positives": 2, "fill_steps": 1, "key_momentum": 0.9,
