@@ -365,8 +365,8 @@ class MethodConfig(_Group):
     )
     dropped_fill: str = option(
         "mean",
-        "values of a dropped frame. mean: the mean of that frame, as released. Change it to zero for the mean of all "
-        "videos, as the paper is cited",
+        "values of a dropped frame. mean: the mean of that frame, as in the released code. Change it to zero for the "
+        "mean of all videos, as the paper is cited",
         choices=("mean", "zero"),
     )
     straight_through: str = option(
@@ -377,8 +377,9 @@ class MethodConfig(_Group):
     )
     decay: str = option(
         "steps",
-        "age of a queue entry, by which its logits fade. steps: optimizer steps since it was written, as released. "
-        "position: its position in the queue, as the paper is cited. Change it to none to measure the effect",
+        "age of a queue entry, by which its logits fade. steps: optimizer steps since it was written, as in the "
+        "released code. position: its position in the queue, as the paper is cited. "
+        "Change it to none to measure the effect",
         choices=("steps", "position", "none"),
     )
     decay_rate: float = option(

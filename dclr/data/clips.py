@@ -57,8 +57,8 @@ def draw_pair(
     The two starts are uniform over all pairs of different starts. A video without a second window has two equal starts.
 
     Args:
-        same_frames: both clips are the first window. The second start is drawn all the same, so that the random numbers
-            that follow do not depend on `same_frames`.
+        same_frames: both clips are the first window. The second start is drawn but not used, so that the random
+            numbers that follow do not depend on `same_frames`.
         distinct_starts: False draws two independent starts, which can be equal.
     """
     query = random_start(rng, frames, length, stride)

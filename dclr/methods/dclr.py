@@ -87,7 +87,7 @@ class DCLR(Method):
         output, keys = self._contrast(query, key, step)
         if self.method.symmetric_loss:
             other_output, other_keys = self._contrast(key, query, step)
-            output, keys = mean(output, other_output), torch.cat([keys, other_keys], dim=1)
+            output, keys = mean_of_directions(output, other_output), torch.cat([keys, other_keys], dim=1)
         self._enqueue(keys)
         return output
 
@@ -306,7 +306,7 @@ class DCLR(Method):
         self.enqueued += keys.shape[1]
 
 
-def mean(first: Output, second: Output) -> Output:
+def mean_of_directions(first: Output, second: Output) -> Output:
     """Return the means of two directions' losses and similarities. `queries` are those of the first."""
     names = set(Output._fields) - {"queries", "further"}
     values = {name: (getattr(first, name), getattr(second, name)) for name in names}

@@ -40,10 +40,10 @@ class SimCLR(Method):
     The activation maps that weigh a clip's rgb features come from the same encoder and the same clip, without gradient.
     With several ranks, embeddings are gathered with their gradients, so the loss is that of one rank with all N clips.
 
-    SyncBatchNorm is not used. It prevents that a network finds the key of a query by the batch statistics of their
-    rank. Here the clips are shuffled over the ranks, query clips and key clips together. Any two clips then share
-    statistics equally often, whether they are a pair or not. SyncBatchNorm would add a collective operation to each
-    layer, and the backbone could not be compiled as one graph.
+    SyncBatchNorm is not used. Its purpose is that a network cannot find the key of a query by the batch statistics of
+    their rank. Here the clips are shuffled over the ranks instead, query clips and key clips together. Any two clips
+    then share statistics equally often, whether they are a pair or not. SyncBatchNorm would add a collective operation
+    to each layer, and the backbone could not be compiled as one graph.
 
     Attributes:
         auxiliary: letters of the auxiliary views, "sd", "s" or "d".
