@@ -23,10 +23,9 @@ DS_CONFIG = ds_configs/zero1.json
 
 setup: $(VENV)/.ready
 
-# Without --no-compile, pip would compile 12,000 files. Python compiles those that it imports, a quarter of them.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[train,parquet,onnx,hub,notebook,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,parquet,onnx,hub,notebook,test]'
 	touch $@
 
 demo: setup
