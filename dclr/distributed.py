@@ -26,8 +26,12 @@ def rank() -> int:
 
 
 def launched_rank() -> int:
-    """Return the rank that the launcher gave this process. It is known before and after the processes are connected."""
-    return int(os.environ.get("RANK", "0"))
+    """Return the rank that the launcher gave this process. It is known before and after the processes are connected.
+
+    A RANK that is no number counts as 0. `commands.launcher.check_ranks` refuses it.
+    """
+    given = os.environ.get("RANK", "0")
+    return int(given) if given.isdecimal() else 0
 
 
 def processes_of_machine() -> int:

@@ -42,6 +42,7 @@ from typing import Any
 from dclr import config as configuration
 from dclr import hub, programs, progress
 from dclr.commands import export, features, predict, search
+from dclr.commands.launcher import join_launch, require_one_process
 from dclr.errors import UserError
 from dclr.models.pretrained import stated_settings
 from dclr.training.split_folders import begun_splits, split_folder
@@ -149,6 +150,8 @@ def main(arguments: list[str]) -> None:
     configuration.refuse_old_switches(arguments)
     flags = vars(make_parser().parse_args(arguments))
     command = flags.pop("command")
+    if command != "features":
+        require_one_process(os.environ, f"eval.py {command}")
     if hub.is_on_hub(flags.get("checkpoint", "")):
         flags["checkpoint"] = str(hub.download(flags["checkpoint"]))
     if command in USES:
@@ -339,6 +342,7 @@ def start() -> int:
     """Run the command line of this process and return the exit status. 0: done. 2: wrong input. 130: Ctrl-C."""
     progress.protect_output()
     try:
+        join_launch(os.environ, os.isatty(0))
         main(sys.argv[1:])
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":

@@ -32,6 +32,7 @@ from typing import Any
 
 from dclr import config as configuration
 from dclr import programs, progress
+from dclr.commands.launcher import join_launch, require_one_process
 from dclr.distributed import launched_rank
 from dclr.errors import NotConnected, UserError
 from dclr.training import checkpoint, signals
@@ -151,6 +152,8 @@ def main(arguments: list[str]) -> None:
     """Run one command line. Raises UserError for wrong input, and `signals.Stopped` if a signal stops a run."""
     flags = parse(arguments)
     command = flags.pop("command")
+    if command in ("check", "pack"):
+        require_one_process(os.environ, f"train.py {command}")
     if command == "check":
         from dclr.data.check import check
 
@@ -324,6 +327,7 @@ def run(arguments: list[str]) -> int:
     0: done. 2: wrong input. 75: stopped by a signal, with a checkpoint to resume from. 130: Ctrl-C before training.
     """
     try:
+        join_launch(os.environ, os.isatty(0))
         main(arguments)
     except UserError as error:
         refuse(error)

@@ -71,10 +71,10 @@ def master() -> tuple[str, int]:
         UserError: the launcher did not set them.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(
             f"MASTER_ADDR is {host!r} and MASTER_PORT is {port!r}, but with several processes they must be the address "
-            "of rank 0: start with deepspeed or torchrun, which set them"
+            "of rank 0: start with deepspeed, torchrun or srun, which set them"
         )
     return host, int(port)
 
@@ -126,7 +126,8 @@ def reach(host: str, port: int, seconds: float) -> str:
         except socket.gaierror as error:
             raise NotConnected(
                 f"MASTER_ADDR is {host}, which {socket.gethostname()} cannot resolve ({error.strerror}): give the "
-                "address of rank 0's machine, for example deepspeed --master_addr 10.0.0.1"
+                "address of rank 0's machine, for example deepspeed --master_addr 10.0.0.1, or MASTER_ADDR=10.0.0.1 before "
+                "srun"
             ) from None
         except OSError as error:
             if left < _ATTEMPT / 10:
@@ -146,7 +147,7 @@ def connection_error(error: RuntimeError) -> NotConnected:
         return NotConnected(
             f"the processes of this run cannot connect at {host}:{port}: the port is in use (EADDRINUSE). An earlier "
             "run may still be there: find it with pgrep -af train.py and end it. If it is another run, choose another "
-            f"port: deepspeed --master_port {port + 1} train.py ..."
+            f"port: deepspeed --master_port {port + 1} train.py ..., or MASTER_PORT={port + 1} before srun or mpirun"
         )
     return NotConnected(
         f"rank {launched_rank()} on {socket.gethostname()} cannot connect to the other ranks through "

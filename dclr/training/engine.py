@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -31,28 +32,47 @@ _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127
 """Environment of a run of one process that no launcher started. The port is set to a free one."""
 
 
+def choose_device() -> torch.device:
+    """Return this process's device: the GPU whose number is LOCAL_RANK, or the CPU if there is no GPU.
+
+    srun --gpus-per-task=1, and scripts that set CUDA_VISIBLE_DEVICES, show each process only its own GPU, as number 0.
+    `machines.check_machines` refuses two processes on one GPU.
+
+    Raises:
+        UserError: LOCAL_RANK is not set, or there are fewer GPUs.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    number, gpus = local_rank(), torch.cuda.device_count()
+    if number >= gpus > 1:
+        raise UserError(
+            f"more processes than GPUs on {socket.gethostname()}: process {number}, counted from 0, finds {gpus} GPUs; "
+            f"start at most {gpus} on each machine: deepspeed --num_gpus {gpus}, torchrun --nproc_per_node {gpus}, or "
+            f"srun --ntasks-per-node={gpus}"
+        )
+    device = torch.device("cuda", number if gpus > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
 def start_processes() -> torch.device:
-    """Join the run's other processes (started by deepspeed or torchrun) and return this process's device.
+    """Join the run's other processes (see commands/launcher.py) and return this process's device.
 
     On a CPU the processes of a machine share its cores, unless OMP_NUM_THREADS is set. With OpenMP's default each
     process uses all cores: two processes on two cores then ran 12 to 20 times slower than with one thread each.
 
     Raises:
-        UserError: the processes cannot connect.
+        UserError: see choose_device; the processes cannot connect.
     """
-    if "RANK" not in os.environ:  # plain `python train.py`: without these variables DeepSpeed looks for MPI
-        os.environ.update(_ALONE, MASTER_PORT=str(_free_port()))
-    local = int(os.environ["LOCAL_RANK"])
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not connection.several_processes():  # without these variables DeepSpeed looks for MPI
+        alone = {**_ALONE, "MASTER_PORT": str(_free_port())}
+        launched = "RANK" in os.environ
+        os.environ.update({name: alone[name] for name in alone if not (launched and os.environ.get(name))})
+    device = choose_device()
     deepspeed = import_deepspeed()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-        device = torch.device("cuda", local)
-    else:
-        device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.processes_of_machine()))
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.processes_of_machine()))
     # DeepSpeed would compile a shared-memory kernel at its start: that takes minutes, and fails without a C++ compiler.
     # gloo does not need it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -80,7 +100,16 @@ def stop_processes() -> None:
 
 
 def local_rank() -> int:
-    """Return this process's number among the run's processes on its machine."""
+    """Return this process's number among the run's processes on its machine.
+
+    Raises:
+        UserError: there are several processes, and the launcher did not set LOCAL_RANK.
+    """
+    if connection.several_processes() and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "LOCAL_RANK is not set, but with several processes it must be the number of this process on its machine, "
+            "from 0: start with deepspeed, torchrun or srun, which set it"
+        )
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -388,8 +417,6 @@ def import_deepspeed() -> Any:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

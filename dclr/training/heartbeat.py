@@ -114,7 +114,7 @@ class Heartbeat:
         elif self._store.compare_set(f"peer/{self._rank}", "", own).decode() != own:
             raise NotConnected(
                 f"another run uses {self._host}:{self._port}: choose another port, for example "
-                f"deepspeed --master_port {self._port + 1} train.py ..."
+                f"deepspeed --master_port {self._port + 1} train.py ..., or MASTER_PORT={self._port + 1} before srun"
             )
 
     def _describe(self, error: BaseException) -> dict[str, str | int]:
