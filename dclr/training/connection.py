@@ -126,8 +126,7 @@ def reach(host: str, port: int, seconds: float) -> str:
         except socket.gaierror as error:
             raise NotConnected(
                 f"MASTER_ADDR is {host}, which {socket.gethostname()} cannot resolve ({error.strerror}): give the "
-                "address of rank 0's machine, for example deepspeed --master_addr 10.0.0.1, or MASTER_ADDR=10.0.0.1 before "
-                "srun"
+                "address of rank 0's machine: deepspeed --master_addr 10.0.0.1, or MASTER_ADDR=10.0.0.1 before srun"
             ) from None
         except OSError as error:
             if left < _ATTEMPT / 10:
