@@ -22,7 +22,10 @@ LOG = ROOT / "docs" / "LOG.md"
 PAGES_OF_TODAY = [page for page in PAGES if page != LOG]
 PAGE_OF_THE_AUTHORS_FLAGS = ROOT / "docs" / "from-the-authors-code.md"
 # Flags of deepspeed, torchrun, tensorboard and Slurm.
-FOREIGN_FLAGS = {"--hostfile", "--master_addr", "--nproc_per_node", "--logdir", "--signal", "--requeue"}
+FOREIGN_FLAGS = {
+    "--hostfile", "--master_addr", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id",
+    "--logdir", "--signal", "--requeue",
+}  # fmt: skip
 
 
 def subcommands() -> dict[str, dict]:
