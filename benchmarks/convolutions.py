@@ -387,7 +387,7 @@ def measure_kernels(device: torch.device, record: layers.Record) -> None:
     failed = []
     for kernel, layer in cases:
         if device.type == "cuda":
-            torch._dynamo.reset()
+            torch.compiler.reset()
         given = make_inputs(layer, CLIPS[device.type], device)
         with torch.no_grad():
             row = time_kernel(kernel, layer, given, device)

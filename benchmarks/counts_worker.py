@@ -92,11 +92,10 @@ def make_backbone(cell: dict[str, Any], fake: Callable[[Tensor], Tensor]) -> Any
         backbone = build_backbone(cell["backbone"], cell["width"])
     backbone.pad_channels(RunConfig().pad_channels)
     for module in backbone.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = torch.nn.Parameter(fake(value.data))
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = fake(buffer)
+        for name, value in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(fake(value.data)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, fake(buffer))
     return backbone.train()
 
 
@@ -440,7 +439,7 @@ def kernel_kind(node: Any, origins: Any) -> str:
 
 def count_compiled(function: Callable[[], Any], backward: bool) -> dict[str, Any]:
     """Return the counts of a compiled function of fake tensors, which is called once."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiler = Compiler(backward)
     with compiler.installed():
         try:

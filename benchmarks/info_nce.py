@@ -320,7 +320,8 @@ def _difference(value: Tensor, truth: Tensor) -> float:
 
 def measure(cell: Cell, names: Sequence[str], device: torch.device, repetitions: int, ceilings: Ceilings | None) -> Row:
     """Return one row of the results."""
-    torch._dynamo.reset()  # each cell compiles for its own sizes; without a reset torch reaches its recompilation limit
+    # Each cell compiles for its own sizes. Without a reset torch would reach its recompilation limit.
+    torch.compiler.reset()
     inputs = make_inputs(cell, device)
 
     def prepare(name: str) -> tuple[harness.Call, dict[str, Any]]:

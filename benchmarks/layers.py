@@ -225,7 +225,7 @@ def time_ours(cell: Cell, device: torch.device) -> Row:
 
 def time_plain_step(cell: Cell, device: torch.device) -> Row:
     """Return the times of the plain step and its peak memory."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     began_s = time.perf_counter()
     step = PlainStep(cell, device)
     step()

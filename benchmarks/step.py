@@ -229,7 +229,8 @@ def measure(
     ceilings: Ceilings | None,
 ) -> Row:
     """Return one row of the results. A provider that fails has the reason instead of figures."""
-    torch._dynamo.reset()  # each cell compiles for its own sizes; without a reset torch reaches its recompilation limit
+    # Each cell compiles for its own sizes. Without a reset torch would reach its recompilation limit.
+    torch.compiler.reset()
     inputs = make_inputs(cell, device)
     truth, unchecked = None, None
     try:

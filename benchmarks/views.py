@@ -129,7 +129,8 @@ def shares(moved: float, pixels: int, found: dict[str, Any], ceilings: Ceilings 
 @torch.no_grad()
 def measure(cell: Cell, names: Sequence[str], device: torch.device, repetitions: int, ceilings: Ceilings | None) -> Row:
     """Return one row of the results."""
-    torch._dynamo.reset()  # each cell compiles for its own sizes; without a reset torch reaches its recompilation limit
+    # Each cell compiles for its own sizes. Without a reset torch would reach its recompilation limit.
+    torch.compiler.reset()
     inputs = make_inputs(cell, device)
     truths = {yuv: float64_views(inputs, yuv) for yuv in (False, True)}
     rounding = greatest_error(Views(*(view.to(cell.dtype) for view in truths[False])), truths[False])

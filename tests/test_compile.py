@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def fresh() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
 
 
@@ -96,7 +96,7 @@ def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9 * b.grad.abs().max().item(), msg=name)
     for (name, a), b in zip(compiled.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch.compiler.set_stance("fail_on_recompile"):
         compiled(clip + 1)
 
 

@@ -201,8 +201,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_parameters_and_statistics_in_fl
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_precision_falls_back_to_float32_where_a_cpu_has_no_fast_bfloat16_and_says_why(monkeypatch, fast):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast, "amx_tile": False})
     config = read_ds_config(CONFIGS / "zero1.json")
     message = resolve_precision(config, torch.device("cpu"))
     assert config["torch_autocast"]["enabled"] is fast

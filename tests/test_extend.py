@@ -260,7 +260,7 @@ def test_a_backbone_compiles_as_one_graph_with_the_same_result(add, name: str) -
     In float64, because in float32 rounding errors of the gradient of s3d reach 20 % of the largest value.
     """
     add("tsm.py")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     width = 64 if name == "s3d" else 4
     torch.manual_seed(0)

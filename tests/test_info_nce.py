@@ -110,7 +110,7 @@ def run(request: pytest.FixtureRequest, device: torch.device) -> Callable[[Calla
     """
     if request.param == "eager":
         return lambda function: function
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return lambda function: torch.compile(
         function, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager"
     )
@@ -824,7 +824,7 @@ def test_inductor(kernel_device: torch.device) -> None:
         queue[:, :3] = keys
         return losses, rows
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     found = []
     for function in (step, torch.compile(step, fullgraph=True, backend=COMPILER)):
         leaf, own_queue = queries.clone().requires_grad_(), queue.clone()

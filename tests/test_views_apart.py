@@ -781,7 +781,7 @@ def test_a_compiled_step_equals_torchvisions() -> None:
     convolution's gradients by it, and the traced strides can be others than those at run time.
     """
     case = Case(views="rs", frames=9, size=(17, 19), channels=8)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     oracle, ours = case.networks()
     for network in (oracle, ours):
         network.layer1 = network.layer3 = network.layer4 = nn.Sequential()
@@ -817,7 +817,7 @@ class Norms(nn.Module):
 @pytest.mark.slow
 def test_generated_code_normalises_views_as_torchs_layer_does() -> None:
     """The C++ code of batch normalisation for two views: one has 6 frames, of the other 4 are equal."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     reference, ours = Norms(nn.BatchNorm3d), Norms(BatchNorm)
     rng = torch.Generator().manual_seed(0)
     views = [Clips(torch.randn(2, 3, 6, 4, 5, generator=rng, dtype=torch.float64))]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dclr import distributed
 from dclr.kernels import Views, contrast, mine_positives_by_each
@@ -155,11 +156,8 @@ class DCLR(Method):
 
         Only parameters move. The key encoder has batch statistics of its own (MoCo).
         """
-        torch._foreach_lerp_(
-            [p.data for p in self.key.parameters()],
-            [p.data for p in self.query.parameters()],
-            1 - self.method.key_momentum,
-        )
+        move = get_ema_multi_avg_fn(self.method.key_momentum)
+        move([p.data for p in self.key.parameters()], [p.data for p in self.query.parameters()], None)
 
     def terms(self, output: Output) -> dict[str, Tensor]:
         """Return the loss and its terms, each (), under the names of the log."""

@@ -172,7 +172,7 @@ def resolve_precision(config: dict[str, Any], device: torch.device) -> str:
     if not autocast.get("enabled"):
         return "float32: torch_autocast is off in the DeepSpeed configuration"
     dtype = autocast.get("dtype", "bfloat16")
-    if device.type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type == "cpu" and not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile")):
         config["torch_autocast"] = {**autocast, "enabled": False}
         return (
             f"float32: this CPU has no fast {dtype} (neither AVX512-BF16 nor AMX); {dtype} would be 2 to 7 times slower"
