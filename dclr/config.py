@@ -135,6 +135,11 @@ class RunConfig(_Group):
         at_least=1,
         at_most=64,
     )
+    recompute: bool = option(
+        False,
+        "keep fewer results for the backward pass and compute the others again, in pretrain and finetune. Losses stay "
+        "the same. Turn it on if a batch does not fit the GPU (docs/performance.md says which batches fit)",
+    )
     checkpoint_every: int = option(1, "epochs between two checkpoints. Raise it if an epoch takes seconds", at_least=1)
     on_nonfinite: str = option(
         "stop",
@@ -769,6 +774,10 @@ def resolve(
         if {**same_file, **flags}.get("milestones"):
             raise UserError("--milestones has no effect with --schedule cosine: leave it out, or use --schedule step")
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, milestones=()))
+    if command == "linear" and config.run.recompute:
+        raise UserError(
+            "--recompute has no effect in linear, whose backbone is frozen and keeps nothing: leave the flag out"
+        )
     if not isinstance(config, PretrainConfig):
         for name, only in _SETTINGS_OF_ONE_COMMAND.items():
             if name in flags and command != only:
@@ -800,7 +809,7 @@ def refuse_settings_without_effect(method: str, flags: Collection[str]) -> None:
 # Settings that may change when a run is resumed. Any other change would alter the samples or the network.
 FREE_ON_RESUME = {
     "data", "workers", "video_timeout", "max_bad", "max_missing",
-    "ds_config", "kernels", "compile", "convolutions", "deterministic", "pad_channels",
+    "ds_config", "kernels", "compile", "convolutions", "deterministic", "pad_channels", "recompute",
     "log_every", "checkpoint_every", "on_nonfinite",
     "knn_every", "test_every",
     "epochs", "lr", "schedule", "milestones", "warmup_epochs", "momentum", "weight_decay",

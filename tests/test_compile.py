@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 
 from dclr.config import make_config
 from dclr.errors import UserError
@@ -14,7 +15,13 @@ from dclr.models import Backbone, build_backbone
 from dclr.models.backbones import BACKBONES
 from dclr.models.video_resnet import Factored, VideoResNet
 from dclr.training import setup
-from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
+from dclr.training.compile import (
+    RECOMPUTED_BUDGET,
+    compile_backbone,
+    compile_seconds,
+    resolve_compile,
+    start_compiling,
+)
 from dclr.training.pretrain import pretrain
 
 CPU = torch.device("cpu")
@@ -142,9 +149,12 @@ def test_compiled_code_is_not_shared_between_stages(tiny_pretrain, one_process, 
     from torch._inductor.codecache import FxGraphHashDetails
 
     monkeypatch.setattr(setup, "compile_backbone", lambda backbone: None)
-    settings = {**tiny_pretrain, "compile": "on", "epochs": 1, "out": str(tmp_path / "run")}
+    settings = {**tiny_pretrain, "compile": "on", "epochs": 1, "recompute": True, "out": str(tmp_path / "run")}
     settings["ds_config"] = str(Path(__file__).parents[1] / "ds_configs" / file)
-    with torch.compiler.config.patch(cache_key_tag=""):
+    with torch.compiler.config.patch(cache_key_tag=""), functorch.patch(activation_memory_budget=1.0):
         pretrain(make_config("pretrain", settings), "demo", one_process)
+        assert functorch.activation_memory_budget == RECOMPUTED_BUDGET
         graph = torch.fx.symbolic_trace(torch.nn.Identity())
         assert FxGraphHashDetails(graph, [], {}, []).cache_key_tag == tag
+        start_compiling(0, recompute=False)
+        assert functorch.activation_memory_budget == 1

@@ -79,6 +79,16 @@ class Backbone(nn.Module):
         checkpoints stay the same. Results change by rounding errors only.
         """
 
+    def recompute(self) -> bool:
+        """Keep fewer results for the backward pass, and compute the others again there. `recompute.py` helps.
+
+        Losses, gradients and running statistics must stay the same bit for bit.
+
+        Returns:
+            False if the backbone cannot do so, as here. --recompute is then refused unless the backbone is compiled.
+        """
+        return False
+
     def forward(self, x: Tensor, differences: bool = False) -> Tensor:
         """Compute the feature maps (B, feature_dim, T', H', W') of clips (B, 3, T, H, W).
 

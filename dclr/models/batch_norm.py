@@ -113,6 +113,8 @@ class BatchNorm(nn.BatchNorm3d):
     @torch.no_grad()
     def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Move the running statistics towards those (C + extra,) of `count` values per channel."""
+        if not self.track_running_stats:  # see recompute.py
+            return
         running_mean, running_var, batches = cast(
             tuple[Tensor, Tensor, Tensor], (self.running_mean, self.running_var, self.num_batches_tracked)
         )

@@ -10,6 +10,7 @@ from torchvision.models.video import s3d
 from dclr.errors import UserError
 from dclr.models.backbone import Backbone, in_space, in_time, initialise
 from dclr.models.batch_norm import replace_norms
+from dclr.models.recompute import recompute
 
 LEAST_FRAMES, LEAST_PIXELS = 5, 17
 """The smallest clip that the network takes. Its last pooling layer would get less than it needs from a smaller one."""
@@ -36,6 +37,7 @@ class S3D(Backbone):
         if width != 64:
             raise UserError(f"--width is {width}, but s3d has only the width 64: pass --width 64")
         super().__init__(feature_dim=1024)
+        self.recomputes = False
         self.features = s3d().features
         for module in self.modules():
             if type(module) is nn.Conv3d:
@@ -59,4 +61,11 @@ class S3D(Backbone):
                 f"s3d takes clips of at least {LEAST_FRAMES} frames of {LEAST_PIXELS} x {LEAST_PIXELS} pixels, not "
                 f"{frames} of {height} x {width}: raise --clip-length or --crop-size"
             )
-        return self.features(x)
+        for layer in self.features:
+            x = recompute([layer], layer, x) if self.recomputes else layer(x)
+        return x
+
+    def recompute(self) -> bool:
+        """Compute each of the 16 layers again in the backward pass, from its input. See `Backbone.recompute`."""
+        self.recomputes = True
+        return True

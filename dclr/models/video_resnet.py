@@ -13,7 +13,7 @@ Letters: B clips, C channels, T frames, H, W pixels.
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from dclr.models.backbone import Backbone, in_space, in_time, initialise
 from dclr.models.batch_norm import BatchNorm, merge_statistics, replace_norms
 from dclr.models.clip_format import IMAGENET
 from dclr.models.clips import Clips, align, as_clips, before_convolution, convolve
+from dclr.models.recompute import recompute
 
 CHANNEL_MULTIPLE = 16
 """Fused convolutions take multiples of so many channels. The channels inside a (2+1)D convolution are padded to it."""
@@ -53,10 +54,12 @@ class SpaceThenTime(nn.Sequential):
             `Backbone.pad_channels`.
         fused: the convolutions, "spatial" and "temporal", that `dclr.kernels.convolution` computes: see
             `Backbone.fuse`. The library computes the others.
+        recomputes: whether `convolve` keeps only its input for the backward pass: see `Backbone.recompute`.
     """
 
     channel_multiple = 1
     fused: frozenset[str] = frozenset()
+    recomputes = False
 
     def weights(self, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Return the weights of both convolutions, with zeros for the padded channels between them.
@@ -71,6 +74,17 @@ class SpaceThenTime(nn.Sequential):
 
     def convolve(self, views: list[Clips], before: Before | None = None) -> tuple[list[Clips], BatchStatistics | None]:
         """Convolve in space, normalise, apply ReLU, and convolve in time. See `_layer`."""
+        if not self.recomputes:
+            return self._convolve(views, before)
+
+        def compute(views: list[Clips], *statistics: Tensor) -> tuple[list[Clips], BatchStatistics | None]:
+            given = cast(BatchStatistics | None, statistics or None)
+            return self._convolve(views, before and before._replace(statistics=given))
+
+        parts = [self] if before is None else [self, before.norm]
+        return _recompute(parts, compute, views, *((before and before.statistics) or ()))
+
+    def _convolve(self, views: list[Clips], before: Before | None) -> tuple[list[Clips], BatchStatistics | None]:
         space, between, _, time, *_ = cast(tuple[nn.Conv3d, BatchNorm, nn.Module, nn.Conv3d], tuple(self))
         to_inner, from_inner = self.weights(CHANNEL_MULTIPLE if self.fused else 1)
         in_frames = _stem_in_space if space.in_channels == 3 and space.kernel_size[1] == 7 else in_space
@@ -150,6 +164,7 @@ class VideoResNet(Backbone):
 
     def __init__(self, convs: Sequence[Conv], blocks: int, width: int) -> None:
         super().__init__(feature_dim=8 * width)
+        self.recomputes = False
         self.stem = (FactoredStem if convs[0] is Factored else PlainStem)(width)
         self.layer1 = _stage(convs[0], width, width, blocks, stride=1)
         self.layer2 = _stage(convs[1], width, 2 * width, blocks, stride=2)
@@ -186,6 +201,18 @@ class VideoResNet(Backbone):
                 kinds = {f"{name}.0": "spatial", f"{name}.3": "temporal"}
                 module.fused = frozenset(kinds[convolution] for convolution in kinds.keys() & set(names))
 
+    def recompute(self) -> bool:
+        """Compute the stem, and each (2+1)D convolution or each block of 3-D convolutions, again. See `Backbone`.
+
+        A (2+1)D convolution has more channels inside than its input and its output. So most of the memory is saved
+        there, and the last convolution before a result that is kept is not computed again.
+        """
+        self.recomputes = True
+        for module in self.modules():
+            if isinstance(module, Factored):
+                module.recomputes = True
+        return True
+
     @property
     def takes_blocks(self) -> bool:
         """Whether clips may also come in blocks: only if the weights expect ImageNet's statistics."""
@@ -201,12 +228,29 @@ class VideoResNet(Backbone):
     def feature_maps(self, views: Sequence[Tensor], frames: int) -> list[Tensor]:
         """Compute the last feature map of each view, see `feature_map`. Equal frames are computed once."""
         clips = [as_clips(view, frames) for view in views]
-        clips = self.stem.apply_to(clips)  # (B, width, T, H/2, W/2)
+        clips = _compute(self.stem, clips, self.recomputes)  # (B, width, T, H/2, W/2)
         # layer1 keeps this size. Each later stage halves T, H and W and doubles the channels.
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                clips = cast(Block, block).apply_to(clips)
+            for block in cast(Sequence[Block], stage):
+                inside = isinstance(block.conv1[0], Factored)  # its convolutions are computed again one by one
+                clips = _compute(block, clips, self.recomputes and not inside)
         return [view.expand() for view in clips]
+
+
+def _compute(module: FactoredStem | PlainStem | Block, views: list[Clips], again: bool) -> list[Clips]:
+    """Return the output of a stem or of a block. `again`: it is computed again in the backward pass."""
+    return _recompute([module], module.apply_to, views) if again else module.apply_to(views)
+
+
+def _recompute(parts: Sequence[nn.Module], compute: Callable[..., Any], views: list[Clips], *others: Tensor) -> Any:
+    """Return compute(views, *others), which is computed again in the backward pass. See `recompute`."""
+    runs = [(view.repeated, view.times) for view in views]
+
+    def of_frames(*tensors: Tensor) -> Any:
+        clips = [Clips(frames, *run) for frames, run in zip(tensors[: len(runs)], runs, strict=True)]
+        return compute(clips, *tensors[len(runs) :])
+
+    return recompute(parts, of_frames, *(view.frames for view in views), *others)
 
 
 def _convolve(

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch
 
 from dclr.errors import UserError
 from dclr.models import Backbone
@@ -49,6 +50,29 @@ batch normalisation in float32. On an H200 the query encoder's pass would move 3
 
 The last limit makes sums over the statistics of each view kernels of their own (`merge_statistics`). With its default,
 the backward pass would compute such a sum again for each value of the frames, and again store a gradient in float32."""
+
+
+RECOMPUTED_BUDGET = 0.3
+"""The share of the memory of results for the backward pass that torch.compile may use with --recompute. Without the
+flag it is 1."""
+
+
+def start_compiling(stage: int, recompute: bool) -> None:
+    """Forget all compiled code, and set what every backbone of a run is compiled for.
+
+    Compiled code may assume that weights start at multiples of 16 bytes. In ZeRO's flat buffers they do not. torch 2.11
+    does not look at that when it reuses compiled code of another stage, from this process or from the cache on disk
+    (extract_tensor_metadata_for_cache_key). The result is "misaligned address" (docs/LOG.md, 2026-11-26). So graphs are
+    dropped here, and the stage is part of the cache's key.
+
+    Args:
+        stage: the stage of ZeRO.
+        recompute: see --recompute. torch.utils.checkpoint has no effect on an autograd.Function in compiled code
+            (torch 2.11), so torch.compile itself decides what is computed again.
+    """
+    torch.compiler.reset()
+    torch.compiler.config.cache_key_tag = f"ZeRO {stage}"
+    functorch.activation_memory_budget = RECOMPUTED_BUDGET if recompute else 1.0
 
 
 def compile_backbone(backbone: Backbone, backend: str = "inductor") -> None:

@@ -31,7 +31,7 @@ from dclr.models import Backbone, ClipFormat
 from dclr.models.weights import metadata_of, stored_statistics
 from dclr.training import checkpoint, engine
 from dclr.training.batchnorm import check_batch_statistics
-from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile
+from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile, start_compiling
 from dclr.training.convolutions import resolve_convolutions
 from dclr.training.signals import StopRequest
 
@@ -113,12 +113,12 @@ class Run:
         self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
 
     def prepare(self, *backbones: Backbone) -> None:
-        """Apply --pad-channels, --convolutions and --compile to backbones of one kind, in place.
+        """Apply --pad-channels, --convolutions, --recompute and --compile to backbones of one kind, in place.
 
         Call it before the engine wraps the backbones. In a resumed run they also get the statistics of its weights.
 
         Raises:
-            UserError: on all ranks, see resolve_convolutions.
+            UserError: on all ranks, see resolve_convolutions, and if --recompute has no effect on the backbones.
         """
         bfloat16 = bool(self.ds_config.get("torch_autocast", {}).get("enabled"))
         fused, convolutions = distributed.on_all_ranks(
@@ -131,15 +131,16 @@ class Run:
                 backbone.statistics = stored_statistics(newest)
         self.description = metadata_of(backbones[0], self.clips)
         if self.compiles:
-            # Compiled code may assume that weights start at multiples of 16 bytes. In ZeRO's flat buffers they do not.
-            # torch 2.11 does not look at that when it reuses compiled code of another stage, from this process or from
-            # the cache on disk (extract_tensor_metadata_for_cache_key). The result is "misaligned address"
-            # (docs/LOG.md, 2026-11-26). So graphs are dropped here, and the stage is part of the cache's key.
-            torch.compiler.reset()
-            torch.compiler.config.cache_key_tag = f"ZeRO {self.ds_config.get('zero_optimization', {}).get('stage', 0)}"
+            stage = self.ds_config.get("zero_optimization", {}).get("stage", 0)
+            start_compiling(stage, self.config.run.recompute)
         for backbone in backbones:
             backbone.pad_channels(self.config.run.pad_channels)
             backbone.fuse(fused)
+            if self.config.run.recompute and not self.compiles and not backbone.recompute():
+                raise UserError(
+                    f"--recompute has no effect on {backbone.name}, which does not define `recompute`: leave the flag "
+                    "out, or use --compile on"
+                )
             if self.compiles:
                 compile_backbone(backbone)
 
