@@ -9,12 +9,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from dclr.errors import UserError
 from dclr.files import atomic_write
@@ -160,12 +162,45 @@ def split_number(text: str) -> Any:
     raise argparse.ArgumentTypeError(f"{text!r} must be a number or all")
 
 
+def is_url(data: str) -> bool:
+    """Return whether --data names a store on a server, such as https://HOST/STORE or s3://BUCKET/STORE."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", data) is not None
+
+
+def check_url(url: str) -> None:
+    """Raise UserError if the URL of --data holds a secret, which config.json and messages would show, or is no folder.
+
+    The message does not show the secret.
+    """
+    try:
+        parts = urlsplit(url)
+        secret = "@" in parts.netloc
+    except ValueError as error:  # brackets that belong to no address
+        raise UserError(f"--data is not a URL: {error}") from None
+    if secret:
+        raise UserError(
+            f"--data {parts.scheme}://...@... holds a user name or a password, which config.json would show: "
+            "leave them out; credentials come from the environment or from files such as ~/.aws/credentials"
+        )
+    if parts.query or parts.fragment:
+        raise UserError(
+            f"--data {parts.scheme}://{parts.netloc}{parts.path} is followed by ? or #, but must be the URL of a "
+            "folder: leave the rest out"
+        )
+    if parts.scheme == "file":
+        raise UserError("--data is a file:// URL: give the path of the folder")
+    if not parts.netloc:
+        raise UserError(f"--data {url} names no server or bucket")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Group):
     """The data: videos, and the clips that are cut from them."""
 
     data: str = option(
-        "", "folder of a data set, or a list file. If left out, the built-in demo videos are rendered and used"
+        "",
+        "folder of a data set, a list file, or the URL of a packed store (https://, s3:// and others). "
+        "If left out, the built-in demo videos are rendered and used",
     )
     split: int = option(
         1,
@@ -229,6 +264,8 @@ class DataConfig(_Group):
     def __post_init__(self) -> None:
         if self.split == ALL:
             raise UserError("--split is all, which only finetune, linear, accuracy and retrieval take: give a number")
+        if is_url(self.data):
+            check_url(self.data)
         super().__post_init__()
 
 
@@ -890,7 +927,7 @@ def _find(value: str, started_in: str, config: Path) -> str:
     versions do not say where the run was started. For them, the path is looked for in the working folder, then in the
     run's folder and the two folders above it: most runs are in runs/NAME.
     """
-    if not value or Path(value).is_absolute():
+    if not value or Path(value).is_absolute() or is_url(value):
         return value
     here = Path.cwd()
     for folder in [Path(started_in), here] if started_in else [here, *config.resolve().parents[:3]]:

@@ -307,6 +307,11 @@ def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
     source = Path(like) if like is not None else checkpoint
     stored = settings_of_run(source) if str(source) != RANDOM else {}
     if stored.get("data") and "data" not in given:
+        if configuration.is_url(stored["data"]):
+            raise UserError(
+                f"--data is needed: {source} was trained on {stored['data']}, and a server is only contacted if --data "
+                "names it"
+            )
         if not os.path.exists(stored["data"]):
             raise UserError(
                 f"--data is needed: {source} was trained on {stored['data']}, which is not there; "

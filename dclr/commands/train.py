@@ -282,9 +282,10 @@ def resolve_resumed(
     if Path(out) != folder:
         raise UserError(f"--out is {out}, but --resume continues the run in {folder}: leave --out out")
     configuration.check_resume(folder, flags, stored)
-    if "data" not in flags and stored.get("data") and not os.path.exists(stored["data"]):
+    data = stored.get("data")
+    if "data" not in flags and data and not configuration.is_url(data) and not os.path.exists(data):
         raise UserError(
-            f"--resume {folder}: its data set, {stored['data']}, is neither in the folder that the run was started in, "
+            f"--resume {folder}: its data set, {data}, is neither in the folder that the run was started in, "
             f"nor in {Path.cwd()}, nor next to the run: give --data"
         )
     return configuration.resolve(command, preset_of_run, flags, resumed={**stored, "out": str(folder)}), preset_of_run

@@ -43,6 +43,11 @@ def check_store(catalog: Catalog, index: Arrays, workers: int) -> None:
     print("\n".join([*lines, *describe_faults(catalog, store.unreadable)]))
     for shard, fault in damaged.items():
         print(f"  {shard} {fault}")
+    if damaged and store.remote is not None:
+        raise UserError(
+            f"damaged shards, {len(damaged)} of {store.shards.max() + 1}: upload {', '.join(damaged)} of the store to "
+            f"{catalog.root} again"
+        )
     if damaged:
         names = " ".join(str(Path(catalog.root, shard)) for shard in damaged)
         raise UserError(

@@ -1,6 +1,6 @@
 """The data set of --data, or the built-in demo videos: recognise the layout and return the catalog.
 
-A folder that `train.py pack` wrote is a packed store. Every other folder has one of LAYOUTS:
+A folder that `train.py pack` wrote is a packed store, here or on a server. Every other folder has one of LAYOUTS:
 
     UCF101         UCF-101/<Class>/*.avi, ucfTrainTestlist/{classInd,trainlist0N,testlist0N}.txt
     HMDB51         [videos/]<class>/*.avi, testTrainMulti_7030_splits/<class>_test_splitN.txt
@@ -43,6 +43,7 @@ from dclr.data.layouts import (
     ucf101_numbers,
 )
 from dclr.data.own_lists import LIST_SUFFIXES, has_lists, list_catalog, list_numbers
+from dclr.data.remote import RemotePath, data_path
 from dclr.data.something import is_something, something
 from dclr.data.store import is_store, load_index
 from dclr.data.tree import may_be_video, read_tree
@@ -75,7 +76,9 @@ def make_demo() -> None:
 
 def open_data(data: DataConfig) -> Catalog:
     """Return the catalog of --data, or of the demo videos without --data."""
-    return open_catalog(Path(data.data), data.split, data.allow_outside) if data.data else open_catalog(DEMO_VIDEOS)
+    if not data.data:
+        return open_catalog(DEMO_VIDEOS)
+    return open_catalog(data_path(data.data), data.split, data.allow_outside)
 
 
 def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Catalog:
@@ -97,6 +100,8 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
 
 def _open(data: Path, split: int, allow_outside: bool) -> Catalog:
     """Do what `open_catalog` does. Raises PermissionError too."""
+    if isinstance(data, RemotePath):
+        return catalog_of_store(data, split)
     if data.is_file() and data.suffix.lower() not in LIST_SUFFIXES:
         if not may_be_video(data):
             raise UserError(
@@ -128,7 +133,7 @@ def layout_of(data: Path) -> tuple[str, Layout]:
 
 def official_splits(data: Path) -> list[int]:
     """Return the numbers of the official splits that a data set has lists for; [1] if it has none."""
-    if data.is_dir() and is_store(data):
+    if is_store(data):
         return sorted(load_index(data)["numbers"].tolist())
     numbers = list_numbers if data.is_file() else layout_of(data)[1].numbers
     return sorted(numbers(data) if numbers else []) or [1]
@@ -136,9 +141,10 @@ def official_splits(data: Path) -> list[int]:
 
 def several_splits(data: DataConfig) -> list[int]:
     """Return the numbers of the official splits for --split all. Raises UserError: there are not several."""
-    if data.data and not Path(data.data).exists():
+    folder = data_path(data.data or str(DEMO_VIDEOS))
+    if data.data and not isinstance(folder, RemotePath) and not folder.exists():
         raise UserError(f"no such folder: {data.data}")
-    numbers = official_splits(Path(data.data)) if data.data else [1]
+    numbers = official_splits(folder) if data.data else [1]
     if len(numbers) < 2:
         named = data.data or "the set of demo videos"
         raise UserError(f"--split all needs several official splits, but {named} has lists for one: leave the flag out")

@@ -27,6 +27,7 @@ from dclr.data.decoder_process import DecoderDied
 from dclr.data.display import AS_CODED, Display, collect_displays
 from dclr.data.encode import compact_record, compact_video
 from dclr.data.manifest import load_manifest
+from dclr.data.remote import data_path
 from dclr.data.store import Arrays, checksums_name, frame_bytes, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
@@ -88,7 +89,7 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
         raise UserError(f"--short-side is {short_side}, but must be even and at least 16 (the smallest --crop-size)")
     if not data.data:
         make_demo()
-    source, folder = Path(data.data or DEMO_VIDEOS), Path(out)
+    source, folder = data_path(data.data or str(DEMO_VIDEOS)), Path(out)
     if store.is_store(source):
         raise UserError(f"--data {source} is a packed store already: give the videos that it was made from")
     catalogs = {number: open_catalog(source, number, data.allow_outside) for number in official_splits(source)}

@@ -8,6 +8,7 @@
 
 A *row* is the position of a video in the index. The index holds every video that any official split lists, and the
 lists themselves. `dclr.data.pack` writes stores. This module defines their format, validates and reads them.
+`dclr.data.remote` reads the bytes of a store on a server.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -31,6 +33,7 @@ from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, check_frame_numbers, empty_planes
 from dclr.data.display import AS_CODED, Displays, are_displays
 from dclr.data.encode import compact_record
+from dclr.data.remote import Missing, RemoteFolder, RemotePath, RemoteVideos
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 from dclr.files import atomic_write
@@ -106,6 +109,8 @@ class Store:
     """uint8, the paths of the sources by `pack_strings`."""
     shard: Callable[[int], np.ndarray]
     """Number of a shard -> its bytes, mapped when this process first needs them."""
+    remote: RemoteVideos | None = None
+    """Reads the videos if the store is on a server. Then `shard` is not called."""
 
     def rows_of(self, paths: Iterable[str]) -> np.ndarray:
         """Return the rows of these videos, (number of paths,) int64. Raises KeyError: a path is not in the index."""
@@ -121,40 +126,51 @@ class Store:
         frames, height, width = int(self.frames[row]), int(self.heights[row]), int(self.widths[row])
         bt709, full_range = bool(self.bt709[row]), bool(self.full_range[row])
         if self.compact:
-            file = self.folder / shard_name(int(self.shards[row]), compact=True) / compact_name(row)
-            try:
-                planes = decode.read_planes(file, compact_record(frames, height, width), wanted, into)
-            except UnreadableVideo as reason:
-                raise UnreadableVideo(f"{file.relative_to(self.folder)}: {reason}") from reason
+            with self._small_video(row) as file:
+                try:
+                    planes = decode.read_planes(file, compact_record(frames, height, width), wanted, into)
+                except UnreadableVideo as reason:
+                    raise UnreadableVideo(f"{file_name(self.shards, row, compact=True)}: {reason}") from reason
             return replace(planes, bt709=bt709, full_range=full_range, display=self.displays[row])
 
         numbers = check_frame_numbers(wanted, frames)
-        stored = self._planes(row)
+        half = ((height + 1) // 2, (width + 1) // 2)
+        luma, chroma, size = height * width, half[0] * half[1], frame_bytes(height, width)
+        y, u, v = into or empty_planes(len(numbers), height, width)
+        y, u, v = y[:, :height, :width], u[:, : half[0], : half[1]], v[:, : half[0], : half[1]]
         runs = list(_runs(numbers.tolist()))
-        views = []
-        for plane, target in zip(stored, into or empty_planes(len(numbers), height, width), strict=True):
-            view = target[:, : plane.shape[1], : plane.shape[2]]
-            for positions, run in runs:
-                view[positions] = plane[run]
-            views.append(view)
-        y, u, v = views
+        spans = [(run.start * size, run.stop * size) for _, run in runs]
+        for (positions, run), content in zip(runs, self._bytes(row, spans), strict=True):
+            stored = content.reshape(-1, size)[:: run.step]
+            y[positions] = stored[:, :luma].reshape(-1, height, width)
+            u[positions] = stored[:, luma : luma + chroma].reshape(-1, *half)
+            v[positions] = stored[:, luma + chroma :].reshape(-1, *half)
         return YuvFrames(y, u, v, bt709, full_range, self.displays[row])
 
-    def _planes(self, row: int) -> Planes:
-        """Return y (frames, H, W), u and v of a whole video as views of the mapped file."""
-        height, width = int(self.heights[row]), int(self.widths[row])
-        half = ((height + 1) // 2, (width + 1) // 2)
-        luma, chroma = height * width, half[0] * half[1]
+    def _bytes(self, row: int, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Return byte ranges (start, stop) of a video in a store of planes, counted from its first byte, uint8.
+
+        Those of a local store are views of the mapped file.
+        """
+        if self.remote is not None:
+            return self.remote.read(row, spans)
         start, size = int(self.offsets[row]), int(self.sizes[row])
         shard = self.shard(int(self.shards[row]))
         if len(shard) < start + size:
             raise UnreadableVideo(f"{shard_name(int(self.shards[row]), compact=False)} is too short: it is damaged")
-        video = shard[start : start + size].reshape(-1, luma + 2 * chroma)
-        return (
-            video[:, :luma].reshape(-1, height, width),
-            video[:, luma : luma + chroma].reshape(-1, *half),
-            video[:, luma + chroma :].reshape(-1, *half),
-        )
+        video = shard[start : start + size]
+        return [video[first:stop] for first, stop in spans]
+
+    @contextmanager
+    def _small_video(self, row: int) -> Iterator[Path]:
+        """Give the file of a video in a compact store. A video from a server is held in memory."""
+        if self.remote is None:
+            yield self.folder / file_name(self.shards, row, compact=True)
+            return
+        descriptor = os.memfd_create("video", os.MFD_CLOEXEC)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(self.remote.whole(row).data)
+            yield Path(f"/proc/self/fd/{descriptor}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,22 +235,37 @@ def _runs(numbers: list[int]) -> Iterator[tuple[slice, slice]]:
 
 
 def is_store(folder: Path) -> bool:
-    """Return whether `train.py pack` wrote this folder, or began to."""
-    return (folder / INDEX).is_file() or (folder / PLAN).is_file()
+    """Return whether `train.py pack` wrote this folder, or began to. A URL always names a store."""
+    return isinstance(folder, RemotePath) or (folder / INDEX).is_file() or (folder / PLAN).is_file()
 
 
 def load_index(folder: Path) -> Arrays:
     """Read and validate the index. A run calls this once: `open_catalog` keeps the index in the catalog.
 
-    Raises UserError: the store is unfinished or of another version, or its index is damaged or not valid.
+    Raises UserError: the store is unfinished or of another version, or its index is damaged or not valid. A store on a
+    server: there is none, or it cannot be reached.
     """
-    if not (folder / INDEX).is_file():
+    if isinstance(folder, RemotePath):
+        index, _ = parse_arrays(folder / INDEX, _fetch_index(folder))
+    elif (folder / INDEX).is_file():
+        index, _ = load_arrays(folder / INDEX)
+    else:
         plan, _ = load_plan(folder)
         raise UserError(f"{folder} is an unfinished store: run `{pack_command(folder, plan)}` to finish it")
-    index, _ = load_arrays(folder / INDEX)
     index = with_displays(index)
     check_index(folder / INDEX, index)
     return index
+
+
+def _fetch_index(folder: RemotePath) -> bytes:
+    """Return the content of the index of a store on a server."""
+    try:
+        return RemoteFolder(folder).read_file(INDEX, MAX_FILE)
+    except Missing:
+        raise UserError(
+            f"{folder} holds no {INDEX}: a URL must be that of a packed store, which `train.py pack` writes and you "
+            "upload, this file last"
+        ) from None
 
 
 def load_plan(folder: Path) -> tuple[Arrays, bytes]:
@@ -254,16 +285,24 @@ def with_displays(index: Arrays) -> Arrays:
 
 
 def open_store(folder: Path, index: Arrays) -> Store:
-    """Open a store by its index. The shards are not looked at: see `check_sizes` and `damaged_shards`."""
+    """Open a store by its index. The shards are not looked at: see `check_sizes` and `damaged_shards`.
+
+    Raises UserError: the cache for a store on a server cannot be used.
+    """
     reasons = zip(unpack_strings(index["paths"]), unpack_strings(index["reasons"]), strict=True)
+    remote, compact = None, bool(index["compact"])
+    if isinstance(folder, RemotePath):
+        name = partial(file_name, index["shards"], compact=compact)
+        remote = RemoteVideos(folder, name, index["offsets"], index["sizes"], index["crc32"])
     return Store(
         folder=folder,
-        compact=bool(index["compact"]),
+        compact=compact,
         **{name: index[name] for name in ("frames", "heights", "widths", "shards", "offsets", *FOUND)},
         displays=Displays(index["displays"], index["oblique"], index["interlaced"]),
         unreadable={path: reason for path, reason in reasons if reason},
         packed_paths=index["paths"],
         shard=lru_cache(_OPEN_SHARDS)(partial(_mapped, folder)),
+        remote=remote,
     )
 
 
@@ -285,7 +324,20 @@ def leaves_folder(path: str) -> bool:
 
 
 def check_sizes(store: Store) -> None:
-    """Raise UserError, naming the shard, if a shard is missing or not as long as it should be."""
+    """Raise UserError, naming the shard, if a shard is missing or not as long as it should be.
+
+    On a server, the first video of each shard of a compact store stands for the others. They are checked when they are
+    read.
+    """
+    if store.remote is not None:
+        shards = rows_by_shard(store.shards)
+        sizes = {file_name(store.shards, int(rows[0]), store.compact): int(store.sizes[rows].sum()) for rows in shards}
+        if store.compact:
+            firsts = [int(rows[store.sizes[rows] > 0][0]) for rows in shards if store.sizes[rows].any()]
+            sizes = {file_name(store.shards, row, compact=True): int(store.sizes[row]) for row in firsts}
+        if fault := store.remote.remember(sizes):
+            raise UserError(f"{store.folder}: {fault}")
+        return
     for number, rows in enumerate(rows_by_shard(store.shards)):
         if fault := size_fault(store.folder, store.compact, number, rows, store.sizes):
             shard = store.folder / shard_name(number, store.compact)
@@ -310,13 +362,18 @@ def damaged_shards(store: Store, workers: int, progress: bool = True) -> dict[st
 
 def _fault(store: Store, paths: list[str], number: int, rows: np.ndarray) -> str:
     """Return what is wrong with a shard, sizes and checksums; empty if nothing is."""
-    if fault := size_fault(store.folder, store.compact, number, rows, store.sizes):
+    if store.remote is None and (fault := size_fault(store.folder, store.compact, number, rows, store.sizes)):
         return fault
-    shard = store.folder / shard_name(number, store.compact)
     for row in rows.tolist():
         if paths[row] in store.unreadable:
             continue
-        file = shard / compact_name(row) if store.compact else shard
+        if store.remote is not None:
+            try:
+                store.remote.download(row)
+            except UnreadableVideo as reason:
+                return f"is damaged at {paths[row]}: {reason}"
+            continue
+        file = store.folder / file_name(store.shards, row, store.compact)
         try:  # not mapped: an error of the disk would kill the process
             content = np.fromfile(file, np.uint8, count=int(store.sizes[row]), offset=int(store.offsets[row]))
         except OSError as error:
@@ -511,6 +568,12 @@ def compact_name(row: int) -> str:
     return f"{row:08d}.avi"
 
 
+def file_name(shards: np.ndarray, row: int, compact: bool) -> str:
+    """Return the file of a video, relative to the store. `shards`: (V,) int64, the shard of each video."""
+    shard = shard_name(int(shards[row]), compact)
+    return f"{shard}/{compact_name(row)}" if compact else shard
+
+
 def rows_by_shard(shards: np.ndarray) -> list[np.ndarray]:
     """Return the rows of each shard, given the shard of each row, (V,) int64."""
     stored = np.flatnonzero(shards >= 0)
@@ -547,7 +610,7 @@ def save_arrays(path: Path, arrays: Arrays) -> bytes:
 def load_arrays(path: Path) -> tuple[Arrays, bytes]:
     """Read a file of `save_arrays`. Returns the arrays and the digest.
 
-    Raises UserError: the file cannot be read, a byte of it has changed, or it is of another version.
+    Raises UserError: the file cannot be read, see also `parse_arrays`.
     """
     try:
         if (size := path.stat().st_size) > MAX_FILE:
@@ -555,6 +618,14 @@ def load_arrays(path: Path) -> tuple[Arrays, bytes]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_arrays(path, content)
+
+
+def parse_arrays(path: Path, content: bytes) -> tuple[Arrays, bytes]:
+    """Return the arrays in the content of a file of `save_arrays`, and the digest. `path` is named in messages.
+
+    Raises UserError: a byte has changed, or the file is of another version.
+    """
     digest = content[-32:]
     if hashlib.sha256(memoryview(content)[:-32]).digest() != digest:
         raise UserError(f"{path} is damaged: delete it and run the train.py pack command of this store again")

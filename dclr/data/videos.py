@@ -7,6 +7,7 @@ arrays.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -210,6 +211,8 @@ def open_videos(
     else:
         store = open_store(catalog.root, catalog.index)
         check_sizes(store)
+        if progress and store.remote is not None and (line := store.remote.cache.describe()):
+            print(f"warning: {line}", file=sys.stderr)
         unreadable = store.unreadable
     unreadable = {video.path: unreadable[video.path] for video in listed if video.path in unreadable}
     videos = [video for video in listed if video.path not in unreadable]
