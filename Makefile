@@ -25,7 +25,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,parquet,onnx,hub,notebook,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,parquet,onnx,hub,remote,notebook,test]'
 	touch $@
 
 demo: setup

@@ -137,7 +137,7 @@ class VideoCache:
                 with suppress(OSError):  # another user's file
                     os.utime(file.fileno())
                 content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            if not self._verified[row] and zlib.crc32(content) != self._crc32[row]:
+            if not self._verified[row] and zlib.crc32(content.data) != self._crc32[row]:
                 raise ValueError
         except ValueError:  # damaged, also an empty file
             path.unlink(missing_ok=True)
@@ -148,15 +148,19 @@ class VideoCache:
         return content
 
     def add(self, row: int, content: bytes) -> None:
-        """Write a video whose checksum is right. If the disk fails, warn once and cache nothing from then on."""
+        """Write a video whose checksum is right, unless other processes are filling the cache to its limit just now.
+
+        If the disk fails, warn once and cache nothing from then on.
+        """
         path = self._path(row)
         part = path.with_name(f"{row}.{os.urandom(8).hex()}.part")
-        if self._failed[0] or path.exists():
+        if self._failed[0]:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked() as counter:
-                self._make_room(counter, len(content))
+                if path.exists() or not self._make_room(counter, len(content)):
+                    return
                 with part.open("wb") as file:
                     file.truncate(len(content))  # counts from now on
             with part.open("r+b") as file:
@@ -193,23 +197,30 @@ class VideoCache:
         text = os.pread(counter, 32, 0)
         return int(text) if text.isdigit() else sum(size for _, size, _ in self._files())
 
-    def _make_room(self, counter: int, size: int) -> None:
-        """Delete the least recently used videos until `size` more bytes fit, and count these."""
+    def _make_room(self, counter: int, size: int) -> bool:
+        """Delete the least recently used videos until `size` more bytes fit, and count these. Return whether they fit.
+
+        Files that are being written are not deleted.
+        """
         held = self._held(counter)
         if held + size > self.limit:
             files = sorted(self._files())
             held = sum(own for _, own, _ in files)
-            least = held + size - self.limit
-            spare = ROOM * self.limit if least > 0 else 0.0
+            excess = held + size - self.limit
+            if excess > 0:
+                excess += int(ROOM * self.limit)
             for used, own, path in files:
-                if least + spare <= 0:
+                if excess <= 0:
                     break
                 if path.endswith(".part") and time.time() - used < STALE_S:
                     continue
-                os.unlink(path)
-                held, least = held - own, least - own
+                with suppress(FileNotFoundError):  # deleted by its reader
+                    os.unlink(path)
+                held, excess = held - own, excess - own
+        fits = held + size <= self.limit
         os.ftruncate(counter, 0)
-        os.pwrite(counter, str(held + size).encode(), 0)
+        os.pwrite(counter, str(held + size if fits else held).encode(), 0)
+        return fits
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
         """Yield (time of the last use, bytes, path) of every file in the cache."""
