@@ -155,6 +155,7 @@ def test_a_store_holds_no_object_a_video(packed):
     opened = read_store(packed / "planes")
     values = {field.name: getattr(opened, field.name) for field in fields(opened)}
     assert values.pop("unreadable") == {}
+    assert values.pop("remote") is None
     values |= vars(values.pop("displays"))
     for name in ("folder", "compact", "shard"):
         values.pop(name)
