@@ -4,6 +4,10 @@ A video's feature is the mean over its test clips, minus the mean of its split, 
 also scales the feature of each clip to length 1 before the mean over clips. Similarity is the cosine. The train split
 is the gallery, and the test split gives the queries.
 
+A cosine is an exact sum, rounded to float32 once (`normalized` says how). So the cosine of two videos depends on their
+features only: not on the other videos, on the size of a chunk, on the number of threads or on the library that
+multiplies matrices. Copies of a video are equally near. Of equally near videos, the first in the gallery is first.
+
 Letters: Q queries, G gallery videos, D features.
 """
 
@@ -32,6 +36,13 @@ RANKS = (1, 5, 10, 20, 50)
 """The numbers k of nearest videos for which R@k is reported."""
 
 SHEET_QUERIES, SHEET_NEAREST = 8, 5
+
+STEP = 2.0**-26
+"""Features of length 1 are rounded to multiples of this number. See `normalized`."""
+
+_QUERY_ROWS, _GALLERY_ROWS = 1024, 4096
+"""Queries and gallery videos whose cosines are computed at once. They take 130 MB, and results do not depend on them.
+"""
 
 
 @dataclass(frozen=True)
@@ -106,37 +117,70 @@ def evaluate_retrieval(
     }
 
 
-def retrieval(gallery: ClipOutputs, queries: ClipOutputs, normalise_clips: bool = False) -> Retrieval:
-    """Look up each query in the gallery. The values of both are features (N, TEST_CLIPS, D).
-
-    Args:
-        normalise_clips: see `normalized`.
-    """
-    cosines = normalized(queries, normalise_clips) @ normalized(gallery, normalise_clips).T
-    found = cosines.sort(dim=1, descending=True, stable=True)
-    depth = min(max(RANKS), found.indices.shape[1])
-    nearest = found.indices[:, :depth]
-    hits = gallery.labels[nearest] == queries.labels[:, None]  # (Q, depth)
+def retrieval(gallery: ClipOutputs, queries: ClipOutputs) -> Retrieval:
+    """Look up each query in the gallery. The values of both are features (N, R, D), whose mean over R is used."""
     ranks = [k for k in RANKS if k <= len(gallery.labels)]
-    same_class = (gallery.labels[None] == queries.labels[:, None]).sum(1).tolist()
+    nearest, similarity = nearest_rows(normalized(queries), normalized(gallery), min(max(RANKS), len(gallery.labels)))
+    hits = gallery.labels[nearest] == queries.labels[:, None]  # (Q, depth)
+    classes = 1 + int(max(gallery.labels.max(), queries.labels.max()))
+    same_class = torch.bincount(gallery.labels, minlength=classes)[queries.labels].tolist()  # (Q,)
+    chance = {}
+    for k in ranks:
+        of_count = {count: chance_of_hit(count, len(gallery.labels), k) for count in set(same_class)}
+        chance[k] = sum(of_count[count] for count in same_class) / len(same_class)
     return Retrieval(
         recall={k: hits[:, :k].any(1).float().mean().item() for k in ranks},
-        chance={k: sum(chance_of_hit(n, len(gallery.labels), k) for n in same_class) / len(same_class) for k in ranks},
+        chance=chance,
         nearest=nearest.numpy(),
-        similarity=found.values[:, :depth].numpy(),
+        similarity=similarity.numpy(),
     )
 
 
-def normalized(outputs: ClipOutputs, normalise_clips: bool = False) -> Tensor:
+def normalized(outputs: ClipOutputs) -> Tensor:
     """Return each video's mean feature, minus the mean of the split, scaled to length 1: (N, D) float32.
 
-    Args:
-        normalise_clips: scale the feature of each clip to length 1 before the mean over clips, as the released code
-            does. A clip with a large feature then has no more weight than the other clips of its video.
+    The numbers are rounded to multiples of STEP, which changes them by at most 7.5e-9. Float32 has these multiples,
+    because larger numbers of length 1 have a coarser rounding anyway. Products are then multiples of 2^-52, and a sum
+    of products is below 2. Float64 holds such sums exactly, so a product of matrices in float64 has no rounding error.
     """
-    clips = F.normalize(outputs.values, dim=2) if normalise_clips else outputs.values
-    features = clips.mean(1)
-    return F.normalize(features - features.mean(0), dim=1)
+    features = outputs.values.mean(1)
+    unit = F.normalize(features - features.mean(0), dim=1)
+    return unit.div_(STEP).round_().mul_(STEP)
+
+
+def nearest_rows(queries: Tensor, gallery: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Return the nearest rows of the gallery for each query, nearest first: (Q, depth) int64, and cosines in float32.
+
+    The whole matrix of cosines is never stored: for 20,000 queries and 240,000 gallery videos it would have 19 GB.
+
+    Args:
+        queries: (Q, D), as `normalized` returns it.
+        gallery: (G, D), the same.
+        depth: at most G.
+    """
+    found = [_nearest_rows_of_block(block.double(), gallery, depth) for block in queries.split(_QUERY_ROWS)]
+    rows, cosines = zip(*found, strict=True)
+    return torch.cat(rows), torch.cat(cosines)
+
+
+def _nearest_rows_of_block(queries: Tensor, gallery: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    rows, cosines = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0)
+    for first in range(0, len(gallery), _GALLERY_ROWS):
+        chunk = (queries @ gallery[first : first + _GALLERY_ROWS].double().T).float()
+        if cosines.shape[1] < depth:
+            wanted = chunk >= chunk.topk(min(depth, chunk.shape[1])).values[:, -1:]
+        else:
+            wanted = chunk > cosines[:, -1:]  # of two equally near rows the first counts, and it is found already
+        most = int(wanted.sum(1).max())
+        if most == 0:
+            continue
+        # topk gives equal cosines in any order. The rows are sorted, and then the stable sort keeps their order.
+        candidates = chunk.topk(most).indices.sort().values
+        rows = torch.cat([rows, first + candidates], 1)
+        cosines = torch.cat([cosines, chunk.gather(1, candidates)], 1)
+        order = cosines.sort(dim=1, descending=True, stable=True).indices[:, :depth]
+        rows, cosines = rows.gather(1, order), cosines.gather(1, order)
+    return rows, cosines
 
 
 def chance_of_hit(same_class: int, gallery: int, k: int) -> float:
