@@ -1,5 +1,6 @@
 """Communication between the processes (ranks) of a run. In a run of one process, every function returns its input."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,16 @@ def processes_of_machine() -> int:
     # The names are from torchrun, from deepspeed, and from launchers that only name the processes of all machines.
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
+
+
+def share_cores() -> None:
+    """Let the processes of this machine share its cores, unless OMP_NUM_THREADS is set.
+
+    With OpenMP's default each process uses all cores: two processes on two cores then ran 12 to 20 times slower than
+    with one thread each.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_of_machine()))
 
 
 def gather_batch(rows: Tensor) -> Tensor:
@@ -140,10 +151,96 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its result on every rank. If it raises UserError, every rank raises it."""
-    result = [on_all_ranks(lambda: work() if rank() == 0 else None)]
+    result = [only_on_rank_zero(work)]
     if world_size() > 1:
         dist.broadcast_object_list(result, src=0)
     return result[0]  # type: ignore[return-value]
+
+
+def once_on_each_machine(work: Callable[[bool], T]) -> T:
+    """Call `work(True)` on one rank of each machine, and then `work(False)` on the others. Return the own result.
+
+    The first call fills a cache of the machine, which the others read. If `work` raises UserError on one rank, every
+    rank raises the error.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with without_timeout():
+        result = on_all_ranks(lambda: work(True) if first else None)
+        return on_all_ranks(lambda: work(False) if result is None else result)
+
+
+# ---------------------------------------------------------------- results that only rank 0 holds
+
+
+def own_share(count: int) -> range:
+    """Return which of `count` videos this rank takes: consecutive ones, so that rank order is video order.
+
+    With more ranks than videos, some shares are empty.
+    """
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+_BYTES_AT_ONCE = 2**26
+"""Bytes of `gather_rows` that are sent at once."""
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks in rank order on rank 0, and an empty tensor on the others: (n, ...) -> (N, ...).
+
+    Ranks may have different numbers of rows. Without rows, the other dimensions and the dtype do not matter. Rank 0
+    holds the result, its own rows and one message of at most _BYTES_AT_ONCE, so no rank holds the result twice.
+
+    Args:
+        rows: on the CPU.
+    """
+    if world_size() == 1:
+        return rows
+    shapes = gather_objects((rows.shape, rows.dtype))
+    each, dtype = next(((shape[1:], dtype) for shape, dtype in shapes if shape[0]), (rows.shape[1:], rows.dtype))
+    at_once = max(1, _BYTES_AT_ONCE // max(1, math.prod(each) * dtype.itemsize))
+    if rank() > 0:
+        for message in rows.split(at_once) if len(rows) else ():
+            dist.send(message.contiguous(), 0, group=_object_group)
+        return torch.empty((0, *each), dtype=dtype)
+    gathered = torch.empty((sum(shape[0] for shape, _ in shapes), *each), dtype=dtype)
+    gathered[: len(rows)] = rows.view(len(rows), *each)
+    first = len(rows)
+    for sender, (shape, _) in enumerate(shapes[1:], start=1):
+        for part in gathered[first : first + shape[0]].split(at_once) if shape[0] else ():
+            dist.recv(part, sender, group=_object_group)
+        first += shape[0]
+    return gathered
+
+
+def gather_on_rank_zero(value: Any) -> list[Any]:
+    """Return the objects of all ranks in rank order on rank 0, and an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0, group=_object_group)
+    return values
+
+
+def only_on_rank_zero(work: Callable[[], T]) -> T | None:
+    """Call `work` on rank 0 and return its result there, None elsewhere. If it raises UserError, every rank does."""
+    return on_all_ranks(lambda: work() if rank() == 0 else None)
+
+
+@contextmanager
+def buffers_of_rank_zero(module: torch.nn.Module) -> Iterator[None]:
+    """Let the floating-point buffers of a module, such as BatchNorm's statistics, be those of rank 0 on all ranks.
+
+    Afterwards each rank gets back its own.
+    """
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()] if world_size() > 1 else []
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        dist.broadcast(buffer, src=0)
+    try:
+        yield
+    finally:
+        for buffer, values in zip(buffers, own, strict=True):
+            buffer.copy_(values)
 
 
 class DelayedSum:

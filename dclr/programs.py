@@ -8,6 +8,9 @@ import re
 import sys
 from pathlib import Path
 
+_running = "train"
+"""Which of the two programs this process runs, "train" or "eval"."""
+
 _own: str | None = None
 """The program of the user's own that was started, as its path."""
 
@@ -16,6 +19,17 @@ def use_own(path: str) -> None:
     """Use the name of a program of the user's own in all messages from now on."""
     global _own
     _own = path
+
+
+def run_as(program: str) -> None:
+    """Use the name of "train" or "eval" in the messages of code that both programs use, from now on."""
+    global _running
+    _running = program
+
+
+def running() -> str:
+    """Return which of the two programs this process runs: "train" or "eval"."""
+    return _running
 
 
 def name_of(program: str) -> str:

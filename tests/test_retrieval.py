@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from dclr.evaluation.features import ClipOutputs
-from dclr.evaluation.retrieval import chance_of_hit, normalized, retrieval
+from dclr.evaluation import retrieval as module
+from dclr.evaluation.features import ClipOutputs, mean_of_clips
+from dclr.evaluation.retrieval import chance_of_hit, mean_direction, nearest_rows, normalized, retrieval
 
 
 def outputs(values, labels) -> ClipOutputs:
@@ -38,6 +41,37 @@ def test_retrieval_agrees_with_numpy_on_random_features():
     assert 0 < result.recall[1] < result.recall[5] < 1
 
 
+@pytest.mark.parametrize("rows", [(1024, 4096), (7, 3), (2, 60), (40, 64)])
+def test_chunks_of_any_size_give_the_order_and_the_bits_of_a_stable_sort_of_exact_cosines(monkeypatch, rows):
+    """Half of the gallery repeats other rows, so there are ties inside a chunk, over chunks and at the last place."""
+    monkeypatch.setattr(module, "_QUERY_ROWS", rows[0])
+    monkeypatch.setattr(module, "_GALLERY_ROWS", rows[1])
+    rng = np.random.default_rng(4)
+    features = rng.normal(size=(120, 1, 37))
+    features[rng.permutation(120)[:60]] = features[rng.integers(0, 10, 60)]
+    gallery, queries = normalized(outputs(features, range(120))), normalized(outputs(features[:30], range(30)))
+    exact = torch.tensor(
+        [
+            [float(sum(Fraction(a) * Fraction(b) for a, b in zip(query, row, strict=True))) for row in gallery.tolist()]
+            for query in queries.tolist()
+        ],
+        dtype=torch.float64,
+    ).float()
+    expected = exact.sort(dim=1, descending=True, stable=True)
+    assert any(len(set(row)) < 50 for row in expected.values[:, :50].tolist())
+    nearest, cosines = nearest_rows(queries, gallery, 50)
+    assert torch.equal(nearest, expected.indices[:, :50])
+    assert torch.equal(cosines, expected.values[:, :50])
+
+
+def test_features_that_are_all_equal_have_no_direction_and_keep_the_order_of_the_gallery(monkeypatch):
+    monkeypatch.setattr(module, "_GALLERY_ROWS", 16)
+    same = outputs(np.ones((70, 2, 3)), [0] * 70)
+    result = retrieval(same, same)
+    assert np.array_equal(result.nearest, np.tile(np.arange(50), (70, 1)))
+    assert not result.similarity.any()
+
+
 def test_each_split_is_centred_on_its_own_mean():
     """A constant added to all features of a split changes nothing, even if it differs between the splits."""
     rng = np.random.default_rng(2)
@@ -58,11 +92,13 @@ def test_a_clip_with_a_large_feature_counts_as_one_clip_if_clips_are_normalised(
 
     def split(*videos):
         values = np.array(videos, float)
-        return outputs(np.concatenate([values, -values]), range(2 * len(values)))
+        whole = outputs(np.concatenate([values, -values]), range(2 * len(values)))
+        keep = mean_direction if normalise_clips else mean_of_clips
+        return replace(whole, values=torch.stack([keep(clips) for clips in whole.values]))
 
     gallery = split([[1, 0]] * 3, [[0, 1]] * 3)
     queries = split([[8, 0], [0, 1], [0, 1]])
-    result = retrieval(gallery, queries, normalise_clips)
+    result = retrieval(gallery, queries)
     assert result.nearest[0, :2].tolist() == nearest
     mean = np.array([1, 2]) if normalise_clips else np.array([8, 2])
     assert result.similarity[0, 0] == pytest.approx(mean.max() / np.linalg.norm(mean), abs=1e-6)

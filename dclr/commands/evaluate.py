@@ -24,8 +24,8 @@ Use a checkpoint: features | search | predict | export.
     python eval.py accuracy --split all --data UCF101 --checkpoint runs/ucf-all
         Accuracy on every official split, for the runs of `train.py finetune --split all --out runs/ucf-all`.
 
-Each command runs in one process, except features, which a launcher can start in several. Without --data, the first
-four use the built-in demo videos.
+A launcher can start each command in several processes, except export: torchrun --nproc_per_node 8 eval.py accuracy ...
+The result is the same. Without --data, the first four use the built-in demo videos.
 `eval.py SUBCOMMAND --help` explains every flag.
 """
 
@@ -37,15 +37,19 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dclr import config as configuration
 from dclr import hub, programs, progress
 from dclr.commands import export, features, predict, search
 from dclr.commands.launcher import join_launch, require_one_process
+from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError
 from dclr.models.pretrained import stated_settings
 from dclr.training.split_folders import begun_splits, split_folder
+
+if TYPE_CHECKING:
+    import torch
 
 RANDOM = "random"
 """The word that --checkpoint takes for an untrained network."""
@@ -150,13 +154,19 @@ def main(arguments: list[str]) -> None:
     configuration.refuse_old_switches(arguments)
     flags = vars(make_parser().parse_args(arguments))
     command = flags.pop("command")
-    if command != "features":
+    if command == "export":
         require_one_process(os.environ, f"eval.py {command}")
     if hub.is_on_hub(flags.get("checkpoint", "")):
         flags["checkpoint"] = str(hub.download(flags["checkpoint"]))
     if command in USES:
         USES[command].run(flags)
         return
+    with connected_ranks() as device:
+        evaluate_checkpoint(command, flags, device)
+
+
+def evaluate_checkpoint(command: str, flags: dict[str, Any], device: "torch.device") -> None:
+    """Run a command of DESCRIPTIONS, on all ranks. Raises UserError for wrong input, see `evaluate`."""
     checkpoint, out = Path(flags.pop("checkpoint")), flags.pop("out", None)
     special = {name: flags.pop(name) for name in ("foreground", "normalise_clips") if name in flags}
     without_suffix = checkpoint.with_name(f"{checkpoint.name}.safetensors") if checkpoint.name else checkpoint
@@ -167,16 +177,18 @@ def main(arguments: list[str]) -> None:
         )
     folder = Path(out) if out else (checkpoint if checkpoint.is_dir() else Path("runs")) / command
     if flags.get("split") == configuration.ALL and command in ("accuracy", "retrieval"):
-        evaluate_splits(command, checkpoint, flags, folder, **special)
+        evaluate_splits(command, checkpoint, flags, device, folder, **special)
     elif runs := [] if (checkpoint / "config.json").exists() else begun_splits(checkpoint):
         every = "use --split all for every split, or " if command in ("accuracy", "retrieval") else ""
         raise UserError(f"--checkpoint {checkpoint} holds runs on single splits: {every}give one of them, {runs[0]}")
     else:
-        evaluate(command, checkpoint, flags, folder, **special)
+        evaluate(command, checkpoint, flags, device, folder, **special)
 
 
-def evaluate(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path, **special: bool) -> dict[str, Any]:
-    """Run one evaluation and return the content of its report.json, which is in `folder`.
+def evaluate(
+    command: str, checkpoint: Path, flags: dict[str, Any], device: "torch.device", folder: Path, **special: bool
+) -> dict[str, Any]:
+    """Run one evaluation and return the content of its report.json, which is in `folder`, on all ranks.
 
     Args:
         special: the flags that only one command has, for its evaluation.
@@ -187,9 +199,7 @@ def evaluate(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path
     data = pick(configuration.DataConfig, settings)
     model, seed = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
 
-    import torch
-
-    from dclr import report
+    from dclr import distributed, report
     from dclr.data.datasets import make_demo
     from dclr.evaluation.accuracy import evaluate_accuracy
     from dclr.evaluation.activation_maps import evaluate_activation_maps
@@ -197,11 +207,10 @@ def evaluate(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path
     from dclr.evaluation.retrieval import evaluate_retrieval
 
     pictures = folder / "pictures"
-    report.make_writable(pictures)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    distributed.on_rank_zero(lambda: report.make_writable(pictures))
     began = time.monotonic()
     if not data.data:
-        make_demo()
+        distributed.on_rank_zero(make_demo)
     if command == "accuracy":
         result = evaluate_accuracy(checkpoint, data, device, folder)
     elif command == "retrieval":
@@ -217,14 +226,17 @@ def evaluate(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path
         **result,
         "clips": dataclasses.asdict(data),
         "seconds": round(time.monotonic() - began, 1),
+        "processes": distributed.world_size(),
         "environment": report.environment(device),
     }
-    report.write_json(folder / "report.json", content)
+    distributed.only_on_rank_zero(lambda: report.write_json(folder / "report.json", content))
     print(f"\n{folder / 'report.json'} and {pictures} written")
     return content
 
 
-def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folder: Path, **special: bool) -> None:
+def evaluate_splits(
+    command: str, checkpoint: Path, flags: dict[str, Any], device: "torch.device", folder: Path, **special: bool
+) -> None:
     """Evaluate on every official split. Print mean and standard deviation and write them to report.json.
 
     Each split has a report.json of its own, in `folder`/split-N. Each split has a checkpoint of its own too, if
@@ -232,7 +244,7 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
 
     Raises UserError: the data set has one official split; a split has no finished run; see `evaluate`.
     """
-    from dclr import report
+    from dclr import distributed, report
     from dclr.data.datasets import several_splits
     from dclr.evaluation.splits import describe_splits, over_splits
 
@@ -253,7 +265,7 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
                 f"--split all: {checkpoint} has no finished run on split {number}: train.py {trained_by} --split all "
                 f"--resume {checkpoint} trains it"
             )
-    if not begun and (checkpoint / "config.json").exists():
+    if not begun and (checkpoint / "config.json").exists() and distributed.rank() == 0:
         print(
             "warning: one checkpoint for all splits: if it was pretrained on a split of this data set, it has seen "
             "test videos of the other splits, without their labels",
@@ -262,7 +274,8 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
     began = time.monotonic()
     results = {}
     for number, run in checkpoints.items():
-        results[number] = evaluate(command, run, {**data, "split": number}, folder / f"split-{number}", **special)
+        own = {**data, "split": number}
+        results[number] = evaluate(command, run, own, device, folder / f"split-{number}", **special)
     figures = {number: result["figures"] for number, result in results.items()}
     print("\n" + "\n".join(describe_splits(figures)))
     means, deviations = over_splits(figures)
@@ -277,7 +290,7 @@ def evaluate_splits(command: str, checkpoint: Path, flags: dict[str, Any], folde
         "seconds": round(time.monotonic() - began, 1),
         "environment": results[numbers[0]]["environment"],
     }
-    report.write_json(folder / "report.json", content)
+    distributed.only_on_rank_zero(lambda: report.write_json(folder / "report.json", content))
     print(f"\n{folder / 'report.json'} written")
 
 
@@ -346,6 +359,7 @@ def pick(group: type, settings: dict[str, Any]) -> Any:
 def start() -> int:
     """Run the command line of this process and return the exit status. 0: done. 2: wrong input. 130: Ctrl-C."""
     progress.protect_output()
+    programs.run_as("eval")
     try:
         join_launch(os.environ, os.isatty(0))
         main(sys.argv[1:])

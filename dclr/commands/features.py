@@ -130,14 +130,13 @@ def device_of_process() -> "torch.device":
     """Return the GPU of this process, or the CPU, whose cores the processes of a machine then share."""
     import torch
 
-    from dclr.distributed import processes_of_machine
+    from dclr.distributed import share_cores
 
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_of_machine()))
+    share_cores()
     return torch.device("cpu")
 
 

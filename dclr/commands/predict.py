@@ -3,12 +3,17 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dclr import config as configuration
 from dclr.commands.features import CLIP_FLAGS
 from dclr.errors import UserError
 from dclr.programs import command_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from dclr.evaluation.predictions import Predictions
 
 DESCRIPTION = "the most probable classes of each video of a folder, a list or a file, with their probabilities"
 
@@ -48,18 +53,24 @@ def run(flags: dict[str, Any]) -> None:
     if not flags.get("data"):
         raise UserError("--data is needed: a folder of videos, a list of them, or a video file")
 
-    import torch
+    from dclr.commands.ranks import connected_ranks
 
-    from dclr import report
+    with connected_ranks() as device:
+        predict(checkpoint, out, top, flags, device)
+
+
+def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], device: "torch.device") -> None:
+    """Predict on all ranks, and print or write on rank 0. Raises UserError: see `run`."""
+    from dclr import distributed, report
     from dclr.data.catalog import describe_reading, describe_warnings
     from dclr.data.datasets import open_data
     from dclr.data.given_videos import EVERYTHING, everything
-    from dclr.evaluation.predictions import check_suffix, predict_videos, print_predictions, write_predictions
+    from dclr.evaluation.predictions import check_suffix, predict_videos
     from dclr.models import load_pretrained
 
     if out:
         check_suffix(out)
-        report.require_new_file(out)
+        distributed.on_rank_zero(lambda: report.require_new_file(out))
     pretrained = load_pretrained(checkpoint)
     if pretrained.classifier is None:
         raise UserError(
@@ -76,11 +87,17 @@ def run(flags: dict[str, Any]) -> None:
     print(pretrained.loaded)
     for line in describe_reading(catalog):
         print(line)
-    for line in describe_warnings(catalog):
+    for line in describe_warnings(catalog) if distributed.rank() == 0 else ():
         print(line, file=sys.stderr)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictions = predict_videos(pretrained.classifier, pretrained.classes, catalog, data, device)
-    if not out:
+    distributed.only_on_rank_zero(lambda: show(predictions, out, top))
+
+
+def show(predictions: "Predictions", out: Path | None, top: int) -> None:
+    """Write the predictions to `out`, or print them if it is None. Raises UserError: the file cannot be written."""
+    from dclr.evaluation.predictions import print_predictions, write_predictions
+
+    if out is None:
         print()
         print_predictions(predictions, top)
         return

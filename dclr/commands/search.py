@@ -1,11 +1,14 @@
 """Find the videos nearest to a query: `eval.py search`."""
 
 import argparse
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from dclr import config as configuration
-from dclr.commands.features import CLIP_FLAGS, device_of_process, refuse_unless_demo
+from dclr.commands.features import CLIP_FLAGS, refuse_unless_demo
+from dclr.commands.launcher import require_one_process
 from dclr.errors import UserError
 
 DESCRIPTION = "find the videos nearest to a query, by motion, by scene or by both: a table, a picture and a page"
@@ -68,26 +71,36 @@ def run(flags: dict[str, Any]) -> None:
         if fixed := sorted(CLIP_FLAGS.intersection(flags) - {"workers", "video_timeout"}):
             names = ", ".join("--" + name.replace("_", "-") for name in fixed)
             raise UserError(f"{names} cannot be used with --features, whose file says which videos and clips it is of")
+        require_one_process(os.environ, "eval.py search --features")  # there is nothing to divide among several
     elif not flags.get("data"):
         refuse_unless_demo(checkpoint)
-    if out is not None and Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
-        raise UserError(f"--out {out} exists and is not an empty folder: give another name, or delete it")
 
-    from dclr import report
+    from dclr import distributed, report
+    from dclr.commands.ranks import connected_ranks
     from dclr.data.datasets import make_demo, open_data
     from dclr.evaluation.search import clips_of, read_gallery, search
     from dclr.evaluation.search_results import print_table, title_of, write_results
     from dclr.models import load_pretrained
 
-    pretrained = load_pretrained(checkpoint)
-    table = read_gallery(Path(features), pretrained, kind) if features else None
-    data = configuration.DataConfig(**{**clips_of(table, pretrained), **flags})
-    if not features and not data.data:
-        make_demo()
-    with report.open_run(out or "", "search") as folder:
+    with connected_ranks() as device, ExitStack() as at_end:
+        distributed.only_on_rank_zero(lambda: refuse_unless_empty(out))
+        pretrained = load_pretrained(checkpoint)
+        table = read_gallery(Path(features), pretrained, kind) if features else None
+        data = configuration.DataConfig(**{**clips_of(table, pretrained), **flags})
+        if not features and not data.data:
+            distributed.on_rank_zero(make_demo)
+        folder = distributed.on_rank_zero(lambda: at_end.enter_context(report.open_run(out or "", "search")))
         print(pretrained.loaded)
         source = table or open_data(data)
-        found, gallery = search(source, pretrained, data, queries, kind, count, device_of_process())
-        print_table(found, gallery, kind)
-        write_results(found, gallery, title_of(kind, pretrained), folder, html, data.video_timeout)
-    print(f"\nresults.csv, nearest.png{' and search.html' if html else ''} written to {folder}")
+        result = search(source, pretrained, data, queries, kind, count, device)
+        if result is not None:
+            found, gallery = result
+            print_table(found, gallery, kind)
+            write_results(found, gallery, title_of(kind, pretrained), folder, html, data.video_timeout)
+        print(f"\nresults.csv, nearest.png{' and search.html' if html else ''} written to {folder}")
+
+
+def refuse_unless_empty(out: str | None) -> None:
+    """Raise UserError if --out exists and is not an empty folder."""
+    if out is not None and Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
+        raise UserError(f"--out {out} exists and is not an empty folder: give another name, or delete it")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dclr import distributed
 from dclr.config import DataConfig
 from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo
@@ -20,7 +21,7 @@ from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.features import ClipOutputs, check_classes, check_labels, open_split, run_on_clips
 from dclr.evaluation.predictions import Predictions, name_of_label, write_predictions
 from dclr.evaluation.retrieval import middle_frame
-from dclr.models import count_correct, load_classifier
+from dclr.models import Classifier, count_correct, load_classifier
 from dclr.programs import command_of
 
 SHEET_MISTAKES = 24
@@ -45,13 +46,13 @@ class Accuracy:
 
 
 def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Compute a classifier's accuracies on the test split. Return the entries of report.json.
+    """Compute a classifier's accuracies on the test split. Return the entries of report.json, on all ranks.
 
-    Prints a table. Writes predictions.csv to `folder`. Writes confusion.png and mistakes.png, a sheet of the most
-    confident mistakes, to its folder `pictures`.
+    Rank 0 prints a table. It writes predictions.csv to `folder`, and confusion.png and mistakes.png, a sheet of the
+    most confident mistakes, to its folder `pictures`.
 
     Raises:
-        UserError: see load_classifier, open_data, open_videos and Benchmark. The data set has other classes than the
+        UserError: see load_classifier, open_data, open_split and Benchmark. The data set has other classes than the
             classifier, or a test video without a label.
     """
     classifier, classes = load_classifier(checkpoint)
@@ -63,10 +64,25 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
     benchmark = Benchmark(catalog, data, test=videos)
     outputs = run_on_clips(classifier.to(device).eval(), videos, data, device, "accuracy")
     benchmark.add_failures(outputs.failures)
+    return distributed.on_rank_zero(
+        lambda: write_accuracy(checkpoint, classifier, classes, videos, outputs, benchmark, folder)
+    )
+
+
+def write_accuracy(
+    checkpoint: Path,
+    classifier: Classifier,
+    classes: tuple[str, ...],
+    videos: VideoSet,
+    outputs: ClipOutputs,
+    benchmark: Benchmark,
+    folder: Path,
+) -> dict[str, Any]:
+    """Print the accuracies and write the files that `evaluate_accuracy` names. Return the entries of report.json."""
     result = accuracy(outputs)
 
     clips = outputs.values.shape[1]
-    print(f"\n{checkpoint} on {catalog.root}, {result.videos} test videos, {clips} clips each")
+    print(f"\n{checkpoint} on {benchmark.catalog.root}, {result.videos} test videos, {clips} clips each")
     print(f"{'':14}{'top-1':>8}{'top-5':>8}")
     for name, top1, top5 in (
         ("by video", result.top1_video, result.top5_video),

@@ -11,13 +11,15 @@ Letters: T frames; H, W pixels of the crop; T', H', W' cells of a map.
 import statistics
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data import augmentation
 from dclr.data.clips import evenly_spaced
@@ -26,7 +28,7 @@ from dclr.data.decode import YuvFrames, rgb_of
 from dclr.data.display import shown
 from dclr.data.failures import Failures
 from dclr.data.loader import TestSampler
-from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips, stack_frames
+from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips, merge_failures, stack_frames
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.evaluation import figures
@@ -64,6 +66,20 @@ class Clip:
     mask: np.ndarray  # (T, H, W) bool, the foreground of the crop
 
 
+SheetRow = tuple[str, np.ndarray, np.ndarray, dict[str, np.ndarray]]
+"""One row of `figures.plot_activation_maps`."""
+
+
+@dataclass(frozen=True)
+class ClipMaps:
+    """What is kept of the maps of one test clip. A clip without a foreground has only its path."""
+
+    path: str  # as in the catalog
+    shares: dict[str, float] = field(default_factory=dict)  # of each map inside the foreground, and "flat"
+    size: tuple[int, ...] = ()  # of a map
+    row: SheetRow | None = None
+
+
 def evaluate_activation_maps(
     checkpoint: Path,
     data: DataConfig,
@@ -75,14 +91,14 @@ def evaluate_activation_maps(
 ) -> dict[str, Any]:
     """Compute the share of each map's sum inside the foreground, for the checkpoint and for untrained weights.
 
-    Prints the means, writes maps.png to `folder` and returns the entries of report.json.
+    Rank 0 prints the means and writes maps.png to `folder`. Return the entries of report.json, on all ranks.
 
     Args:
         seed: the seed of the untrained weights. The seed of the run gives the weights that the run started from.
         boundary: how the dynamic view treats the first frame, see kernels.generate_views.
 
     Raises:
-        UserError: see load_backbone, open_data, open_videos and Benchmark; no test clip has a foreground; a map is zero
+        UserError: see load_backbone, open_data, open_split and Benchmark; no test clip has a foreground; a map is zero
             everywhere or not finite.
     """
     network, loaded = load_features(checkpoint, model, seed)
@@ -94,17 +110,38 @@ def evaluate_activation_maps(
     benchmark = Benchmark(catalog, data, test=videos)
     for each in networks.values():
         each.to(device).eval()
-    samples, failures = TestClips(videos, data), Failures(SKIPPED)
-    sampler = TestSampler(samples, evenly_spaced(len(videos), MAX_VIDEOS), [TEST_CLIPS // 2])
-    shares: dict[str, list[float]] = defaultdict(list)
-    rows, without_motion = [], []
-    for _, batch in clip_batches(samples, torch.device("cpu"), sampler):
+    own, failures = maps_of_share(networks, videos, data, boundary, device)
+    benchmark.add_failures(failures)
+    gathered = distributed.gather_on_rank_zero(own)
+    return distributed.on_rank_zero(
+        lambda: write_maps(
+            checkpoint, loaded, network, videos, [clip for share in gathered for clip in share], benchmark, folder
+        )
+    )
+
+
+def maps_of_share(
+    networks: dict[str, Backbone], videos: VideoSet, data: DataConfig, boundary: Any, device: torch.device
+) -> tuple[list[ClipMaps], dict[str, str]]:
+    """Return what is kept of the test clips of this rank's share, and the failed videos of all ranks: path -> reason.
+
+    Args:
+        networks: by what is added to the names of their maps.
+
+    Raises:
+        UserError: a map is zero everywhere or not finite.
+    """
+    samples, failures, found = TestClips(videos, data), Failures(SKIPPED), list[ClipMaps]()
+    chosen = evenly_spaced(len(videos), MAX_VIDEOS)
+    own = [chosen[position] for position in distributed.own_share(len(chosen))]
+    sampler = TestSampler(samples, own, [TEST_CLIPS // 2])
+    for _, batch in clip_batches(samples, torch.device("cpu"), sampler) if own else ():
         failures.add(batch.failures)
         if not len(batch.indices):
             continue
         clip = clip_of(videos, batch)
         if not clip.mask.any():
-            without_motion.append(clip.path)
+            found.append(ClipMaps(clip.path))
             continue
         maps = {
             f"{name} {which}".strip(): values
@@ -112,18 +149,39 @@ def evaluate_activation_maps(
             for name, values in zip(MAPS, compute_maps(each, clip, data.crop_size, boundary, device), strict=True)
         }
         check_maps(clip.path, maps)
-        shares["flat"].append(float(clip.mask.mean()))
-        for name, values in maps.items():
-            shares[name].append(energy_share(values, clip.mask))
-        rows.append(sheet_row(clip, maps))
-        size = maps[MAPS[0]].shape
-    benchmark.add_failures(failures.reasons)
+        shares = {"flat": float(clip.mask.mean())}
+        shares |= {name: energy_share(values, clip.mask) for name, values in maps.items()}
+        found.append(ClipMaps(clip.path, shares, maps[MAPS[0]].shape, sheet_row(clip, maps)))
+    return found, merge_failures(distributed.gather_objects(failures.reasons))
+
+
+def write_maps(
+    checkpoint: Path,
+    loaded: str,
+    network: Backbone,
+    videos: VideoSet,
+    clips: Sequence[ClipMaps],
+    benchmark: Benchmark,
+    folder: Path,
+) -> dict[str, Any]:
+    """Print the shares and write the picture that `evaluate_activation_maps` names. Return entries of report.json.
+
+    Raises:
+        UserError: no test clip has a foreground.
+    """
+    without_motion = [clip.path for clip in clips if not clip.shares]
+    rows = [clip.row for clip in clips if clip.row is not None]
     if not rows:
-        raise UserError(f"--data {catalog.root}: nothing moves in any of {len(without_motion)} test clips")
+        raise UserError(f"--data {benchmark.catalog.root}: nothing moves in any of {len(without_motion)} test clips")
+    shares: dict[str, list[float]] = defaultdict(list)
+    for clip in clips:
+        for name, value in clip.shares.items():
+            shares[name].append(value)
+    size = next(clip.size for clip in clips if clip.size)
 
     grid = " x ".join(map(str, size))
     counts = f"{len(rows)} test clips, maps of {grid}; the share of each map in the moving region"
-    print(f"\n{loaded}\non {catalog.root}: {counts}")
+    print(f"\n{loaded}\non {benchmark.catalog.root}: {counts}")
     for name, values in shares.items():
         print(f"{'the same everywhere' if name == 'flat' else name:20}{statistics.mean(values):8.1%}")
     coarse = why_too_coarse(*size[1:])
@@ -151,7 +209,7 @@ def evaluate_activation_maps(
         "videos": len(rows),
         "map_size": list(size),
         "without_motion": without_motion,
-        "left_out": {**videos.unreadable, **failures.reasons},
+        "left_out": {**videos.unreadable, **benchmark.failures},
         **benchmark.report(),
     }
 
@@ -224,8 +282,8 @@ def energy_share(activation: np.ndarray, mask: np.ndarray) -> float:
     return float(resized[mask].sum() / resized.sum())
 
 
-def sheet_row(clip: Clip, maps: dict[str, np.ndarray]) -> tuple[str, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Return one row of `figures.plot_activation_maps`: the clip's middle frame, and mask and maps at that time."""
+def sheet_row(clip: Clip, maps: dict[str, np.ndarray]) -> SheetRow:
+    """Return the name of the clip, its middle frame, and mask and maps at that time."""
     middle = len(clip.rgb) // 2
     step = max(1, min(clip.mask.shape[1:]) // PIXELS_SHOWN)
     pixels = np.s_[middle, ::step, ::step]

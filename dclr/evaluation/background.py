@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
 from dclr.data.clips import evenly_spaced
@@ -39,9 +40,11 @@ from dclr.evaluation.composites import (
 )
 from dclr.evaluation.features import (
     ClipOutputs,
+    all_clips,
     check_classes,
     check_outputs,
     load_features,
+    mean_of_clips,
     open_labelled,
     run_on_clips,
     run_on_samples,
@@ -55,6 +58,18 @@ SHEET_VIDEOS = 8
 FOREGROUND = ("ordinary", "moving", "static", "contrasted")
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What all ranks compute: the features of the videos of both splits, and those of the composites."""
+
+    train_videos: VideoSet
+    test_videos: VideoSet
+    train: ClipOutputs  # (N, 1, D), means over the clips
+    test: ClipOutputs  # (N, TEST_CLIPS, D), without composites (N, 1, D)
+    samples: CompositeClips | None  # None without composites, as the next
+    composites: ClipOutputs | None  # (N, TEST_CLIPS, 2, D), moving and frozen
+
+
 def evaluate_background(
     checkpoint: Path,
     data: DataConfig,
@@ -64,15 +79,15 @@ def evaluate_background(
     folder: Path,
     foreground: bool,
 ) -> dict[str, Any]:
-    """Fit the probes and, with `foreground`, classify the composites. Return the entries of report.json.
+    """Fit the probes and, with `foreground`, classify the composites. Return the entries of report.json, on all ranks.
 
-    Prints a table of each. With `foreground`, writes foreground.png to `folder`.
+    Rank 0 prints a table of each. With `foreground`, it writes foreground.png to `folder`.
 
     Args:
         seed: the seed of random weights, used only if `checkpoint` is the word random.
 
     Raises:
-        UserError: see load_network, open_data, open_videos and Benchmark. A data set without labels, or with other
+        UserError: see load_network, open_data, open_split and Benchmark. A data set without labels, or with other
             classes than the classifier. With `foreground`: all test videos are of one class, or none of them has a
             foreground.
     """
@@ -92,14 +107,34 @@ def evaluate_background(
     def features(clip: Tensor) -> Tensor:
         return pool(backbone(clip))
 
-    train, test = (
-        run_on_clips(features, videos, data, device, title)
-        for videos, title in ((train_videos, "train"), (test_videos, "test"))
-    )
+    train = run_on_clips(features, train_videos, data, device, "train", mean_of_clips)
+    test = run_on_clips(features, test_videos, data, device, "test", all_clips if foreground else mean_of_clips)
     benchmark.add_failures({**train.failures, **test.failures})
+    samples, composites = None, None
+    if foreground:
+        samples = CompositeClips(test_videos, data)
+        composites = run_on_composites(features, samples, device)
+        benchmark.add_failures(composites.failures)
+    passes = Passes(train_videos, test_videos, train, test, samples, composites)
+    return distributed.on_rank_zero(
+        lambda: write_background(checkpoint, loaded, backbone, classifier, passes, benchmark, folder)
+    )
+
+
+def write_background(
+    checkpoint: Path,
+    loaded: str,
+    backbone: Backbone,
+    classifier: tuple[Classifier, tuple[str, ...]] | None,
+    passes: Passes,
+    benchmark: Benchmark,
+    folder: Path,
+) -> dict[str, Any]:
+    """Print the tables and write the picture that `evaluate_background` names. Return the entries of report.json."""
+    catalog, train, test = benchmark.catalog, passes.train, passes.test
     train_groups, test_groups = (
-        groups_of(catalog, "train", train_videos, train),
-        groups_of(catalog, "test", test_videos, test),
+        groups_of(catalog, "train", passes.train_videos, train),
+        groups_of(catalog, "test", passes.test_videos, test),
     )
     no_scene = why_no_scenes(train_groups, train.labels.tolist(), test_groups)
     motion = evaluate_features(train, test, len(catalog.classes))
@@ -118,6 +153,7 @@ def evaluate_background(
             f"class and group share {independence:.3f} of their information in the test split "
             "(0: independent, 1: each determines the other)"
         )
+    unreadable = {**passes.train_videos.unreadable, **passes.test_videos.unreadable}
     result: dict[str, Any] = {
         "weights": loaded,
         "backbone": backbone.name,
@@ -134,14 +170,12 @@ def evaluate_background(
         },
         "no_scene_scores": no_scene or None,
         "independence": independence,
-        "left_out": {**train_videos.unreadable, **test_videos.unreadable, **train.failures, **test.failures},
+        "left_out": {**unreadable, **train.failures, **test.failures},
     }
-    if foreground:
+    if passes.samples is not None and passes.composites is not None:
         logits = classifier[0].fc if classifier else motion.fitted.logits
         predictor = f"the classifier of {checkpoint}" if classifier else "the motion probe"
-        samples = CompositeClips(test_videos, data)
-        tested = evaluate_foreground(logits, features, samples, test, device)
-        benchmark.add_failures(tested.failures)
+        tested = evaluate_foreground(logits, passes.samples, passes.composites, test)
         print_foreground(tested, predictor, motion.chance)
         title = benchmark.title(
             checkpoint,
@@ -151,7 +185,7 @@ def evaluate_background(
             "foreground: the moving region, in white; moving: the foreground on the other background, frame by frame; "
             "static: the middle frame of it, repeated",
         )
-        plot_sheet(samples, tested.indices, title, folder / "foreground.png")
+        plot_sheet(passes.samples, tested.indices, title, folder / "foreground.png")
         result["figures"] |= {f"foreground_{name}": getattr(tested, name) for name in FOREGROUND}
         result["foreground"] = {
             "predicted_by": predictor,
@@ -204,7 +238,8 @@ class Scores:
 
 
 def evaluate_features(train: ClipOutputs, test: ClipOutputs, classes: int) -> Scores:
-    """Predict the labels of test videos from features (N, TEST_CLIPS, D). Labels are 0 to classes - 1."""
+    """Predict the labels of test videos from features (N, R, D), whose mean over R is used. Labels are 0 to
+    classes - 1."""
     probe = fit_probe(train.values.mean(1), train.labels, classes)
     found = retrieval(train, test)
     correct = probe.logits(test.values.mean(1)).argmax(1) == test.labels
@@ -298,24 +333,39 @@ class Foreground:
     failures: dict[str, str]  # path -> reason: the videos that could not be read
 
 
-def evaluate_foreground(
-    logits: Callable[[Tensor], Tensor],  # features (B, D) -> (B, classes)
+def run_on_composites(
     features: Callable[[Tensor], Tensor],  # clips (B, 3, T, h, w) -> (B, D)
     samples: CompositeClips,
-    ordinary: ClipOutputs,
     device: torch.device,
+) -> ClipOutputs:
+    """Return the features of composites, moving and frozen: (N, TEST_CLIPS, 2, D).
+
+    Rank 0 also gets `samples.shares` of all videos.
+    """
+    outputs = run_on_samples(
+        lambda clip: torch.stack([features(clip), features(frozen(clip))], 1), samples, device, "foreground"
+    )
+    own = distributed.own_share(len(samples.shares))
+    shares = distributed.gather_rows(torch.from_numpy(samples.shares[own.start : own.stop]))
+    samples.shares[: len(shares)] = shares.numpy()
+    return outputs
+
+
+def evaluate_foreground(
+    logits: Callable[[Tensor], Tensor],  # features (B, D) -> (B, classes)
+    samples: CompositeClips,
+    outputs: ClipOutputs,
+    ordinary: ClipOutputs,
 ) -> Foreground:
     """Classify composites, moving and frozen, and the same videos as they are.
 
     Args:
+        outputs: see `run_on_composites`.
         ordinary: the features of the same videos as they are.
 
     Raises:
         UserError: no video has a foreground.
     """
-    outputs = run_on_samples(
-        lambda clip: torch.stack([features(clip), features(frozen(clip))], 1), samples, device, "foreground"
-    )
     row_of = {index: row for row, index in enumerate(ordinary.indices.tolist())}
     read = [(row, index) for row, index in enumerate(outputs.indices.tolist()) if index in row_of]
     kept = [(row, index) for row, index in read if samples.shares[index].any()]

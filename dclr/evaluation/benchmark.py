@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dclr import distributed
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, describe_reading, reading_entry
 from dclr.data.coverage import Coverage, class_warnings, coverage, missing_of_unknown_split
@@ -19,8 +20,10 @@ class Benchmark:
     def __init__(self, catalog: Catalog, data: DataConfig, **videos: VideoSet) -> None:
         """`videos`: the readable videos of the splits that the evaluation uses, by the name of the split.
 
-        Raises UserError: more than --max-missing percent of a split's listed videos are missing, or a video has two
-        labels.
+        All ranks call this. Rank 0 looks for duplicates, because that reads files.
+
+        Raises UserError: on all ranks, more than --max-missing percent of a split's listed videos are missing, or a
+        video has two labels.
         """
         self.catalog, self.videos, self.max_missing = catalog, videos, data.max_missing
         self.failures: dict[str, str] = {}
@@ -28,7 +31,8 @@ class Benchmark:
             print(line)
         self.check()
         unreadable = {path for split in videos.values() for path in split.unreadable}
-        self.duplicates = find_duplicates(catalog, unreadable)
+        with distributed.without_timeout():
+            self.duplicates = distributed.on_rank_zero(lambda: find_duplicates(catalog, unreadable))
         self.duplicates.check_labels()
 
     def check(self) -> list[Coverage]:

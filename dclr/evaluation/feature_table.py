@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dclr import distributed
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog
 from dclr.data.given_videos import EVERYTHING, everything, splits_of
@@ -95,6 +96,24 @@ def feature_table(request: Request, device: torch.device, title: str = "embeddin
         UserError: no video can be read, the network has no such embedding, or an embedding is not finite.
     """
     return join(request, [collect(embed_listed(request, range(len(request)), device, title))])
+
+
+def feature_table_of_ranks(request: Request, device: torch.device, title: str) -> FeatureTable | None:
+    """Do what `feature_table` does, with a share of the videos on each rank. Rank 0 gets the table, the others None.
+
+    Raises:
+        UserError: on all ranks, no video can be read; on one rank, an embedding is not finite.
+    """
+    shown = title if distributed.rank() == 0 else ""
+    own = collect(embed_listed(request, distributed.own_share(len(request)), device, shown))
+    everyone = distributed.gather_objects((own.positions, own.skipped))
+    embeddings = {}
+    for kind in request.kinds:
+        rows = own.embeddings.get(kind, np.empty(0, np.float32))
+        embeddings[kind] = distributed.gather_rows(torch.from_numpy(rows)).numpy()
+    positions = [position for positions, _ in everyone for position in positions]
+    skipped = {position: reason for _, reasons in everyone for position, reason in reasons.items()}
+    return distributed.only_on_rank_zero(lambda: join(request, [Rows(positions, embeddings, skipped)]))
 
 
 def embed_listed(

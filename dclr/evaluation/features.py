@@ -2,7 +2,11 @@
 
 The test protocol is that of the released code: TEST_CLIPS = 10 clips per video, uniformly spaced, centre crop.
 
-Letters: B clips in a batch, N videos, T frames per clip, h, w pixels of the crop, D outputs of the network.
+Each rank takes a share of the videos, and rank 0 gets the outputs of all. The clips of a video are computed together
+and never with those of another video. So the outputs do not depend on the number of ranks.
+
+Letters: B clips in a batch, N videos, T frames per clip, h, w pixels of the crop, D outputs of the network, R rows that
+are kept of a video.
 """
 
 import sys
@@ -14,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog, label_advice
 from dclr.data.failures import Failures
 from dclr.data.loader import Position, TestSampler, batches_ahead
 from dclr.data.prefetch import batches_on
-from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips
+from dclr.data.samples import TEST_CLIPS, ClipBatch, TestClips, merge_failures
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
 from dclr.kernels import Augmentation, Yuv420, augment
@@ -41,10 +46,24 @@ SKIPPED = "it is skipped in the figures"
 class ClipOutputs:
     """The outputs of a network on the test clips of the readable videos of a split."""
 
-    values: Tensor  # (N, TEST_CLIPS, D) float32, on the CPU
+    values: Tensor  # (N, R, D) float32, on the CPU. Only rank 0 has them: N = 0 on the others
     labels: Tensor  # (N,) int64
     indices: Tensor  # (N,) int64, positions in the VideoSet
     failures: dict[str, str]  # path -> reason: the videos that could not be read, which no result counts
+
+
+Keep = Callable[[Tensor], Tensor]
+"""What is kept of a video's outputs: (TEST_CLIPS, D) -> (R, D). Keeping less saves memory on rank 0."""
+
+
+def all_clips(outputs: Tensor) -> Tensor:
+    """Keep the outputs of all clips of a video."""
+    return outputs
+
+
+def mean_of_clips(outputs: Tensor) -> Tensor:
+    """Keep the mean over the clips of a video: (TEST_CLIPS, D) -> (1, D)."""
+    return outputs.mean(0, keepdim=True)
 
 
 def run_on_clips(
@@ -53,70 +72,87 @@ def run_on_clips(
     config: DataConfig,
     device: torch.device,
     title: str,
+    keep: Keep = all_clips,
 ) -> ClipOutputs:
     """Return the outputs of `network` on the test clips of every readable video. `title` labels the progress bar.
+
+    Rank 0 warns if all outputs are equal.
 
     Raises:
         UserError: no video can be read, or an output is not finite.
     """
-    return run_on_samples(network, TestClips(videos, config), device, title)
+    outputs = run_on_samples(network, TestClips(videos, config), device, title, keep)
+    values = outputs.values
+    if len(values) > 1 and all((kept == values[0, 0]).all() for kept in values):  # stops at the first difference
+        print("warning: the network gives the same output for every clip: figures have no meaning", file=sys.stderr)
+    return outputs
 
 
-@torch.no_grad()
 def run_on_samples(
     network: Callable[[Tensor], Tensor],  # clips (B, 3, T, h, w) -> (B, ..., D)
     samples: TestClips,
     device: torch.device,
     title: str,
+    keep: Keep = all_clips,
+    consequence: str = SKIPPED,
 ) -> ClipOutputs:
     """Do what `run_on_clips` does, for a TestClips object that may change the clips, such as composites.CompositeClips.
+
+    Args:
+        consequence: what the figures do without an unreadable video, for the warning that names it.
 
     Raises:
         UserError: no video can be read, or an output is not finite.
     """
-    videos, config = samples.videos, samples.config
-    size, failures = (config.crop_size, config.crop_size), Failures(SKIPPED)
-    values, indices = [], []
-    with ProgressBar(len(videos), title, "video") as bar:
-        for positions, batch in clip_batches(samples, device):
-            failures.add(batch.failures)
-            bar.advance(int(positions[-1][1] == TEST_CLIPS - 1))
-            if len(batch.indices):
-                output = network(augment_slices(batch.frames, batch.augmentation, size)).float().cpu()
-                check_outputs(output, [videos.path(index) for index in batch.indices.tolist()])
-                values.append(output)
-                indices.append(batch.indices)
-    of_clips = torch.cat([torch.empty(0, dtype=torch.int64), *indices])
-    # A video that failed after some of its clips were read does not count either.
-    complete = torch.bincount(of_clips, minlength=len(videos)) == TEST_CLIPS
-    if not complete.any():
+    videos, failures = samples.videos, Failures(consequence)
+    own, found = distributed.own_share(len(videos)), list[int]()
+    values = torch.empty(0)
+    with ProgressBar(len(own), title, "video", shown=distributed.rank() == 0) as bar:
+        results = embed_videos(lambda clips: {"": network(clips)}, samples, device, own)
+        for index, result in zip(own, results, strict=True):
+            bar.advance()
+            if isinstance(result, str):
+                failures.add({videos.path(index): result})
+                continue
+            kept = keep(result[""])
+            if not found:  # memory for all videos, so that no second copy of it is needed at the end
+                values = torch.empty(len(own), *kept.shape)
+            values[len(found)] = kept
+            found.append(index)
+    everyone = distributed.gather_objects((found, failures.reasons))
+    indices = torch.tensor([index for indices, _ in everyone for index in indices], dtype=torch.int64)
+    if not len(indices):
         raise UserError(
             f"{videos.root}: not one of {len(videos)} videos can be read any more; was the folder moved or unmounted?"
         )
-    found = complete.nonzero()[:, 0]
-    of_videos = torch.cat(values)[complete[of_clips]].unflatten(0, (-1, TEST_CLIPS))
-    if len(found) > 1 and (of_videos == of_videos[0, 0]).all():
-        print("warning: the network gives the same output for every clip: figures have no meaning", file=sys.stderr)
-    return ClipOutputs(of_videos, torch.from_numpy(videos.labels)[found], found, failures.reasons)
+    values = distributed.gather_rows(values[: len(found)])
+    labels = torch.from_numpy(videos.labels)[indices]
+    return ClipOutputs(values, labels, indices, merge_failures(reasons for _, reasons in everyone))
 
 
 def embed_videos(
-    embed: Callable[[Tensor], dict[str, Tensor]],  # clips (B, 3, T, h, w) -> kind -> (B, D)
+    embed: Callable[[Tensor], dict[str, Tensor]],  # clips (B, 3, T, h, w) -> kind -> (B, ..., D)
     samples: TestClips,
     device: torch.device,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Tensor] | str]:
-    """Yield the embeddings of the test clips of each video: kind -> (TEST_CLIPS, D) float32, on the CPU.
+    """Yield the embeddings of the test clips of each video: kind -> (TEST_CLIPS, ..., D) float32, on the CPU.
 
     A video that cannot be read gives the reason in place of embeddings. The clips of a video are computed together, and
     never with those of another video. So the embeddings do not depend on which other videos are read.
 
+    Args:
+        indices: the videos, by default all.
+
     Raises:
         UserError: the frames are too large for the memory of the machine, or an embedding is not finite.
     """
+    if indices is not None and not len(indices):
+        return
     size = (samples.config.crop_size, samples.config.crop_size)
     found: list[dict[str, Tensor]] = []  # of the batches of one video
     reason = ""
-    for positions, batch in clip_batches(samples, device):
+    for positions, batch in clip_batches(samples, device, TestSampler(samples, indices)):
         reason = reason or next(iter(batch.failures.values()), "")
         if not reason:
             with torch.no_grad():
@@ -211,8 +247,20 @@ def check_labels(catalog: Catalog, split: str, videos: VideoSet, command: str, o
 
 
 def open_split(catalog: Catalog, split: str, data: DataConfig) -> VideoSet:
-    """Return the readable videos of a split. Raises UserError: see open_videos."""
-    return open_videos(catalog, split, max(1, data.workers), timeout=data.video_timeout)
+    """Return the readable videos of a split. One rank on each machine verifies them, and the others read its cache.
+
+    Raises:
+        UserError: on all ranks, see open_videos; the ranks do not see the same videos.
+    """
+    workers, timeout = max(1, data.workers), data.video_timeout
+    videos = distributed.once_on_each_machine(
+        lambda first: open_videos(catalog, split, workers, progress=first, timeout=timeout)
+    )
+    if distributed.world_size() > 1 and len(set(distributed.gather_objects(videos.fingerprint()))) > 1:
+        raise UserError(
+            f"--data {catalog.root}: the processes find different videos there; every machine must see the same files"
+        )
+    return videos
 
 
 def check_classes(checkpoint: Path, classes: tuple[str, ...], catalog: Catalog) -> None:

@@ -3,6 +3,9 @@
 A measurement reads the middle test clip of each video of the sample. The videos are evenly spaced over their split. The
 network is in evaluation mode and gets back its mode. So training gives the same result with and without measurements.
 
+All ranks call a measurement. Each computes a share of the videos, with the network and the BatchNorm statistics of rank
+0. Rank 0 gets the outputs and computes the values, so these do not depend on the number of ranks.
+
 Letters: N training videos, Q test videos, D features, C classes.
 """
 
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dclr import distributed
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog
 from dclr.data.clips import evenly_spaced
@@ -48,25 +52,34 @@ class Sample:
     def outputs(self, network: Callable[[Tensor], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the network's outputs (N, D) float32 and the labels (N,) of the readable videos, on the CPU.
 
+        All ranks call this. Only rank 0 gets the outputs.
+
         Args:
             network: clips (B, 3, T, h, w) -> (B, D).
 
         Raises:
             UserError: no video can be read, or an output is not finite.
         """
+        own = distributed.on_all_ranks(lambda: self._outputs_of_share(network, device))
+        labels = torch.tensor([label for labels in distributed.gather_objects(own[1]) for label in labels])
+        if not len(labels):
+            raise UserError(f"{self._samples.videos.root}: not one of {len(self._indices)} videos can be read any more")
+        return distributed.gather_rows(own[0]), labels
+
+    def _outputs_of_share(self, network: Callable[[Tensor], Tensor], device: torch.device) -> tuple[Tensor, list[int]]:
+        """Return the outputs (n, D) and the labels of the readable videos of this rank's share."""
         videos, side = self._samples.videos, self._samples.config.crop_size
-        sampler = TestSampler(self._samples, self._indices, [TEST_CLIPS // 2])
-        outputs, labels = [], []
-        for _, batch in clip_batches(self._samples, device, sampler):
+        own = [self._indices[position] for position in distributed.own_share(len(self._indices))]
+        sampler = TestSampler(self._samples, own, [TEST_CLIPS // 2])
+        outputs, labels = [torch.empty(0)], list[int]()
+        for _, batch in clip_batches(self._samples, device, sampler) if own else ():
             if not len(batch.indices):
                 continue
             clips = augment_slices(batch.frames, batch.augmentation, (side, side))
             outputs.append(network(clips).float().cpu())
             check_outputs(outputs[-1], [videos.path(index) for index in batch.indices.tolist()])
-            labels.append(batch.labels.cpu())
-        if not outputs:
-            raise UserError(f"{videos.root}: not one of {len(self._indices)} videos can be read any more")
-        return torch.cat(outputs), torch.cat(labels)
+            labels += batch.labels.tolist()
+        return torch.cat(outputs[1:] or outputs), labels
 
 
 def open_knn(data: DataConfig, device: torch.device) -> Monitor:
@@ -86,7 +99,7 @@ def open_knn(data: DataConfig, device: torch.device) -> Monitor:
     def measure(backbone: nn.Module) -> dict[str, float]:
         with evaluating(backbone):
             gallery, queries = (sample.outputs(lambda x: pool(backbone(x)), device) for sample in (train, test))
-        top1, recall = knn(*gallery, *queries, len(catalog.classes))
+        top1, recall = distributed.on_rank_zero(lambda: knn(*gallery, *queries, len(catalog.classes)))
         same_class = (gallery[1][None] == queries[1][:, None]).float().mean().item()
         return {"knn/top1": top1, "knn/recall_at_1": recall, "knn/chance": same_class}
 
@@ -105,10 +118,8 @@ def open_accuracy(data: DataConfig, device: torch.device) -> Monitor:
     def measure(classifier: nn.Module) -> dict[str, float]:
         with evaluating(classifier):
             logits, labels = test.outputs(classifier, device)
-        return {
-            "test/top1": (logits.argmax(1) == labels).float().mean().item(),
-            "test/chance": 1 / len(catalog.classes),
-        }
+        top1 = distributed.on_rank_zero(lambda: (logits.argmax(1) == labels).float().mean().item())
+        return {"test/top1": top1, "test/chance": 1 / len(catalog.classes)}
 
     return measure
 
@@ -137,11 +148,12 @@ def knn(
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode. Afterwards each of its modules gets back its own mode."""
+    """Put a network into evaluation mode, with the buffers of rank 0. Afterwards it gets back its modes and buffers."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        yield
+        with distributed.buffers_of_rank_zero(network):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -16,14 +16,12 @@ from dclr.config import DataConfig
 from dclr.data.catalog import Catalog
 from dclr.data.given_videos import EVERYTHING, everything, splits_of
 from dclr.data.samples import TestClips
-from dclr.data.videos import open_videos
 from dclr.errors import UserError, printable
 from dclr.evaluation.feature_file import as_utf8
 from dclr.evaluation.feature_table import MISSING
-from dclr.evaluation.features import embed_videos
+from dclr.evaluation.features import mean_of_clips, open_split, run_on_samples
 from dclr.files import atomic_file
 from dclr.models import Classifier
-from dclr.progress import ProgressBar
 
 SUFFIXES = (".csv", ".parquet")
 
@@ -66,28 +64,21 @@ def predict_videos(
 ) -> Predictions:
     """Predict the class of every video of all splits of a data set, each video once.
 
+    Rank 0 gets the logits of all videos. On the other ranks, `logits` is empty.
+
     Raises:
-        UserError: see open_videos; no video can be read, or a logit is not finite.
+        UserError: see open_split; no video can be read, or a logit is not finite.
     """
     listed, splits = everything(catalog), splits_of(catalog)
-    videos = open_videos(listed, EVERYTHING, max(1, data.workers), timeout=data.video_timeout)
-    skipped = dict(videos.unreadable) | {video.path: MISSING for video in listed.missing.get(EVERYTHING, ())}
+    videos = open_split(listed, EVERYTHING, data)
+    missing = {video.path: MISSING for video in listed.missing.get(EVERYTHING, ())}
     classifier.to(device).eval()
-    read, logits = [], []
-    with ProgressBar(len(videos), "predict", "video") as bar:
-        results = embed_videos(lambda clips: {"logits": classifier(clips)}, TestClips(videos, data), device)
-        for index, result in enumerate(results):
-            bar.advance()
-            if isinstance(result, str):
-                skipped[videos.path(index)] = result
-            else:
-                read.append(index)
-                logits.append(result["logits"].mean(0))
-    if not read:
-        raise UserError(f"{catalog.root}: not one of {len(videos)} videos can be read any more; was the folder moved?")
-    paths = [videos.path(index) for index in read]
-    labels = [name_of_label(catalog.classes, int(videos.labels[index])) for index in read]
-    return Predictions(paths, labels, [splits[path] for path in paths], classes, torch.stack(logits), skipped)
+    outputs = run_on_samples(classifier, TestClips(videos, data), device, "predict", mean_of_clips, "it is skipped")
+    indices = outputs.indices.tolist()
+    paths = [videos.path(index) for index in indices]
+    labels = [name_of_label(catalog.classes, int(videos.labels[index])) for index in indices]
+    skipped = {**videos.unreadable, **missing, **outputs.failures}
+    return Predictions(paths, labels, [splits[path] for path in paths], classes, outputs.values[:, 0], skipped)
 
 
 def name_of_label(classes: tuple[str, ...], label: int) -> str:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
@@ -29,7 +30,7 @@ from dclr.data.display import shown
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
-from dclr.evaluation.features import ClipOutputs, load_features, open_labelled, run_on_clips
+from dclr.evaluation.features import ClipOutputs, load_features, mean_of_clips, open_labelled, run_on_clips
 from dclr.models import pool
 
 RANKS = (1, 5, 10, 20, 50)
@@ -64,32 +65,53 @@ def evaluate_retrieval(
     folder: Path,
     normalise_clips: bool = False,
 ) -> dict[str, Any]:
-    """Look up the test videos in the train split. Return the entries of report.json.
+    """Look up the test videos in the train split. Return the entries of report.json, on all ranks.
 
-    Prints R@k for each k of RANKS and writes retrieval.png to `folder`.
+    Rank 0 prints R@k for each k of RANKS and writes retrieval.png to `folder`. It holds one feature of each video:
+    0.5 GB for 240,000 videos and 512 numbers, and the same again while it compares them.
 
     Args:
         seed: the seed of random weights, used only if `checkpoint` is the word random.
-        normalise_clips: see `normalized`.
+        normalise_clips: see `mean_direction`.
 
     Raises:
-        UserError: see load_backbone, open_data, open_videos and Benchmark. A data set without labels.
+        UserError: see load_backbone, open_data, open_split and Benchmark. A data set without labels.
     """
     backbone, loaded = load_features(checkpoint, model, seed)
     catalog = open_data(data)
     gallery_videos, query_videos = open_labelled(catalog, data, "retrieval")
     benchmark = Benchmark(catalog, data, train=gallery_videos, test=query_videos)
     backbone.to(device).eval()
+    keep = mean_direction if normalise_clips else mean_of_clips
     gallery, queries = (
-        run_on_clips(lambda clip: pool(backbone(clip)), videos, data, device, title)
+        run_on_clips(lambda clip: pool(backbone(clip)), videos, data, device, title, keep)
         for videos, title in ((gallery_videos, "gallery"), (query_videos, "queries"))
     )
     benchmark.add_failures({**gallery.failures, **queries.failures})
-    result = retrieval(gallery, queries, normalise_clips)
+    result = distributed.on_rank_zero(
+        lambda: write_retrieval(
+            checkpoint, loaded, (gallery, queries), (gallery_videos, query_videos), benchmark, folder, normalise_clips
+        )
+    )
+    return {"weights": loaded, "backbone": model.backbone, "width": model.width, **result}
+
+
+def write_retrieval(
+    checkpoint: Path,
+    loaded: str,
+    outputs: tuple[ClipOutputs, ClipOutputs],  # gallery, queries
+    videos: tuple[VideoSet, VideoSet],
+    benchmark: Benchmark,
+    folder: Path,
+    normalise_clips: bool,
+) -> dict[str, Any]:
+    """Print the table and write the picture that `evaluate_retrieval` names. Return entries of report.json."""
+    (gallery, queries), (gallery_videos, query_videos) = outputs, videos
+    result = retrieval(gallery, queries)
 
     counts = f"{len(queries.labels)} test videos looked up among {len(gallery.labels)} train videos"
     counts += ", features of clips of length 1" if normalise_clips else ""
-    print(f"\n{loaded}\non {catalog.root}: {counts}")
+    print(f"\n{loaded}\non {benchmark.catalog.root}: {counts}")
     print("".join([f"{'':10}", *(f"{f'R@{k}':>8}" for k in result.recall)]))
     for name, shares in (("retrieval", result.recall), ("chance", result.chance)):
         print("".join([f"{name:10}", *(f"{value:8.1%}" for value in shares.values())]))
@@ -102,9 +124,6 @@ def evaluate_retrieval(
     )
     plot_sheet(result, gallery, queries, gallery_videos, query_videos, title, folder / "retrieval.png")
     return {
-        "weights": loaded,
-        "backbone": model.backbone,
-        "width": model.width,
         "figures": {
             **{f"recall_at_{k}": value for k, value in result.recall.items()},
             **{f"chance_at_{k}": value for k, value in result.chance.items()},
@@ -139,13 +158,21 @@ def retrieval(gallery: ClipOutputs, queries: ClipOutputs) -> Retrieval:
 def normalized(outputs: ClipOutputs) -> Tensor:
     """Return each video's mean feature, minus the mean of the split, scaled to length 1: (N, D) float32.
 
-    The numbers are rounded to multiples of STEP, which changes them by at most 7.5e-9. Float32 has these multiples,
-    because larger numbers of length 1 have a coarser rounding anyway. Products are then multiples of 2^-52, and a sum
-    of products is below 2. Float64 holds such sums exactly, so a product of matrices in float64 has no rounding error.
+    The numbers are rounded to multiples of STEP = 2^-26, which changes them by at most 7.5e-9. Float32 holds these
+    multiples from -1 to 1. Their products are multiples of 2^-52, and a sum of such products of two vectors of length 1
+    is below 2. Float64 holds such sums exactly, so a product of matrices in float64 has no rounding error.
     """
-    features = outputs.values.mean(1)
-    unit = F.normalize(features - features.mean(0), dim=1)
-    return unit.div_(STEP).round_().mul_(STEP)
+    features = outputs.values.mean(1)  # a new tensor, so the rest needs no further memory
+    features -= features.mean(0)
+    return F.normalize(features, dim=1, out=features).div_(STEP).round_().mul_(STEP)
+
+
+def mean_direction(outputs: Tensor) -> Tensor:
+    """Scale the feature of each clip to length 1 and return their mean, as the released code does: (10, D) -> (1, D).
+
+    A clip with a large feature then has no more weight than the other clips of its video.
+    """
+    return mean_of_clips(F.normalize(outputs, dim=1))
 
 
 def nearest_rows(queries: Tensor, gallery: Tensor, depth: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dclr import distributed
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog
 from dclr.data.given_videos import EVERYTHING, catalog_of_files, everything
@@ -22,7 +23,7 @@ from dclr.data.videos import NoReadableVideo
 from dclr.errors import UserError
 from dclr.evaluation.embedding import check_head
 from dclr.evaluation.feature_file import FeatureTable, read_features
-from dclr.evaluation.feature_table import Request, feature_table
+from dclr.evaluation.feature_table import Request, feature_table, feature_table_of_ranks
 from dclr.models import Pretrained
 
 _ROWS_AT_ONCE = 8192
@@ -152,8 +153,10 @@ def search(
     kind: str,
     count: int,
     device: torch.device,
-) -> tuple[list[Found], Gallery]:
+) -> tuple[list[Found], Gallery] | None:
     """Embed the queries, and the videos of a catalog if there is no table of them, and find the nearest videos.
+
+    Each rank embeds a share of the videos. Rank 0 does the rest and gets the result, the others None.
 
     Args:
         source: the videos to search, or their embeddings.
@@ -164,23 +167,46 @@ def search(
         UserError: a query cannot be read, the network or the table has no such embedding, or no video can be read.
     """
     check_head(pretrained, kind)
+    embedded = distributed.on_rank_zero(lambda: embed_queries(source, pretrained, data, queries, kind, device))
+    table: FeatureTable | None
+    if isinstance(source, FeatureTable):
+        table = source
+    else:
+        table = feature_table_of_ranks(Request(source, pretrained, data, (kind,)), device, "embedding videos")
+
+    def look_up() -> tuple[list[Found], Gallery]:
+        assert table is not None  # on rank 0
+        gallery, found = Gallery(table, kind), []
+        for query in queries:
+            own_rows = gallery.rows_of(query)
+            if query not in embedded and not own_rows:
+                raise UserError(f"--query {query} cannot be read: {gallery.table.skipped.get(query, 'it has no row')}")
+            embedding = embedded[query] if query in embedded else gallery.rows[own_rows[0]]
+            found.append(Found(query, own_rows, gallery.nearest(embedding, count, own_rows)))
+        return found, gallery
+
+    return distributed.only_on_rank_zero(look_up)
+
+
+def embed_queries(
+    source: Catalog | FeatureTable,
+    pretrained: Pretrained,
+    data: DataConfig,
+    queries: Sequence[str],
+    kind: str,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """Return the embedding (D,) of each query that is a file.
+
+    Raises:
+        UserError: a file cannot be read, or a query is neither a file nor a path in `source`.
+    """
     listed = source.paths if isinstance(source, FeatureTable) else paths_of(source)
     files = [query for query in queries if os.path.exists(query)]
     for query in queries:
         if query not in files and query not in listed:
             raise UserError(f"--query {query}: no such file, and the searched videos do not have this path")
-    embedded = embed_files(files, pretrained, data, kind, device) if files else {}
-    if not isinstance(source, FeatureTable):
-        source = feature_table(Request(source, pretrained, data, (kind,)), device, "embedding videos")
-    gallery = Gallery(source, kind)
-    found = []
-    for query in queries:
-        own_rows = gallery.rows_of(query)
-        if query not in embedded and not own_rows:
-            raise UserError(f"--query {query} cannot be read: {gallery.table.skipped.get(query, 'it has no row')}")
-        embedding = embedded[query] if query in embedded else gallery.rows[own_rows[0]]
-        found.append(Found(query, own_rows, gallery.nearest(embedding, count, own_rows)))
-    return found, gallery
+    return embed_files(files, pretrained, data, kind, device) if files else {}
 
 
 def paths_of(catalog: Catalog) -> list[str]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from dclr.distributed import launched_rank
 from dclr.errors import NotConnected, UserError
+from dclr.programs import running
 from dclr.training.deadline import Deadline
 
 _ATTEMPT = 3.0
@@ -141,12 +142,12 @@ def reach(host: str, port: int, seconds: float) -> str:
 def connection_error(error: RuntimeError) -> NotConnected:
     """Return the error in one line that replaces an error of torch, raised when the processes connect."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    reason = str(error).splitlines()[0][:160]
+    reason, program = str(error).splitlines()[0][:160], f"{running()}.py"
     if "EADDRINUSE" in str(error):
         return NotConnected(
             f"the processes of this run cannot connect at {host}:{port}: the port is in use (EADDRINUSE). An earlier "
-            "run may still be there: find it with pgrep -af train.py and end it. If it is another run, choose another "
-            f"port: deepspeed --master_port {port + 1} train.py ..., or MASTER_PORT={port + 1} before srun or mpirun"
+            f"run may still be there: find it with pgrep -af {program} and end it. If it is another run, choose "
+            f"another port: deepspeed --master_port {port + 1} {program} ..., or MASTER_PORT={port + 1} before srun or mpirun"
         )
     return NotConnected(
         f"rank {launched_rank()} on {socket.gethostname()} cannot connect to the other ranks through "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from dclr.distributed import launched_rank
-from dclr.programs import name_of
+from dclr.programs import name_of, running
 
 RANK_ZERO_FIRST = 5.0
 """Seconds that the other ranks give rank 0 to print why the run ends. A launcher kills all ranks at the first exit."""
@@ -55,7 +55,7 @@ class Deadline:
 def end_process(message: str, status: int, last: Callable[[], None] = lambda: None) -> None:
     """Print the error, call `last`, and end this process at once, whatever its other threads do."""
     try:
-        print(f"{name_of('train')}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{name_of(running())}: error: {message}", file=sys.stderr, flush=True)
         last()
     finally:
         os._exit(status)

@@ -59,9 +59,6 @@ def choose_device() -> torch.device:
 def start_processes() -> torch.device:
     """Join the run's other processes (see commands/launcher.py) and return this process's device.
 
-    On a CPU the processes of a machine share its cores, unless OMP_NUM_THREADS is set. With OpenMP's default each
-    process uses all cores: two processes on two cores then ran 12 to 20 times slower than with one thread each.
-
     Raises:
         UserError: see choose_device; the processes cannot connect.
     """
@@ -71,8 +68,8 @@ def start_processes() -> torch.device:
         os.environ.update({name: alone[name] for name in alone if not (launched and os.environ.get(name))})
     device = choose_device()
     deepspeed = import_deepspeed()
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.processes_of_machine()))
+    if device.type == "cpu":
+        distributed.share_cores()
     # DeepSpeed would compile a shared-memory kernel at its start: that takes minutes, and fails without a C++ compiler.
     # gloo does not need it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -28,7 +28,7 @@ from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
-from dclr.training.loop import common_bar, common_metrics, measure_on_rank_zero, train
+from dclr.training.loop import common_bar, common_metrics, measure_on_all_ranks, train
 from dclr.training.setup import Monitor, OpenMonitor, Run, start_run
 
 
@@ -159,7 +159,7 @@ class Finetuning:
         if self._test is None or epochs % self.config.transfer.test_every:
             return {}
         test, classifier = self._test, self.engine.module
-        measured = measure_on_rank_zero(lambda: test(classifier))
+        measured = measure_on_all_ranks(lambda: test(classifier))
         self._measured = measured or self._measured
         return measured
 

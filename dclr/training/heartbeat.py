@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from dclr.distributed import launched_rank
 from dclr.errors import NotConnected, UserError
+from dclr.programs import running
 from dclr.training.connection import (
     Peer,
     connection_error,
@@ -46,6 +47,9 @@ _START_INTERVAL = 0.05
 """Seconds between two calls to the store while ranks wait for each other at the start and at the end."""
 
 _PREFIX = "dclr/heartbeat"
+
+_REMEDIES = {"train": "use --resume to continue from the last checkpoint", "eval": "repeat the command"}
+"""What the user can do after a rank has failed, by program."""
 
 
 class Heartbeat:
@@ -114,7 +118,8 @@ class Heartbeat:
         elif self._store.compare_set(f"peer/{self._rank}", "", own).decode() != own:
             raise NotConnected(
                 f"another run uses {self._host}:{self._port}: choose another port, for example "
-                f"deepspeed --master_port {self._port + 1} train.py ..., or MASTER_PORT={self._port + 1} before srun"
+                f"deepspeed --master_port {self._port + 1} {running()}.py ..., or MASTER_PORT={self._port + 1} before "
+                "srun"
             )
 
     def _describe(self, error: BaseException) -> dict[str, str | int]:
@@ -132,7 +137,7 @@ class Heartbeat:
         silent = (
             f"{self._host}:{self._port}, where the ranks of this run connect, has not answered rank {self._rank} on "
             f"{socket.gethostname()} for {self._timeout:.0f} s: the machine of rank 0 or the network has failed; "
-            "use --resume to continue from the last checkpoint"
+            f"{_REMEDIES[running()]}"
         )
         watched = range(1, self._ranks) if self._rank == 0 else range(1)
         self._last = dict.fromkeys(watched, ("", time.monotonic()))
@@ -145,7 +150,7 @@ class Heartbeat:
                 self._leave()
         except RuntimeError:  # such as DistNetworkError: rank 0, or torchrun for it, hosts the store
             self._end(
-                "rank 0 has failed: it was killed, or its machine cannot be reached; use --resume to continue", STATUS
+                f"rank 0 has failed: it was killed, or its machine cannot be reached; {_REMEDIES[running()]}", STATUS
             )
         except Exception as error:  # without this thread, a failed rank would not be noticed
             self._end(f"the heartbeat of rank {self._rank} has failed ({type(error).__name__}: {error})", STATUS)
@@ -193,8 +198,7 @@ class Heartbeat:
         _, process, host = self._last[ranks[0]][0].split(" ", 2)
         return (
             f"rank {ranks[0]} has failed: process {process} on {host} has sent no heartbeat for {self._timeout:.0f} s. "
-            "It was killed (out of memory?), or its machine cannot be reached; use --resume to continue "
-            "from the last checkpoint"
+            f"It was killed (out of memory?), or its machine cannot be reached; {_REMEDIES[running()]}"
         )
 
     def _leave(self) -> None:

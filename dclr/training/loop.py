@@ -229,21 +229,18 @@ def common_bar(metrics: dict[str, float]) -> dict[str, str]:
     }
 
 
-def measure_on_rank_zero(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return what `measure` returns on rank 0, on all ranks. The other ranks wait. Random numbers are not used up.
+def measure_on_all_ranks(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return what `measure`, which all ranks call, returns on all ranks. Random numbers are not used up.
 
-    If it raises UserError, print a warning and return nothing: a measurement must not end the run.
+    If it raises UserError, rank 0 prints a warning, and nothing is returned: a measurement must not end the run.
     """
-
-    def attempt() -> dict[str, float]:
-        try:
-            return measure()
-        except UserError as error:
-            print(f"warning: not measured after this epoch: {error}", file=sys.stderr)
-            return {}
-
     with distributed.without_timeout(), torch.random.fork_rng(devices=_cuda_devices()):
-        return distributed.on_rank_zero(attempt)
+        try:
+            return distributed.on_all_ranks(measure)
+        except UserError as error:
+            if distributed.rank() == 0:
+                print(f"warning: not measured after this epoch: {error}", file=sys.stderr)
+            return {}
 
 
 def _cuda_devices() -> list[int]:

@@ -21,7 +21,7 @@ from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
-from dclr.training.loop import common_bar, common_metrics, measure_on_rank_zero, train
+from dclr.training.loop import common_bar, common_metrics, measure_on_all_ranks, train
 from dclr.training.setup import Monitor, OpenMonitor, Run, start_run
 
 GRID_CLIPS = 4
@@ -191,7 +191,7 @@ class Pretraining:
         if self._knn is None or epochs % self.config.monitor.knn_every:
             return {}
         knn, backbone = self._knn, self.network.query.backbone
-        measured = measure_on_rank_zero(lambda: knn(backbone))
+        measured = measure_on_all_ranks(lambda: knn(backbone))
         self._measured = measured or self._measured
         return measured
 

@@ -97,15 +97,13 @@ class Run:
             report.say(message)
 
     def open_monitor(self, open_monitor: OpenMonitor) -> Monitor:
-        """Open a measurement on rank 0, where it is called.
+        """Open a measurement, which all ranks call together.
 
         Raises:
             UserError: on all ranks, the data set has no videos for it.
         """
-        opened: list[Monitor] = []
         with distributed.without_timeout():
-            distributed.on_rank_zero(lambda: opened.append(open_monitor(self.config.data, self.device)))
-        return opened[0] if opened else lambda network: {}
+            return distributed.on_all_ranks(lambda: open_monitor(self.config.data, self.device))
 
     def write_config(self) -> None:
         """Write config.json. Call this when nothing can be refused any more: a refused run leaves nothing behind."""

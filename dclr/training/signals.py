@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from dclr.files import start_time
-from dclr.programs import name_of
+from dclr.programs import name_of, running
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -85,7 +85,7 @@ class LauncherWatch:
             for process, started in launchers.items():
                 if not started or start_time(process) != started:
                     print(
-                        f"{name_of('train')}: the launcher (process {process}) has ended, so the run stops",
+                        f"{name_of(running())}: the launcher (process {process}) has ended, so the run stops",
                         file=sys.stderr,
                     )
                     os.kill(os.getpid(), signal.SIGTERM)
