@@ -21,7 +21,13 @@ from dclr.data.encode import write_video
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
 from dclr.evaluation import background
-from dclr.evaluation.background import evaluate_features, evaluate_foreground, mutual_information, why_no_scenes
+from dclr.evaluation.background import (
+    evaluate_features,
+    evaluate_foreground,
+    mutual_information,
+    run_on_composites,
+    why_no_scenes,
+)
 from dclr.evaluation.composites import CompositeClips
 from dclr.evaluation.features import ClipOutputs, run_on_clips
 from dclr.models import Classifier, build_backbone, save_backbone, save_classifier
@@ -140,6 +146,7 @@ def test_moving_static_and_contrasted_for_predictors_that_use_motion_only(crosse
 
     ordinary = run_on_clips(moves, videos, CONFIG, CPU, "test")
     samples = CompositeClips(videos, CONFIG)
+    composites = run_on_composites(moves, samples, CPU)
     eighth = 1 / 8
     for predict, expected in (
         (always(2), (eighth, eighth, eighth, 0)),
@@ -147,7 +154,7 @@ def test_moving_static_and_contrasted_for_predictors_that_use_motion_only(crosse
         (if_moving(2, 5), (eighth, eighth, eighth, eighth)),
         (if_moving(2, 2), (eighth, eighth, eighth, 0)),
     ):
-        found = evaluate_foreground(predict, moves, samples, ordinary, CPU)
+        found = evaluate_foreground(predict, samples, composites, ordinary)
         assert (found.ordinary, found.moving, found.static, found.contrasted) == expected
         assert found.indices == list(range(8))
         assert (found.without_motion, found.failures) == ([], {})
@@ -157,7 +164,7 @@ def test_moving_static_and_contrasted_for_predictors_that_use_motion_only(crosse
     # Each score uses its own features. Here those of the ordinary videos say that all move, or that none does. No video
     # is of class 8.
     for values, expected in ((ordinary.values, eighth), (ordinary.values * 0, 0)):
-        found = evaluate_foreground(if_moving(2, 8), moves, samples, replace(ordinary, values=values), CPU)
+        found = evaluate_foreground(if_moving(2, 8), samples, composites, replace(ordinary, values=values))
         assert (found.ordinary, found.moving, found.static, found.contrasted) == (expected, eighth, 0, eighth)
 
     # A video's logits are the mean over its clips, also if they are not linear in the features: one clip of ten has a
@@ -167,7 +174,7 @@ def test_moving_static_and_contrasted_for_predictors_that_use_motion_only(crosse
     sign = NormalisedLinear(1, 9, bias=False)
     with torch.no_grad():
         sign.weight.zero_()[[2, 8], 0] = torch.tensor([1.0, -1.0])
-    found = evaluate_foreground(sign, moves, samples, replace(ordinary, values=one_large), CPU)
+    found = evaluate_foreground(sign, samples, composites, replace(ordinary, values=one_large))
     assert found.ordinary == 0  # class 2 has the logit -0.8, and class 8 the logit 0.8
 
 

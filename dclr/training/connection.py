@@ -147,7 +147,8 @@ def connection_error(error: RuntimeError) -> NotConnected:
         return NotConnected(
             f"the processes of this run cannot connect at {host}:{port}: the port is in use (EADDRINUSE). An earlier "
             f"run may still be there: find it with pgrep -af {program} and end it. If it is another run, choose "
-            f"another port: deepspeed --master_port {port + 1} {program} ..., or MASTER_PORT={port + 1} before srun or mpirun"
+            f"another port: deepspeed --master_port {port + 1} {program} ..., or MASTER_PORT={port + 1} before srun or "
+            "mpirun"
         )
     return NotConnected(
         f"rank {launched_rank()} on {socket.gethostname()} cannot connect to the other ranks through "
