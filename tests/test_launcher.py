@@ -180,7 +180,11 @@ def test_both_programs_refuse_wrong_variables_in_one_line_with_status_2(monkeypa
         (train.main, ["check", "--data", "videos"], "train.py check"),
         (train.main, ["pack", "--data", "videos"], "train.py pack"),
         (evaluate.main, ["export", "--checkpoint", "runs/a", "--out", "a.onnx"], "eval.py export"),
-        (evaluate.main, ["predict", "--checkpoint", "runs/a", "--out", "a.csv"], "eval.py predict"),
+        (
+            evaluate.main,
+            ["search", "--checkpoint", "runs/a", "--features", "a.npz", "--query", "a.mp4"],
+            "eval.py search --features",
+        ),
     ],
 )
 def test_a_command_for_one_process_is_refused_for_several(monkeypatch, main, command, name):
