@@ -61,6 +61,31 @@ def gather_batch(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
+_host_group: dist.ProcessGroup | None = None
+"""The group that sends tensors on the CPU if the default group (NCCL) cannot. Made at its first use."""
+
+
+def all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Send rows to all ranks and return the received rows, in the order of the ranks. There is no gradient.
+
+    Tensors on a GPU travel by NCCL, and the host does not wait for the device. Tensors on the CPU travel by gloo.
+
+    Args:
+        rows: (N, ...): the rows for rank 0, then those for rank 1, and so on.
+        sent: the number of rows for each rank, whose sum is N.
+        received: the number of rows that each rank sends to this rank.
+    """
+    global _host_group
+    group = None
+    if rows.device.type == "cpu" and dist.get_backend() != "gloo":
+        group = _host_group = _host_group or dist.new_group(backend="gloo")
+    # gloo does not know all dtypes, so rows travel as bytes.
+    data = rows.contiguous().view(len(rows), -1).view(torch.uint8)
+    result = data.new_empty(sum(received), data.shape[1])
+    dist.all_to_all_single(result, data, received, sent, group=group)
+    return result.view(rows.dtype).view(-1, *rows.shape[1:])
+
+
 class _GatherBatch(torch.autograd.Function):
     """`gather_batch` with the gradient of `gather_batch_with_gradient`."""
 

@@ -25,14 +25,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for train.py and eval.py
 
+from dclr import distributed  # noqa: E402
 from dclr.commands import train  # noqa: E402
 from dclr.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, PretrainConfig  # noqa: E402
 from dclr.data.encode import write_video  # noqa: E402
 from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
 from dclr.kernels import Views  # noqa: E402
-from dclr.methods import DCLR, METHODS  # noqa: E402
+from dclr.methods import DCLR, METHODS, Method  # noqa: E402
 from dclr.training.checkpoint import newest, read  # noqa: E402
 from dclr.training.engine import read_ds_config  # noqa: E402
+from dclr.training.exchange import send_views  # noqa: E402
 
 TIMES = ("milliseconds/", "samples_per_second", "data_wait_share", "memory/")  # metrics that differ between equal runs
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -96,6 +98,23 @@ def make_views(seed: int) -> Views:
     rng = torch.Generator().manual_seed(seed)
     rgb, static, dynamic = (torch.randn(4, 3, 8, 32, 32, generator=rng) for _ in range(3))
     return Views(rgb, static[:, :, :1].expand(-1, -1, 8, -1, -1), dynamic)
+
+
+def share(network: Method, seeds: tuple[int, int], step: int) -> tuple[Views, Views]:
+    """Return the views of `make_views` that this rank encodes: query clips of the first seed, key clips of the second.
+
+    Clips that the network's method shuffles come from the ranks that have them.
+    """
+    size = 4 // distributed.world_size()
+    own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+    views = {
+        kind: Views(*(view[own] for view in make_views(seed)))
+        for kind, seed in zip(("query", "key"), seeds, strict=True)
+    }
+    shuffle = network.shuffle(size, step)
+    if shuffle is not None:
+        views |= send_views(shuffle, views, network.shuffled, ("static", "dynamic"))
+    return views["query"], views["key"]
 
 
 def make_network(**settings: Any) -> DCLR:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, METHOD, MODEL, OPTIM, float32_config, make_network, make_views, on_two_ranks
+from helpers import CONFIGS, METHOD, MODEL, OPTIM, float32_config, make_network, make_views, on_two_ranks, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dclr.config import OptimConfig
@@ -59,14 +59,9 @@ def train_rank(rank: int, stage: int, count: int, result: Path, settings: dict[s
     trained = [p for p in network.parameters() if p.requires_grad]
     own = Engine(network, float32_config(stage), OPTIM, device)
     own.train(False)  # frozen BatchNorm: batch statistics would differ between one rank and two
-    size = OPTIM.batch_size // 2
     losses, gradients = [], []
     for step in range(count):
-        query, key = (
-            Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed)))
-            for seed in (2 * step, 2 * step + 1)
-        )
-        output = own(query, key, step)
+        output = own(*share(network, (2 * step, 2 * step + 1), step), step)
         own.backward(output.loss)
         if not gradients:
             gradients = [deepspeed.utils.safe_get_full_grad(p).clone() for p in trained]

@@ -23,16 +23,15 @@ from helpers import (
     free_port,
     launcher_command,
     make_network,
-    make_views,
     numbers,
     on_two_ranks,
     run_train,
+    share,
     steps,
 )
 
 from dclr import distributed
 from dclr.errors import UserError
-from dclr.kernels import Views
 from dclr.methods import DCLR
 from dclr.training import batchnorm, checkpoint
 from dclr.training.engine import Engine, start_processes, stop_processes
@@ -53,10 +52,7 @@ def train_with_own_statistics(rank: int, folder: Path) -> None:
     start = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     own.train()
     for step in range(3):
-        query, key = (
-            Views(*(view[2 * rank : 2 * rank + 2] for view in make_views(seed))) for seed in (step, 10 + step)
-        )
-        own.backward(own(query, key, step).loss)
+        own.backward(own(*share(network, (step, 10 + step), step), step).loss)
         own.step()
         network.update_key()
     check_replicas(network, 3)
@@ -121,12 +117,9 @@ def advance(own: Engine, network: DCLR, which: range) -> list[float]:
     BatchNorm is frozen, because its batch is the share of one rank.
     """
     own.train(False)
-    rank, size, losses = distributed.rank(), OPTIM.batch_size // distributed.world_size(), []
+    losses = []
     for step in which:
-        query, key = (
-            Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed))) for seed in (step, 10 + step)
-        )
-        output = own(query, key, step)
+        output = own(*share(network, (step, 10 + step), step), step)
         own.backward(output.loss)
         own.step()
         network.update_key()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import METHOD, MODEL, OPTIM, assert_same_end, float32_config, make_views, metrics, on_two_ranks
+from helpers import METHOD, MODEL, OPTIM, assert_same_end, float32_config, make_views, metrics, on_two_ranks, share
 
 from dclr.config import PretrainConfig, resolve
 from dclr.errors import UserError
@@ -134,10 +134,6 @@ def test_metrics_are_similarities_of_query_clips_to_key_clips() -> None:
 # ---------------------------------------------------------------- two ranks
 
 
-def share_of(rank: int, seed: int, size: int) -> Views:
-    return Views(*(view[rank * size : (rank + 1) * size] for view in make_views(seed)))
-
-
 def record_clips(network: SimCLR) -> list[torch.Tensor]:
     """Return a list to which each pass of the encoder adds its rgb clips."""
     passes, compute = [], network.query.backbone.feature_maps
@@ -164,7 +160,7 @@ def train_rank(rank: int, folder: Path) -> None:
         own.train(False)
         losses = []
         for step in range(2):
-            output = own(share_of(rank, 2 * step, 2), share_of(rank, 2 * step + 1, 2), step)
+            output = own(*share(network, (2 * step, 2 * step + 1), step), step)
             own.backward(output.loss)
             own.step()
             losses.append(output.loss.item())
@@ -172,7 +168,7 @@ def train_rank(rank: int, folder: Path) -> None:
     if rank == 0:
         torch.save(found, folder / "found.pt")
     try:
-        make_simclr()(share_of(0, 0, 1 + rank), share_of(0, 1, 1 + rank), 0)
+        make_simclr()(*(Views(*(view[: 1 + rank] for view in make_views(seed))) for seed in (0, 1)), 0)
     except UserError as error:
         (folder / f"refused{rank}").write_text(str(error))
     stop_processes()

@@ -60,6 +60,7 @@ class DCLR(Method):
     settings = Method.settings | QUEUE_SETTINGS | VIEW_SETTINGS | {"temperature", "key_momentum", "symmetric_loss"}
     auxiliary_views: ClassVar[tuple[str, ...]] = ("static", "dynamic")
     has_queue = True
+    shuffled = ("key",)
     queue: Tensor  # (P, K, D)
     enqueued: Tensor  # (1,) int64: clips written so far; the next clip goes to entry enqueued % K
 
@@ -79,24 +80,29 @@ class DCLR(Method):
         """Compute one step and write its keys into the queues.
 
         Args:
-            query, key: the three views of the query clips and of the key clips, each (B, 3, T, H, W).
-            step: the seed of the shuffle of keys over ranks. It must be the same on all ranks.
+            query, key: the three views of the query clips and of the key clips, each (B, 3, T, H, W). With several
+                ranks, the query clips are this rank's own, and the key clips those that `shuffle` sends to it.
+            step: the number of the micro-batch, which seeds the shuffle. It must be the same on all ranks.
 
         Returns:
             the results, with --symmetric-loss the means over both directions. Both use the queues before the step.
+            Each clip is the query of one direction and the key of the other on the same rank, so it travels once.
         """
         output, keys = self._contrast(query, key, step)
         if self.method.symmetric_loss:
-            other_output, other_keys = self._contrast(key, query, step)
+            other_output, other_keys = self._contrast(key, query, step, swapped=True)
             output, keys = mean_of_directions(output, other_output), torch.cat([keys, other_keys], dim=1)
         self._enqueue(keys)
         return output
 
-    def _contrast(self, query: Views, key: Views, step: int) -> tuple[Output, Tensor]:
-        """Return the results of contrasting query with key clips, and all ranks' keys (P, ranks * B, D)."""
+    def _contrast(self, query: Views, key: Views, step: int, swapped: bool = False) -> tuple[Output, Tensor]:
+        """Return the results of contrasting query with key clips, and all ranks' keys (P, ranks * B, D).
+
+        `swapped`: see `_encode_key`.
+        """
         features = run_backbone(self.query, query, "v" + self.auxiliary)
         maps, mining = self._look_at_query(query)
-        keys, all_keys, key_maps = self._encode_key(key, step)
+        keys, all_keys, key_maps = self._encode_key(key, step, swapped)
         embeddings = self.query.embed(features, self._weights(maps))
         queries = torch.stack([embeddings[name] for name in self.pairs])  # (P, B, D)
 
@@ -140,7 +146,7 @@ class DCLR(Method):
         """
         keys, all_keys, _ = self._encode_key(key, step)
         if self.method.symmetric_loss:
-            other_keys, all_other_keys, _ = self._encode_key(query, step)
+            other_keys, all_other_keys, _ = self._encode_key(query, step, swapped=True)
             keys, all_keys = torch.cat([keys, other_keys], dim=1), torch.cat([all_keys, all_other_keys], dim=1)
         self._enqueue(all_keys)
         return by_pair(self.pairs, "key", keys.float().sum((1, 2)))
@@ -244,37 +250,37 @@ class DCLR(Method):
         return {letter: activation_map(features[letter]) for letter in self.auxiliary}, mining
 
     @torch.no_grad()
-    def _encode_key(self, key: Views, step: int) -> tuple[Tensor, Tensor, ByLetter]:
+    def _encode_key(self, key: Views, step: int, swapped: bool = False) -> tuple[Tensor, Tensor, ByLetter]:
         """Encode the key clips.
 
-        Clips are shuffled over the ranks, so that a query and its key never share batch statistics (MoCo, section 3.3).
-        Embeddings and maps are made on the rank that gets the clip, from the same features, and return together.
+        Key clips are shuffled over the ranks, so that a query and its key never share batch statistics (MoCo, section
+        3.3). Embeddings and maps are made on the rank that gets the clip, from the same features. All ranks get all
+        embeddings. Maps return to the rank of their query.
+
+        Args:
+            key: views of the key clips that the shuffle sends to this rank. If `swapped`, the clips have changed roles:
+                the keys are the query clips of this rank, and their queries are on the ranks that got the key clips.
 
         Returns:
-            The keys of this rank's clips (P, B, D) and of all ranks' clips (P, ranks * B, D), and the activation
-            maps of this rank's auxiliary views.
+            The keys of the clips whose queries are on this rank (P, B, D), all ranks' keys in the order of the batch
+            (P, ranks * B, D), and the activation maps of the former's auxiliary views.
         """
-        ranks, rank, size = distributed.world_size(), distributed.rank(), key.rgb.shape[0]
-        own = slice(rank * size, (rank + 1) * size)
-        if ranks > 1:
-            order = torch.randperm(ranks * size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-            mine = to_device(order[own], key.rgb.device)
-            frames = key.rgb.shape[2]
-            rgb, still, dynamic = key.rgb, key.static[:, :, :1], key.dynamic
-            rgb, still, dynamic = (distributed.gather_batch(view)[mine] for view in (rgb, still, dynamic))
-            key = Views(rgb, still.expand(-1, -1, frames, -1, -1), dynamic)
         features = run_backbone(self.key, key, "v" + self.auxiliary)
         maps = {letter: activation_map(features[letter]) for letter in self.auxiliary}
         embeddings = self.key.embed(features, self._weights(maps))
         keys = torch.stack([embeddings[KEY_OF_PAIR[name]] for name in self.pairs], dim=1)  # (B, P, D)
-        if ranks > 1:
-            back = to_device(order.argsort(), keys.device)
-            keys = distributed.gather_batch(keys)[back]
-            if maps:
-                gathered = distributed.gather_batch(torch.cat(list(maps.values()), dim=1))[back]  # (B, S, t, h, w)
-                maps = dict(zip(self.auxiliary, gathered[own].split(1, dim=1), strict=True))
+        shuffle = self.shuffle(len(keys), step)
+        if shuffle is None:
+            all_keys = keys.transpose(0, 1).contiguous()
+            return all_keys, all_keys, maps
+        if maps:
+            stacked = torch.cat(list(maps.values()), dim=1)  # (B, S, t, h, w)
+            stacked = shuffle.send(stacked) if swapped else shuffle.send_back(stacked)
+            maps = dict(zip(self.auxiliary, stacked.split(1, dim=1), strict=True))
+        keys = distributed.gather_batch(keys) if swapped else shuffle.gather(keys)
         all_keys = keys.transpose(0, 1).contiguous()
-        return all_keys[:, own].contiguous(), all_keys, maps
+        mine = to_device(shuffle.arrived if swapped else shuffle.own, keys.device)
+        return all_keys[:, mine], all_keys, maps
 
     @torch.no_grad()
     def _mine(self, mining: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dclr import distributed
 from dclr.kernels import Views
 from dclr.methods.encoder import Encoder
+from dclr.methods.shuffle import Shuffle
 
 if TYPE_CHECKING:  # config.py imports the methods' names
     from dclr.config import PretrainConfig
@@ -48,6 +49,9 @@ class Method(nn.Module):
         in_batch_negatives: whether the negatives of a clip are the other clips of the micro-batches of all processes,
             so that there must be at least 2 clips.
         same_frames: whether query and key clip are the same frames, each with its own augmentation.
+        shuffled: "query", "key" or both: the clips that are encoded on the rank which `shuffle` chooses. With several
+            ranks, `forward` and `fill` get these clips as the shuffle delivers them. Other clips stay on their rank.
+        seed: of `shuffle`. Only needed with `shuffled`.
         takes_blocks: whether views may come in the layout of `dclr.kernels.space_to_depth`, which the backbone reads
             faster. Without it, views are always (B, 3, T, H, W).
     """
@@ -61,6 +65,8 @@ class Method(nn.Module):
     smallest_micro_batch: ClassVar[int] = 1
     in_batch_negatives: ClassVar[bool] = False
     same_frames: ClassVar[bool] = False
+    shuffled: ClassVar[tuple[str, ...]] = ()
+    seed: int = 0
     takes_blocks: ClassVar[bool] = True
 
     @classmethod
@@ -80,12 +86,25 @@ class Method(nn.Module):
             batch_size: the clips of the step, over all ranks and micro-batches.
         """
 
+    def shuffle(self, size: int, step: int) -> Shuffle | None:
+        """Return the shuffle of the `shuffled` clips over ranks; None if they stay on their rank.
+
+        Its rows are the clips of the micro-batch: first the query clips, then the key clips, if both are shuffled.
+
+        Args:
+            size: the videos in the micro-batch of each rank.
+            step: the number of the micro-batch, the same on all ranks.
+        """
+        if not self.shuffled or distributed.world_size() == 1:
+            return None
+        return Shuffle(len(self.shuffled) * size, self.seed * 1_000_003 + step)
+
     def forward(self, query: Views, key: Views, step: int) -> Any:
         """Compute a training step of one micro-batch.
 
         Args:
             query, key: the three views of two clips of each video, each (B, 3, T, H, W), augmented independently. B is
-                the size of this rank's micro-batch.
+                the size of this rank's micro-batch. See `shuffled` for several ranks.
             step: the number of the micro-batch, the same on all ranks.
 
         Returns:

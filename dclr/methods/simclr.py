@@ -55,6 +55,7 @@ class SimCLR(Method):
     }  # fmt: skip
     auxiliary_views: ClassVar[tuple[str, ...]] = ("static", "dynamic")
     in_batch_negatives = True
+    shuffled = ("query", "key")
 
     def __init__(self, model: "ModelConfig", method: "MethodConfig", seed: int = 0) -> None:
         super().__init__()
@@ -68,8 +69,9 @@ class SimCLR(Method):
         """Compute one step.
 
         Args:
-            query, key: the three views of the query clips and of the key clips, each (B, 3, T, H, W).
-            step: the seed of the shuffle over ranks. It must be the same on all ranks.
+            query, key: the three views of the query clips and of the key clips, each (B, 3, T, H, W). With several
+                ranks, they are the two halves of the clips that `shuffle` sends to this rank.
+            step: the number of the micro-batch, which seeds the shuffle. It must be the same on all ranks.
 
         Raises:
             UserError: on all ranks, in the first step, if the ranks have micro-batches of different sizes.
@@ -124,23 +126,20 @@ class SimCLR(Method):
 
         All clips of a rank pass through the encoder as one batch.
         """
-        ranks, rank, size = distributed.world_size(), distributed.rank(), 2 * query.rgb.shape[0]
-        frames = query.rgb.shape[2]
+        size, frames = query.rgb.shape[0], query.rgb.shape[2]
         views = [(query.rgb, key.rgb), (query.static[:, :, :1], key.static[:, :, :1]), (query.dynamic, key.dynamic)]
         rgb, still, dynamic = (torch.cat(pair) for pair in views)
-        order = torch.randperm(ranks * size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-        if ranks > 1:
-            own = to_device(order[rank * size : (rank + 1) * size], rgb.device)
-            rgb, still, dynamic = (distributed.gather_batch(view)[own] for view in (rgb, still, dynamic))
         clips = Views(rgb, still.expand(-1, -1, frames, -1, -1), dynamic)
 
         features = run_backbone(self.query, clips, "v" + self.auxiliary)
         maps = {letter: activation_map(features[letter].detach()) for letter in self.auxiliary}
         embeddings = self.query.embed(features, maps if self.method.activation_maps else {})
         gathered = torch.stack(list(embeddings.values()), dim=1)  # (2B, P, D)
-        if ranks > 1:
-            gathered = distributed.gather_batch_with_gradient(gathered)[to_device(order.argsort(), gathered.device)]
-        first, second = gathered.unflatten(0, (ranks, 2, -1)).unbind(1)  # each (ranks, B, P, D)
+        shuffle = self.shuffle(size, step)
+        if shuffle is not None:
+            back = to_device(shuffle.order.argsort(), gathered.device)
+            gathered = distributed.gather_batch_with_gradient(gathered)[back]
+        first, second = gathered.unflatten(0, (-1, 2, size)).unbind(1)  # each (ranks, B, P, D)
         query_clips, key_clips = (
             dict(zip(embeddings, half.flatten(0, 1).unbind(1), strict=True)) for half in (first, second)
         )

@@ -21,6 +21,7 @@ from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
 from dclr.training.engine import Engine
+from dclr.training.exchange import Clips, clips_of, crops_are_smaller, send_crops, send_views
 from dclr.training.loop import common_bar, common_metrics, measure_on_all_ranks, train
 from dclr.training.setup import Monitor, OpenMonitor, Run, start_run
 
@@ -59,9 +60,10 @@ def pretrain(
         engine = Engine(network, run.ds_config, config.optim, device)
         recipe = pretrain_recipe(config.method.jitter, config.method.augmentation, config.method.jitter_form)
         same_frames, distinct = network.same_frames, config.method.distinct_starts
+        crops = crops_are_smaller(config, recipe, run.videos, engine.view_dtype)
         samples = PairSamples(run.videos, config.data, config.run.seed, recipe, same_frames, distinct)
         knn = run.open_monitor(open_knn) if open_knn and config.monitor.knn_every else None
-        task = Pretraining(network, engine, config, samples, knn)
+        task = Pretraining(network, engine, config, samples, knn, crops)
         trained = train(run, task, engine)
 
         average_statistics(network.query.backbone)
@@ -121,7 +123,9 @@ class Pretraining:
         config: PretrainConfig,
         samples: PairSamples,
         knn: Monitor | None = None,
+        crops: bool = True,
     ) -> None:
+        """`crops`: clips that another rank encodes travel as crops, and not as views, see exchange.py."""
         self.network, self.engine, self.config, self._knn = network, engine, config, knn
         self._measured: dict[str, float] = {}
         self.samples: TrainSamples = samples
@@ -130,6 +134,7 @@ class Pretraining:
         self.first_trained_step = self.fill_steps + 1
         # On a GPU the view kernels write the layout that the stem reads.
         self._blocks = engine.device.type == "cuda" and network.takes_blocks and network.query.backbone.takes_blocks
+        self._crops = crops
         self._query: Views | None = None
         self._size = (0, 0)  # height and width of the views in _query
         self._output: Any = None
@@ -144,8 +149,7 @@ class Pretraining:
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Make the views, then fill the queue (in the first --fill-steps steps) or compute the loss."""
         with watch.section("views"):
-            boundary, dtype = self.config.method.boundary, self.engine.view_dtype
-            self._query, key = make_views(batch, boundary, dtype, self._blocks)
+            self._query, key = self._make_views(batch, micro_step)
             self._size = batch.query_params.size
         if step < self.fill_steps:
             with watch.section("fill"), self.engine.autocast():
@@ -153,6 +157,20 @@ class Pretraining:
         with watch.section("forward"):
             self._output = self.engine(self._query, key, micro_step)
         return self.network.terms(self._output), self._output.loss
+
+    def _make_views(self, batch: PairBatch, micro_step: int) -> tuple[Views, Views]:
+        """Return the views of the query clips and of the key clips that this rank encodes."""
+        boundary, dtype, used = self.config.method.boundary, self.engine.view_dtype, self.config.method.auxiliary_views
+        shuffle, kinds = self.network.shuffle(len(batch.indices), micro_step), self.network.shuffled
+        clips = clips_of(batch)
+        if shuffle is not None and self._crops:
+            clips |= send_crops(shuffle, batch, kinds, stills="static" in used)
+        query, key = make_views(clips["query"], clips["key"], boundary, dtype, self._blocks)
+        if shuffle is not None and not self._crops:
+            views = {"query": query, "key": key}
+            views |= send_views(shuffle, views, kinds, used)
+            query, key = views["query"], views["key"]
+        return query, key
 
     def after_update(self, watch: Stopwatch) -> None:
         """Move the key encoder towards the query encoder."""
@@ -205,9 +223,9 @@ class Pretraining:
         return view_grid(shown, GRID_CLIPS)
 
 
-def make_views(batch: PairBatch, boundary: Any, dtype: torch.dtype, blocks: bool = False) -> tuple[Views, Views]:
+def make_views(
+    query: Clips, key: Clips, boundary: Any, dtype: torch.dtype, blocks: bool = False
+) -> tuple[Views, Views]:
     """Return the views of the query clips and of the key clips. `blocks`: see generate_views."""
-    query = (batch.query_frames, batch.query_stills, batch.query_params)
-    key = (batch.key_frames, batch.key_stills, batch.key_params)
     first, second = (generate_views(*clips, boundary=boundary, dtype=dtype, blocks=blocks) for clips in (query, key))
     return first, second
