@@ -15,11 +15,11 @@ Providers:
     ZeRO-1     with ds_configs/zero1.json: optimizer state sharded
     ZeRO-2     with ds_configs/zero2.json: gradients sharded too
 
-A step is forward, backward, SGD and the update of the key encoder, on views that are on the device before it, the same
-for all providers. Backbones are not compiled. Every turn of a provider is a launch of its own (torchrun), so that
-nothing that DeepSpeed changes in a process stays. A round is one turn of each, and the order rotates. A ratio compares
-turns of one round. Peak memory is the most that any process held: allocated on a GPU; on a CPU resident, libraries
-included.
+A step is the exchange of key views between processes, forward, backward, SGD and the update of the key encoder. Views
+are on the device before it, the same for all providers. Backbones are not compiled. Every turn of a provider is a
+launch of its own (torchrun), so that nothing that DeepSpeed changes in a process stays. A round is one turn of each,
+and the order rotates. A ratio compares turns of one round. Peak memory is the most that any process held: allocated on
+a GPU; on a CPU resident, libraries included.
 
 All providers must learn the same. Their losses, means over processes, are compared step by step in float32. If steps
 are timed in bfloat16, each provider is launched once more for that.
@@ -56,6 +56,7 @@ from dclr.methods.dclr import Output
 from dclr.report import peak_memory_gib
 from dclr.training import engine
 from dclr.training.engine import Engine, read_ds_config, resolve_precision
+from dclr.training.exchange import send_views
 
 DS_CONFIGS = {"DDP": "ddp.json", "stage 0": "ddp.json", "ZeRO-1": "zero1.json", "ZeRO-2": "zero2.json"}
 """The file in ds_configs/ that holds a provider's precision and sharding. DDP reads the precision only."""
@@ -103,7 +104,10 @@ def train(provider: str, task: Task, device: torch.device) -> dict[str, Any]:
     losses: list[Tensor] = []
 
     def call() -> None:
-        losses.append(step(query, key, len(losses)))
+        shuffle, keys = network.shuffle(task.batch, len(losses)), {"key": key}
+        if shuffle is not None:
+            keys = send_views(shuffle, keys, network.shuffled, network.auxiliary_views)
+        losses.append(step(query, keys["key"], len(losses)))
 
     harness.time_consecutive(call, device, WARMUP)
     milliseconds = harness.time_consecutive(call, device, task.steps)

@@ -61,7 +61,8 @@ def exchange(rank: int, folder: Path) -> None:
             crops = send_crops(shuffle, batch, kinds, stills="static" in used)
             assert len(travelled) == 2
             whole = size * (LENGTH + 1) * (HEIGHT * WIDTH + 2 * 13 * 16)
-            assert travelled[0] == size * 226 and travelled[1] < whole / 2
+            assert travelled[0] == size * 226
+            assert travelled[1] < whole / 2
             received = [{kind: generate_views(*crops[kind]) for kind in kinds}]
             travelled.clear()
             received.append(send_views(shuffle, views_of(batch), kinds, used))

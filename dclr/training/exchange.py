@@ -69,7 +69,7 @@ def clips_of(batch: PairBatch) -> dict[str, Clips]:
 
 
 def crops_are_smaller(config: PretrainConfig, recipe: AugmentRecipe, videos: VideoSet, dtype: torch.dtype) -> bool:
-    """Return whether crops of these videos have fewer bytes than views. All ranks have the same videos and answer alike.
+    """Return whether crops of these videos have fewer bytes than views. All ranks know all videos and answer alike.
 
     The mean share of a frame that a crop covers is taken as the middle of the recipe's scale. It is smaller in truth,
     because boxes that do not fit into the frame are drawn again.
@@ -213,7 +213,9 @@ class _Layout:
 # ---------------------------------------------------------------- views
 
 
-def send_views(shuffle: Shuffle, views: dict[str, Views], kinds: Sequence[str], used: Sequence[str]) -> dict[str, Views]:
+def send_views(
+    shuffle: Shuffle, views: dict[str, Views], kinds: Sequence[str], used: Sequence[str]
+) -> dict[str, Views]:
     """Send views of clips to the ranks that `shuffle` chooses, and return the received views by their kind.
 
     Args:
