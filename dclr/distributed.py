@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -161,16 +162,18 @@ def gather_objects(value: Any) -> list[Any]:
 def on_all_ranks(work: Callable[[], T]) -> T:
     """Call `work` on every rank and return its result. If it raises UserError on one rank, every rank raises the error.
 
-    Without this, the other ranks would wait for a rank that has left.
+    Without this, the other ranks would wait for a rank that has left. The error names the rank and its machine if rank
+    0 had no error, such as a file that is missing on one machine.
     """
     result, problem = None, None
     try:
         result = work()
     except UserError as error:
-        problem = str(error)
-    for found in gather_objects(problem):
+        problem = str(error), socket.gethostname()
+    for number, found in enumerate(gather_objects(problem)):
         if found is not None:
-            raise UserError(found)
+            message, host = found
+            raise UserError(f"{message} (rank {number} on {host})" if number else message)
     return result  # type: ignore[return-value]
 
 

@@ -32,6 +32,11 @@ def running() -> str:
     return _running
 
 
+def own_program() -> str | None:
+    """Return the path of the program of the user's own, or None if train.py or eval.py was started."""
+    return _own
+
+
 def name_of(program: str) -> str:
     """Return the file or the installed command of "train" or "eval": "train.py", or "dclr-train"."""
     if _own is not None:

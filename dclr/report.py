@@ -103,6 +103,19 @@ def json_numbers(metrics: dict[str, float]) -> dict[str, float | None]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return device, cores, versions, commit and date, which a result needs to be reproducible."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": package_versions(),
+        "commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages on which results depend, by name."""
     from importlib.metadata import PackageNotFoundError, version
 
     def version_of(package: str) -> str:
@@ -111,16 +124,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:  # such as deepspeed, which only training needs
             return "not installed"
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     packages = ("torch", "torchvision", "triton", "deepspeed", "kornia", "av", "numpy")
-    return {
-        "device": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {package: version_of(package) for package in packages},
-        "commit": git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return {package: version_of(package) for package in packages}
 
 
 def cpu_name() -> str:

@@ -124,7 +124,7 @@ def test_a_port_in_use_is_said_with_how_to_find_an_earlier_run(monkeypatch):
         for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(NotConnected, match=rf"port is in use.*pgrep -af train.py.*--master_port {port + 1}"):
-            connection.open_store()
+            connection.open_store({})
 
 
 def test_a_program_at_the_port_that_is_no_store_does_not_hold_a_rank(tmp_path):
@@ -187,7 +187,7 @@ class Blocked:
     def __getattr__(self, name):
         return lambda *arguments: threading.Event().wait()
 os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-heartbeat.open_store = lambda: (None, None)
+heartbeat.open_store = lambda about: (None, None)
 heartbeat.dist.PrefixStore = lambda prefix, store: Blocked()
 heartbeat.Heartbeat._register = lambda self, peer: None
 with heartbeat.Heartbeat(0.1, 1.0):

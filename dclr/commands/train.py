@@ -178,21 +178,30 @@ def train(command: str, flags: dict[str, Any]) -> None:
             raise UserError(f"training needs the package {package}, which is not installed: pip install 'dclr[train]'")
     replace = flags.get("resume") == "auto"
     from dclr.evaluation.monitor import open_accuracy, open_knn
-    from dclr.training import connection, engine
+    from dclr.training import connection, engine, machines
     from dclr.training.finetune import finetune
     from dclr.training.heartbeat import Heartbeat
     from dclr.training.pretrain import pretrain
     from dclr.training.splits import finetune_splits
 
     # The heartbeat begins first: if one rank fails in any of the lines below, the others do not wait for it.
-    with ExitStack() as at_end, signals.LauncherWatch() as launcher, Heartbeat() as heartbeat:
+    with (
+        ExitStack() as at_end,
+        signals.LauncherWatch() as launcher,
+        Heartbeat(describe=machines.describe_machine) as heartbeat,
+    ):
+        warnings = machines.check_machines(heartbeat.peers)
         all_splits = takes_all_splits(command, flags)
         config, preset, folder = (resolve_splits if all_splits else resolve)(command, flags)
         interface = connection.choose_interface(heartbeat.peers)
         device = engine.start_processes()
         at_end.callback(engine.stop_processes)  # after the heartbeat has ended on all ranks
-        if interface and launched_rank() == 0:
-            print(interface, flush=True)
+        if launched_rank() == 0:
+            if interface:
+                print(interface, flush=True)
+            for line in warnings:
+                print(f"warning: {line}", file=sys.stderr)
+        machines.check_settings(f"{command} on all splits" if all_splits else command, preset, config, folder)
         # The inner context ends first: a rank that leaves must not be asked to stop again.
         with closing(launcher):
             if isinstance(config, configuration.PretrainConfig):

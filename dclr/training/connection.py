@@ -10,7 +10,8 @@ import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import psutil
@@ -35,6 +36,8 @@ class Peer:
     """Identifies the network stack: ranks with the same value reach each other through the loopback interface."""
     master: str
     """The IP address under which this rank reaches MASTER_ADDR."""
+    about: dict[str, str] = field(default_factory=dict)
+    """What this rank runs with. See machines.describe_machine."""
 
 
 def start_timeout() -> float:
@@ -80,8 +83,11 @@ def master() -> tuple[str, int]:
     return host, int(port)
 
 
-def open_store() -> tuple[dist.TCPStore, Peer]:
+def open_store(about: Mapping[str, str]) -> tuple[dist.TCPStore, Peer]:
     """Connect to the run's store. Rank 0 hosts the store, unless torchrun does.
+
+    Args:
+        about: what the other ranks should know of this rank's machine.
 
     Returns:
         The store, and what the other ranks should know of this one. The store's calls never wait for a key for
@@ -107,7 +113,7 @@ def open_store() -> tuple[dist.TCPStore, Peer]:
                 store = dist.TCPStore(host, port, is_master=False, timeout=wait)
     except RuntimeError as error:
         raise connection_error(error) from None
-    return store, Peer(os.getpid(), socket.gethostname(), _network_stack(), address)
+    return store, Peer(os.getpid(), socket.gethostname(), _network_stack(), address, dict(about))
 
 
 def reach(host: str, port: int, seconds: float) -> str:

@@ -15,8 +15,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
 from types import TracebackType
 
 import torch.distributed as dist
@@ -60,6 +60,7 @@ class Heartbeat:
     Args:
         interval: seconds between two heartbeats.
         timeout: seconds without a heartbeat after which a rank counts as failed.
+        describe: returns what the other ranks should know of this rank's machine (Peer.about).
 
     Attributes:
         peers: all ranks, in rank order. Empty with one process.
@@ -68,9 +69,14 @@ class Heartbeat:
         NotConnected: this rank cannot connect to the others.
     """
 
-    def __init__(self, interval: float = INTERVAL, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        interval: float = INTERVAL,
+        timeout: float = TIMEOUT,
+        describe: Callable[[], dict[str, str]] = lambda: {},
+    ) -> None:
         self.peers: list[Peer] = []
-        self._interval, self._timeout = interval, timeout
+        self._interval, self._timeout, self._describe_machine = interval, timeout, describe
         self._rank, self._ranks = launched_rank(), int(os.environ.get("WORLD_SIZE", "1"))
         self._connected, self._leaving = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -81,7 +87,7 @@ class Heartbeat:
         if several_processes():
             self._host, self._port = master()
             self._start_timeout = start_timeout()
-            store, peer = open_store()
+            store, peer = open_store(self._describe_machine())
             # torchrun keeps its store when it restarts all ranks.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"{_PREFIX}/{restart}", store)
@@ -184,7 +190,10 @@ class Heartbeat:
         """Let the main thread continue if all ranks have connected."""
         keys = [f"peer/{rank}" for rank in range(self._ranks)]
         if self._store.check(keys):
-            self.peers = [Peer(**json.loads(self._store.get(key))) for key in keys]
+            found = [json.loads(self._store.get(key)) for key in keys]
+            # A rank of another version of dclr may send more. machines.check_machines refuses it.
+            known = {field.name for field in fields(Peer)}
+            self.peers = [Peer(**{name: peer[name] for name in known & peer.keys()}) for peer in found]
             self._connected.set()
 
     def _describe_silent(self, ranks: list[int]) -> str:

@@ -29,7 +29,7 @@ from dclr.errors import UserError
 from dclr.methods import METHODS
 from dclr.models import Backbone, ClipFormat
 from dclr.models.weights import metadata_of, stored_statistics
-from dclr.training import checkpoint, engine
+from dclr.training import checkpoint, engine, machines
 from dclr.training.batchnorm import check_batch_statistics
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile, start_compiling
 from dclr.training.convolutions import resolve_convolutions
@@ -44,6 +44,8 @@ SLOW_ON_A_CPU = (
     "warning: no GPU is used. A step of the published size is 22 trillion operations, half a minute or more. "
     "--preset demo has a small network and small clips"
 )
+
+SAME_VIDEOS = "every machine must see the same files, for example on a shared disk"
 
 Monitor = Callable[[torch.nn.Module], dict[str, float]]
 """A measurement of a network on fixed videos during training: name in the log -> value. See evaluation/monitor.py."""
@@ -268,6 +270,7 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
         UserError: on all ranks, a setting or the data set is wrong.
     """
     ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(find_ds_config(config.run.ds_config)))
+    machines.check_same({f"--ds_config {name}": value for name, value in ds_config.items()}, "give all the same file")
     micro_batch = engine.micro_batch_size(ds_config, config.optim.batch_size)
     if command != "linear":  # whose BatchNorm does not use statistics of the batch
         check_batch_statistics(config, micro_batch)
@@ -276,9 +279,16 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     choose_kernels(config.run.kernels, device)
     choose_algorithms(config.run.deterministic)
     compiles, compiling = distributed.on_all_ranks(lambda: resolve_compile(config.run.compile, device))
+    machines.check_same(
+        {"precision": precision, "kernels": kernels.describe(device), "compiled": compiles},
+        "use machines of one kind, or choose what all of them can do with --ds_config, --kernels and --compile",
+    )
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
     catalog = distributed.on_all_ranks(lambda: open_data(config.data))
+    machines.check_same(
+        {f"videos of --data {split}": len(found) for split, found in catalog.splits.items()}, SAME_VIDEOS
+    )
     catalog, few_labels = distributed.on_all_ranks(lambda: keep_labelled(command, config, catalog))
     videos = open_videos_once(catalog, config.data)
     config = choose_fill_steps(config, len(videos))
@@ -457,9 +467,8 @@ def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
             lambda: open_videos(catalog, "train", workers, timeout=timeout) if first else None
         )
         videos = videos or open_videos(catalog, "train", workers, progress=False, timeout=timeout)
-        if len(set(distributed.gather_objects(videos.fingerprint()))) > 1:
-            raise UserError(
-                f"--data {catalog.root}: the processes find different videos there; "
-                "every machine must see the same files"
-            )
+        machines.check_same(
+            {f"videos of --data {catalog.root}": f"{len(videos)} readable (digest {videos.fingerprint()[:10]})"},
+            SAME_VIDEOS,
+        )
     return videos
