@@ -40,13 +40,13 @@ def join_launch(environment: MutableMapping[str, str], at_terminal: bool) -> Non
             found = ranks_of_srun(environment, at_terminal)
             refuse_other_launchers(environment, found)
         given = environment.get("WORLD_SIZE", found.get("WORLD_SIZE"))
+        chosen = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if environment.get(name)}
+        environment.update({**found, **chosen})
         if found and given != found["WORLD_SIZE"]:
             raise UserError(
                 f"WORLD_SIZE is {given}, but {found['WORLD_SIZE']} processes were started: unset WORLD_SIZE, which "
                 "follows from srun or mpirun"
             )
-        chosen = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if environment.get(name)}
-        environment.update({**found, **chosen})
     check_ranks(environment)
 
 

@@ -468,7 +468,7 @@ def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
         )
         videos = videos or open_videos(catalog, "train", workers, progress=False, timeout=timeout)
         machines.check_same(
-            {f"videos of --data {catalog.root}": f"{len(videos)} readable (digest {videos.fingerprint()[:10]})"},
+            {"readable videos of --data": f"{len(videos)} with digest {videos.fingerprint()[:10]}"},
             SAME_VIDEOS,
         )
     return videos
