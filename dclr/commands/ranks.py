@@ -1,6 +1,7 @@
 """The ranks of an evaluation: connect the processes that a launcher started, and choose the device of each."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dclr import distributed
-from dclr.training import connection, engine
+from dclr.training import connection, engine, machines
 from dclr.training.heartbeat import Heartbeat
 from dclr.training.signals import LauncherWatch
 
@@ -25,12 +26,14 @@ def connected_ranks() -> Iterator[torch.device]:
     output of the other ranks is discarded. If a rank fails, the others end.
 
     Raises:
-        UserError: the processes cannot connect, or there are fewer GPUs than processes.
+        UserError: the processes cannot connect; there are fewer GPUs than processes; the machines run other code or
+            other packages.
     """
     if not connection.several_processes():
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return
-    with ExitStack() as at_end, LauncherWatch(), Heartbeat() as heartbeat:
+    with ExitStack() as at_end, LauncherWatch(), Heartbeat(describe=machines.describe_machine) as heartbeat:
+        warnings = machines.check_machines(heartbeat.peers)
         connection.choose_interface(heartbeat.peers)
         device = engine.choose_device()
         if device.type == "cpu":
@@ -41,6 +44,8 @@ def connected_ranks() -> Iterator[torch.device]:
         except RuntimeError as error:
             raise connection.connection_error(error) from None
         at_end.callback(dist.destroy_process_group)  # after the heartbeat has ended on all ranks
+        for line in warnings if distributed.rank() == 0 else []:
+            print(f"warning: {line}", file=sys.stderr)
         with ExitStack() as silence:
             if distributed.rank() > 0:
                 silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
