@@ -3,6 +3,7 @@
 benchmarks/remote.py and tests/test_remote.py use it. It serves one folder to this machine only.
 """
 
+import multiprocessing
 import re
 import threading
 import time
@@ -11,6 +12,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from dclr.data.decoder_process import shared_array
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -24,8 +29,7 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        with self.server.counting:
-            self.server.requests += 1
+        self.server.count(requests=1)
         time.sleep(self.server.latency_s)
         file = self.server.root / unquote(urlsplit(self.path).path).lstrip("/")
         if not file.is_file():
@@ -49,28 +53,35 @@ class Handler(BaseHTTPRequestHandler):
         with file.open("rb") as content:
             content.seek(first)
             self.wfile.write(content.read(last - first + 1))
-        with self.server.counting:
-            self.server.bytes_sent += last - first + 1
+        self.server.count(sent=last - first + 1)
 
     def log_message(self, *args: object) -> None:
         """Print nothing."""
 
 
 class RangeServer(ThreadingHTTPServer):
-    """The server.
-
-    Attributes:
-        latency_s: seconds that an answer waits before its first byte.
-        requests, bytes_sent: counters; bytes of the bodies.
-    """
+    """The server. `latency_s`: seconds that an answer waits before its first byte."""
 
     daemon_threads = True
 
     def __init__(self, root: Path, handler: type[Handler] = Handler, latency_s: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), handler)
         self.root, self.latency_s = root, latency_s
-        self.counting = threading.Lock()
-        self.requests = self.bytes_sent = 0
+        self._counting, self._counters = threading.Lock(), shared_array(2, np.int64)
+
+    def count(self, requests: int = 0, sent: int = 0) -> None:
+        with self._counting:
+            self._counters += (requests, sent)
+
+    @property
+    def requests(self) -> int:
+        """The number of requests so far."""
+        return int(self._counters[0])
+
+    @property
+    def bytes_sent(self) -> int:
+        """The bytes of all bodies so far."""
+        return int(self._counters[1])
 
     @property
     def url(self) -> str:
@@ -88,3 +99,16 @@ def serve(root: Path, handler: type[Handler] = Handler, latency_s: float = 0.0) 
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def serve_in_process(root: Path, latency_s: float) -> Iterator[RangeServer]:
+    """Serve a folder inside the context, in a process of its own, which does not wait for this process."""
+    with RangeServer(root, latency_s=latency_s) as server:
+        process = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
+        process.start()
+        try:
+            yield server
+        finally:
+            process.terminate()
+            process.join()

@@ -436,7 +436,7 @@ class Stopping(Handler):
 
     def do_GET(self) -> None:
         if self.server.requests % 2 and self.command == "GET":
-            self.server.requests += 1
+            self.server.count(requests=1)
             self.send_response(206)
             self.send_header("Content-Length", "1000")
             self.end_headers()
