@@ -92,6 +92,20 @@ def loader_table(result: Result, gpu: bool) -> str:
     return harness.table(["data, workers", *names, "wrong frames of released code"], lines)
 
 
+def remote_table(result: Result, gpu: bool) -> str:
+    """Return the speed relative to the local store by latency, and what a sample costs, of each way of reading."""
+    rows = result["rows"]
+    lines = []
+    for name, found in rows[0]["providers"].items():
+        if "skipped" in found:
+            lines.append([name, *[found["skipped"][:40]] * len(rows), "", ""])
+            continue
+        ratios = [f"{row['providers'][name]['times_local']:.2g}" for row in rows]
+        lines.append([name, *ratios, f"{found['bytes_per_sample'] / 1e6:.2f}", f"{found['requests_per_sample']:.2f}"])
+    latencies = [f"{row['latency_ms']} ms" for row in rows]
+    return harness.table(["read from, latency", *latencies, "MB a sample", "requests a sample"], lines)
+
+
 def train_table(result: Result, gpu: bool) -> str:
     columns = ["read from, processes", "waits for data", "speedup over videos", "speedup over one process"]
     lines = [
@@ -279,6 +293,7 @@ TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
     ("step", "Largest batch on one GPU by its memory, computed from the measured peak", memory_table),
     ("baseline", "A training step: speedup over an older commit", baseline_table),
     ("loader", "Reading: speedup over released code in samples/s of one core", loader_table),
+    ("remote", "Reading from a server: speed relative to the local store of planes", remote_table),
     ("train", "A whole run", train_table),
     ("sharding", "DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
     ("train_store", "A whole run from a packed store", store_table),
