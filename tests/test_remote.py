@@ -177,7 +177,7 @@ def test_a_call_that_never_returns_counts_as_a_lost_connection():
 
 def test_a_video_that_was_damaged_on_the_way_is_fetched_again(stores, server):
     far = open_train("server://host/planes")
-    server.faults.append(lambda content: content[:-1] + bytes([content[-1] ^ 1]))
+    server.faults.append(lambda content: bytes(len(content)))
     assert_same_frames(far, open_train(stores / "planes"))
 
 
