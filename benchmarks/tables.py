@@ -98,12 +98,15 @@ def remote_table(result: Result, gpu: bool) -> str:
     lines = []
     for name, found in rows[0]["providers"].items():
         if "skipped" in found:
-            lines.append([name, *[found["skipped"][:40]] * len(rows), "", ""])
+            lines.append([name, *[found["skipped"][:40]] * len(rows), "", "", ""])
             continue
         ratios = [f"{row['providers'][name]['times_local']:.2g}" for row in rows]
-        lines.append([name, *ratios, f"{found['bytes_per_sample'] / 1e6:.2f}", f"{found['requests_per_sample']:.2f}"])
-    latencies = [f"{row['latency_ms']} ms" for row in rows]
-    return harness.table(["read from, latency", *latencies, "MB a sample", "requests a sample"], lines)
+        processor = [row["providers"][name]["processor_ms_per_sample"]["median"] for row in rows]
+        costs = [f"{found['bytes_per_sample'] / 1e6:.2f}", f"{found['requests_per_sample']:.2f}"]
+        lines.append([name, *ratios, f"{min(processor):.1f} to {max(processor):.1f}", *costs])
+    latencies = [f"latency {row['latency_ms']} ms" for row in rows]
+    columns = ["read from", *latencies, "processor ms a sample", "MB a sample", "requests a sample"]
+    return harness.table(columns, lines)
 
 
 def train_table(result: Result, gpu: bool) -> str:
