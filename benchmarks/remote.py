@@ -38,7 +38,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -124,21 +124,19 @@ def webdataset(place: Place, kind: str) -> Reader:
     tars = sorted(path.name for path in (place.root / f"{kind}-tars").iterdir())
     urls = [f"{place.server.url}/{kind}-tars/{name}" for name in tars]
 
-    def batches(epochs: int) -> Iterator[Any]:
-        for epoch in range(epochs):
-            shards = WebDataset(urls, shardshuffle=len(urls), seed=epoch, empty_check=False)
-            frames = shards.shuffle(SHUFFLE).map(partial(take_frames, kind, epoch)).batched(BATCH_SIZE)
-            yield from WebLoader(frames, batch_size=None, num_workers=WORKERS)
+    def batches(epochs: int) -> Iterable[Any]:
+        shards = WebDataset(urls, shardshuffle=len(urls), empty_check=False)
+        frames = shards.shuffle(SHUFFLE).map(partial(take_frames, kind)).batched(BATCH_SIZE).repeat(epochs)
+        return WebLoader(frames, batch_size=None, num_workers=WORKERS)
 
     return Reader(batches)
 
 
-def take_frames(kind: str, epoch: int, sample: dict[str, Any]) -> tuple[np.ndarray, ...]:
-    """Return the planes of the frames that training takes from a video, given the video as WebDataset reads it."""
+def take_frames(kind: str, sample: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    """Return planes of as many frames as training takes from a video, given the video as WebDataset reads it."""
     about = json.loads(sample["json"])
     frames, height, width = about["frames"], about["height"], about["width"]
-    rng = clips.sample_rng(0, epoch, about["index"])
-    pair = clips.draw_pair(rng, frames, CONFIG.clip_length, CONFIG.clip_stride)
+    pair = clips.draw_pair(np.random.default_rng(), frames, CONFIG.clip_length, CONFIG.clip_stride)
     wanted = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
     if kind == "compact":
         descriptor = os.memfd_create("video")
