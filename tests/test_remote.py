@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,9 @@ import torch
 from fsspec.spec import AbstractFileSystem
 from helpers import assert_same_end
 
+from benchmarks import tables
 from benchmarks.range_server import Handler, serve
+from benchmarks.remote import LOCAL, PROVIDERS, Round, figures, take_frames, write_tars
 from dclr.commands import evaluate, train
 from dclr.config import DataConfig, FinetuneConfig
 from dclr.data import check, pack, remote, video_cache
@@ -516,3 +519,32 @@ def test_s3_of_moto(stores, bucket, monkeypatch):
     assert_same_frames(open_train(url), open_train(stores / "planes"))
     monkeypatch.setenv(video_cache.SIZE, "0")
     assert_same_frames(open_train(url), open_train(stores / "planes"))
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+@pytest.mark.parametrize("kind", ["planes", "compact"])
+def test_the_tars_hold_the_videos_of_the_store(stores, tmp_path, kind):
+    videos = open_train(stores / kind)
+    write_tars(videos, tmp_path / "tars")
+    with tarfile.open(tmp_path / "tars" / "0000.tar") as tar:
+        parts = {entry.name: tar.extractfile(entry).read() for entry in tar}
+    for index in range(len(videos)):
+        sample = {name[7:]: content for name, content in parts.items() if name.startswith(f"{index:06d}.")}
+        y, u, v = take_frames(kind, sample)
+        whole = videos.read(index, np.arange(videos.frames[index]))
+        found = {frame.tobytes() for frame in whole.y}, {frame.tobytes() for frame in whole.v}
+        assert y.shape == (34, 32, 48)
+        assert u.shape == (34, 16, 24)
+        assert all(frame.tobytes() in found[0] for frame in y)
+        assert all(frame.tobytes() in found[1] for frame in v)
+
+
+def test_the_table_says_what_a_sample_costs_next_to_the_local_store():
+    local, far = [Round(100, 50.0, 1.0, 0, 0)] * 2, [Round(100, 25.0, 2.0, 240, 227_000_000)] * 2
+    providers = {name: {"skipped": "not installed"} for name in PROVIDERS}
+    providers |= {LOCAL: figures(local, local), "store, without cache": figures(far, local)}
+    table = tables.remote_table({"rows": [{"latency_ms": 20, "providers": providers}]}, gpu=False)
+    assert "| store, without cache | 0.5 | 20.0 to 20.0 | 2.27 | 2.40 |" in table
+    assert "| WebDataset, planes | not installed |" in table
