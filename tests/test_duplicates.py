@@ -12,11 +12,12 @@ from helpers import make_list
 
 from dclr.commands import evaluate as evaluation
 from dclr.config import DataConfig
-from dclr.data import duplicates
+from dclr.data import duplicates, file_content
 from dclr.data.catalog import Video
 from dclr.data.check import check
 from dclr.data.datasets import open_catalog
 from dclr.data.duplicates import find_duplicates
+from dclr.data.file_content import SAMPLE_BYTES
 from dclr.data.pack import pack
 from dclr.errors import UserError
 
@@ -43,7 +44,7 @@ def test_videos_that_differ_are_no_duplicates(tmp_path):
     data = make_list(tmp_path / "data", train=TRAIN, test=[("e.mp4", 0)])
     for name, content in (("a.mp4", b"a"), ("b.mp4", b"b"), ("c.mp4", b"c")):
         # Equal sizes and equal ends. Only the middle differs.
-        (data / name).write_bytes(bytes(duplicates.SAMPLE_BYTES) + content + bytes(duplicates.SAMPLE_BYTES))
+        (data / name).write_bytes(bytes(SAMPLE_BYTES) + content + bytes(SAMPLE_BYTES))
     assert found(data).lines() == []
     assert found(data).report() == {"two_labels": [], "in_two_splits": {}, "listed_more_than_once": {}}
     found(data).check_labels()
@@ -117,7 +118,8 @@ def test_files_on_a_disk_without_inode_numbers_are_not_one_file(tmp_path, monkey
     for name in "abc":
         (tmp_path / name).write_bytes(b"content of " + name.encode())
     copy(tmp_path / "a", tmp_path / "d")
-    monkeypatch.setattr(duplicates, "os", SimpleNamespace(stat=stat, fstat=os.fstat))
+    others = {"fstat": os.fstat, "path": os.path}
+    monkeypatch.setattr(file_content, "os", SimpleNamespace(stat=stat, **others))
     content = duplicates.content_of_files(tmp_path, "abcd")
     assert len(set(content.values())) == 3
     assert content["a"] == content["d"]

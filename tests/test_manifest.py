@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from helpers import REPOSITORY, block, children, crash, loop
 
-from dclr.data import decoder_process, manifest
+from dclr.data import decoder_process, verification
 from dclr.data.decode import NO_PTS, VideoRecord, verify_video
 from dclr.data.encode import write_video
+from dclr.data.findings import load_findings
 from dclr.data.manifest import Manifest, load_manifest
 from dclr.errors import UserError
 
@@ -68,7 +69,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Decoded:
         found.add(path.name)
         return verify_video(path)
 
-    monkeypatch.setattr(manifest, "verify_video", counting)
+    monkeypatch.setattr(verification, "verify_video", counting)
     return found
 
 
@@ -169,8 +170,8 @@ def flip(file: Path) -> None:
     """Change a byte of the timestamps. Some bytes of the archive's own headers have no meaning."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
-        after = archive.infolist()[names.index("pts_steps.npy") + 1].header_offset
-        inside = after - archive.getinfo("pts_steps.npy").compress_size // 2
+        after = archive.infolist()[names.index("pts_runs.npy") + 1].header_offset
+        inside = after - archive.getinfo("pts_runs.npy").compress_size // 2
     content = bytearray(file.read_bytes())
     content[inside] ^= 0xFF
     file.write_bytes(content)
@@ -220,18 +221,18 @@ def test_a_damaged_cache_is_rebuilt(
 def test_what_was_verified_before_an_interruption_is_kept(
     root: Path, decoded: Decoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counting = manifest.verify_video
+    counting = verification.verify_video
 
     def interrupted(path: Path) -> VideoRecord:
         if path.name == "c.h264":
             raise KeyboardInterrupt
         return counting(path)
 
-    monkeypatch.setattr(manifest, "verify_video", interrupted)
+    monkeypatch.setattr(verification, "verify_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(root)
     assert decoded.names == ["a.mp4", "b.mp4"]
-    monkeypatch.setattr(manifest, "verify_video", counting)
+    monkeypatch.setattr(verification, "verify_video", counting)
     decoded.clear()
     load(root, paths=GOOD)
     assert decoded.names == ["c.h264", "ß #&(!).mp4"]
@@ -252,7 +253,7 @@ def leave() -> None:
     ],
 )
 def test_a_decoder_that_crashes_or_never_returns_costs_its_video_alone(root, monkeypatch, workers, fault, reason):
-    monkeypatch.setattr(manifest, "verify_video", lambda path: fault() if path.name == "b.mp4" else verify_video(path))
+    monkeypatch.setattr(verification, "verify_video", lambda path: fault() if path.name == "b.mp4" else verify_video(path))
     began = time.monotonic()
     found = load(root, workers, timeout=1)
     assert time.monotonic() - began < 15
@@ -266,7 +267,7 @@ def test_a_decoder_that_crashes_or_never_returns_costs_its_video_alone(root, mon
 def test_a_decoder_that_is_killed_once_is_asked_once_more(root, decoded, monkeypatch, tmp_path):
     """The kernel may have killed the first process because memory was short. After a second kill, the video is
     unreadable."""
-    counting = manifest.verify_video
+    counting = verification.verify_video
 
     def killed(path: Path) -> VideoRecord:
         record = counting(path)
@@ -274,7 +275,7 @@ def test_a_decoder_that_is_killed_once_is_asked_once_more(root, decoded, monkeyp
             os.kill(os.getpid(), signal.SIGKILL)
         return record
 
-    monkeypatch.setattr(manifest, "verify_video", killed)
+    monkeypatch.setattr(verification, "verify_video", killed)
     found = load(root, paths=GOOD)
     assert found.unreadable == {"sub folder/b.mp4": "the decoder crashes on it (SIGKILL)"}
     assert decoded.names == sorted(["a.mp4", "a.mp4", "b.mp4", "b.mp4", "c.h264", "ß #&(!).mp4"])
@@ -287,7 +288,7 @@ def test_a_long_decode_is_not_cut_while_it_gives_frames(root, monkeypatch):
             decoder_process.report_progress()
         return verify_video(path)
 
-    monkeypatch.setattr(manifest, "verify_video", slow)
+    monkeypatch.setattr(verification, "verify_video", slow)
     assert list(load(root, paths=["a.mp4"], timeout=1).records) == ["a.mp4"]
 
 
@@ -335,12 +336,12 @@ def test_a_cache_with_changed_numbers_is_used_only_where_they_agree(tmp_path, ca
         else:
             array = np.concatenate([array, array])
         arrays[name] = array
-        np.savez_compressed(cache, **arrays)
-        known = manifest._load(cache)
-        used += bool(known)
-        for (size, mtime), finding in known.values():
-            assert isinstance(size, int)
-            assert isinstance(mtime, int)
+        rng.choice([np.savez, np.savez_compressed])(cache, **arrays)
+        known = load_findings(cache)
+        used += bool(len(known))
+        for file in known:
+            finding = file.finding
+            assert all(isinstance(number, int) for number in file.stamp)
             if not isinstance(finding, str):
                 assert 0 < finding.frames == len(finding.pts)
                 assert min(finding.height, finding.width) > 0
@@ -356,7 +357,7 @@ def test_a_signal_saves_the_findings_and_ends_the_command(
     program = """
 import sys, time
 from pathlib import Path
-from dclr.data import manifest
+from dclr.data import manifest, verification
 
 def verify_video(path):
     if path.name == "slow.mp4":  # the last one, so the findings about the others have arrived
@@ -364,7 +365,7 @@ def verify_video(path):
         time.sleep(1000)
     return real(path)
 
-real, manifest.verify_video = manifest.verify_video, verify_video
+real, verification.verify_video = verification.verify_video, verify_video
 root, cache, *names = sys.argv[1:]
 manifest.load_manifest(Path(root), names, workers=1, progress=False, cache_dir=Path(cache))
 """
@@ -379,7 +380,7 @@ manifest.load_manifest(Path(root), names, workers=1, progress=False, cache_dir=P
         _, errors = process.communicate(timeout=60)
     assert process.returncode == -number
     assert errors == f"stopped by {number.name}: the videos verified so far are not decoded again\n"
-    monkeypatch.setattr("dclr.data.manifest.verify_video", None)  # nothing is decoded again
+    monkeypatch.setattr("dclr.data.verification.verify_video", None)  # nothing is decoded again
     assert list(load_manifest(root, GOOD, workers=1, progress=False, cache_dir=cache).records) == GOOD
 
 
@@ -387,6 +388,6 @@ def test_too_little_memory_to_verify_is_one_line(root, monkeypatch):
     def short_of_memory(path: Path) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(manifest, "verify_video", short_of_memory)
+    monkeypatch.setattr(verification, "verify_video", short_of_memory)
     with pytest.raises(UserError, match=r": a process that verifies videos has too little memory: lower --workers$"):
         load_manifest(root, ["a.mp4"], workers=1, progress=False, cache_dir=root.parent / "cache")

@@ -28,6 +28,7 @@ from dclr.data.decoder_process import freeze_inherited_objects
 from dclr.data.loader import Batches, BatchSampler
 from dclr.data.samples import PairSamples
 from dclr.data.string_array import StringArray
+from dclr.data.records import collect_records
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
 
 EPOCHS = 30
@@ -173,9 +174,8 @@ def test_a_worker_does_not_copy_the_list_of_videos():
         pts=np.arange(3),
         keyframes=np.zeros(1, np.int64),
     )
-    records = [record] * len(listed)
     paths, ones = StringArray(video.path for video in listed), np.ones(len(listed), np.int64)
-    source = VideoFiles(Path("/data"), paths, records)
+    source = VideoFiles(Path("/data"), paths, collect_records([record] * len(listed)))
     videos = VideoSet(
         root=Path("/data"), layout="", classes=(), unreadable={}, paths=paths, labels=ones, frames=ones, heights=ones,
         widths=ones, source=source,

@@ -18,7 +18,8 @@ from dclr.data.encode import write_video
 from dclr.data.manifest import load_manifest
 from dclr.data.pack import pack
 from dclr.data.string_array import StringArray
-from dclr.data.videos import RaggedArray, VideoFiles, open_videos
+from dclr.data.records import collect_arrays
+from dclr.data.videos import VideoFiles, open_videos
 from dclr.errors import UserError
 
 
@@ -42,7 +43,7 @@ def test_records_come_back_as_they_were_found(genuine):
             p.relative_to(root).as_posix() for p in sorted((root / folder).rglob("*")) if p.suffix in (".avi", ".mp4")
         ]
     records = load_manifest(root, names, workers=1, progress=False).records
-    source = VideoFiles(root, StringArray(records), list(records.values()))
+    source = VideoFiles(root, StringArray(records), records.records)
     assert len(records) == 15
     assert len({record.seekable for record in records.values()}) == 2
     for index, (name, record) in enumerate(records.items()):
@@ -105,7 +106,7 @@ def test_nothing_of_the_catalog_is_kept(demo_videos):
 
 def test_arrays_of_any_length_come_back():
     arrays = [np.arange(n, dtype=np.int64) - 2**62 for n in (3, 0, 1)]
-    ragged = RaggedArray(arrays, np.int64)
+    ragged = collect_arrays(arrays, np.int64)
     assert all(np.array_equal(ragged[i], array) and ragged[i].dtype == np.int64 for i, array in enumerate(arrays))
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ SHOWN_NAMES = 5
 """Most names that a line or an entry gives for one reason."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Video:
     """One video of a catalog."""
 
@@ -97,11 +98,14 @@ def make_catalog(
     named = {split: tuple(videos) for split, videos in splits.items()}
     known = {split: tuple(videos) for split, videos in (missing or {}).items()}
     everything = [video for group in (named, known) for videos in group.values() for video in videos]
-    _require_strings(root, [*classes, *(string for video in everything for string in (video.path, video.group))])
-    # Path.is_file would raise for a name that is too long and for a folder without permission.
+    _require_strings(root, classes, (video.path for video in everything), {video.group for video in everything})
     paths = {video.path for videos in named.values() for video in videos}
-    gone = {path for path in paths.difference(on_disk) if not os.path.isfile(os.path.join(root, path))}
-    present = {split: tuple(video for video in videos if video.path not in gone) for split, videos in named.items()}
+    paths.difference_update(on_disk)
+    # Path.is_file would raise for a name that is too long and for a folder without permission.
+    gone = {path for path in paths if not os.path.isfile(os.path.join(root, path))}
+    present = named
+    if gone:
+        present = {split: tuple(video for video in videos if video.path not in gone) for split, videos in named.items()}
     absent = {
         split: (*known.get(split, ()), *(video for video in named.get(split, ()) if video.path in gone))
         for split in SPLITS
@@ -130,11 +134,11 @@ def make_catalog(
     )
 
 
-def _require_strings(root: Path, strings: list[str]) -> None:
+def _require_strings(root: Path, *strings: Iterable[str]) -> None:
     """Raise UserError if a string of the lists cannot be a file name. So the rest of the project need not check
     again."""
     try:
-        whole = "".join(strings)
+        whole = "".join(chain(*strings))
         whole.encode("utf-8", "surrogateescape")
         if "\0" not in whole:
             return

@@ -37,7 +37,7 @@ SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";"}
 HEADER_HINT = "add a header line such as `path label group` or `path num_frames label` that names the columns"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """A line of a list."""
 
@@ -153,14 +153,19 @@ def _rsplits(line: str) -> list[str]:
 def _readings(file: Path, lines: list[tuple[str, str]], disk: Disk) -> Iterator[Table]:
     """Yield each reading that all lines permit."""
     for separator, character in SEPARATORS.items():
+        if character not in lines[0][1]:
+            continue
         rows = [Row(where=where, fields=_split(line, character)) for where, line in lines]
         if len({len(row.fields) for row in rows}) == 1 and len(rows[0].fields) > 1:
             yield from _with_roles(file, separator, rows, disk)
     for columns in (1, 2, 3):
-        rows = [Row(where=where, fields=fields) for where, line in lines if (fields := _split_spaces(line, columns))]
-        if len(rows) == len(lines) and all(
-            _may_be_spaced(row, line, disk) for row, (_, line) in zip(rows, lines, strict=True)
-        ):
+        rows = []
+        for where, line in lines:
+            fields = _split_spaces(line, columns)
+            if not fields or not _may_be_spaced(fields[0], line, disk):
+                break  # at the first line that does not fit: a list may have a million
+            rows.append(Row(where=where, fields=fields))
+        else:
             yield from _with_roles(file, "space", rows, disk)
     if header := _roles_of_header(lines[0][1].split(), disk):
         rows = [Row(where=where, fields=tuple(line.split())) for where, line in lines]
@@ -187,9 +192,8 @@ def _split_spaces(line: str, columns: int) -> tuple[str, ...]:
     return fields if len(fields) == columns else ()
 
 
-def _may_be_spaced(row: Row, line: str, disk: Disk) -> bool:
+def _may_be_spaced(path: str, line: str, disk: Disk) -> bool:
     """Return whether the first field is a path. A path with spaces and without quotes must be on disk."""
-    path = row.fields[0]
     return line[0] in "\"'" or len(path.split()) == 1 or bool(disk.find(path)[0])
 
 

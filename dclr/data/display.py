@@ -114,15 +114,15 @@ class Displays:
 
     def unusual(self) -> dict[str, np.ndarray]:
         """Return the numbers of the videos that are not shown as coded, or not progressive, by what is unusual."""
-        each = [Display(*row) for row in self.values.tolist()]
-        flags = {
-            "rotated": [display.orientation != 0 for display in each],
-            "rotated_by_other_angle": self.oblique,
-            "pixels_not_square": [display.aspect != 1 for display in each],
-            "pixel_aspect_ignored": [display.absurd for display in each],
-            "interlaced": self.interlaced,
+        rows = np.flatnonzero((self.values != AS_CODED).any(axis=1))  # few, of perhaps a million videos
+        each = [self[row] for row in rows.tolist()]
+        return {
+            "rotated": rows[[display.orientation != 0 for display in each]],
+            "rotated_by_other_angle": np.flatnonzero(self.oblique),
+            "pixels_not_square": rows[[display.aspect != 1 for display in each]],
+            "pixel_aspect_ignored": rows[[display.absurd for display in each]],
+            "interlaced": np.flatnonzero(self.interlaced),
         }
-        return {name: np.flatnonzero(np.array(flag, bool)) for name, flag in flags.items()}
 
 
 def collect_displays(records: Iterable[tuple[Display, bool, bool]]) -> Displays:

@@ -1,36 +1,31 @@
 """Videos that a data set lists more than once: by the same path, by links, or as files with equal content.
 
 A video with two labels spoils training. A video in train and test spoils the test. Files are compared by content only
-if their sizes in bytes are equal: first by their first and last 64 KiB, then whole. A packed store is compared by the
-checksums in its index, without reading videos.
+if their sizes in bytes are equal: first by their first and last 64 KiB, then whole. Verification has recorded digests
+of the ends, because many of a million files have equal sizes. A packed store is compared by the checksums in its index,
+without reading videos.
 """
 
-import hashlib
-import os
-import stat
-from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dclr.data.catalog import SPLITS, Catalog, Video
 from dclr.data.coverage import shorten
+from dclr.data.file_content import THREADS, digest_of_all, digest_of_ends, find_status
+from dclr.data.manifest import known_digests
 from dclr.data.store import Arrays
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 
-SAMPLE_BYTES = 64 * 1024
-"""Bytes at each end of a file that are compared before whole files are."""
-
 OFFICIAL = ("UCF101", "HMDB51", "Kinetics-400", "Something-Something v2", "Diving48")
 """Layouts whose lists and labels were published. Users cannot correct them."""
-
-THREADS = 8
-"""Files that are read at a time. Most of the time is spent waiting for the disk."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Duplicates:
@@ -89,14 +84,15 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
     splits = {split: catalog.splits[split] for split in SPLITS if split in catalog.splits}
     if splits.get("val") == splits.get("test"):
         splits.pop("val", None)
-    paths = dict.fromkeys(video.path for videos in splits.values() for video in videos)
-    compared = [path for path in paths if path not in unreadable]
+    listed = dict.fromkeys(video.path for videos in splits.values() for video in videos)
+    compared = [path for path in listed if path not in unreadable]
     content = content_of_files(catalog.root, compared) if catalog.index is None else content_in_store(catalog.index)
 
+    counts = Counter(content.get(video.path) for videos in splits.values() for video in videos)
     entries: dict[Hashable, list[tuple[str, Video]]] = defaultdict(list)
     for split, videos in splits.items():
         for video in videos:
-            if video.path in content:
+            if video.path in content and counts[content[video.path]] > 1:
                 entries[content[video.path]].append((split, video))
     two_labels: list[str] = []
     refused: list[str] = []
@@ -116,10 +112,11 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
             names = dict.fromkeys((by_split[one][0].path, by_split[other][0].path))
             shared[f"{one} and {other}"].append(" = ".join(names))
         for split, videos_of_split in by_split.items():
-            labels = [video.label for video in videos_of_split]
-            again = [video for position, video in enumerate(videos_of_split) if video.label in labels[:position]]
-            if again:
-                repeated[split] += [video.path for video in again]
+            labels = set[int]()
+            for video in videos_of_split:
+                if video.label in labels:
+                    repeated[split].append(video.path)
+                labels.add(video.label)
     return Duplicates(
         root=catalog.root,
         two_labels=tuple(two_labels),
@@ -137,61 +134,49 @@ def content_in_store(index: Arrays) -> dict[str, Hashable]:
     return {path: numbers for path, is_stored, numbers in rows if is_stored}
 
 
-def content_of_files(root: Path, paths: Iterable[str]) -> dict[str, Hashable]:
-    """Return path -> a value that is equal for files with equal content. Files that cannot be read are left out."""
-    files: dict[Hashable, str] = {}  # identity of a file -> its first path
-    file_of: dict[str, Hashable] = {}
-    sizes: dict[int, list[Hashable]] = defaultdict(list)
-    for path in paths:
-        try:
-            found = os.stat(root / path)
-        except OSError:
-            continue
-        # Some network disks give several files the same inode number, or all files the number 0.
-        file: Hashable = (found.st_dev, found.st_ino or path, found.st_size, found.st_mtime_ns)
-        if stat.S_ISREG(found.st_mode) and found.st_size:
-            file_of[path] = file
-            if files.setdefault(file, path) == path:
-                sizes[found.st_size].append(file)
+def content_of_files(root: Path, paths: Sequence[str]) -> dict[str, Hashable]:
+    """Return path -> a number that is equal for files with equal content. Files that cannot be read are left out."""
+    status = find_status(root, paths)
+    sizes, inodes = status.stamps[:, 0], status.numbers[:, 1]
+    usable = np.flatnonzero(sizes)  # files that are empty or cannot be read have size 0
+    content = np.arange(len(paths))  # position of the first file with the same content
+    # Some network disks give several files the same inode number, or all files the number 0.
+    for links in _equal(inodes, usable[inodes[usable] != 0]):
+        first: dict[tuple[int, ...], int] = {}
+        for position in links:
+            content[position] = first.setdefault(tuple(status.numbers[position].tolist()), position)
 
-    content = {file: file for file in files}
+    groups = _equal(sizes, usable[content[usable] == usable])
+    known = known_digests(root, paths, status) if groups else np.empty((0, 0))
+
+    def ends(file: int) -> bytes | None:
+        return known[file].tobytes() if known[file].any() else digest_of_ends(root / paths[file])
+
     with ThreadPoolExecutor(THREADS) as pool:
 
-        def divide(groups: Iterable[list[Hashable]], digest: Callable[[Path], bytes | None]) -> list[list[Hashable]]:
+        def divide(groups: Iterable[list[int]], digest: Callable[[int], bytes | None]) -> list[list[int]]:
             """Divide groups of files by their digests. A group of one file is dropped."""
-            alike = [group for group in groups if len(group) > 1]
-            members = [(number, file) for number, group in enumerate(alike) for file in group]
-            digests = pool.map(lambda member: digest(root / files[member[1]]), members)
-            divided: dict[tuple[int, bytes], list[Hashable]] = defaultdict(list)
-            for (number, file), value in zip(members, digests, strict=True):
+            members = [(number, file) for number, group in enumerate(groups) for file in group]
+            values = pool.map(digest, [file for _, file in members])
+            divided: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+            for (number, file), value in zip(members, values, strict=True):
                 if value is not None:
                     divided[number, value].append(file)
             return [group for group in divided.values() if len(group) > 1]
 
-        for group in divide(divide(sizes.values(), _digest_of_ends), _digest_of_all):
-            for file in group:
-                content[file] = group[0]
-    return {path: content[file] for path, file in file_of.items()}
+        for group in divide(divide(groups, ends), lambda file: digest_of_all(root / paths[file])):
+            content[group] = group[0]
+    content = content[content]  # links to a file whose content is that of another one
+    return {paths[position]: int(content[position]) for position in usable.tolist()}
 
 
-def _digest_of_ends(file: Path) -> bytes | None:
-    """Return a digest of the first and the last bytes of a file, or None if the file cannot be read."""
-    try:
-        with file.open("rb") as opened:
-            first = opened.read(SAMPLE_BYTES)
-            opened.seek(max(0, os.fstat(opened.fileno()).st_size - SAMPLE_BYTES))
-            return hashlib.sha256(first + opened.read(SAMPLE_BYTES)).digest()
-    except OSError:
-        return None
-
-
-def _digest_of_all(file: Path) -> bytes | None:
-    """Return a digest of a file, or None if the file cannot be read."""
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").digest()
-    except OSError:
-        return None
+def _equal(values: np.ndarray, positions: np.ndarray) -> list[list[int]]:
+    """Return the groups of positions that have equal values, each with at least two positions, in increasing order."""
+    ordered = positions[np.argsort(values[positions], kind="stable")]
+    begins = np.flatnonzero(np.diff(values[ordered], prepend=-1))
+    ends = np.append(begins, len(ordered))[1:]
+    several = ends - begins > 1
+    return [ordered[begin:end].tolist() for begin, end in zip(begins[several], ends[several], strict=True)]
 
 
 def _two_labels(first: Video, second: Video, classes: tuple[str, ...]) -> str:

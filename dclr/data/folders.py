@@ -9,7 +9,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from dclr.data.catalog import KNOWN_LAYOUTS, SPLITS, Catalog, Video, make_catalog
 from dclr.data.listed_paths import count_videos
@@ -279,7 +278,7 @@ def videos_by_stem(tree: Tree) -> dict[str, list[str]]:
     """Return file name without suffix -> relative paths, sorted, of all videos below a folder."""
     by_stem: dict[str, list[str]] = {}
     for path in open_unknown(tree).videos:
-        by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
+        by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
     return by_stem
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 from dclr.data.catalog import SPLITS, Catalog, Video, make_catalog
@@ -16,7 +17,7 @@ from dclr.data.own_lists import SPLIT_NAMES, parse_list_name
 from dclr.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """A row of the lists: some seconds of a YouTube video."""
 
@@ -106,7 +107,15 @@ def kinetics(folder: DataFolder) -> Catalog:
         )
     warnings += describe_equal_names(equal_names)
     return make_catalog(
-        folder.root, "Kinetics-400", classes, splits, missing, recognised=recognised, warnings=warnings, lists=lists
+        folder.root,
+        "Kinetics-400",
+        classes,
+        splits,
+        missing,
+        recognised=recognised,
+        warnings=warnings,
+        lists=lists,
+        on_disk=owner,
     )
 
 
@@ -114,12 +123,15 @@ def _read_segments(lists: list[Path]) -> list[Segment]:
     """Return the segments of all lists, each once. Raises UserError: a segment has two labels or is in two splits."""
     segments: dict[str, Segment] = {}
     for file in lists:
-        named = parse_list_name(file)
+        named, name = parse_list_name(file), str(file)
         with reading(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
-            reader = csv.DictReader(text)
-            reader.fieldnames = _column_names(reader.fieldnames or [])
-            for row in reader:
-                segment = _segment(f"{file}:{reader.line_num}", row, named.split if named else "")
+            reader = csv.reader(text)
+            columns = _column_names(next(reader, []))
+            for fields in reader:
+                if not fields:  # an empty line
+                    continue
+                row = dict(zip_longest(columns, fields[: len(columns)], fillvalue=""))
+                segment = _segment(f"{name}:{reader.line_num}", row, named.split if named else "")
                 first = segments.setdefault(segment.names[0], segment)
                 if (first.split, first.class_name) != (segment.split, segment.class_name):
                     raise UserError(

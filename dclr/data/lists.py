@@ -26,7 +26,8 @@ def read_lines(file: Path) -> list[tuple[str, str]]:
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of spreadsheets
     text = content.decode("utf-16" if utf16 else "utf-8-sig", "replace" if utf16 else "surrogateescape")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = [(f"{file}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
+    name = str(file)
+    lines = [(f"{name}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
     for where, line in lines:
         if len(line) > MAX_LINE:
             raise UserError(
@@ -64,6 +65,11 @@ def label_number(text: str) -> int | None:
     """Return the number of a class; None if the text is no such number."""
     label = int(text) if text.isdecimal() and len(text) < 10 else MAX_CLASSES
     return label if label < MAX_CLASSES else None
+
+
+def is_plain(path: str) -> bool:
+    """Return whether a path is in its normal form, relative, and without a name that starts with a dot."""
+    return bool(path) and path[0] not in "./" and path[-1] != "/" and "/." not in path and "//" not in path
 
 
 def path_inside(path: PurePosixPath, where: str, allow_outside: bool) -> str:

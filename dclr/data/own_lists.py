@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from dclr.data.catalog import SPLITS, Catalog, Video, make_catalog
 from dclr.data.columns import Table, is_dense, looks_like_list, read_table, resolve_open_columns
 from dclr.data.listed_paths import Disk, find_videos
-from dclr.data.lists import MAX_CLASSES, label_number, path_inside, read_lines
+from dclr.data.lists import MAX_CLASSES, is_plain, label_number, path_inside, read_lines
 from dclr.errors import UserError
 
 LIST_SUFFIXES = frozenset([".txt", ".csv", ".tsv", ".lst"])
@@ -207,7 +207,9 @@ def _catalog(
             split = _split_of(row.where, split_field, name)
             if not path_field:
                 raise UserError(f"{row.where}: the path is empty")
-            path = path_inside(PurePosixPath(path_field), row.where, allow_outside)
+            path = path_field
+            if not is_plain(path):
+                path = path_inside(PurePosixPath(path), row.where, allow_outside)
             if first.setdefault(path, (row.where, label))[1] != label:
                 raise UserError(f"{row.where}: {path} has another label than in {first[path][0]}")
             listed[split].append(Video(path=path, label=label, group=group))
@@ -226,6 +228,7 @@ def _catalog(
         recognised=recognised,
         warnings=[*warnings, *found.warnings],
         lists=[*read, *others],
+        on_disk={video.path for videos in found.splits.values() for video in videos},
     )
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Job:
     """SHA-256 of the plan, which the checksums of each shard refer to."""
     paths: list[str]
     """The paths of the videos, by row."""
-    records: dict[str, VideoRecord]
+    records: Mapping[str, VideoRecord]
     """The records of the readable videos, by path."""
 
     @property
@@ -137,7 +137,7 @@ def make_plan(
     source: Path,
     root: Path,
     lists: Arrays,
-    records: dict[str, VideoRecord],
+    records: Mapping[str, VideoRecord],
     reasons: list[str],
     short_side: int,
     compact: bool,

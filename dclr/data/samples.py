@@ -195,11 +195,11 @@ class TrainSamples(Samples):
     def __init__(self, videos: VideoSet, config: DataConfig, seed: int) -> None:
         self.videos, self.config, self.seed = videos, config, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._largest = int(videos.heights.max()), int(videos.widths.max())
 
     def shape(self, positions: Sequence[tuple[int, int]]) -> FrameShape:
         """Return the same shape for all batches of one size. It has room for the largest video."""
-        height, width = int(self.videos.heights.max()), int(self.videos.widths.max())
-        return FrameShape(len(positions), self.frames_a_sample, height, width)
+        return FrameShape(len(positions), self.frames_a_sample, *self._largest)
 
     def read_chunk(self, positions: Sequence[tuple[int, int]], into: Planes) -> list[SampleInfo]:
         return [

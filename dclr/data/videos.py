@@ -1,25 +1,21 @@
-"""The readable videos of one split, as arrays that worker processes inherit and never copy.
-
-A Python object is stored next to its own reference count. So a worker that only reads inherited objects writes to their
-memory, and copies it page by page until it has all of it (pytorch/pytorch#13246). An array has one count for all its
-numbers. Kinetics' list of 240,000 videos would cost each worker a hundred megabytes as objects, and costs nothing as
-arrays.
-"""
+"""The readable videos of one split, as arrays that worker processes inherit and never copy (see records.py)."""
 
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from dclr.data import decoder_process
 from dclr.data.catalog import Catalog
 from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, read_planes
-from dclr.data.display import AS_CODED, Displays, collect_displays
+from dclr.data.display import AS_CODED, Displays
 from dclr.data.manifest import load_manifest
+from dclr.data.records import Records
 from dclr.data.store import Selection, check_sizes, open_store
 from dclr.data.string_array import StringArray
 from dclr.errors import UserError
@@ -64,24 +60,9 @@ class Source(Protocol):
         """How the N videos are to be shown."""
         ...
 
-    def identity(self) -> list[np.ndarray]:
-        """Return arrays that change if the content of a video changes."""
+    def identity(self) -> Iterable[np.ndarray]:
+        """Yield arrays that change if the content of a video changes."""
         ...
-
-
-class RaggedArray:
-    """Arrays of different lengths, stored end to end in one array."""
-
-    def __init__(self, arrays: Iterable[np.ndarray], dtype: Any) -> None:
-        arrays = list(arrays)
-        self.values = np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
-        self._starts = np.cumsum([0, *map(len, arrays)])
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self._starts[index] : self._starts[index + 1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,60 +115,36 @@ class VideoSet:
         """Return a SHA-256 of the list of videos and of all that is known of their content without reading them
         again."""
         paths = self.paths.packed[self.paths.packed != 0]  # without the null characters between them
-        own = [paths, self.labels, self.frames, self.heights, self.widths, *self.source.identity()]
+        digest = hashlib.sha256()
+        for array in chain([paths, self.labels, self.frames, self.heights, self.widths], self.source.identity()):
+            digest.update(np.ascontiguousarray(array).data)
         displays = self.source.displays.values
         if (displays != AS_CODED).any():  # otherwise the digest is that of checkpoints from before displays were known
-            own.append(displays)
-        digest = hashlib.sha256()
-        for array in own:
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(np.ascontiguousarray(displays).data)
         return digest.hexdigest()
-
-
-NOT_FOR_READING = ("display", "oblique", "interlaced", "video_streams", "cut_from", "damage")
-"""Fields of a VideoRecord that do not decide which frames are read. They are not in the fingerprint of a run, so
-checkpoints from before these fields were known can still be resumed."""
 
 
 class VideoFiles:
     """A Source of video files. Each is decoded by the record of its verification."""
 
-    def __init__(
-        self, root: Path, paths: StringArray, records: Sequence[VideoRecord], sizes: Sequence[int] = ()
-    ) -> None:
-        """`sizes`: bytes of the files."""
-        self._root, self._paths, self._sizes = root, paths, np.array(sizes, np.int64)
-        names = [field.name for field in fields(VideoRecord) if field.name not in NOT_FOR_READING]
-        self._columns = {name: _column([getattr(record, name) for record in records]) for name in names}
-        self.displays = collect_displays((record.display, record.oblique, record.interlaced) for record in records)
-        self.frames, self.heights, self.widths = (
-            np.array([getattr(record, name) for record in records], np.int64) for name in ("frames", "height", "width")
-        )
+    def __init__(self, root: Path, paths: StringArray, records: Records, sizes: np.ndarray | None = None) -> None:
+        """`sizes`: (N,) int64, bytes of the files."""
+        self._root, self._paths, self._records = root, paths, records
+        self._sizes = np.empty(0, np.int64) if sizes is None else sizes
+        self.frames, self.displays = records.frames, records.displays
+        self.heights, self.widths = records.sizes.T.astype(np.int64)
 
     def record(self, index: int) -> VideoRecord:
         """Return the record of a video's verification."""
-        row: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
-        row = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
-        displays = self.displays
-        return VideoRecord(
-            **row,
-            display=displays[index],
-            oblique=bool(displays.oblique[index]),
-            interlaced=bool(displays.interlaced[index]),
-        )
+        return self._records[index]
 
     def read_planes(self, index: int, wanted: np.ndarray, into: Planes | None = None) -> YuvFrames:
         return read_planes(self._root / self._paths[index], self.record(index), wanted, into)
 
-    def identity(self) -> list[np.ndarray]:
-        """Return the sizes of the files, and the timestamps, keyframes and all else that decides what is read."""
-        columns = self._columns.values()
-        return [self._sizes, *(column.values if isinstance(column, RaggedArray) else column for column in columns)]
-
-
-def _column(values: list[Any]) -> RaggedArray | np.ndarray:
-    """Return one field of all records: numbers as an array, arrays as a RaggedArray."""
-    return RaggedArray(values, values[0].dtype) if isinstance(values[0], np.ndarray) else np.array(values)
+    def identity(self) -> Iterator[np.ndarray]:
+        """Yield the sizes of the files, and the timestamps, keyframes and all else that decides what is read."""
+        yield self._sizes
+        yield from self._records.identity()
 
 
 def open_videos(
@@ -226,8 +183,8 @@ def open_videos(
     paths = StringArray(video.path for video in videos)
     source: Source
     if catalog.index is None:
-        records = [manifest.records[video.path] for video in videos]
-        source = VideoFiles(catalog.root, paths, records, [manifest.sizes[video.path] for video in videos])
+        rows = manifest.records.rows([video.path for video in videos])
+        source = VideoFiles(catalog.root, paths, manifest.records.records.select(rows), manifest.sizes[rows])
     else:
         source = Selection(store, store.rows_of(video.path for video in videos))
     return VideoSet(
