@@ -253,7 +253,9 @@ def leave() -> None:
     ],
 )
 def test_a_decoder_that_crashes_or_never_returns_costs_its_video_alone(root, monkeypatch, workers, fault, reason):
-    monkeypatch.setattr(verification, "verify_video", lambda path: fault() if path.name == "b.mp4" else verify_video(path))
+    monkeypatch.setattr(
+        verification, "verify_video", lambda path: fault() if path.name == "b.mp4" else verify_video(path)
+    )
     began = time.monotonic()
     found = load(root, workers, timeout=1)
     assert time.monotonic() - began < 15

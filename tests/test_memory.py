@@ -26,9 +26,9 @@ from dclr.data.datasets import open_catalog
 from dclr.data.decode import VideoRecord, empty_planes
 from dclr.data.decoder_process import freeze_inherited_objects
 from dclr.data.loader import Batches, BatchSampler
+from dclr.data.records import collect_records
 from dclr.data.samples import PairSamples
 from dclr.data.string_array import StringArray
-from dclr.data.records import collect_records
 from dclr.data.videos import VideoFiles, VideoSet, open_videos
 
 EPOCHS = 30

@@ -17,8 +17,8 @@ from dclr.data.decode import UnreadableVideo, VideoRecord, empty_planes, read_pl
 from dclr.data.encode import write_video
 from dclr.data.manifest import load_manifest
 from dclr.data.pack import pack
-from dclr.data.string_array import StringArray
 from dclr.data.records import collect_arrays
+from dclr.data.string_array import StringArray
 from dclr.data.videos import VideoFiles, open_videos
 from dclr.errors import UserError
 

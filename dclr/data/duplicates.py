@@ -27,6 +27,7 @@ from dclr.errors import UserError
 OFFICIAL = ("UCF101", "HMDB51", "Kinetics-400", "Something-Something v2", "Diving48")
 """Layouts whose lists and labels were published. Users cannot correct them."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Duplicates:
     """The videos of a data set that are listed more than once."""

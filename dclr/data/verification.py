@@ -107,6 +107,7 @@ def verify_files(
                     work.add(path, finding, digest)
                 if len(taken) < workers:
                     taken.extend(work.take(workers))
+            work.save()  # other processes may wait for these findings
             tick()
             if work.waiting:
                 time.sleep(POLL)  # other processes verify the rest
@@ -200,7 +201,7 @@ class _SharedWork:
     def __exit__(self, *_: object) -> None:
         """Merge the findings of all processes into the cache file."""
         with self._writing(), self._lock(), self._claim_file:
-            self._save()
+            self.save()
             files = sorted(self._folder.glob("*.npz"))
             parts = [load_findings(file, warn=False) for file in (self._cache, *files)]
             if any(map(len, parts[1:])):
@@ -242,8 +243,7 @@ class _SharedWork:
         self.waiting.pop(path, None)
         self._new.append(VerifiedFile(path=path, stamp=self._claimed[path], finding=finding, digest=digest))
         if time.monotonic() - self._saved > SAVE_EVERY:
-            with self._writing():
-                self._save()
+            self.save()
 
     def give_up(self, path: str) -> None:
         """Count a video as finished although there is no finding about it."""
@@ -257,14 +257,17 @@ class _SharedWork:
                 os.utime(self._claim)
             self._refreshed = time.monotonic()
 
-    def _save(self) -> None:
-        if self._new:
+    def save(self) -> None:
+        """Write the findings of this process that are not written yet."""
+        self._saved = time.monotonic()
+        if not self._new:
+            return
+        with self._writing():
             self._own = merge_findings([self._own, collect_findings(self._new)])
             save_findings(self._part, self._own)
-            for file in self._new:
-                self._claimed.pop(file.path, None)
-            self._new = []
-        self._saved = time.monotonic()
+        for file in self._new:
+            self._claimed.pop(file.path, None)
+        self._new = []
 
     def _write_claim(self) -> None:
         """Write the machine of this process and the videos that it has taken."""

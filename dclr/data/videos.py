@@ -3,10 +3,11 @@
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -111,9 +112,19 @@ class VideoSet:
         decoder_process.report_video(index)
         return self.source.read_planes(index, wanted, into)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the set without `faults`: each set has its own. The fingerprint is pickled if it is known."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        known = {name: value for name, value in self.__dict__.items() if name == "_fingerprint"}
+        return partial(VideoSet, **values), (), known or None
+
     def fingerprint(self) -> str:
         """Return a SHA-256 of the list of videos and of all that is known of their content without reading them
-        again."""
+        again. It is computed once: for a million videos this takes some seconds."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         paths = self.paths.packed[self.paths.packed != 0]  # without the null characters between them
         digest = hashlib.sha256()
         for array in chain([paths, self.labels, self.frames, self.heights, self.widths], self.source.identity()):
@@ -132,7 +143,7 @@ class VideoFiles:
         self._root, self._paths, self._records = root, paths, records
         self._sizes = np.empty(0, np.int64) if sizes is None else sizes
         self.frames, self.displays = records.frames, records.displays
-        self.heights, self.widths = records.sizes.T.astype(np.int64)
+        self.heights, self.widths = records.sizes.T.astype(np.int64, order="C")
 
     def record(self, index: int) -> VideoRecord:
         """Return the record of a video's verification."""

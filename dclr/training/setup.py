@@ -15,16 +15,13 @@ import torch
 from dclr import config as configuration
 from dclr import distributed, kernels, report
 from dclr.config import AUTOMATIC, Config, DataConfig, FinetuneConfig, PretrainConfig
-from dclr.data.catalog import Catalog, describe_reading, describe_warnings, reading_entry
-from dclr.data.coverage import class_warnings, coverage
-from dclr.data.datasets import make_demo, open_data
-from dclr.data.duplicates import find_duplicates
+from dclr.data.catalog import describe_warnings
+from dclr.data.datasets import make_demo
 from dclr.data.failures import Failures, check_bad
-from dclr.data.few_labels import keep_few
 from dclr.data.loader import BatchSampler
 from dclr.data.prefetch import batches_on
 from dclr.data.samples import TrainSamples
-from dclr.data.videos import VideoSet, open_videos
+from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.methods import METHODS
 from dclr.models import Backbone, ClipFormat
@@ -33,6 +30,7 @@ from dclr.training import checkpoint, engine, machines
 from dclr.training.batchnorm import check_batch_statistics
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile, start_compiling
 from dclr.training.convolutions import resolve_convolutions
+from dclr.training.opening import check_listed, describe_data, open_data_once
 from dclr.training.signals import StopRequest
 
 PUBLISHED_FILL_STEPS = 256
@@ -44,8 +42,6 @@ SLOW_ON_A_CPU = (
     "warning: no GPU is used. A step of the published size is 22 trillion operations, half a minute or more. "
     "--preset demo has a small network and small clips"
 )
-
-SAME_VIDEOS = "every machine must see the same files, for example on a shared disk"
 
 Monitor = Callable[[torch.nn.Module], dict[str, float]]
 """A measurement of a network on fixed videos during training: name in the log -> value. See evaluation/monitor.py."""
@@ -285,28 +281,19 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     )
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
-    catalog = distributed.on_all_ranks(lambda: open_data(config.data))
-    machines.check_same(
-        {f"videos of --data {split}": len(found) for split, found in catalog.splits.items()}, SAME_VIDEOS
-    )
-    catalog, few_labels = distributed.on_all_ranks(lambda: keep_labelled(command, config, catalog))
-    videos = open_videos_once(catalog, config.data)
+    videos, catalog, few_labels = open_data_once(command, config)
     config = choose_fill_steps(config, len(videos))
     check_videos(config, videos)
     listed = check_listed(command, catalog, videos, config.data.max_missing)
+    reading = describe_data(catalog, few_labels) if catalog is not None else []
 
     run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resumed)
-    run.listed = {**reading_entry(catalog), **listed, **few_labels}
-    run.say(f"{command}: preset {preset}, {len(videos)} videos of {catalog.root} ({catalog.layout})")
-    if few_labels:
-        run.say("  few labels: {videos} of {of} train videos (choice {fingerprint})".format(**few_labels["few_labels"]))
-    for line in describe_reading(catalog):
+    run.listed = {**listed, **few_labels}
+    run.say(f"{command}: preset {preset}, {len(videos)} videos of {videos.root} ({videos.layout})")
+    for line in reading:
         run.say(f"  {line}")
-    for line in describe_warnings(catalog) if run.main else []:
+    for line in describe_warnings(catalog) if run.main and catalog is not None else []:
         print(line, file=sys.stderr)
-    if catalog.missing:
-        count = len({video.path for missing in catalog.missing.values() for video in missing})
-        run.say(f"  {count} listed videos are not on disk: train.py check names them")
     if videos.unreadable:
         run.say(
             f"  {len(videos.unreadable)} videos cannot be read and are skipped: "
@@ -351,25 +338,6 @@ def find_ds_config(name: str) -> Path:
     return own if is_own and not os.path.exists(name) else Path(name)
 
 
-def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catalog, dict[str, Any]]:
-    """Return the catalog with the train videos that the run uses, and entries of report.json about that choice.
-
-    Raises:
-        UserError: finetune or linear, but the train videos have no labels; see keep_few.
-    """
-    if not isinstance(config, FinetuneConfig):
-        return catalog, {}
-    if any(video.label < 0 for video in catalog.videos("train")):
-        raise UserError(
-            f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders, or lists "
-            "with a column `label`"
-        )
-    if not config.transfer.few_labels:
-        return catalog, {}
-    few, entry = keep_few(catalog, config.transfer.label_share, config.transfer.shots, config.run.seed)
-    return few, {"few_labels": entry}
-
-
 def choose_fill_steps(config: Config, videos: int) -> Config:
     """Return the settings with a number in place of AUTOMATIC for --fill-steps. The run's config.json keeps the number.
 
@@ -405,31 +373,6 @@ def check_videos(config: Config, videos: VideoSet) -> None:
         )
 
 
-def check_listed(command: str, catalog: Catalog, videos: VideoSet, max_missing: float) -> dict[str, Any]:
-    """Check that the listed train videos are on disk, and look for videos that are listed twice.
-
-    Rank 0 prints a warning for each fault. Pretraining does not use labels, so it accepts a video with two labels.
-
-    Returns:
-        entries of report.json.
-
-    Raises:
-        UserError: on all ranks, too many videos are missing, or a video has two labels and the command needs labels.
-    """
-    coverage(catalog, "train", {}).check(max_missing)
-    with distributed.without_timeout():
-        duplicates = distributed.on_rank_zero(lambda: find_duplicates(catalog, videos.unreadable))
-    if command != "pretrain":
-        duplicates.check_labels()
-    covered = coverage(catalog, "train", videos.unreadable)
-    if distributed.rank() == 0:
-        gaps = [covered.sentence()] if command != "pretrain" or covered.used < covered.listed else []
-        labels = class_warnings(catalog) if command != "pretrain" else []
-        for line in filter(None, [*gaps, *labels, *duplicates.lines()]):
-            print(f"warning: {line}", file=sys.stderr)
-    return {"coverage": {"train": covered.report()}, "duplicates": duplicates.report()}
-
-
 def choose_kernels(backend: str, device: torch.device) -> None:
     """Choose the implementation of the kernels for this process.
 
@@ -452,23 +395,3 @@ def choose_algorithms(deterministic: bool) -> None:
         # cuBLAS reads this when it is first used, and is not deterministic without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-
-
-def open_videos_once(catalog: Catalog, data: DataConfig) -> VideoSet:
-    """Return the train split's readable videos. One process on each machine verifies them; the others read its cache.
-
-    Raises:
-        UserError: on all ranks, see open_videos; the processes do not see the same videos.
-    """
-    first = engine.local_rank() == 0
-    workers, timeout = max(1, data.workers), data.video_timeout
-    with distributed.without_timeout():
-        videos = distributed.on_all_ranks(
-            lambda: open_videos(catalog, "train", workers, timeout=timeout) if first else None
-        )
-        videos = videos or open_videos(catalog, "train", workers, progress=False, timeout=timeout)
-        machines.check_same(
-            {"readable videos of --data": f"{len(videos)} with digest {videos.fingerprint()[:10]}"},
-            SAME_VIDEOS,
-        )
-    return videos

@@ -1,0 +1,147 @@
+"""The data set of a training run, opened once on each machine."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from dclr import distributed
+from dclr.config import Config, DataConfig, FinetuneConfig
+from dclr.data.catalog import Catalog, describe_reading, reading_entry
+from dclr.data.coverage import class_warnings, coverage
+from dclr.data.datasets import open_data
+from dclr.data.duplicates import find_duplicates
+from dclr.data.few_labels import keep_few
+from dclr.data.manifest import load_manifest, unverified_videos
+from dclr.data.store import is_store
+from dclr.data.string_array import StringArray, unpack_strings
+from dclr.data.videos import VideoSet, open_videos
+from dclr.errors import UserError
+from dclr.training import engine
+from dclr.training.sharing import share_with_machine
+
+
+def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | None, dict[str, Any]]:
+    """Open the data set of a run. The first rank of each machine reads its lists and folders; all ranks verify videos.
+
+    The other ranks get arrays. So a million videos are a gigabyte of Python objects in one process of each machine, and
+    only until the run starts. Every rank opens a packed store itself.
+
+    Returns:
+        the readable videos of the train split, whose arrays the ranks of a machine share; the catalog, None on ranks
+        that did not read it; entries of report.json about few labels.
+
+    Raises:
+        UserError: on all ranks, something is wrong with the data set; the processes do not see the same videos.
+    """
+    data = config.data
+    is_packed = bool(data.data) and is_store(Path(data.data))
+    reads = is_packed or engine.local_rank() == 0
+    with distributed.without_timeout():
+        catalog = distributed.on_all_ranks(lambda: open_data(data) if reads else None)
+        few_labels: dict[str, Any] = {}
+        found = distributed.on_all_ranks(lambda: keep_labelled(command, config, catalog) if catalog else None)
+        if found is not None:
+            catalog, few_labels = found
+        if distributed.world_size() > 1 and not is_packed:
+            verify_together(catalog, data)
+        workers, timeout = max(1, data.workers), data.video_timeout
+        videos = distributed.on_all_ranks(
+            lambda: open_videos(catalog, "train", workers, timeout=timeout) if catalog else None
+        )
+        fingerprints = distributed.gather_objects(videos.fingerprint() if videos is not None else None)
+        if len({found for found in fingerprints if found is not None}) > 1:
+            raise UserError(
+                f"--data {data.data}: the processes find different videos there; every machine must see the same files"
+            )
+        return videos if videos is not None and is_packed else share_with_machine(videos), catalog, few_labels
+
+
+def verify_together(catalog: Catalog | None, data: DataConfig) -> None:
+    """Verify the videos of the train split that the cache does not know, on all ranks.
+
+    Args:
+        catalog: None on ranks that did not read it.
+
+    Raises:
+        UserError: on all ranks, see load_manifest.
+    """
+
+    def unverified(catalog: Catalog) -> tuple[Path, StringArray]:
+        paths = [video.path for video in catalog.videos("train")]
+        return catalog.root, StringArray(unverified_videos(catalog.root, paths))
+
+    todo = distributed.on_all_ranks(lambda: unverified(catalog) if catalog else None)
+    if not any(distributed.gather_objects(todo is not None and len(todo[1]) > 0)):
+        return
+    root, paths = share_with_machine(todo)
+    shown, workers = catalog is not None, max(1, data.workers)
+    distributed.on_all_ranks(
+        lambda: load_manifest(
+            root, unpack_strings(paths.packed), workers=workers, progress=shown, timeout=data.video_timeout
+        )
+    )
+
+
+def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catalog, dict[str, Any]]:
+    """Return the catalog with the train videos that the run uses, and entries of report.json about that choice.
+
+    Raises:
+        UserError: finetune or linear, but the train videos have no labels; see keep_few.
+    """
+    if not isinstance(config, FinetuneConfig):
+        return catalog, {}
+    if any(video.label < 0 for video in catalog.videos("train")):
+        raise UserError(
+            f"--data {catalog.root}: its videos have no labels, which {command} needs; use class folders, or lists "
+            "with a column `label`"
+        )
+    if not config.transfer.few_labels:
+        return catalog, {}
+    few, entry = keep_few(catalog, config.transfer.label_share, config.transfer.shots, config.run.seed)
+    return few, {"few_labels": entry}
+
+
+def check_listed(command: str, catalog: Catalog | None, videos: VideoSet, max_missing: float) -> dict[str, Any]:
+    """Check that the listed train videos are on disk, and look for videos that are listed twice. Rank 0 does this.
+
+    Rank 0 prints a warning for each fault. Pretraining does not use labels, so it accepts a video with two labels.
+
+    Returns:
+        entries of report.json; none on other ranks than 0.
+
+    Raises:
+        UserError: on all ranks, too many videos are missing, or a video has two labels and the command needs labels.
+    """
+
+    def check(catalog: Catalog) -> dict[str, Any]:
+        coverage(catalog, "train", {}).check(max_missing)
+        duplicates = find_duplicates(catalog, videos.unreadable)
+        if command != "pretrain":
+            duplicates.check_labels()
+        covered = coverage(catalog, "train", videos.unreadable)
+        gaps = [covered.sentence()] if command != "pretrain" or covered.used < covered.listed else []
+        labels = class_warnings(catalog) if command != "pretrain" else []
+        for line in filter(None, [*gaps, *labels, *duplicates.lines()]):
+            print(f"warning: {line}", file=sys.stderr)
+        return {
+            **reading_entry(catalog),
+            "coverage": {"train": covered.report()},
+            "duplicates": duplicates.report(),
+        }
+
+    with distributed.without_timeout():
+        return distributed.on_all_ranks(lambda: check(catalog) if catalog and distributed.rank() == 0 else {})
+
+
+def describe_data(catalog: Catalog, few_labels: dict[str, Any]) -> list[str]:
+    """Return lines that say how the data set was read and which videos are used."""
+    lines = []
+    if few_labels:
+        lines.append(
+            "few labels: {videos} of {of} train videos (choice {fingerprint})".format(**few_labels["few_labels"])
+        )
+    lines += describe_reading(catalog)
+    if catalog.missing:
+        count = len({video.path for missing in catalog.missing.values() for video in missing})
+        lines.append(f"{count} listed videos are not on disk: train.py check names them")
+    return lines
