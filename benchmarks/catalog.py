@@ -3,10 +3,11 @@
     python -m benchmarks.catalog --videos DIR                      10,000, 100,000 and 1,000,000 videos: 10 minutes
     python -m benchmarks.catalog --videos DIR --entries 10000      one size: a minute
 
-Makes a data set with Kinetics' lists, names and folders in a temporary folder, and removes it at the end. Every video is
-a file of its own with a size like those of Kinetics. But only the videos of the first batches have content: copies of
-the videos of DIR. The cache of verified videos is made from the findings about the videos of DIR, because verifying a
-million videos takes hours. Their verification is timed instead, and the time of a cold start is computed from its rate.
+Makes a data set with lists, names and folders like those of Kinetics in a temporary folder, and removes it at the end.
+Every video is a file of its own, with a size like those of Kinetics. But only the videos of the first batches have
+content: copies of the videos of DIR. The cache of verified videos is made from the findings about the videos of DIR,
+because verifying a million videos takes hours. The verification of DIR is timed instead, and the time of a cold start
+is computed from its rate.
 
 Then two ranks start a pretraining run with a small network, up to its first batch (benchmarks/catalog_worker.py). The
 reference is a run on 64 videos. Goals: 60 s to the first batch, and 300 MB for a rank more than the reference.
@@ -219,9 +220,15 @@ def run(arguments: Namespace, argv: Sequence[str] | None) -> None:
 def table(rows: Sequence[Row]) -> str:
     """Return the table of docs/performance.md. Memory is that of the rank that needs most."""
     columns = [
-        "videos", "seconds to the first batch", "a rank: MB more than with 64 videos", "of these not shared or droppable",
-        "at its peak", "its worker: MB more", "cache file, MB", "verification before, hours of one worker",
-    ]  # fmt: skip
+        "videos",
+        "seconds to the first batch",
+        "a rank: MB more than with 64 videos",
+        "of these not in a file",
+        "at its peak",
+        "its worker: MB more",
+        "cache file, MB",
+        "verification before, hours of one worker",
+    ]
     lines = [
         [
             f"{row['videos']:,}",

@@ -12,6 +12,7 @@ from dclr.data.datasets import open_data
 from dclr.data.duplicates import find_duplicates
 from dclr.data.few_labels import keep_few
 from dclr.data.manifest import load_manifest, unverified_videos
+from dclr.data.remote import data_path
 from dclr.data.store import is_store
 from dclr.data.string_array import StringArray, unpack_strings
 from dclr.data.videos import VideoSet, open_videos
@@ -34,7 +35,7 @@ def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | No
         UserError: on all ranks, something is wrong with the data set; the processes do not see the same videos.
     """
     data = config.data
-    is_packed = bool(data.data) and is_store(Path(data.data))
+    is_packed = bool(data.data) and is_store(data_path(data.data))
     reads = is_packed or engine.local_rank() == 0
     with distributed.without_timeout():
         catalog = distributed.on_all_ranks(lambda: open_data(data) if reads else None)
