@@ -17,8 +17,10 @@ from dclr.data.store import is_store
 from dclr.data.string_array import StringArray, unpack_strings
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
-from dclr.training import engine
+from dclr.training import engine, machines
 from dclr.training.sharing import share_with_machine
+
+SAME_VIDEOS = "every machine must see the same files, for example on a shared disk"
 
 
 def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | None, dict[str, Any]]:
@@ -35,10 +37,13 @@ def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | No
         UserError: on all ranks, something is wrong with the data set; the processes do not see the same videos.
     """
     data = config.data
-    is_packed = bool(data.data) and is_store(data_path(data.data))
+    is_packed = distributed.on_all_ranks(lambda: bool(data.data) and is_store(data_path(data.data)))
     reads = is_packed or engine.local_rank() == 0
     with distributed.without_timeout():
         catalog = distributed.on_all_ranks(lambda: open_data(data) if reads else None)
+        listed = {f"videos of --data {split}": len(found) for split, found in catalog.splits.items()} if catalog else {}
+        of_machine = distributed.gather_objects(listed)[distributed.rank() - engine.local_rank()]
+        machines.check_same(of_machine, SAME_VIDEOS)
         few_labels: dict[str, Any] = {}
         found = distributed.on_all_ranks(lambda: keep_labelled(command, config, catalog) if catalog else None)
         if found is not None:
@@ -49,12 +54,14 @@ def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | No
         videos = distributed.on_all_ranks(
             lambda: open_videos(catalog, "train", workers, timeout=timeout) if catalog else None
         )
-        fingerprints = distributed.gather_objects(videos.fingerprint() if videos is not None else None)
-        if len({found for found in fingerprints if found is not None}) > 1:
-            raise UserError(
-                f"--data {data.data}: the processes find different videos there; every machine must see the same files"
-            )
-        return videos if videos is not None and is_packed else share_with_machine(videos), catalog, few_labels
+        if videos is not None:
+            videos.fingerprint()  # once on each machine: the ranks get it with the videos
+        if videos is None or not is_packed:
+            videos = share_with_machine(videos)
+    machines.check_same(
+        {"readable videos of --data": f"{len(videos)} with digest {videos.fingerprint()[:10]}"}, SAME_VIDEOS
+    )
+    return videos, catalog, few_labels
 
 
 def verify_together(catalog: Catalog | None, data: DataConfig) -> None:
