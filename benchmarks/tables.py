@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import counts, harness
+from benchmarks import communication, counts, harness
 from benchmarks.harness import RELEASED
 from benchmarks.step_providers import Cell
 
@@ -203,6 +203,14 @@ def baseline_table(result: Result, gpu: bool) -> str:
     return harness.table([*columns, *(["samples/s"] if gpu else [])], lines)
 
 
+def communication_table(result: Result, gpu: bool) -> str:
+    return communication.bytes_table(result["rows"])
+
+
+def many_gpus_table(result: Result, gpu: bool) -> str:
+    return communication.model_table(result["model"])
+
+
 def counts_tables(result: Result) -> list[str]:
     """Return three tables for each network: work by part, the static view, and the stem's input."""
     made = []
@@ -299,6 +307,12 @@ TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
     ("remote", "Reading from a server: speed relative to the local store of planes", remote_table),
     ("train", "A whole run", train_table),
     ("sharding", "DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
+    (
+        "communication",
+        "Kilobytes that a rank sends in a step of 4 clips a rank: counted / by the model",
+        communication_table,
+    ),
+    ("communication", "A MODEL, not a measurement: a step on 8 to 512 GPUs, 128 clips each", many_gpus_table),
     ("train_store", "A whole run from a packed store", store_table),
     ("layers-ceilings", "The ceilings of the device", ceilings_table),
     ("layers-convolutions", "The convolutions of a step at batch 128: milliseconds", convolutions_table),
