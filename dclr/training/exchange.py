@@ -189,25 +189,35 @@ class _Layout:
     def numbers(self, clips: Sequence[Sequence[Piece]], device: torch.device) -> Tensor:
         """Return the number in the memory of every byte of the pieces, (N,) int64.
 
-        The host computes the start and the length of every row of pixels, and the device numbers the bytes in between.
+        The host only lists the boxes. The device counts their rows of pixels, and then the bytes of each row.
         """
-        starts, widths = zip(*(row for pieces in clips for piece in pieces for row in self._rows(piece)), strict=True)
-        begin = np.concatenate(starts)
-        length = np.concatenate([np.full(len(rows), width) for rows, width in zip(starts, widths, strict=True)])
-        total = int(length.sum())
-        shift = to_device(torch.from_numpy(begin - (length.cumsum() - length)), device)
-        repeats = to_device(torch.from_numpy(length), device)
-        return torch.arange(total, device=device) + shift.repeat_interleave(repeats, output_size=total)
+        boxes = np.array([box for pieces in clips for piece in pieces for box in self._boxes(piece)])
+        rows, total = int(boxes[:, 1:3].prod(1).sum()), int(boxes[:, 1:4].prod(1).sum())
+        start, frames, height, width, pitch, frame = to_device(torch.from_numpy(boxes), device).unbind(1)
+        box = torch.arange(len(boxes), device=device).repeat_interleave(frames * height, output_size=rows)
+        row = torch.arange(rows, device=device) - _before(frames * height)[box]  # in its box
+        start = start[box] + row // height[box] * frame[box] + row % height[box] * pitch[box]
+        width = width[box]
+        shift = (start - _before(width)).repeat_interleave(width, output_size=total)
+        return torch.arange(total, device=device) + shift
 
-    def _rows(self, piece: Piece) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield for each plane where the rows of pixels of a piece start in the memory, and how wide they are."""
+    def _boxes(self, piece: Piece) -> Iterator[tuple[int, ...]]:
+        """Yield for each plane where a piece starts in the memory, its frames, rows and columns, and two distances.
+
+        The distances are those from a row to the next one and from a frame to the next one, in bytes.
+        """
         base = 0
         for (_, frames, height, width), size, step in zip(self.shapes, self.sizes, (1, 2, 2), strict=True):
             top, left = piece.box[0] // step, piece.box[1] // step
             rows, columns = -(-piece.box[2] // step), -(-piece.box[3] // step)
-            first = (piece.sample * frames + piece.first + np.arange(piece.frames)) * height
-            yield base + np.add.outer(first, np.arange(top, top + rows)).ravel() * width + left, columns
+            first = (piece.sample * frames + piece.first) * height + top
+            yield base + first * width + left, piece.frames, rows, columns, width, height * width
             base += size
+
+
+def _before(counts: Tensor) -> Tensor:
+    """Return the sum of the counts before each count."""
+    return counts.cumsum(0) - counts
 
 
 # ---------------------------------------------------------------- views
