@@ -7,7 +7,6 @@ faiss may run in an environment without torch, so each provider imports what it 
 """
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -113,8 +112,8 @@ def peak_gib() -> float:
 
     getrusage would also count the memory of the process that started this one.
     """
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
 if __name__ == "__main__":

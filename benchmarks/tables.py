@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import communication, counts, harness
+from benchmarks import communication, counts, harness, retrieval
 from benchmarks.harness import RELEASED
 from benchmarks.step_providers import Cell
 
@@ -135,6 +135,10 @@ def sharding_table(result: Result, gpu: bool) -> str:
         for name, row in result["rows"].items()
     ]
     return harness.table(["variant", "time of a step relative to DDP", "by round", "peak memory of a process"], lines)
+
+
+def retrieval_table(result: Result, gpu: bool) -> str:
+    return harness.table(retrieval.COLUMNS, retrieval.lines(result["rows"]))
 
 
 def store_table(result: Result, gpu: bool) -> str:
@@ -313,6 +317,7 @@ TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
         communication_table,
     ),
     ("communication", "A MODEL, not a measurement: a step on 8 to 512 GPUs, 128 clips each", many_gpus_table),
+    ("retrieval", "Retrieval: time and memory to find the 50 nearest videos", retrieval_table),
     ("train_store", "A whole run from a packed store", store_table),
     ("layers-ceilings", "The ceilings of the device", ceilings_table),
     ("layers-convolutions", "The convolutions of a step at batch 128: milliseconds", convolutions_table),

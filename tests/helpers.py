@@ -145,6 +145,7 @@ def fork(work: Callable[..., None], *arguments: object) -> BaseProcess:
     """
     context = multiprocessing.get_context("forkserver")
     own = ["dclr.commands.train", "dclr.data.encode", "dclr.methods", "dclr.report", "dclr.training.engine"]
+    own += ["dclr.evaluation.accuracy", "dclr.evaluation.background", "dclr.evaluation.predictions"]
     context.set_forkserver_preload([*own, "deepspeed", "pytest", "setuptools", "tensorboard.summary"])
     process = context.Process(target=work, args=arguments)
     process.start()

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import retrieval as benchmark
+from benchmarks import retrieval_worker as worker
+from benchmarks.harness import NotAvailable
+from benchmarks.retrieval import turn as real_turn
+from benchmarks.retrieval_worker import peak_gib
 from dclr.evaluation import retrieval as module
 from dclr.evaluation.features import ClipOutputs, mean_of_clips
 from dclr.evaluation.retrieval import chance_of_hit, mean_direction, nearest_rows, normalized, retrieval
@@ -119,3 +124,19 @@ def test_chance_averages_over_queries_same_classes_that_differ_in_size():
     assert result.chance == {1: pytest.approx((3 / 4 + 1 / 4 + 0) / 3)}
     big = math.comb(9537, 50)  # UCF101's gallery: exact integers, no overflow
     assert chance_of_hit(94, 9537, 50) == pytest.approx(1 - math.comb(9537 - 94, 50) / big)
+
+
+def test_the_providers_of_the_benchmark_find_the_same_videos(tmp_path, monkeypatch):
+    def run_here(provider, cell, python, folder):
+        features = (worker.make_features(count, 16, seed) for seed, count in ((1, cell.Q), (2, cell.G)))
+        return {"seconds": 1.0, "peak_gib": 0.5, "nearest": worker.PROVIDERS[provider](*features, 50)}
+
+    monkeypatch.setattr(benchmark, "turn", run_here)
+    monkeypatch.setitem(worker.PROVIDERS, "faiss IndexFlatIP", worker.full_sort)  # faiss is not installed here
+    monkeypatch.setattr(worker, "CLASSES", 5)
+    row = benchmark.measure(benchmark.Cell(40, 300), 2, {})
+    assert all(found["same_rows"] > 0.999 for found in row["providers"].values())
+    assert [line[2] for line in benchmark.lines([row])] == ["1.00"] * 4
+    with pytest.raises(NotAvailable, match="needs 9 GiB"):
+        real_turn("full sort", benchmark.CELLS[1], "", tmp_path)
+    assert peak_gib() > 0
