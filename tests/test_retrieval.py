@@ -3,7 +3,6 @@
 import itertools
 import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -55,13 +54,9 @@ def test_chunks_of_any_size_give_the_order_and_the_bits_of_a_stable_sort_of_exac
     features = rng.normal(size=(120, 1, 37))
     features[rng.permutation(120)[:60]] = features[rng.integers(0, 10, 60)]
     gallery, queries = normalized(outputs(features, range(120))), normalized(outputs(features[:30], range(30)))
-    exact = torch.tensor(
-        [
-            [float(sum(Fraction(a) * Fraction(b) for a, b in zip(query, row, strict=True))) for row in gallery.tolist()]
-            for query in queries.tolist()
-        ],
-        dtype=torch.float64,
-    ).float()
+    whole = [(features.double() / module.STEP).to(torch.int64).numpy() for features in (queries, gallery)]
+    assert torch.equal(torch.from_numpy(whole[1]) * module.STEP, gallery.double())  # multiples of STEP
+    exact = torch.from_numpy((whole[0] @ whole[1].T) * module.STEP**2).float()  # whole numbers below 2^53
     expected = exact.sort(dim=1, descending=True, stable=True)
     assert any(len(set(row)) < 50 for row in expected.values[:, :50].tolist())
     nearest, cosines = nearest_rows(queries, gallery, 50)
