@@ -136,18 +136,18 @@ _patient_group: dist.ProcessGroup | None = None
 
 @contextmanager
 def without_timeout() -> Iterator[None]:
-    """Let `gather_objects`, `on_all_ranks` and `on_rank_zero` wait up to 30 days.
+    """Let `gather_objects`, `gather_rows`, `on_all_ranks` and `on_rank_zero` wait up to 30 days.
 
-    Verifying a large data set takes hours.
+    Verifying a large data set takes hours. Inside, gloo exchanges the rows, also on GPUs.
     """
     global _object_group, _patient_group
     if world_size() > 1:
         _patient_group = _patient_group or dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    _object_group = _patient_group
+    before, _object_group = _object_group, _patient_group
     try:
         yield
     finally:
-        _object_group = None
+        _object_group = before
 
 
 def gather_objects(value: Any) -> list[Any]:
