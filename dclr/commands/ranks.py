@@ -34,7 +34,7 @@ def connected_ranks() -> Iterator[torch.device]:
         return
     with ExitStack() as at_end, LauncherWatch(), Heartbeat(describe=machines.describe_machine) as heartbeat:
         warnings = machines.check_machines(heartbeat.peers)
-        connection.choose_interface(heartbeat.peers)
+        interface = connection.choose_interface(heartbeat.peers)
         device = engine.choose_device()
         if device.type == "cpu":
             distributed.share_cores()
@@ -47,6 +47,8 @@ def connected_ranks() -> Iterator[torch.device]:
         for line in warnings if distributed.rank() == 0 else []:
             print(f"warning: {line}", file=sys.stderr)
         with ExitStack() as silence:
+            if interface and distributed.rank() == 0:
+                print(interface, flush=True)
             if distributed.rank() > 0:
                 silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
             yield device
