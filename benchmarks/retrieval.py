@@ -1,6 +1,6 @@
 """What does retrieval cost in time and memory? Ours next to a full sort, to torch.topk of chunks, and to faiss.
 
-    python -m benchmarks.retrieval                                   all cells on one core: 15 to 25 minutes
+    python -m benchmarks.retrieval                                   all cells on one core: 11 minutes
     python -m benchmarks.retrieval --quick                           the first cell only, one round: half a minute
     python -m benchmarks.retrieval --faiss-python VENV/bin/python    another environment's Python for faiss
 
