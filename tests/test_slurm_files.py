@@ -1,6 +1,7 @@
 """The job files of examples/slurm, run by bash with programs in place of srun, scontrol, torchrun and python.
 
-The srun here sets the variables that Slurm sets, starts the tasks and forwards signals to them, as Slurm's srun does.
+The srun here sets the variables that Slurm sets and starts the tasks. It forwards USR1 to them, and kills them if it
+gets TERM. Slurm's srun did both (22.05, 2026-11-29).
 """
 
 import os
@@ -31,7 +32,8 @@ for node in 0 1; do
     done
 done
 trap 'kill -USR1 "${tasks[@]}"' USR1
-trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'kill -KILL "${tasks[@]}"' TERM
+echo "${tasks[@]}" > tasks.new && mv tasks.new tasks
 highest=0
 for task in "${tasks[@]}"; do
     while true; do
@@ -46,6 +48,10 @@ exit $highest
 
 SCONTROL = """#!/bin/bash
 if [[ $1 == requeue ]]; then echo "$2" >> requeued; else printf 'node1\\nnode2\\n'; fi
+"""
+
+SCANCEL = """#!/bin/bash
+if [[ $1 == --signal=TERM && $2 == 4711 ]]; then kill -TERM $(cat tasks); fi
 """
 
 RANK = """#!/bin/bash
@@ -65,7 +71,8 @@ class Job:
     def __init__(self, file: str, folder: Path, **environment: str) -> None:
         programs = folder / "bin"
         programs.mkdir()
-        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": RANK, "torchrun": RANK}.items():
+        texts = {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "python": RANK, "torchrun": RANK}
+        for name, text in texts.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         self.folder, self.tasks = folder, 4 if file == "pretrain_srun.sh" else 2
@@ -78,7 +85,7 @@ class Job:
 
     def wait_until_started(self) -> None:
         end = time.monotonic() + 60
-        while len(list(self.folder.glob("started.*"))) < self.tasks:
+        while len(list(self.folder.glob("started.*"))) < self.tasks or not (self.folder / "tasks").exists():
             assert time.monotonic() < end
             assert self.process.poll() is None
             time.sleep(0.01)

@@ -22,8 +22,9 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 9000))
 
 # Five minutes before the time limit, Slurm sends USR1 to this script. The ranks then write a checkpoint and end.
+# torchrun must get TERM. srun would not pass TERM on, but kill torchrun. scancel sends TERM to torchrun itself.
 warned=
-trap 'warned=yes; kill -TERM "$step"' USR1
+trap 'warned=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 srun --kill-on-bad-exit=1 \
     torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
