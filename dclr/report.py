@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from dclr.errors import UserError
-from dclr.files import atomic_write, folder_lock
+from dclr.files import atomic_write
+from dclr.lock import folder_lock
 from dclr.programs import with_names
 from dclr.progress import write_line
 
@@ -46,7 +47,10 @@ def open_run(out: str, command: str, resume: Path | None = None, replace: bool =
     with ExitStack() as stack:
         stack.callback(_remove_empty, created)
         make_writable(folder)
-        stack.enter_context(folder_lock(folder))
+        try:
+            stack.enter_context(folder_lock(folder))
+        except OSError as error:  # the disk is full
+            raise _not_writable(folder, error) from None
         if resume is None and (folder / "config.json").exists():
             if not replace or any((folder / "checkpoints").glob("step-*")):
                 raise UserError(
@@ -77,11 +81,13 @@ def make_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a process of this number on another machine may have deleted it
     except OSError as error:
-        raise UserError(
-            f"--out {folder}: cannot write there ({error.strerror}); choose a folder that you may write to"
-        ) from None
+        raise _not_writable(folder, error) from None
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"--out {folder}: cannot write there ({error.strerror}); choose a folder that you may write to")
 
 
 def require_new_file(out: Path) -> None:

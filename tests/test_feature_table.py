@@ -345,7 +345,7 @@ def test_without_one_readable_video_nothing_is_left(features: Features, tmp_path
 
 
 def test_another_command_that_writes_the_same_file_is_refused(features: Features, out: Path) -> None:
-    from dclr.files import folder_lock
+    from dclr.lock import folder_lock
 
     folder = feature_parts.parts_folder(out)
     folder.mkdir()

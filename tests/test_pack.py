@@ -34,7 +34,7 @@ from dclr.data.manifest import load_manifest
 from dclr.data.store import Selection, shard_name
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
-from dclr.files import folder_lock
+from dclr.lock import folder_lock
 
 
 def write_coded(path: Path, planes: YuvFrames, codec: str = "libx264", **options: str) -> None:

@@ -16,7 +16,7 @@ from helpers import as_flags, assert_same_end, steps
 from dclr import files
 from dclr.commands import train
 from dclr.errors import UserError
-from dclr.files import folder_lock
+from dclr.lock import folder_lock
 from dclr.report import Stopwatch
 from dclr.training import pretrain as pretraining
 from dclr.training import signals

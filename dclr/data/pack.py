@@ -4,12 +4,17 @@ The plan says which video goes where. It depends only on what is known of the vi
 be written independently: it is written under a temporary name, synced to the disk and renamed, and then a file of its
 checksums is written. If packing is interrupted, shards with checksums stay and the others are written again. Every byte
 of the finished store is the same as without the interruption.
+
+Several processes, also on several machines, may write one store. A process writes a shard only while it holds the
+shard's lock file (dclr/lock.py), and each process ends when all shards are complete. The lock of the folder covers
+the plan at the beginning and the index at the end.
 """
 
 import contextlib
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -31,15 +36,23 @@ from dclr.data.remote import data_path
 from dclr.data.store import Arrays, checksums_name, frame_bytes, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
-from dclr.files import folder_lock, sync_folder
-from dclr.progress import ProgressBar
+from dclr.files import sync_folder
+from dclr.lock import LOCK, Lock, folder_lock
+from dclr.progress import ProgressBar, write_line
 
 SHARD_BYTES = 2**30
 """Most bytes of planes in a shard, also of a compact store. A worker that is killed loses less than a minute of work
 either way."""
 
+WAIT_S = 0.5
+"""Seconds between two looks at the shards that other processes write."""
+
 COMPACT_SHARE = 0.12
 """Bytes per pixel of a compact store, for the estimate: measured 0.07 on genuine UCF101 clips, 0.12 on Kinetics'."""
+
+
+LOCK_SUFFIX = ".lock"
+"""Suffix of the lock file of a shard. The finished store has none."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +86,14 @@ class Job:
     def checksums(self, number: int) -> Path:
         return self.folder / checksums_name(number)
 
+    def lock(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}{LOCK_SUFFIX}"
+
 
 def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, compact: bool = False) -> None:
-    """Print how large the store will be. Unless `out` is empty, write the store there or continue an interrupted pack.
+    """Print how large the store will be. Unless `out` is empty, write the store there, or what is missing of it.
+
+    Other processes may write the same store at the same time. The function returns when the store is complete.
 
     Args:
         short_side: pixels of a video's shorter side in the store.
@@ -113,18 +131,26 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
         print("nothing is written yet: give --out STORE, and --compact if it should be the smaller one")
         return
 
-    with writable(folder), folder_lock(folder):
-        digest = write_plan(folder, plan)
+    with writable(folder):
+        with folder_lock(folder, wait=True):
+            digest = write_plan(folder, plan)
         job = Job(root, folder, plan, digest, paths, manifest.records)
-        todo = [number for number in range(len(job.shards)) if finished(job, number) is None]
+        todo = []
+        for number in range(len(job.shards)):
+            complete, fault = finished(job, number)
+            if complete is None:
+                todo.append(number)
+            if fault:
+                print(f"warning: {fault}", file=sys.stderr)
         check_space(job, todo)
         if len(todo) < len(job.shards):
             print(f"{len(job.shards) - len(todo)} of {len(job.shards)} shards are there already")
         write_shards(job, todo, max(1, data.workers), data.video_timeout)
-        failed = write_index(job)
+        with folder_lock(folder, wait=True):
+            failed = write_index(job)
+            size = store_bytes(folder)
     for path, reason in failed.items():
         print(f"warning: {path} could not be packed ({reason}); it is listed as unreadable", file=sys.stderr)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(
         f"packed {len(manifest.records) - len(failed)} videos into {folder}, {amount(size)}: train.py --data {folder}"
     )
@@ -257,7 +283,7 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def write_plan(folder: Path, plan: Arrays) -> bytes:
-    """Write the plan, or compare it with the plan of an earlier pack, and delete half-written files.
+    """Write the plan, or compare it with the plan that another pack wrote.
 
     Returns the plan's digest. Raises UserError: the plans differ, or the folder holds something else.
     """
@@ -272,8 +298,6 @@ def write_plan(folder: Path, plan: Arrays) -> bytes:
     else:
         store.check_plan(folder / store.PLAN, plan)  # otherwise the finished store might be refused
         digest = store.save_arrays(folder / store.PLAN, plan)
-    for leftover in folder.glob("*.part"):
-        remove(leftover)
     return digest
 
 
@@ -320,7 +344,8 @@ def check_space(job: Job, todo: list[int]) -> None:
     """
     rows = np.concatenate([job.shards[number] for number in todo]) if todo else np.empty(0, dtype=np.int64)
     needed = compact_size(job.plan, rows) if job.compact else int(job.plan["sizes"][rows].sum())
-    free = shutil.disk_usage(job.folder).free
+    # Unfinished shards belong to the shards that are still to be written.
+    free = shutil.disk_usage(job.folder).free + sum(map(bytes_in, job.folder.glob("shard-*.part")))
     if needed <= free:
         return
     if job.compact:
@@ -331,6 +356,20 @@ def check_space(job: Job, todo: list[int]) -> None:
             f"{job.folder}: {amount(needed)} are still to be written, and {amount(free)} are free; "
             f"--compact takes about {amount(compact_size(job.plan, rows))}"
         )
+
+
+def bytes_in(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder. What another process has just deleted counts as 0."""
+    size = 0
+    for file in [path, *path.glob("*")]:
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
+
+
+def store_bytes(folder: Path) -> int:
+    """Return the size of a finished store."""
+    return sum(bytes_in(entry) for entry in folder.iterdir() if entry.suffix != LOCK_SUFFIX and entry.name != LOCK)
 
 
 def remove(path: Path) -> None:
@@ -344,35 +383,38 @@ def remove(path: Path) -> None:
 # ---------------------------------------------------------------- shards
 
 
-def finished(job: Job, number: int) -> Arrays | None:
-    """Return the checksums of a shard if it is complete, else None. Warns about a damaged shard, which is written
-    again."""
+def finished(job: Job, number: int) -> tuple[Arrays | None, str]:
+    """Return the checksums of a shard if it is complete, else None, and what to tell the user about a damaged shard."""
     file, rows = job.checksums(number), job.shards[number]
     if not file.is_file():
-        return None
+        return None, ""
     try:
         found, _ = store.load_arrays(file)
         ours = "plan" in found and found["plan"].tobytes() == job.digest
         if ours:
             store.check_shard(file, found, None if job.compact else job.plan["sizes"][rows], len(rows))
     except UserError:
-        print(f"warning: {file} is damaged: its shard is made again", file=sys.stderr)
-        return None
+        return None, f"{file} is damaged: its shard is made again"
     if not ours:
-        print(f"warning: {file} belongs to another store: its shard is made again", file=sys.stderr)
-        return None
+        return None, f"{file} belongs to another store: its shard is made again"
     sizes = job.plan["sizes"].copy()
     sizes[rows] = found["sizes"]
     if fault := store.size_fault(job.folder, job.compact, number, rows, sizes):
-        print(f"warning: {job.shard(number)} {fault}: it is made again", file=sys.stderr)
-        return None
-    return found
+        return None, f"{job.shard(number)} {fault}: it is made again"
+    return found, ""
 
 
-def write_shard(job: Job, number: int, written: np.ndarray) -> None:
-    """Write one shard, then its checksums. Adds the finished frames to `written` (1,) int64. Raises OSError."""
-    rows, shard = job.shards[number], job.shard(number)
-    temporary = shard.with_name(f"{shard.name}.part")
+def temporary_of(shard: Path) -> Path:
+    """Return the name of a shard that is being written."""
+    return shard.with_name(f"{shard.name}.part")
+
+
+def write_shard(job: Job, number: int, written: np.ndarray) -> Arrays:
+    """Write one shard under its temporary name and return the content of its file of checksums.
+
+    Adds the finished frames to `written` (1,) int64. Raises OSError.
+    """
+    rows, temporary = job.shards[number], temporary_of(job.shard(number))
     remove(temporary)
     found: Arrays = {
         "version": np.array(store.VERSION),
@@ -389,10 +431,16 @@ def write_shard(job: Job, number: int, written: np.ndarray) -> None:
                 found[name][position] = value
     if not job.compact:
         found["sizes"] = job.plan["sizes"][rows]  # also of failed videos, whose bytes stay zero
+    return {**found, "reasons": pack_strings(reasons)}
+
+
+def publish_shard(job: Job, number: int, checksums: Arrays) -> None:
+    """Give a shard that `write_shard` has written its name, then write its checksums. Raises OSError."""
+    shard = job.shard(number)
     remove(shard)  # a folder cannot be renamed onto another
-    os.rename(temporary, shard)
+    os.rename(temporary_of(shard), shard)
     sync_folder(job.folder)
-    store.save_arrays(job.checksums(number), {**found, "reasons": pack_strings(reasons)})
+    store.save_arrays(job.checksums(number), checksums)
 
 
 Result = tuple[int, int, bool, bool] | str
@@ -487,14 +535,17 @@ class Colours:
 
 
 def write_index(job: Job) -> dict[str, str]:
-    """Write the index, which is the last file of a store. Returns path -> reason of the videos that failed to pack."""
+    """Write the index, which is the last file of a store, and delete what killed processes left.
+
+    Returns path -> reason of the videos that failed to pack.
+    """
     index = {**job.plan, **store.empty_columns(len(job.paths)), "sizes": job.plan["sizes"].copy()}
     reasons = unpack_strings(job.plan["reasons"])
     failed = {}
     for number, rows in enumerate(job.shards):
-        found = finished(job, number)
+        found, fault = finished(job, number)
         if found is None:
-            raise UserError(f"{job.shard(number)} has disappeared: run the same command again")
+            raise UserError(f"{fault or f'{job.shard(number)} has disappeared'}: run the same command again")
         for name in store.FOUND:
             index[name][rows] = found[name]
         for row, reason in zip(rows.tolist(), unpack_strings(found["reasons"]), strict=True):
@@ -503,35 +554,121 @@ def write_index(job: Job) -> dict[str, str]:
     index["reasons"] = pack_strings(reasons)
     if job.compact:
         index["offsets"] = np.zeros(len(job.paths), dtype=np.int64)
+    for leftover in [*job.folder.glob("*.part"), *job.folder.glob(f"shard-*{LOCK_SUFFIX}")]:
+        remove(leftover)
     store.save_arrays(job.folder / store.INDEX, index)
     return failed
 
 
-def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> None:
-    """Write each of these shards in one of `workers` decoder processes, with a progress bar of frames.
+class Claims:
+    """The shards that this process writes now, and those that are not complete yet.
 
-    Raises UserError if a process dies, or if it gives no frame for `timeout` seconds. Every video was verified in the
-    same way before, so this is rare and ends the pack.
+    Attributes:
+        held: number of a shard -> its lock, for the shards that this process writes.
+        open: the numbers of the shards that this process does not write and that are not complete, as far as it knows.
+        ready: the numbers of the shards that it has found complete since `take` was last called.
+    """
+
+    def __init__(self, job: Job, todo: list[int]) -> None:
+        self.job = job
+        self.held: dict[int, Lock] = {}
+        self.open, self.ready = deque(todo), list[int]()
+        self._locks = {number: Lock(job.lock(number)) for number in todo}
+
+    def take(self, count: int) -> list[int]:
+        """Claim up to `count` shards and return their numbers. Fewer: other processes write the rest."""
+        taken: list[int] = []
+        self.ready = []
+        for _ in range(len(self.open)):
+            if len(taken) == count:
+                break
+            number = self.open.popleft()
+            if self._is_complete(number):
+                self.ready.append(number)
+            elif not self._locks[number].take():
+                self.open.append(number)
+            elif self._is_complete(number):  # its writer ended between the two lines above
+                self._locks[number].release()
+                self.ready.append(number)
+            else:
+                self.held[number] = self._locks[number]
+                remove(self.job.checksums(number))  # of a damaged shard
+                taken.append(number)
+        return taken
+
+    def _is_complete(self, number: int) -> bool:
+        return finished(self.job, number)[0] is not None
+
+    def publish(self, number: int, checksums: Arrays) -> None:
+        """Finish a shard that is written, and release it.
+
+        If this process was suspended for long, another process may have taken the shard over. That process writes it.
+        """
+        if self.held[number].is_lost():
+            self.open.append(number)
+        else:
+            publish_shard(self.job, number, checksums)
+        self.held.pop(number).release()
+
+    def close(self) -> None:
+        """Release the shards that are not finished. Other processes may write them."""
+        for lock in self.held.values():
+            lock.release()
+
+    def describe_others(self) -> str:
+        """Return which processes write the open shards."""
+        owners = sorted({self._locks[number].describe_owner() for number in self.open})
+        more = f" and {len(owners) - 1} more" if len(owners) > 1 else ""
+        return f"{len(self.open)} shards of {self.job.folder} are being written by {owners[0]}{more}"
+
+
+def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> None:
+    """Write the shards `todo`, together with other processes, and return when all of them are complete.
+
+    Each shard is written in one of `workers` decoder processes, with a progress bar of frames. A shard whose writer
+    ended before it was complete is written by another process.
+
+    Raises UserError if a decoder process dies, or if it gives no frame for `timeout` seconds. Every video was verified
+    in the same way before, so this is rare and ends the pack.
     """
     written = decoder_process.shared_array(len(job.shards), np.int64)  # frames, by shard
-    frames = sum(int(job.plan["frames"][job.shards[number]].sum()) for number in todo)
+    frames = [int(job.plan["frames"][rows].sum()) for rows in job.shards]
 
-    def write(number: int) -> None:
-        write_shard(job, number, written[number : number + 1])
+    def write(number: int) -> Arrays:
+        return write_shard(job, number, written[number : number + 1])
 
-    with ProgressBar(frames, "packing", "frame", shown=bool(todo)) as bar:
+    claims, is_told = Claims(job, todo), False
+    with (
+        contextlib.closing(claims),
+        ProgressBar(sum(frames[number] for number in todo), "packing", "frame", shown=bool(todo)) as bar,
+    ):
 
         def show() -> None:
             bar.advance(int(written.sum()) - bar.count)
 
-        answers = decoder_process.answers(write, deque(todo), workers, timeout, tick=show, only_while_reading=True)
-        try:
-            for _, death in answers:
-                if isinstance(death, DecoderDied):
-                    raise UserError(_fault(job, death))
-        except MemoryError:
-            raise UserError(f"a worker process ran out of memory; {_again(job)} fewer --workers") from None
-        show()
+        def claim(count: int) -> list[int]:
+            taken = claims.take(count)
+            written[taken], written[claims.ready] = 0, [frames[number] for number in claims.ready]
+            return taken
+
+        while claims.open:
+            requests = deque(claim(workers))
+            if not requests and claims.open:
+                if not is_told:
+                    write_line(f"{claims.describe_others()}: waiting for them", sys.stdout)
+                    is_told = True
+                time.sleep(WAIT_S)
+            answers = decoder_process.answers(write, requests, workers, timeout, tick=show, only_while_reading=True)
+            with contextlib.closing(answers):
+                try:
+                    for number, answer in answers:
+                        if isinstance(answer, DecoderDied):
+                            raise UserError(_fault(job, answer))
+                        claims.publish(number, answer)
+                        requests.extend(claim(1))
+                except MemoryError:
+                    raise UserError(f"a worker process ran out of memory; {_again(job)} fewer --workers") from None
+            show()
 
 
 def _fault(job: Job, death: DecoderDied) -> str:

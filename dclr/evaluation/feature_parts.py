@@ -30,7 +30,8 @@ from dclr.errors import UserError
 from dclr.evaluation.embedding import make_embedder
 from dclr.evaluation.feature_file import FeatureTable, parts_folder, write_features
 from dclr.evaluation.feature_table import Request, Rows, clip_format, collect, embed_listed, join
-from dclr.files import FolderInUse, atomic_file, atomic_write, folder_lock
+from dclr.files import atomic_file, atomic_write
+from dclr.lock import FolderInUse, folder_lock
 
 VERSION = 1
 """Version of the parts' format: raise it when the format or the rows change."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dclr.errors import UserError
 from dclr.files import atomic_write
+from dclr.lock import check_lock
 from dclr.models.weights import CHECKPOINT_FORMAT, checkpoints_in, step_of
 
 KEPT = 2
@@ -53,13 +54,19 @@ def write(
 
     Raises:
         OSError: it cannot be written. Earlier checkpoints are intact.
+        UserError: another process has taken the run's folder over (lock.py). Nothing is written.
     """
+    run = folder.parent
+    check_lock(run)
     # Without parents: if the run's folder has vanished, it must not come back with a checkpoint as its only content.
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:07d}.safetensors"
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**(description or {}), "format": CHECKPOINT_FORMAT, "state": json.dumps({**state, "step": step})}
-    atomic_write(path, save(content, metadata), aside=folder / UNFINISHED)
+    unfinished = folder / UNFINISHED
+    # A process that was suspended while it wrote may still have the old file open. It must not write into this one.
+    unfinished.unlink(missing_ok=True)
+    atomic_write(path, save(content, metadata), unfinished, before_rename=lambda: check_lock(run))
     _delete_old(folder)
     return path
 

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dclr.errors import UserError
 from dclr.files import atomic_write
+from dclr.lock import check_lock
 from dclr.progress import ProgressBar
 from dclr.report import json_numbers
 
@@ -22,7 +23,7 @@ class RunLog:
 
     A resumed run repeats the steps after its checkpoint, `start_step`. Their old values are dropped from both files.
 
-    Every method raises UserError if the folder cannot be written.
+    Every method that writes raises UserError if the folder cannot be written, or if another process has taken it over.
     """
 
     def __init__(self, folder: Path, title: str, total_steps: int, start_step: int = 0) -> None:
@@ -79,6 +80,7 @@ class RunLog:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        check_lock(self._folder)
         try:
             yield
         except OSError as error:

@@ -23,6 +23,7 @@ from dclr.data.prefetch import batches_on
 from dclr.data.samples import TrainSamples
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
+from dclr.lock import check_lock
 from dclr.methods import METHODS
 from dclr.models import Backbone, ClipFormat
 from dclr.models.weights import metadata_of, stored_statistics
@@ -187,10 +188,11 @@ class Run:
         """Run `work`, which writes into the run's folder, on rank 0.
 
         Raises:
-            UserError: on all ranks, the folder cannot be written.
+            UserError: on all ranks, the folder cannot be written, or another process has taken it over.
         """
 
         def attempt() -> None:
+            check_lock(self.folder)
             try:
                 work()
             except OSError as error:

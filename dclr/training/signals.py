@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dclr.files import start_time
+from dclr.lock import start_time
 from dclr.programs import name_of, running
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -93,7 +93,7 @@ class LauncherWatch:
 
 
 def find_launchers(parent: int) -> dict[int, str]:
-    """Return the launchers above a rank whose parent is `parent`: process id -> start time (see files.start_time).
+    """Return the launchers above a rank whose parent is `parent`: process id -> start time (see lock.start_time).
 
     torchrun starts the ranks itself. deepspeed starts a second launcher on each machine, directly or over ssh, which
     starts the ranks. If the first one or its ssh connection ends, the second one continues. So both are watched.
