@@ -1,6 +1,7 @@
 """train.py pack: a store gives the same windows as the videos, an interrupted pack continues, and errors are clear."""
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -18,6 +19,7 @@ from av.video.frame import VideoFrame
 from helpers import children, read_store
 from PIL import Image
 
+from dclr import lock as locks
 from dclr.commands import train
 from dclr.config import DataConfig
 from dclr.data import clips, pack, store
@@ -34,7 +36,7 @@ from dclr.data.manifest import load_manifest
 from dclr.data.store import Selection, shard_name
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
-from dclr.lock import folder_lock
+from dclr.lock import LOCK, folder_lock
 
 
 def write_coded(path: Path, planes: YuvFrames, codec: str = "libx264", **options: str) -> None:
@@ -611,11 +613,120 @@ def test_a_worker_that_dies_is_one_line(videos, tmp_path, monkeypatch):
     assert "a worker process died while it packed into" in refused(videos, tmp_path / "out", workers=2)
 
 
-def test_a_second_pack_into_the_same_folder_is_refused(videos, tmp_path):
+# ---------------------------------------------------------------- several packs into one store
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
+def test_three_packs_share_one_store_and_the_shard_of_a_killed_one_is_written_by_another(
+    videos, tmp_path, monkeypatch, compact
+):
+    """Nothing is written before three of the four shards are claimed and one of the three packs is killed."""
+    whole = content(pack_small(videos, tmp_path / "whole", compact=compact))
+    out, go, log = tmp_path / "out", tmp_path / "go", tmp_path / "log"
+    log.mkdir()
+
+    def gated(job: pack.Job, row: int, written: np.ndarray, frames: Any = pack.small_frames) -> Iterator[YuvFrames]:
+        wait_for(go.exists)
+        yield from frames(job, row, written)
+
+    def logged(job: pack.Job, number: int, checksums: Any, publish: Any = pack.publish_shard) -> None:
+        (log / f"{number} {os.getpid()}").touch()
+        publish(job, number, checksums)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "small_frames", gated)
+        patch.setattr(pack, "publish_shard", logged)
+        patch.setattr(pack, "WAIT_S", 0.02)
+        context = multiprocessing.get_context("fork")
+        processes = [
+            context.Process(target=pack_small, args=(videos, out), kwargs={"compact": compact}) for _ in range(3)
+        ]
+        for process in processes:
+            process.start()
+        wait_for(lambda: len(list(out.glob("shard-*.part"))) == 3)
+        assert "was begun with --short-side 32, not 40" in refused(videos, out, short_side=40, compact=compact)
+        os.kill(processes[0].pid, signal.SIGKILL)
+        processes[0].join()
+        go.touch()
+        for process in processes[1:]:
+            process.join(20)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert content(out) == whole
+    writers = [entry.name.split() for entry in log.iterdir()]
+    assert sorted(number for number, _ in writers) == ["0", "1", "2", "3"]  # each once
+    assert {int(process) for _, process in writers} == {process.pid for process in processes[1:]}
+
+
+def leave_claim(claim: Path) -> None:
+    """Leave the lock of a shard that a process on another machine holds."""
+    claim.write_text(json.dumps({"process": 7, "host": "node3", "machine": "other", "since": "2026"}))
+
+
+@pytest.fixture
+def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SILENCE_S", "SETTLE_S"):
+        monkeypatch.setattr(locks, name, 0.2)
+    monkeypatch.setattr(pack, "WAIT_S", 0.02)
+
+
+def test_the_shard_of_a_machine_that_vanished_is_waited_for_and_then_written(videos, tmp_path, quick_locks, capsys):
     out = pack_small(videos, tmp_path / "out")
+    whole = content(out)
+    (out / "shard-00001.npz").unlink()
+    leave_claim(out / "shard-00001.lock")
+    assert content(pack_small(videos, out)) == whole
+    shown = capsys.readouterr().out
+    assert f"1 shards of {out} are being written by process 7 on node3, since 2026: waiting for them\n" in shown
+
+
+def test_a_shard_that_another_pack_has_taken_over_is_left_to_that_pack(videos, tmp_path, quick_locks, monkeypatch):
+    """This pack was suspended for long. Then the other one ends without a result, so this pack writes the shard."""
+    out = tmp_path / "out"
+    whole = content(pack_small(videos, tmp_path / "whole"))
+    seen = []
+
+    def taken_over(job: pack.Job, number: int, written: np.ndarray, write: Any = pack.write_shard) -> Any:
+        found = write(job, number, written)
+        if number == 1 and not (tmp_path / "once").exists():
+            (tmp_path / "once").touch()
+            leave_claim(job.lock(1))
+        return found
+
+    def logged(job: pack.Job, number: int, checksums: Any, publish: Any = pack.publish_shard) -> None:
+        seen.append((number, json.loads(job.lock(number).read_text())["process"]))
+        publish(job, number, checksums)
+
+    monkeypatch.setattr(pack, "write_shard", taken_over)
+    monkeypatch.setattr(pack, "publish_shard", logged)
+    assert content(pack_small(videos, out)) == whole
+    assert seen == [(number, os.getpid()) for number in (0, 2, 3, 1)]
+
+
+def test_a_pack_waits_for_another_one_that_writes_the_plan_or_the_index(videos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=pack_small, args=(videos, out))
     with folder_lock(out):
-        assert refused(videos, out).startswith(f"{out} is being written by process {os.getpid()} on ")
-    pack_small(videos, out)
+        process.start()
+        process.join(0.3)
+        assert process.is_alive()
+        assert os.listdir(out) == [LOCK]
+    process.join(20)
+    assert process.exitcode == 0
+    assert (out / store.INDEX).exists()
+
+
+def test_two_packs_count_the_space_of_unfinished_shards_once(videos, tmp_path, monkeypatch):
+    """A second pack was refused although the store fits on the disk."""
+    out = pack_small(videos, tmp_path / "out")
+    whole = content(out)
+    for file in ("shard-00001.npz", store.INDEX):
+        (out / file).unlink()
+    (out / "shard-00001.yuv").rename(out / "shard-00001.yuv.part")
+    free = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+    assert content(pack_small(videos, out)) == whole
 
 
 # ---------------------------------------------------------------- the command

@@ -170,6 +170,42 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(train_main, fla
     assert os.listdir(run) == ["config.json"]
 
 
+@pytest.mark.parametrize("when", ["before", "in"])
+def test_a_run_whose_folder_another_one_has_continued_stops_and_writes_nothing_more(
+    train_main, flags, monkeypatch, tmp_path, capsys, when
+):
+    """The other run takes the lock over before a log line, or while the checkpoint of step 4 is written."""
+    run, other = tmp_path / "run", json.dumps({"process": 9, "host": "node7", "since": "2026"})
+    real_step, real_sync, calls = Stopwatch.step, os.fsync, []
+
+    def take_over() -> None:
+        (run / "dclr-lock.json").write_text(other)
+
+    def stepped(self):
+        calls.append(1)
+        if len(calls) == 3 and when == "before":
+            take_over()
+        real_step(self)
+
+    def synced(descriptor):
+        if when == "in" and "unfinished" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            take_over()
+        real_sync(descriptor)
+
+    monkeypatch.setattr(Stopwatch, "step", stepped)
+    monkeypatch.setattr(files.os, "fsync", synced)
+    assert train.run(as_flags({**flags, "out": run})) == 2
+    assert (
+        f"train.py: error: {run} has been taken over by process 9 on node7, since 2026: this command stops and writes "
+        "nothing more there\n"
+    ) in capsys.readouterr().err
+    assert (run / "dclr-lock.json").read_text() == other
+    assert steps(run) == []
+    logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged == ([1, 2] if when == "before" else [1, 2, 3, 4])
+    assert not (run / "report.json").exists()
+
+
 def test_a_refused_run_leaves_nothing_behind(train_main, flags, tmp_path):
     """DeepSpeed refuses its configuration after the data set is open and the network is built."""
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "no_such_setting": True}}))
