@@ -676,7 +676,7 @@ def test_the_shard_of_a_machine_that_vanished_is_waited_for_and_then_written(vid
     leave_claim(out / "shard-00001.lock")
     assert content(pack_small(videos, out)) == whole
     shown = capsys.readouterr().out
-    assert f"1 shards of {out} are being written by process 7 on node3, since 2026: waiting for them\n" in shown
+    assert f"1 shard(s) of {out} are being written by process 7 on node3, since 2026: waiting for them\n" in shown
 
 
 def test_a_shard_that_another_pack_has_taken_over_is_left_to_that_pack(videos, tmp_path, quick_locks, monkeypatch):

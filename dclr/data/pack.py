@@ -619,7 +619,7 @@ class Claims:
         """Return which processes write the open shards."""
         owners = sorted({self._locks[number].describe_owner() for number in self.open})
         more = f" and {len(owners) - 1} more" if len(owners) > 1 else ""
-        return f"{len(self.open)} shards of {self.job.folder} are being written by {owners[0]}{more}"
+        return f"{len(self.open)} shard(s) of {self.job.folder} are being written by {owners[0]}{more}"
 
 
 def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> None:
