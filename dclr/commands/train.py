@@ -117,8 +117,8 @@ def add_store_flags(parser: argparse.ArgumentParser) -> None:
         "--out",
         default=argparse.SUPPRESS,
         metavar="STORE",
-        help="folder of the store. An interrupted store is continued. Start the same command on several machines to share "
-        "the work (default: only print how large it would be)",
+        help="folder of the store. An interrupted store is continued. Start the same command on several machines to "
+        "share the work (default: only print how large it would be)",
     )
     heading.add_argument(
         "--short-side",
