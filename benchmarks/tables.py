@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables      run it after committing new results
 
-Each folder of results/ is one device. Tables of a device without a GPU hold ratios only. A ratio is measured in one
-run, in turns, and so it holds on other machines far better than times do.
+Each folder of results/ is one device. Tables of a device without a GPU hold ratios only, except for the start of a run.
+A ratio is measured in one run, in turns, and so it holds on other machines far better than times do.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import communication, counts, harness, retrieval
+from benchmarks import catalog, communication, counts, harness, retrieval
 from benchmarks.harness import RELEASED
 from benchmarks.step_providers import Cell
 
@@ -139,6 +139,11 @@ def sharding_table(result: Result, gpu: bool) -> str:
 
 def retrieval_table(result: Result, gpu: bool) -> str:
     return harness.table(retrieval.COLUMNS, retrieval.lines(result["rows"]))
+
+
+def catalog_table(result: Result, gpu: bool) -> str:
+    """Return the start of a run by its number of videos. Its goals are in seconds and MB, so a CPU's are shown too."""
+    return catalog.table(result["rows"])
 
 
 def store_table(result: Result, gpu: bool) -> str:
@@ -310,6 +315,7 @@ TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
     ("loader", "Reading: speedup over released code in samples/s of one core", loader_table),
     ("remote", "Reading from a server: speed relative to the local store of planes", remote_table),
     ("train", "A whole run", train_table),
+    ("catalog", "The start of a run with up to a million videos: two ranks, one worker each", catalog_table),
     ("sharding", "DeepSpeed's stages compared with plain DistributedDataParallel", sharding_table),
     (
         "communication",
