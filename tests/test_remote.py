@@ -434,6 +434,14 @@ class Refusing(Handler):
         self.send_error(403)
 
 
+class Private(Handler):
+    def do_GET(self) -> None:
+        if self.headers["Authorization"] == "Bearer secret":
+            super().do_GET()
+        else:
+            self.send_error(401)
+
+
 class Stopping(Handler):
     """Closes every second connection in the middle of the body."""
 
@@ -467,6 +475,15 @@ def test_http(stores, handler, store, message):
                 open_train(f"{web.url}/{store}")
         else:
             assert_same_frames(open_train(f"{web.url}/{store}"), open_train(stores / store))
+
+
+def test_a_private_web_server_gets_the_headers_of_fsspec_s_configuration(stores, monkeypatch):
+    pytest.importorskip("aiohttp")
+    with serve(stores, Private) as web:
+        with pytest.raises(UserError, match=r"the server refuses access \(ClientResponseError: 401"):
+            open_train(f"{web.url}/planes")
+        monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": "Bearer secret"}})
+        assert_same_frames(open_train(f"{web.url}/planes"), open_train(stores / "planes"))
 
 
 def test_a_host_that_does_not_answer_is_named():

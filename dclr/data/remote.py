@@ -126,11 +126,15 @@ class RemoteFolder:
     def _open(self) -> tuple[Any, str]:
         """Return the file system and the folder's name in it. fsspec keeps one file system for each process."""
         try:
+            from fsspec.config import conf
             from fsspec.core import url_to_fs
 
-            # A compressed answer would have other bytes.
-            plain = {"headers": {"Accept-Encoding": "identity"}} if str(self.path).startswith("http") else {}
-            system, root = url_to_fs(str(self.path), **plain)
+            options: dict[str, Any] = {}
+            if str(self.path).startswith("http"):
+                own = [conf.get(protocol, {}).get("headers", {}) for protocol in ("http", "https")]
+                # A compressed answer would have other bytes.
+                options["headers"] = {**own[0], **own[1], "Accept-Encoding": "identity"}
+            system, root = url_to_fs(str(self.path), **options)
         except ImportError as error:
             raise UserError(
                 f"--data {self.path} needs a package that is not installed ({error}): pip install 'dclr[remote]', "
