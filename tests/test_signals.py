@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, as_flags, children, fork, launcher_command, numbers, run_train, steps
 
+from dclr.files import start_time
 from dclr.training.signals import LauncherWatch, StopRequest, find_launchers
 
 
@@ -53,6 +54,14 @@ child = subprocess.Popen(sys.argv[2:])
 os.closerange(0, 3)  # only the rank holds the output
 child.wait()
 """
+
+
+def test_a_rank_of_open_mpi_watches_the_process_that_started_it(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert find_launchers(os.getpid()) == {}
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    assert find_launchers(os.getpid()) == {os.getpid(): start_time(os.getpid())}
 
 
 def start_rank(*launchers: str, **environment: str) -> subprocess.Popen[str]:

@@ -97,6 +97,7 @@ def find_launchers(parent: int) -> dict[int, str]:
 
     torchrun starts the ranks itself. deepspeed starts a second launcher on each machine, directly or over ssh, which
     starts the ranks. If the first one or its ssh connection ends, the second one continues. So both are watched.
+    Open MPI's mpirun starts the ranks itself, or a helper on each other machine does. Slurm ends the tasks of srun.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return {parent: start_time(parent)}
@@ -108,6 +109,8 @@ def find_launchers(parent: int) -> dict[int, str]:
         # The system gives a process whose parent has ended to process 1.
         has_ended = above == 1 and "deepspeed" not in _command(above)
         found[above] = "" if has_ended else start_time(above)
+    if not found and "OMPI_COMM_WORLD_RANK" in os.environ:  # mpirun, or its helper on another machine
+        found[parent] = start_time(parent)
     return found
 
 
