@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, as_flags, children, fork, launcher_command, numbers, run_train, steps
 
-from dclr.files import start_time
+from dclr.lock import start_time
 from dclr.training.signals import LauncherWatch, StopRequest, find_launchers
 
 
