@@ -45,13 +45,13 @@ from dclr.methods import DCLR
 COMMIT = "acfd60c"
 """The last commit whose ranks gathered the views of all ranks' key clips."""
 
-TASK = {
+TASK: dict[str, Any] = {
     "batch": 4, "T": 16, "H": 128, "W": 171, "side": 112, "backbone": "r2plus1d_10", "width": 4, "queue_length": 512,
     "steps": 1,
 }  # fmt: skip
 """What each rank computes."""
 
-VARIANTS = {
+VARIANTS: dict[str, list[tuple[str, str, str | None]]] = {
     "before": [("dclr", "ddp.json", None), ("moco", "ddp.json", None)],
     "after": [
         ("dclr", "ddp.json", "crops"),
@@ -227,8 +227,8 @@ def published_clip(counted: dict[str, float]) -> dict[str, float]:
     `counted`: the bytes of a clip's keys and maps in the counted steps. They do not depend on the network's width.
     """
     rng = np.random.default_rng(0)
-    size = TASK["H"], TASK["W"]
-    draws = [[draw_augmentation(rng, *size, PRETRAIN)["box"].tolist() for _ in range(2)] for _ in range(2000)]
+    height, width = TASK["H"], TASK["W"]
+    draws = [[draw_augmentation(rng, height, width, PRETRAIN)["box"].tolist() for _ in range(2)] for _ in range(2000)]
     crops = statistics.mean(crop_bytes(boxes, (TASK["T"], 1)) for boxes in draws) + PARAMETER_BYTES
     return {"views": view_bytes(TASK, "dclr", 2), "crops": crops, "key": counted["keys"], "maps": counted["maps"]}
 
