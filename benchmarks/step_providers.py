@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torchvision.models.video.resnet import Conv2Plus1D
 from torchvision.transforms import v2
 
@@ -26,7 +27,7 @@ from dclr.methods import DCLR
 from dclr.methods.encoder import KEY_OF_PAIR, PAIRS, ByLetter
 from dclr.models import activation_map
 from dclr.models.video_resnet import Factored, FactoredStem
-from dclr.training.compile import compile_backbone, resolve_compile
+from dclr.training.compile import RECOMPUTED_BUDGET, compile_backbone, resolve_compile
 from dclr.training.engine import Engine, read_ds_config, resolve_precision
 
 METHOD, OPTIM = MethodConfig(), OptimConfig()
@@ -116,13 +117,17 @@ def make_network(cell: Cell) -> DCLR:
 # ------------------------------------------------------------------------------------------------------------ providers
 
 
-def configure(network: DCLR, device: torch.device) -> None:
+def configure(network: DCLR, device: torch.device, recompute: bool = False) -> None:
     """Pad and compile the backbones as pretraining does by default, before DeepSpeed gets the network."""
     defaults = RunConfig()
+    compiles = resolve_compile(defaults.compile, device)[0]
+    functorch.activation_memory_budget = RECOMPUTED_BUDGET if recompute else 1.0  # read at the provider's first step
     for encoder in (network.query, network.key):
         encoder.backbone.pad_channels(defaults.pad_channels)
-        if resolve_compile(defaults.compile, device)[0]:
+        if compiles:
             compile_backbone(encoder.backbone)
+        elif recompute:
+            encoder.backbone.recompute()
 
 
 class Stages(nn.Sequential):
@@ -220,9 +225,10 @@ class Ours(Provider):
         inputs: Inputs,
         device: torch.device,
         bfloat16: bool = True,
+        recompute: bool = False,
     ) -> None:
         self.inputs, self.network = inputs, make_network(cell)
-        configure(self.network, device)
+        configure(self.network, device, recompute)
         config = read_ds_config(DS_CONFIG)
         if not bfloat16:
             config["torch_autocast"] = {**config.get("torch_autocast", {}), "enabled": False}
@@ -350,6 +356,7 @@ PROVIDERS: dict[str, Callable[[Cell, Inputs, torch.device], Provider]] = {
     "eager bf16": Eager,
     "ours": Ours,
     "ours, float32": partial(Ours, bfloat16=False),
+    "ours, recomputed": partial(Ours, recompute=True),
 }
 
 
