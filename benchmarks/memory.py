@@ -177,6 +177,14 @@ def measured_step() -> dict[str, Any]:
     return {"backbone": "r2plus1d_10", "method": "DCLR", "B": row["B"], "bytes": row["providers"]["ours"]["peak_bytes"]}
 
 
+def margin(result: dict[str, Any]) -> float:
+    """Return measured / counted memory of the step that was measured."""
+    measured = result["measured"]
+    same = {"backbone": measured["backbone"], "method": measured["method"], "recompute": False}
+    row = next((row for row in result["rows"] if same.items() <= row.items()), None)
+    return measured["bytes"] / (row["fixed_bytes"] + measured["B"] * row["sample_bytes"]) if row else 1.0
+
+
 # ------------------------------------------------------------------------------------------------------------- on a CPU
 
 
@@ -231,7 +239,7 @@ def run(arguments: argparse.Namespace) -> None:
             for recompute in (False, True):
                 rows.append(count(cell, method, recompute))
                 print(f"{cell.backbone}, {method}, recompute {recompute}: {rows[-1]['sample_bytes'] / 2**30:.3f} GiB")
-    content = {
+    content: dict[str, Any] = {
         "question": "which batch fits a GPU, with and without --recompute?",
         "command": harness.command("memory", sys.argv[1:]),
         "environment": report.environment(torch.device("cpu")),
@@ -239,6 +247,7 @@ def run(arguments: argparse.Namespace) -> None:
         "cpu": measured_here,
         "rows": rows,
     }
+    print(f"measured / counted on an H200: {margin(content):.2f}; on this CPU: {measured_here}")
     arguments.results.mkdir(parents=True, exist_ok=True)
     name = "memory_quick.json" if arguments.quick else "memory.json"
     report.write_json(arguments.results / name, content)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import catalog, communication, counts, harness, retrieval
+from benchmarks import catalog, communication, counts, harness, memory, retrieval
 from benchmarks.harness import RELEASED
 from benchmarks.step_providers import Cell
 
@@ -256,6 +256,25 @@ def counts_tables(result: Result) -> list[str]:
     return made
 
 
+def fitting_table(result: Result) -> str:
+    """Return the largest batch by network, method and memory of a GPU, without and with --recompute."""
+    where = f"counted, not measured on a GPU, {result['environment']['date'][:10]}"
+    where += f", commit {result['environment']['commit']}"
+    margin, lines = memory.margin(result), []
+    for plain, again in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+        clip = " x ".join(map(str, plain["clip"]))
+        line = [f"{plain['backbone']}, {plain['method']}, {clip}"]
+        for row in (plain, again):
+            line.append(f"{margin * row['sample_bytes'] / 1e9:.2f} GB")
+            line += [str(memory.largest_batch(row, gigabytes, margin)) for gigabytes in memory.GPU_GB]
+        lines.append(line)
+    gpus = [f"{gigabytes} GB" for gigabytes in memory.GPU_GB]
+    columns = ["network, method, clip", "memory of a sample", *gpus, "with `--recompute`", *gpus]
+    return (
+        f"**Largest batch on one GPU, without and with `--recompute`** ({where})\n\n{harness.table(columns, lines)}\n"
+    )
+
+
 def predicted_kernel_table(result: Result) -> str:
     """Return a row for each kernel with its chosen settings, and the best of all settings that were compiled."""
 
@@ -351,6 +370,8 @@ def tables(results: Path = harness.RESULTS) -> str:
         made += predicted_tables(json.loads((results / "convolutions_predicted.json").read_text()))
     if (results / "counts.json").is_file():
         made += counts_tables(json.loads((results / "counts.json").read_text()))
+    if (results / "memory.json").is_file():
+        made.append(fitting_table(json.loads((results / "memory.json").read_text())))
     return "\n".join(made)
 
 
