@@ -3,7 +3,7 @@
     python -m benchmarks.memory            four backbones, clips of 16 x 112 x 112
     python -m benchmarks.memory --quick    a small network, to try the command
 
-Time to expect: 2 minutes on one core.
+Time to expect: 5 minutes on one core.
 
 A step runs with torch's FakeTensors, which have shapes and no memory: the query encoder's forward pass, the key
 encoder's pass over the key clip, and the backward pass, in bfloat16 with float32 parameters. A hook on every operation
@@ -14,9 +14,9 @@ of one clip in finetuning. A step holds at most
     + batch x (views and frames + the peak of the passes)
 
 Not counted: memory that cuDNN takes while it convolves, gaps between tensors, the heads, and the loss. The passes are
-uncompiled. torch.compile keeps nearly as much for the backward pass (docs/LOG.md). One step has been measured, on an
-H200: r2plus1d_10 with DCLR at 128 clips. `measured` in the results is its peak. The table divides the memory of a GPU
-by the count times measured / counted.
+uncompiled. torch.compile keeps nearly as much for the backward pass of r2plus1d_10 (docs/LOG.md). One step has been
+measured, on an H200: r2plus1d_10 with DCLR at 128 clips. `measured` in the results is its peak. The table divides the
+memory of a GPU by the count times measured / counted.
 
 The same hook counts real passes on this CPU, each in a process of its own, next to the growth of the process.
 

@@ -24,7 +24,7 @@ Providers (benchmarks/step_providers.py):
     ours             what `train.py pretrain` runs: DeepSpeed with the default configuration; on a GPU Triton kernels
                      and compiled backbones; bfloat16 where the device is fast at it
     ours, float32    the same without bfloat16, to compare like with like; on a CPU only
-    ours, recomputed ours with --recompute; only if --providers names it
+    ours, recomputed ours with --recompute; on a GPU only if --providers names it
 
 FLOP are those of the method's convolutions, counted by torch on one view, without padding. A forward pass counts 1 and
 a backward pass 2. Ours costs 14 passes of a view: 9 for the three views of the query clip and 2 + 3 for the keys. The
@@ -81,7 +81,7 @@ from dclr.training.engine import read_ds_config, resolve_precision
 GOAL_BATCH = 128
 SECTIONS = ("views", "query forward", "backward", "keys", "loss", "optimizer", "other")
 
-DEFAULT_PROVIDERS = {"cuda": (RELEASED, "eager bf16", "ours"), "cpu": tuple(PROVIDERS)[:4]}
+DEFAULT_PROVIDERS = {"cuda": (RELEASED, "eager bf16", "ours"), "cpu": tuple(PROVIDERS)}
 CELLS = {
     "cuda": tuple(
         Cell(backbone=name, B=B) for name in ("r2plus1d_10", "r2plus1d_18") for B in (GOAL_BATCH, 40, 256, 8)
@@ -387,6 +387,7 @@ def goal_table(verdicts: Sequence[dict[str, Any]]) -> str:
 
 
 COLOURS = {RELEASED: "tab:gray", "eager bf16": "tab:blue", "ours": "tab:red", "ours, float32": "tab:pink"}
+COLOURS["ours, recomputed"] = "tab:orange"
 
 
 def plot(rows: Sequence[Row], caption: str) -> Figure:

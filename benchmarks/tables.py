@@ -269,7 +269,13 @@ def fitting_table(result: Result) -> str:
             line += [str(memory.largest_batch(row, gigabytes, margin)) for gigabytes in memory.GPU_GB]
         lines.append(line)
     gpus = [f"{gigabytes} GB" for gigabytes in memory.GPU_GB]
-    columns = ["network, method, clip", "memory of a sample", *gpus, "with `--recompute`", *gpus]
+    columns = [
+        "network, method, clip",
+        "memory of a sample",
+        *gpus,
+        "with `--recompute`",
+        *(f"{gpu}, with it" for gpu in gpus),
+    ]
     return (
         f"**Largest batch on one GPU, without and with `--recompute`** ({where})\n\n{harness.table(columns, lines)}\n"
     )

@@ -8,7 +8,7 @@ import torch
 from benchmarks import memory, tables
 from benchmarks.step_providers import Cell
 
-CELL = Cell(backbone="r2plus1d_10", B=2, T=4, side=16, width=4)
+CELL = Cell(backbone="r3d_10", B=2, T=4, side=16, width=4)
 
 
 def test_the_living_bytes_by_hand():
@@ -27,11 +27,11 @@ def test_the_living_bytes_by_hand():
 
 
 def test_a_step_that_recomputes_holds_less():
-    plain, again = (memory.count(CELL, "DCLR", recompute) for recompute in (False, True))
-    assert again["kept_bytes"] < 0.5 * plain["kept_bytes"]
+    plain, again = (memory.count(CELL, "finetune", recompute) for recompute in (False, True))
+    assert again["kept_bytes"] < 0.7 * plain["kept_bytes"]
     assert again["sample_bytes"] < plain["sample_bytes"]
     assert again["fixed_bytes"] == plain["fixed_bytes"]
-    assert memory.count(CELL, "finetune", False)["sample_bytes"] < memory.count(CELL, "MoCo", False)["sample_bytes"]
+    assert memory.inputs_bytes(CELL, "finetune") < memory.inputs_bytes(CELL, "MoCo") < memory.inputs_bytes(CELL, "DCLR")
 
 
 def test_the_batch_that_fits_by_hand():
