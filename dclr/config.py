@@ -140,7 +140,8 @@ class RunConfig(_Group):
     recompute: bool = option(
         False,
         "keep fewer results for the backward pass and compute the others again, in pretrain and finetune. Losses stay "
-        "the same. A step takes about 1.2 times as long. Turn it on if a batch does not fit the GPU (docs/performance.md says which batches fit)",
+        "the same. A step takes about 1.2 times as long. Turn it on if a batch does not fit the GPU "
+        "(docs/performance.md says which batches fit)",
     )
     checkpoint_every: int = option(1, "epochs between two checkpoints. Raise it if an epoch takes seconds", at_least=1)
     on_nonfinite: str = option(
