@@ -97,6 +97,8 @@ def test_the_description_names_every_package_and_follows_each_file(monkeypatch, 
     assert len(set(digests)) == 5
     (package / "training" / "loop.pyc").touch()
     assert machines.digest_of_sources() == digests[-1]
+    monkeypatch.setattr(programs, "_own", "-c")
+    assert machines.digest_of_sources() not in digests
 
 
 def test_a_process_without_a_gpu_is_told_to_the_others(monkeypatch):

@@ -62,7 +62,8 @@ def digest_of_sources() -> str:
     package = Path(dclr.__file__).parent
     files = [Path(folder, name) for folder, _, names in os.walk(package, followlinks=True) for name in names]
     named = {str(file.relative_to(package)): file for file in files if file.suffix in (".py", ".json")}
-    if own := programs.own_program():
+    own = programs.own_program()
+    if own and os.path.isfile(own):  # not with python -c
         named["own program"] = Path(own)
     digest = hashlib.sha256()
     for name, file in sorted(named.items()):
