@@ -16,7 +16,7 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
@@ -232,7 +232,7 @@ def answers(
     limit: float,
     tick: Callable[[], None] = lambda: None,
     only_while_reading: bool = False,
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     """Yield (request, answer) for each request, as they are finished by `workers` decoder processes.
 
     Each process has one request at a time, so it is known which request a process died on. The answer is then a
