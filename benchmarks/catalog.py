@@ -1,7 +1,7 @@
 """How long does a run take to its first batch, and how much memory does a rank need, with a million videos?
 
-    python -m benchmarks.catalog --videos DIR                      10,000, 100,000 and 1,000,000 videos: 10 minutes
-    python -m benchmarks.catalog --videos DIR --entries 10000      one size: a minute
+    python -m benchmarks.catalog --data DIR                      10,000, 100,000 and 1,000,000 videos: 10 minutes
+    python -m benchmarks.catalog --data DIR --entries 10000      one size: a minute
 
 Makes a data set with lists, names and folders like those of Kinetics in a temporary folder, and removes it at the end.
 Every video is a file of its own, with a size like those of Kinetics. But only the videos of the first batches have
@@ -190,10 +190,10 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
 
 
 def run(arguments: Namespace, argv: Sequence[str] | None) -> None:
-    folder = Path(arguments.videos)
+    folder = Path(arguments.data)
     sources = [folder / path for path in read_tree(folder).videos]
     if not sources:
-        raise UserError(f"--videos {folder} holds no videos")
+        raise UserError(f"--data {folder} holds no videos")
     results = harness.Run("catalog", argv, arguments, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="dclr-catalog-") as name:
         work = Path(name)
@@ -247,7 +247,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--videos", required=True, help="a folder with some real videos")
+    parser.add_argument("--data", required=True, help="a folder with some real videos")
     parser.add_argument("--entries", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     harness.run_command(parser, lambda arguments: run(arguments, argv), argv)
 
