@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from helpers import REPOSITORY, fork, free_port, redirect_output
 
+from dclr import programs
 from dclr.commands import train
 from dclr.errors import NotConnected, UserError
 from dclr.training import connection
@@ -119,6 +120,7 @@ def test_a_rank_of_another_run_at_the_same_port_is_refused_and_leaves_no_message
 
 
 def test_a_port_in_use_is_said_with_how_to_find_an_earlier_run(monkeypatch):
+    programs.run_as("train")  # another test of this process may have run eval.py
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
