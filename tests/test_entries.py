@@ -205,11 +205,14 @@ def test_ranks_other_than_0_wait_before_they_print_an_error(monkeypatch, capsys)
         train.refuse(UserError("a line"))
         assert capsys.readouterr().err == "train.py: error: a line\n"
         assert printed_before_waiting == [""] * waits
-    monkeypatch.setattr("sys.argv", ["eval.py", "accuracy", "--checkpoint", "no-such-run"])
+    monkeypatch.setattr("sys.argv", ["eval.py", "export", "--checkpoint", "run", "--format", "onnx", "--out", "a.onnx"])
+    two_ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in two_ranks.items():
+        monkeypatch.setenv(name, value)
     for rank, waits in (("0", 1), ("1", 2)):
         monkeypatch.setenv("RANK", rank)
         assert evaluation.start() == 2
-        assert capsys.readouterr().err.startswith("eval.py: error: --checkpoint no-such-run: no such file")
+        assert capsys.readouterr().err.startswith("eval.py: error: eval.py export runs in one process, but 2 were ")
         assert printed_before_waiting == [""] * waits
 
 

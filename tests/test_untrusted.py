@@ -403,8 +403,9 @@ def test_no_file_of_the_project_unpickles():
         for source in sources
         for line in unpickles(source.read_text(encoding="utf-8"))
     ]
-    # The decoder process unpickles requests and answers from a pipe to the process that forked it.
-    assert found == ["dclr/data/decoder_process.py"] * found.count("dclr/data/decoder_process.py")
+    # The decoder process unpickles requests and answers from a pipe to the process that forked it. The ranks of a
+    # machine unpickle a temporary file that the first of them has just made, and that only this user can write.
+    assert set(found) == {"dclr/data/decoder_process.py", "dclr/training/sharing.py"}
 
 
 RUNS_WHAT_IT_READS = {
