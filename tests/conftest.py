@@ -30,11 +30,12 @@ GENUINE = Path(os.environ.get("DCLR_TEST_VIDEOS", Path(__file__).parents[2] / "s
 
 # The files whose tests take longest, the longest first: more than 20 seconds for all, or for one test.
 LONGEST = (
-    "test_resume.py", "test_view_generation.py", "test_pretrain.py", "test_entries.py", "test_chaos.py",
-    "test_models.py", "test_views_apart.py", "test_resources.py", "test_notebook.py", "test_signals.py",
-    "test_ranks.py", "test_bench_step.py", "test_compile.py", "test_splits.py", "test_extend.py",
-    "test_feature_table.py", "test_machines.py", "test_package.py", "test_export.py", "test_info_nce.py",
-    "test_untrusted.py", "test_loader.py", "test_engine.py", "test_decode.py",
+    "test_machines.py", "test_chaos.py", "test_resume.py", "test_view_generation.py", "test_extend.py",
+    "test_pretrain.py", "test_entries.py", "test_models.py", "test_ranks.py", "test_views_apart.py",
+    "test_bench_layers.py", "test_bench_counts.py", "test_notebook.py", "test_compile.py", "test_export.py",
+    "test_resources.py", "test_signals.py", "test_bench_step.py", "test_splits.py", "test_feature_table.py",
+    "test_package.py", "test_info_nce.py", "test_evaluation_ranks.py", "test_remote.py", "test_untrusted.py",
+    "test_loader.py", "test_engine.py", "test_decode.py",
 )  # fmt: skip
 
 
