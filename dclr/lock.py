@@ -104,7 +104,9 @@ class Lock:
         Raises OSError: the folder does not exist or cannot be written.
         """
         self.owner, changed = _look(self.path)
-        is_foreign = bool(self.owner) and self.owner.get("machine") != _machine() and not _is_earlier_start(self.owner)
+        is_foreign = (
+            bool(self.owner) and self.owner.get("machine") != machine_id() and not _is_earlier_start(self.owner)
+        )
         if is_foreign and not self._is_silent(changed):
             return False
         descriptor, is_new = self._open()
@@ -234,7 +236,7 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[Lock]:
         FolderInUse: another process writes to the folder. The message names it.
         OSError: the folder does not exist or cannot be written.
     """
-    lock, is_told, began = Lock(folder / LOCK), False, time.monotonic()
+    lock, has_said, began = Lock(folder / LOCK), False, time.monotonic()
     while not lock.take():
         if lock.owner_lives and not wait:
             hint = f" (if it does not run any more, delete {lock.path})" if lock.silent_s >= SILENCE_S else ""
@@ -242,8 +244,8 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[Lock]:
                 f"{folder} is being written by {lock.describe_owner()}: wait until that process has ended, stop it, "
                 f"or give another --out{hint}"
             )
-        if not is_told and time.monotonic() - began > min(2 * REFRESH_S, SILENCE_S / 2):
-            is_told = True
+        if not has_said and time.monotonic() - began > min(2 * REFRESH_S, SILENCE_S / 2):
+            has_said = True
             message = f"{folder} is being written by {lock.describe_owner()}: waiting for that process"
             if not lock.owner_lives:
                 message = (
@@ -334,7 +336,7 @@ def _describe_process() -> dict[str, Any]:
         "process": os.getpid(),
         "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "started": start_time(os.getpid()),
-        "machine": _machine(),
+        "machine": machine_id(),
         "namespace": _namespace(),
         "job": _job(),
         "restart": _restart(),
@@ -342,7 +344,7 @@ def _describe_process() -> dict[str, Any]:
     }
 
 
-def _machine() -> str:
+def machine_id() -> str:
     """Return a text that identifies this machine since its boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -377,7 +379,7 @@ def start_time(process: int) -> str:
 
 def _has_ended(owner: dict[str, Any]) -> bool:
     """Return whether the process that a lock file names is known to have ended."""
-    if (owner.get("machine"), owner.get("namespace")) == (_machine(), _namespace()):
+    if (owner.get("machine"), owner.get("namespace")) == (machine_id(), _namespace()):
         return start_time(owner.get("process", 0)) != owner.get("started")
     return _is_earlier_start(owner)
 

@@ -221,7 +221,7 @@ def test_a_suspended_owner_on_another_machine_loses_its_lock(tmp_path, monkeypat
     monkeypatch.setattr(locks, "SILENCE_S", 0.1)
     monkeypatch.setattr(locks, "SETTLE_S", 0.0)
     with folder_lock(tmp_path) as first:
-        monkeypatch.setattr(locks, "_machine", lambda: "elsewhere")
+        monkeypatch.setattr(locks, "machine_id", lambda: "elsewhere")
         with folder_lock(tmp_path) as second:
             assert first.is_lost()
             assert not second.is_lost()

@@ -136,7 +136,7 @@ def content_in_store(index: Arrays) -> dict[str, Hashable]:
 
 
 def content_of_files(root: Path, paths: Sequence[str]) -> dict[str, Hashable]:
-    """Return path -> a number that is equal for files with equal content. Files that cannot be read are left out."""
+    """Return path -> a number that is equal for files with equal content. Files that cannot be read are skipped."""
     status = find_status(root, paths)
     sizes, inodes = status.stamps[:, 0], status.numbers[:, 1]
     usable = np.flatnonzero(sizes)  # files that are empty or cannot be read have size 0

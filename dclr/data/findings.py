@@ -3,7 +3,6 @@
 A finding belongs to a file of one size and modification time, its stamp. A file that has changed has no finding.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from dclr.data.display import Displays, are_displays
 from dclr.data.file_content import DIGEST_BYTES
 from dclr.data.records import RaggedArray, Records, collect_records, find_runs
 from dclr.data.string_array import pack_strings, unpack_strings
+from dclr.files import atomic_file
 
 Arrays = dict[str, np.ndarray]
 
@@ -134,14 +134,9 @@ def save_findings(file: Path, findings: Findings) -> None:
     """Write a file of findings. A reader never sees half of it. Raises OSError."""
     arrays = {name: getattr(findings, name) for name in ("paths", "stamps", "readable", "reasons", "digests")}
     arrays |= {"version": np.array(_VERSION), **_record_arrays(findings.records)}
-    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as opened:
-            # Not compressed: a million findings take 0.2 GB on disk, and compressing them would take half a minute.
-            np.savez(opened, **arrays)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_file(file) as aside, aside.open("wb") as opened:
+        # Not compressed: a million findings take 0.2 GB on disk, and compressing them would take half a minute.
+        np.savez(opened, **arrays)
 
 
 def load_findings(file: Path, warn: bool = True) -> Findings:

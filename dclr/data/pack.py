@@ -637,7 +637,7 @@ def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> Non
     def write(number: int) -> Arrays:
         return write_shard(job, number, written[number : number + 1])
 
-    claims, is_told = Claims(job, todo), False
+    claims, has_said = Claims(job, todo), False
     with (
         contextlib.closing(claims),
         ProgressBar(sum(frames[number] for number in todo), "packing", "frame", shown=bool(todo)) as bar,
@@ -654,9 +654,9 @@ def write_shards(job: Job, todo: list[int], workers: int, timeout: float) -> Non
         while claims.open:
             requests = deque(claim(workers))
             if not requests and claims.open:
-                if not is_told:
+                if not has_said:
                     write_line(f"{claims.describe_others()}: waiting for them", sys.stdout)
-                    is_told = True
+                    has_said = True
                 time.sleep(WAIT_S)
             answers = decoder_process.answers(write, requests, workers, timeout, tick=show, only_while_reading=True)
             with contextlib.closing(answers):

@@ -119,8 +119,8 @@ class RemoteFolder:
         for first in range(0, len(names), AT_ONCE):
             some = names[first : first + AT_ONCE]
             calls = [partial(system.info, f"{root}/{name}") for name in some]
-            for told in self._try(some[0], calls, SECONDS, at_start):
-                found.append(tuple("" if told.get(key) is None else str(told[key]) for key in _STATED))
+            for answer in self._try(some[0], calls, SECONDS, at_start):
+                found.append(tuple("" if answer.get(key) is None else str(answer[key]) for key in _STATED))
         return found
 
     def _open(self) -> tuple[Any, str]:
@@ -216,8 +216,8 @@ def _status(error: BaseException) -> int:
     """Return the status of an answer over http that stands for the error, or 0 for an error that may pass."""
     cause = _cause(error)
     response = getattr(cause, "response", None)
-    told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-    status = told or getattr(cause, "status", None)
+    of_s3 = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    status = of_s3 or getattr(cause, "status", None)
     if isinstance(status, int):
         return status
     if type(cause).__name__ == "NoCredentialsError" or isinstance(cause, PermissionError):

@@ -285,7 +285,7 @@ def with_displays(index: Arrays) -> Arrays:
 
 
 def open_store(folder: Path, index: Arrays) -> Store:
-    """Open a store by its index. The shards are not looked at: see `check_sizes` and `damaged_shards`.
+    """Open a store by its index. The shards are not checked: see `check_sizes` and `damaged_shards`.
 
     Raises UserError: the cache for a store on a server cannot be used.
     """

@@ -41,6 +41,7 @@ from dclr.data.findings import (
 )
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
+from dclr.lock import machine_id
 from dclr.progress import ProgressBar
 
 LOCK = "lock"
@@ -211,8 +212,10 @@ class _SharedWork:
             for file, part in zip(files, parts[1:], strict=True):
                 if file.stem not in alive and len(part):  # a file that is no part stays: somebody else wrote it
                     file.unlink(missing_ok=True)
-            for claim in ended:
-                claim.unlink(missing_ok=True)
+            # A process that was killed while it wrote leaves a file that has no final name yet.
+            unfinished = [file for file in self._folder.glob("*.tmp") if file.name.partition(".")[0] not in alive]
+            for file in (*ended, *unfinished):
+                file.unlink(missing_ok=True)
             if not alive and not any(file.name != LOCK for file in self._folder.iterdir()):
                 (self._folder / LOCK).unlink(missing_ok=True)
                 self._folder.rmdir()
@@ -273,7 +276,7 @@ class _SharedWork:
         """Write the machine of this process and the videos that it has taken."""
         self._claim_file.seek(0)
         self._claim_file.truncate()
-        self._claim_file.write(pack_strings([_machine(), *self._claimed]).tobytes())
+        self._claim_file.write(pack_strings([machine_id(), *self._claimed]).tobytes())
         self._claim_file.flush()
 
     def _read_findings(self) -> None:
@@ -314,7 +317,7 @@ class _SharedWork:
             except OSError:
                 pass
             else:
-                if _read_claim(claim)[:1] == [_machine()]:
+                if _read_claim(claim)[:1] == [machine_id()]:
                     return False
             # The file system may not know of locks, or of those of other machines. Both times are the file system's.
             os.utime(self._claim)
@@ -363,8 +366,3 @@ class _SharedWork:
 def _read_claim(claim: Path) -> list[str]:
     """Return the machine of the process that wrote a claim, and its videos."""
     return unpack_strings(np.frombuffer(claim.read_bytes(), np.uint8))
-
-
-def _machine() -> str:
-    """Return a text that identifies this machine since its boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -238,8 +238,7 @@ class Scores:
 
 
 def evaluate_features(train: ClipOutputs, test: ClipOutputs, classes: int) -> Scores:
-    """Predict the labels of test videos from features (N, R, D), whose mean over R is used. Labels are 0 to
-    classes - 1."""
+    """Predict the labels of test videos, 0 to classes - 1, from the mean over R of features (N, R, D)."""
     probe = fit_probe(train.values.mean(1), train.labels, classes)
     found = retrieval(train, test)
     correct = probe.logits(test.values.mean(1)).argmax(1) == test.labels

@@ -30,11 +30,11 @@ class Shuffle:
         self.order = torch.randperm(ranks * size, generator=torch.Generator().manual_seed(seed))
         self.own = torch.arange(rank * size, (rank + 1) * size)
         self.arrived = self.order[self.own]
-        self._places = self.order.argsort()  # of each row, after the shuffle
-        # Rows travel by rank, and between the same two ranks by their place after the shuffle.
-        self.leaving = self._places[self.own].argsort()
+        self._positions = self.order.argsort()  # of each row, after the shuffle
+        # Rows travel by rank, and between the same two ranks by their position after the shuffle.
+        self.leaving = self._positions[self.own].argsort()
         self.arriving = (self.arrived // size).argsort(stable=True)
-        self._sent = (self._places[self.own] // size).bincount(minlength=ranks).tolist()
+        self._sent = (self._positions[self.own] // size).bincount(minlength=ranks).tolist()
         self._received = (self.arrived // size).bincount(minlength=ranks).tolist()
 
     def send(self, rows: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Shuffle:
 
         (n, ...) -> (R * n, ...), on every rank.
         """
-        return distributed.gather_batch(rows)[to_device(self._places, rows.device)]
+        return distributed.gather_batch(rows)[to_device(self._positions, rows.device)]
 
 
 def _sums(sizes: list[int], counts: list[int]) -> list[int]:

@@ -51,7 +51,7 @@ class Clips(NamedTuple):
     params: ViewParams
 
 
-class Piece(NamedTuple):
+class Region(NamedTuple):
     """A box in consecutive frames of a sample."""
 
     sample: int
@@ -104,16 +104,18 @@ def send_crops(shuffle: Shuffle, batch: PairBatch, kinds: Sequence[str], stills:
     # A sample has the frames of the query clip, of the key clip, the query still and the key still.
     starts = {"query": (0, 2 * length), "key": (length, 2 * length + 1)}
     leaving = [
-        _pieces(own[row], row % size, *starts[kinds[row // size]], length, stills) for row in shuffle.leaving.tolist()
+        _regions(own[row], row % size, *starts[kinds[row // size]], length, stills) for row in shuffle.leaving.tolist()
     ]
-    arriving = [_pieces(arrived[row], row, 0, length, length, stills, moved=True) for row in shuffle.arriving.tolist()]
+    arriving = [_regions(arrived[row], row, 0, length, length, stills, moved=True) for row in shuffle.arriving.tolist()]
     frames = batch.frames
     here = _Layout(*frames.y.shape)
     there = _Layout(len(arrived), length + stills, *frames.y.shape[2:])
     device = frames.y.device
     memory = torch.cat([plane.flatten() for plane in (frames.y, frames.u, frames.v)])
     crops = memory[here.numbers(leaving, device)]
-    crops = shuffle.send_bytes(crops, *([sum(map(_bytes, pieces)) for pieces in each] for each in (leaving, arriving)))
+    crops = shuffle.send_bytes(
+        crops, *([sum(map(_bytes, regions)) for regions in each] for each in (leaving, arriving))
+    )
     memory = torch.empty(there.bytes, dtype=torch.uint8, device=device)
     memory[there.numbers(arriving, device)] = crops
 
@@ -152,12 +154,12 @@ def _to_clips(planes: Sequence[Tensor], table: np.ndarray, part: slice, length: 
     return Clips(frames.select(np.s_[:, :length]), stills, ViewParams(clip, still, size))
 
 
-def _pieces(
+def _regions(
     row: np.void, sample: int, first: int, still: int, length: int, stills: bool, moved: bool = False
-) -> list[Piece]:
-    """Return the pieces of a clip that travel. `moved`: they are at the top left of the received frames."""
-    places = [("clip", first, length), *([("still", still, 1)] if stills else [])]
-    return [Piece(sample, start, count, _even_box(row[name]["box"], moved)) for name, start, count in places]
+) -> list[Region]:
+    """Return the regions of a clip that travel. `moved`: they are at the top left of the received frames."""
+    ranges = [("clip", first, length), *([("still", still, 1)] if stills else [])]
+    return [Region(sample, start, count, _even_box(row[name]["box"], moved)) for name, start, count in ranges]
 
 
 def _even_box(box: np.ndarray, moved: bool) -> Box:
@@ -167,10 +169,10 @@ def _even_box(box: np.ndarray, moved: bool) -> Box:
     return (0 if moved else top - above), (0 if moved else left - before), height + above, width + before
 
 
-def _bytes(piece: Piece) -> int:
-    """Return the bytes of a piece in planes of YUV 4:2:0."""
-    height, width = piece.box[2:]
-    return piece.frames * (height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2))
+def _bytes(region: Region) -> int:
+    """Return the bytes of a region in planes of YUV 4:2:0."""
+    height, width = region.box[2:]
+    return region.frames * (height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2))
 
 
 class _Layout:
@@ -186,12 +188,12 @@ class _Layout:
         """Return y, u and v as views of the memory."""
         return [part.view(shape) for part, shape in zip(memory.split(self.sizes), self.shapes, strict=True)]
 
-    def numbers(self, clips: Sequence[Sequence[Piece]], device: torch.device) -> Tensor:
-        """Return the number in the memory of every byte of the pieces, (N,) int64.
+    def numbers(self, clips: Sequence[Sequence[Region]], device: torch.device) -> Tensor:
+        """Return the number in the memory of every byte of the regions, (N,) int64.
 
         The host only lists the boxes. The device counts their rows of pixels, and then the bytes of each row.
         """
-        boxes = np.array([box for pieces in clips for piece in pieces for box in self._boxes(piece)])
+        boxes = np.array([box for regions in clips for region in regions for box in self._boxes(region)])
         rows, total = int(boxes[:, 1:3].prod(1).sum()), int(boxes[:, 1:4].prod(1).sum())
         start, frames, height, width, pitch, frame = to_device(torch.from_numpy(boxes), device).unbind(1)
         box = torch.arange(len(boxes), device=device).repeat_interleave(frames * height, output_size=rows)
@@ -201,17 +203,17 @@ class _Layout:
         shift = (start - _before(width)).repeat_interleave(width, output_size=total)
         return torch.arange(total, device=device) + shift
 
-    def _boxes(self, piece: Piece) -> Iterator[tuple[int, ...]]:
-        """Yield for each plane where a piece starts in the memory, its frames, rows and columns, and two distances.
+    def _boxes(self, region: Region) -> Iterator[tuple[int, ...]]:
+        """Yield for each plane where a region starts in the memory, its frames, rows and columns, and two distances.
 
         The distances are those from a row to the next one and from a frame to the next one, in bytes.
         """
         base = 0
         for (_, frames, height, width), size, step in zip(self.shapes, self.sizes, (1, 2, 2), strict=True):
-            top, left = piece.box[0] // step, piece.box[1] // step
-            rows, columns = -(-piece.box[2] // step), -(-piece.box[3] // step)
-            first = (piece.sample * frames + piece.first) * height + top
-            yield base + first * width + left, piece.frames, rows, columns, width, height * width
+            top, left = region.box[0] // step, region.box[1] // step
+            rows, columns = -(-region.box[2] // step), -(-region.box[3] // step)
+            first = (region.sample * frames + region.first) * height + top
+            yield base + first * width + left, region.frames, rows, columns, width, height * width
             base += size
 
 
@@ -231,7 +233,7 @@ def send_views(
     Args:
         views: this rank's views by kind, each (B, 3, T, H, W), or in the layout of `dclr.kernels.space_to_depth`.
         kinds: the clips that travel, "query", "key" or both.
-        used: the auxiliary views that the method uses. The rgb view stands in the place of any other.
+        used: the auxiliary views that the method uses. The rgb view replaces each view that is not used.
     """
     length = views[kinds[0]].rgb.shape[2]
     size = len(views[kinds[0]].rgb)

@@ -1,7 +1,7 @@
 """What must be the same on every machine of a run: dclr, its packages, the kind of device, the settings, the videos.
 
-A difference would not end the run. It would train on: with other figures, or with ranks that wait for each other for
-ever. So the ranks compare what they run with before they train, and a difference ends all of them with one line.
+With a difference, the run would not end by itself. It would train with other figures, or its ranks would wait for each
+other for ever. So the ranks compare what they run with before they train. A difference ends all of them with one line.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ rank 0 to the others (weights)."""
 def describe_machine() -> dict[str, str]:
     """Return what the other ranks must know of this rank's machine. `check_machines` compares it.
 
-    It chooses the device of this process (engine.choose_device). A GPU that is missing is told to the other ranks as
-    "problem", so that they do not wait for this rank.
+    It chooses the device of this process (engine.choose_device). If that GPU is missing, the entry "problem" says
+    so to the other ranks, so that they do not wait for this rank.
     """
     try:
         device = engine.choose_device()

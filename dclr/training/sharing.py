@@ -18,7 +18,7 @@ _ALIGNMENT = 64
 
 
 def share_with_machine(value: T | None) -> T:
-    """Return the value of the machine's first rank on all its ranks. The other ranks' values are not looked at.
+    """Return the value of the machine's first rank on all its ranks. The other ranks' values are not used.
 
     The arrays of the value are written to a temporary file, which all ranks of the machine map. So they are in memory
     once, and the system may free that memory while nobody reads them. A rank that changes an array changes its own.
