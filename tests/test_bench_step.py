@@ -3,11 +3,13 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config as functorch
 
 from benchmarks import baseline, harness, info_nce, sharding, step, step_providers
 from benchmarks.step_providers import PROVIDERS, Cell, as_torchvision, find_truth, make_inputs, make_network, untimed
@@ -16,6 +18,13 @@ from dclr.methods.encoder import PAIRS
 
 CPU = torch.device("cpu")
 CELL = Cell(B=3, T=8, side=32, H=48, W=64, width=4)
+
+
+@pytest.fixture(autouse=True)
+def restored_budget() -> Iterator[None]:
+    """Restore what "ours, recomputed" sets for torch.compile. The tests of other files compile in the same process."""
+    with functorch.patch(activation_memory_budget=1.0):
+        yield
 
 
 @pytest.fixture(scope="module")
