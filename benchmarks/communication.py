@@ -360,17 +360,20 @@ def model_table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], caption: str) -> Figure:
     """Plot the bytes of clips, keys and maps by the number of ranks."""
-    figure, panel = plt.subplots(figsize=(8, 3.8))
-    for name in dict.fromkeys(map(name_of, rows)):
+    figure, panel = plt.subplots(figsize=(9, 3.8))
+    # Lines with equal values lie on each other, so each has another mark, and the first ones are larger.
+    for name, mark, size in zip(dict.fromkeys(map(name_of, rows)), "osD^vx", (14, 11, 9, 8, 7, 6), strict=False):
         own = [row for row in rows if name_of(row) == name]
         sent = [sum(row["counted"][kind] for kind in ("clips", "keys", "maps")) / 1e6 for row in own]
-        panel.plot([row["ranks"] for row in own], sent, "o-", label=name)
+        panel.plot([row["ranks"] for row in own], sent, f"{mark}-", markersize=size, fillstyle="none", label=name)
     panel.set_xscale("log", base=2)
+    ranks = sorted({row["ranks"] for row in rows})
+    panel.set_xticks(ranks, [str(count) for count in ranks])
     panel.set_yscale("log")
     panel.set_xlabel("ranks")
     panel.set_ylabel("MB that a rank sends in a step")
     panel.grid(True, alpha=0.3)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     harness.add_titles(figure, "Clips, keys and maps, 4 clips a rank: bytes counted", caption)
     return figure
 
