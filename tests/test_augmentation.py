@@ -134,6 +134,7 @@ def test_the_released_finetuning_also_changes_colours() -> None:
     ours, released = draws(FINETUNE["crop"], n=N), draws(FINETUNE["released"], n=N)
     assert_probability(released["grayscale"], 0.2)
     assert_probability(released["jitter"], 0.8)
+    assert released["additive"].all()
     assert not released["sigma"].any()
     for name in ("box", "flip", "factors"):  # the same draws of crop, flip and factors
         assert (ours[name] == released[name]).all()

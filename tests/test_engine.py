@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,35 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(one_proc
     optimizer.step()
     assert torch.allclose(network.weight, whole.weight, atol=1e-6)
     assert torch.allclose(network.bias, whole.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"symmetric_loss": True, "queue_length": 16},
+        {"method": "moco", "symmetric_loss": True, "queue_length": 16},
+        {"method": "videomoco", "adversarial_from": 0, "decay_rate": 0.9},
+    ],
+)
+def test_accumulation_averages_the_gradients_of_micro_batches_and_each_one_moves_the_queue(one_process, settings):
+    import deepspeed
+
+    network, plain = make_network(**settings), make_network(**settings).eval()
+    config = {**float32_config(0), "gradient_accumulation_steps": 2}
+    own = Engine(network, config, replace(OPTIM, batch_size=8), one_process)
+    own.train(False)  # frozen BatchNorm, as in `plain`
+    for micro_batch in range(2):
+        views = make_views(2 * micro_batch), make_views(2 * micro_batch + 1)
+        own.backward(own(*views, micro_batch).loss)
+        (plain(*views, micro_batch).loss / 2).backward()
+        if micro_batch == 0:
+            own.step()
+    for trained, expected in zip(network.parameters(), plain.parameters(), strict=True):
+        if trained.requires_grad:
+            found = deepspeed.utils.safe_get_full_grad(trained)
+            assert torch.allclose(found, expected.grad, rtol=1e-4, atol=1e-5 * expected.grad.abs().max().item())
+    assert torch.equal(network.queue, plain.queue)
+    assert torch.equal(network.enqueued, plain.enqueued)
 
 
 def test_bfloat16_views_change_nothing_that_autocast_computes(one_process):

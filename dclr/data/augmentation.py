@@ -85,10 +85,11 @@ def pretrain_recipe(jitter: float, name: str = "dclr", form: str = "multiplicati
 
 FINETUNE = {
     "crop": AugmentRecipe(grayscale=0.0, jitter=0.0, blur=0.0),
-    "released": AugmentRecipe(blur=0.0),
+    "released": AugmentRecipe(blur=0.0, additive=True),
 }
-"""The recipes of training on labels, by the values of --finetune-augmentation: crop and flip only, and that of the
-released code, which also removes the colour (probability 0.2) and jitters it (probability 0.8)."""
+"""The recipes of training on labels, by the values of --finetune-augmentation. "crop" has the crop and the flip only.
+"released" is the recipe of the released code. It also removes the colour (probability 0.2) and jitters it (probability
+0.8, additive form)."""
 
 
 def draw_augmentation(
