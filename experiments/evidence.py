@@ -106,8 +106,10 @@ def published_file(name: str) -> Path:
     return harness.results_folder(here(), RESULTS) / f"{name}.json"
 
 
-def published(name: str, recipe: dict[str, Any], seeds: range) -> Result:
-    """Return the committed result, so that its rows can be shown next to new ones.
+def published(name: str, recipe: dict[str, Any], seeds: range, flag: str = "--with-published") -> Result:
+    """Return the committed result, so that its values can be shown next to new ones.
+
+    `flag`: the flag of the command line that asks for it, which error messages name.
 
     Raises:
         UserError: there is no such result, or its device, its seeds or an entry of `recipe` differ.
@@ -116,18 +118,39 @@ def published(name: str, recipe: dict[str, Any], seeds: range) -> Result:
     try:
         result = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--with-published: {file} cannot be read ({error}); leave the flag out to run every row"
-        ) from None
+        raise UserError(f"{flag}: {file} cannot be read ({error}); leave the flag out to run everything") from None
     wanted = {"seeds": list(seeds), "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
     found = {"seeds": result["seeds"], "device": result["environment"]["device"], **result["recipe"]}
     for setting, value in wanted.items():
         if found.get(setting) != value:
             raise UserError(
-                f"--with-published: {file} has {setting} {found.get(setting)}, but this run has {value}; "
-                "leave the flag out to run every row"
+                f"{flag}: {file} has {setting} {found.get(setting)}, but this run needs {value}; "
+                "leave the flag out to run everything"
             )
     return result
+
+
+def with_more_seeds(before: Result, result: Result) -> Result:
+    """Return `result` with the values of all seeds: those of `before`, then its own. Both have the same recipe."""
+
+    def joined(line: dict[str, Any], panel: int, name: str) -> dict[str, Any]:
+        earlier = before["panels"][panel]["lines"][name]
+        if earlier["steps"] != line["steps"]:
+            raise ValueError(f"{name} was logged at other steps before: {earlier['steps']}, now {line['steps']}")
+        return line | {"values": earlier["values"] + line["values"]}
+
+    rows = {
+        row: {
+            figure: before["rows"][row][figure] + value if isinstance(value, list) else value
+            for figure, value in figures.items()
+        }
+        for row, figures in result["rows"].items()
+    }
+    panels = [
+        panel | {"lines": {name: joined(line, number, name) for name, line in panel["lines"].items()}}
+        for number, panel in enumerate(result.get("panels", ()))
+    ]
+    return result | {"rows": rows} | ({"panels": panels} if panels else {})
 
 
 def in_order(rows: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
@@ -160,8 +183,8 @@ def publish(
         name: the name of the experiment.
         result: the result without command, seeds and environment, which are added here.
         chains: the commands that were run, whose commits are recorded. Without commands, the newest commit is.
-        options: the options of the experiment's command line.
-        taken: the published result that some rows come from. Its commits are added.
+        options: the options of the experiment's command line. Seeds below the first one come from `taken`.
+        taken: the published result that some rows or seeds come from. Its commits are added.
 
     Returns:
         True if the result was published.
@@ -170,7 +193,7 @@ def publish(
     commits = commits or {environment(here())["commit"]}
     result = result | {
         "command": " ".join([f"python -m experiments.{name}", *options.arguments]),
-        "seeds": list(options.seeds),
+        "seeds": list(range(options.seeds.stop)),
         "environment": environment(here()) | {"commit": AND.join(sorted(commits))},
     }
     harness.write(options.work, name, result, plots.plot(result))

@@ -1,8 +1,9 @@
 """Which other methods learn motion on the controlled set? Do dropped frames or decayed queue entries help VideoMoCo?
 
-    python -m experiments.methods               all: three seeds of eleven methods, several hours
-    python -m experiments.methods --seeds 1     the first seed
-    python -m experiments.methods --quick       checks that it runs
+    python -m experiments.methods                             all: three seeds of eleven methods, several hours
+    python -m experiments.methods --seeds 1                   the first seed
+    python -m experiments.methods --first-seed 1 --seeds 2    adds two seeds to the published result of the first
+    python -m experiments.methods --quick                     checks that it runs
 
 All methods get the recipe of controlled.py: the same videos, network, augmentation, optimizer, learning rate, and
 batches of 32 clips. They stop after 960 steps. controlled.py has a probe at this step, and its learning rate is still
@@ -205,7 +206,10 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options, _ = runs.parse(__doc__, arguments)
+    options, _ = runs.parse(__doc__, arguments, runs.add_first_seed)
+    recipe = {"flags": {method: flags_of(method, options) for method in METHODS}, "epochs": epochs(options)}
+    first = options.seeds.start
+    taken = evidence.published("methods", recipe, range(first), "--first-seed") if first else None
     data, _ = controlled_set.stores(options)
     folder = options.work / "methods"
     chains: list[Chain] = []
@@ -215,13 +219,15 @@ def main(arguments: Sequence[str]) -> None:
     runs.run(chains, options.parallel)
     result: evidence.Result = {
         "question": "do other methods learn motion, and do dropped frames and fading queue entries help VideoMoCo?",
-        "recipe": {"flags": {method: flags_of(method, options) for method in METHODS}, "epochs": epochs(options)},
+        "recipe": recipe,
         "figures": controlled.FIGURES | DROPPED,
         "rows": table(folder, options),
         "panels": panels(folder, options),
     }
+    if taken:
+        result = evidence.with_more_seeds(taken, result)
     result["findings"] = findings(result)
-    evidence.publish("methods", result, chains, options)
+    evidence.publish("methods", result, chains, options, taken)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def parse(
     """Return the common flags, and all parsed flags. `more` adds an experiment's own flags to the parser.
 
     Raises:
-        UserError: --seeds or --parallel is below 1.
+        UserError: --seeds or --parallel is below 1, or --first-seed is negative.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -92,10 +92,24 @@ def parse(
     for flag in ("seeds", "parallel"):
         if (value := getattr(given, flag)) is not None and value < 1:
             raise UserError(f"--{flag} is {value}, but must be at least 1")
+    if (first := getattr(given, "first_seed", 0)) < 0:
+        raise UserError(f"--first-seed is {first}, but must be at least 0")
     parallel = given.parallel or (1 if torch.cuda.is_available() else 2)
     work = given.work or Path("runs") / ("evidence-quick" if given.quick else "evidence")
     typed = tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
-    return Options(seeds=range(given.seeds), parallel=parallel, work=work, quick=given.quick, arguments=typed), given
+    seeds = range(first, first + given.seeds)
+    return Options(seeds=seeds, parallel=parallel, work=work, quick=given.quick, arguments=typed), given
+
+
+def add_first_seed(parser: argparse.ArgumentParser) -> None:
+    """Add --first-seed, for experiments that can add seeds to their published result."""
+    parser.add_argument(
+        "--first-seed",
+        type=int,
+        default=0,
+        help="the first seed that runs (default: 0). If it is above 0, the new seeds are added to the published "
+        "result, which must have all seeds below it",
+    )
 
 
 def train(command: str, folder: Path, flags: Iterable[str], seed: int) -> Job:

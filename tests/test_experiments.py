@@ -606,7 +606,7 @@ def test_with_published_runs_only_the_given_methods_and_keeps_the_published_rows
 
 def test_with_published_refuses_another_recipe_other_seeds_and_another_device(root, calls):
     options = runs.Options(seeds=range(2), parallel=1, work=root / "work", quick=False)
-    with pytest.raises(UserError, match=r"controlled.json cannot be read .*; leave the flag out to run every row"):
+    with pytest.raises(UserError, match=r"controlled.json cannot be read .*; leave the flag out to run everything"):
         controlled.published(options)
     controlled.main(["--seeds", "2", "--methods", "DCLR", "--work", str(root / "work")])
     (file,) = (root / "results").glob("*/controlled.json")
@@ -614,10 +614,10 @@ def test_with_published_refuses_another_recipe_other_seeds_and_another_device(ro
     result = json.loads(text)
     assert controlled.published(options) == result
     for other, refusal in (
-        (result | {"seeds": [0, 1, 2]}, r"has seeds \[0, 1, 2\], but this run has \[0, 1\]"),
-        (json.loads(text.replace('"0.03"', '"0.1"')), r"has pretraining .*'0.1'.*, but this run has .*'0.03'"),
-        (result | {"recipe": result["recipe"] | {"epochs": [4, 6]}}, r"has epochs \[4, 6\], but this run has"),
-        (result | {"environment": ENVIRONMENT}, "has device a device, but this run has"),
+        (result | {"seeds": [0, 1, 2]}, r"has seeds \[0, 1, 2\], but this run needs \[0, 1\]"),
+        (json.loads(text.replace('"0.03"', '"0.1"')), r"has pretraining .*'0.1'.*, but this run needs .*'0.03'"),
+        (result | {"recipe": result["recipe"] | {"epochs": [4, 6]}}, r"has epochs \[4, 6\], but this run needs"),
+        (result | {"environment": ENVIRONMENT}, "has device a device, but this run needs"),
         (result | {"recipe": result["recipe"] | {"methods": {"DCLR": []}}}, "no method here has these flags"),
     ):
         file.write_text(json.dumps(other))
@@ -705,6 +705,27 @@ def test_other_methods_are_compared_at_a_probe_of_the_comparison_with_a_constant
     calls.clear()
     methods.main(["--seeds", "2", "--work", str(root / "work")])
     assert calls == []
+
+
+def test_seeds_are_added_to_the_published_result(root, calls):
+    methods.main(["--seeds", "3", "--work", str(root / "at-once")])
+    (file,) = (root / "results").glob("*/methods.json")
+    at_once = json.loads(file.read_text())
+    file.unlink()
+    with pytest.raises(UserError, match=r"--first-seed: .*methods.json cannot be read .*; leave the flag out"):
+        methods.main(["--first-seed", "1", "--seeds", "2", "--work", str(root / "later")])
+    with pytest.raises(UserError, match="--first-seed is -1, but must be at least 0"):
+        methods.main(["--first-seed", "-1"])
+    methods.main(["--seeds", "1", "--work", str(root / "first")])
+    with pytest.raises(UserError, match=r"has seeds \[0\], but this run needs \[0, 1\]"):
+        methods.main(["--first-seed", "2", "--seeds", "1", "--work", str(root / "later")])
+    calls.clear()
+    methods.main(["--first-seed", "1", "--seeds", "2", "--work", str(root / "later")])
+    assert not any("-0/" in line or line.endswith("-0") for line in calls)
+    added = json.loads(file.read_text())
+    assert added["command"] == "python -m experiments.methods --first-seed 1 --seeds 2 --work later"
+    for name in ("seeds", "rows", "panels", "findings", "recipe"):
+        assert added[name] == at_once[name], name
 
 
 def test_ranks_of_dropped_frames_are_those_among_all_sets():
