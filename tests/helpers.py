@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from html.parser import HTMLParser
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
@@ -315,3 +316,56 @@ def write_lines(root: Path, path: str, *lines: str) -> Path:
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text("".join(f"{line}\n" for line in lines))
     return root / path
+
+
+# ---------------------------------------------------------------- HTML pages
+
+
+class PageReader(HTMLParser):
+    """The content of an HTML page. Raises AssertionError if its elements are not nested and closed.
+
+    Attributes:
+        title: the text of its title.
+        headings: the texts of h1 and h2.
+        cells: the texts of th and td.
+        sources: the addresses of all that the page shows or links to.
+        descriptions: the texts in place of pictures.
+    """
+
+    WITHOUT_END = ("meta", "br", "img")
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.title, self._open = "", list[str]()
+        self.headings, self.cells = list[str](), list[str]()
+        self.sources, self.descriptions = list[str](), list[str]()
+        self.feed(content)
+        self.close()
+        assert self._open == [], f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href"):
+                self.sources.append(value or "")
+            elif name == "alt":
+                self.descriptions.append(value or "")
+        if tag in self.WITHOUT_END:
+            return
+        self._open.append(tag)
+        if tag in ("h1", "h2"):
+            self.headings.append("")
+        elif tag in ("th", "td"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open[-1] == tag, f"</{tag}> inside of {self._open}"
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "title" in self._open:
+            self.title += data
+        if {"h1", "h2"} & set(self._open):
+            self.headings[-1] += data
+        if {"th", "td"} & set(self._open):
+            self.cells[-1] += data

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dclr.errors import printable
+from dclr.evaluation.page import Html, page, text
 from dclr.evaluation.previews import Preview
 
 
@@ -49,9 +49,6 @@ figcaption { margin-top: .4em; overflow-wrap: anywhere; }
 small { color: #666; }
 """
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data:"
-"""Lets the page load nothing, so that it stays one file."""
-
 
 def search_page(title: str, remarks: Sequence[str], blocks: Sequence[Block]) -> str:
     """Return the page as HTML. All texts are escaped.
@@ -60,34 +57,18 @@ def search_page(title: str, remarks: Sequence[str], blocks: Sequence[Block]) -> 
         title: one line.
         remarks: lines below the title.
     """
-    sections = "\n".join(_section(block) for block in blocks)
-    lines = "<br>\n".join(_text(remark) for remark in remarks)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width">
-<title>{_text(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{_text(title)}</h1>
-<p>{lines}</p>
-{sections}
-</body>
-</html>
-"""
+    lines = Html("<p>" + "<br>\n".join(map(text, remarks)) + "</p>")
+    return page(title, [lines, *map(_section, blocks)], _STYLE)
 
 
-def _section(block: Block) -> str:
+def _section(block: Block) -> Html:
     found = "\n".join(_figure(cell, likeness_of_class(cell, block.query)) for cell in block.nearest)
-    return f"""<section>
+    return Html(f"""<section>
 <div class="query">{_figure(block.query, "")}</div>
 <div class="nearest">
 {found}
 </div>
-</section>"""
+</section>""")
 
 
 def likeness_of_class(cell: Cell, query: Cell) -> str:
@@ -100,19 +81,14 @@ def likeness_of_class(cell: Cell, query: Cell) -> str:
 def _figure(cell: Cell, kind: str) -> str:
     """Return a video with its caption."""
     if isinstance(cell.preview, str):
-        player, frames = f'<div class="none">{_text(cell.preview)}</div>', ""
+        player, frames = f'<div class="none">{text(cell.preview)}</div>', ""
     else:
         content = base64.b64encode(cell.preview.mp4).decode()
         player = f'<video autoplay loop muted playsinline controls src="data:video/mp4;base64,{content}"></video>'
-        frames = f"<br><small>{_text(cell.preview.frames)}</small>"
-    name = _text(cell.name)
+        frames = f"<br><small>{text(cell.preview.frames)}</small>"
+    name: str = text(cell.name)
     if cell.address:
         name = f'<a href="{escape(cell.address)}">{name}</a>'
     rank = f"{cell.rank}. similarity {cell.similarity:.3f}" if cell.rank else "query"
-    label = f" · {_text(cell.label)}" if cell.label else ""
+    label = f" · {text(cell.label)}" if cell.label else ""
     return f'<figure class="{kind}">{player}<figcaption><b>{rank}</b>{label}<br>{name}{frames}</figcaption></figure>'
-
-
-def _text(text: str) -> str:
-    """Escape a text that comes from files."""
-    return escape(printable(text))
