@@ -10,6 +10,7 @@ A result is a dictionary in results/DEVICE/NAME.json:
     findings                [{"claim", "holds", "detail"}]: each pre-registered claim, and whether it holds
     panels                  the panels of a plot along training: [{"title", "ylabel", "lines", "levels"}]. A line is
                             {"steps": [...], "values": [[one value for each step] for each seed]}. A level is a number.
+    groups                  the groups of rows, if rows are named "GROUP: ROW": a bar plot has a panel for each group
     ylabel                  the label of a bar plot's axis, if it is not "share of test videos"
     recipe, environment     the settings and the machine; environment.commit names the commits of the runs
 
@@ -18,6 +19,7 @@ and shows names as plots.LABELS says.
 """
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -44,6 +46,9 @@ MARKER, END = "<!-- experiments/{}.py -->\n", "<!-- end -->\n"
 
 STANDARD_ERRORS = 2.0
 """Two means differ if their difference is larger than this many of its standard errors."""
+
+LARGEST_SHARE = 0.05
+"""An exact permutation test puts one mean above another if its p-value is at most this."""
 
 AND = " and "
 """Separates the commits of a result's runs."""
@@ -92,6 +97,38 @@ def equal(claim: str, first: Sequence[float], second: Sequence[float]) -> list[F
     gap, error = difference(first, second)
     detail = f"{100 * gap:+.1f} points, threshold at most {100 * STANDARD_ERRORS * error:.1f} in either direction"
     return [finding(claim, abs(gap) <= STANDARD_ERRORS * error, detail)]
+
+
+def permutation_share(more: Sequence[float], less: Sequence[float]) -> float:
+    """Return the p-value of an exact permutation test that the first mean is above the second, one-sided.
+
+    It is the share of all divisions of the values into two groups of these sizes whose difference of means is at least
+    as large as the given one. Source: Fisher, The Design of Experiments, 1935.
+    """
+    values = [*more, *less]
+    sums = [math.fsum(chosen) for chosen in itertools.combinations(values, len(more))]
+    return sum(total >= math.fsum(more) - 1e-12 for total in sums) / len(sums)
+
+
+def above_exact(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Finding]:
+    """Return the finding that an exact permutation test puts the first mean above the second.
+
+    [] for fewer than three values on each side, with which no difference reaches the threshold.
+    """
+    if min(len(more), len(less)) < 3:
+        return []
+    share = permutation_share(more, less)
+    return [finding(claim, share <= LARGEST_SHARE, exact_detail(more, less, share))]
+
+
+def not_above_exact(claim: str, first: Sequence[float], second: Sequence[float]) -> list[Finding]:
+    """Return the finding that an exact permutation test does not put the first mean above the second."""
+    return [each | {"holds": not each["holds"]} for each in above_exact(claim, first, second)]
+
+
+def exact_detail(more: Sequence[float], less: Sequence[float], share: float) -> str:
+    gap = 100 * (statistics.mean(more) - statistics.mean(less))
+    return f"{gap:+.1f} points, exact test {share:.3f}, threshold {LARGEST_SHARE}"
 
 
 # ---------------------------------------------------------------------------------------------------- published results

@@ -60,12 +60,6 @@ MILESTONES = ["--milestones", *map(str, controlled.MILESTONES)]  # later than EP
 QUEUE_FLAGS = ("--queue-length", "--fill-steps", "--key-momentum")
 # These two do not change the training.
 CHECKPOINTS = ["--checkpoint-every", "5", "--knn-every", "0"]
-WITHOUT_QUEUE = [
-    word
-    for flag, value in zip(controlled.RECIPE[::2], controlled.RECIPE[1::2], strict=True)
-    if flag not in QUEUE_FLAGS
-    for word in (flag, value)
-]
 
 PLAIN, GENERATOR, RANDOM_FRAMES = "MoCo, same frames", "VideoMoCo, dropping only", "random frames dropped"
 BOTH, DECAY, FAST = "VideoMoCo", "VideoMoCo, decay only", "decay by position to 0.52"
@@ -92,6 +86,7 @@ METHODS: dict[str, list[str]] = {
     DECAY: videomoco("none", "steps"),
 }
 WITH_GENERATOR = (GENERATOR, BOTH)
+WITHOUT_QUEUE = (SIMCLR, SIMSIAM)
 RANDOM = controlled.RANDOM
 ROWS = (
     RANDOM, "DCLR", THREE_VIEWS, "MoCo", SIMCLR, SIMSIAM, PLAIN, BOTH, GENERATOR, RANDOM_FRAMES, DECAY, FAST, "chance",
@@ -111,12 +106,18 @@ def epochs(options: Options) -> int:
     return QUICK_EPOCHS if options.quick else EPOCHS
 
 
+def without_queue_flags(recipe: Sequence[str]) -> list[str]:
+    """Return the flags of a recipe, each with one value, except those of the queue."""
+    pairs = zip(recipe[::2], recipe[1::2], strict=True)
+    return [word for flag, value in pairs if flag not in QUEUE_FLAGS for word in (flag, value)]
+
+
 def flags_of(method: str, options: Options) -> list[str]:
     """Return all flags of a method's pretraining, except data, seed and epochs."""
     own = METHODS[method]
     if "videomoco" in own:
         own = [*own, "--adversarial-from", str(epochs(options) // 2)]
-    recipe = WITHOUT_QUEUE if method in (SIMCLR, SIMSIAM) else controlled.RECIPE
+    recipe = without_queue_flags(controlled.RECIPE) if method in WITHOUT_QUEUE else controlled.RECIPE
     return [*recipe, *MILESTONES, *CHECKPOINTS, *own]
 
 
@@ -154,7 +155,7 @@ def table(folder: Path, options: Options) -> evidence.Rows:
 
 def panels(folder: Path, options: Options) -> list[dict[str, Any]]:
     """Return the panels along training: the generator's loss, and key similarity minus the hardest negative's."""
-    with_queue = [method for method in METHODS if method not in (SIMCLR, SIMSIAM)]
+    with_queue = [method for method in METHODS if method not in WITHOUT_QUEUE]
     difference = controlled.logged_lines(
         folder, with_queue, options.seeds, "positive_similarity/vv", "hardest_negative/vv"
     )

@@ -49,16 +49,29 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def bars(result: dict[str, Any]) -> Figure:
-    """Return a bar plot with one group for each figure in percent.
-
-    A row with values by seed gets a bar, and a row without (chance) gets a dashed line.
-    """
+    """Return a bar plot with one group of bars for each figure in percent, and one panel for each group of rows."""
     shares = {name: label(title) for name, (title, unit) in result["figures"].items() if unit == "%"}
-    has_seeds = {name: any(isinstance(row.get(key), list) for key in shares) for name, row in result["rows"].items()}
+    groups = result.get("groups", [""])
+    size = (max(7, 2 + 1.5 * len(shares)), 4.5 * len(groups))
+    figure, panels = plt.subplots(len(groups), figsize=size, layout="constrained", squeeze=False)
+    for group, panel in zip(groups, panels[:, 0], strict=True):
+        start = f"{group}: " if group else ""
+        rows = {name.removeprefix(start): row for name, row in result["rows"].items() if name.startswith(start)}
+        draw_bars(panel, rows, list(shares))
+        panel.set(title=group, xticks=range(len(shares)), ylabel=result.get("ylabel", "share of test videos"))
+        panel.set_ylim(0, None if "ylabel" in result else 1.02)
+        panel.set_xticklabels([title.replace(", ", "\n") for title in shares.values()], fontsize=8)
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2, fontsize=8)
+    return figure
+
+
+def draw_bars(panel: Any, rows: dict[str, Any], shares: Sequence[str]) -> None:
+    """Draw the values of each row. A row with values by seed gets bars, and a row without (chance) dashed lines."""
+    has_seeds = {name: any(isinstance(row.get(key), list) for key in shares) for name, row in rows.items()}
     width = 0.8 / sum(has_seeds.values())
-    figure, panel = plt.subplots(figsize=(max(7, 2 + 1.5 * len(shares)), 4.5), layout="constrained")
     bar = 0
-    for name, row in result["rows"].items():
+    for name, row in rows.items():
         groups = [group for group, key in enumerate(shares) if key in row]
         values = [row[key] for key in shares if key in row]
         if not has_seeds[name]:
@@ -72,11 +85,6 @@ def bars(result: dict[str, Any]) -> Figure:
         for x, by_seed in zip(centres, values, strict=True):
             panel.plot([x] * len(by_seed), by_seed, "k.", markersize=3)
         bar += 1
-    panel.set(xticks=range(len(shares)), ylabel=result.get("ylabel", "share of test videos"))
-    panel.set_ylim(0, None if "ylabel" in result else 1.02)
-    panel.set_xticklabels([title.replace(", ", "\n") for title in shares.values()], fontsize=8)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
-    return figure
 
 
 def curves(panels: Sequence[dict[str, Any]]) -> Figure:

@@ -28,9 +28,11 @@ from experiments import (
     convolutions,
     dropped_frames,
     evidence,
+    inputs,
     methods,
     plots,
     precision,
+    real,
     runs,
     weizmann,
 )
@@ -79,6 +81,8 @@ def written_by_eval(job: Job) -> None:
     figures |= {f"{name}_untrained": 0.125 for name in ("A_v", "A_s", "A_d")}
     figures |= {name: motion for name in ("motion_whole", "motion_chosen", "motion_random")}
     figures |= {"rank": 0.75 + seed / 100, "rank_other_clips": 0.75}
+    figures |= {f"{name}_probe": motion + seed / 100 for name in inputs.INPUTS} | {"chance": 0.5}
+    figures |= {f"{name}_nearest": motion for name in inputs.INPUTS}
     figures["chance_top1"] = 1 / 24 if "scene" in run else 0.125
     job.writes.parent.mkdir(parents=True, exist_ok=True)
     if job.command[1] == "maps":
@@ -120,7 +124,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(evidence, "PLOTS", tmp_path / "plots")
     monkeypatch.setattr(evidence, "PAGE", tmp_path / "evidence.md")
     sections = [
-        evidence.MARKER.format(name) + evidence.END for name in ("controlled_set", "controlled", "methods", "weizmann")
+        evidence.MARKER.format(name) + evidence.END
+        for name in ("controlled_set", "controlled", "methods", "weizmann", "real")
     ]
     (tmp_path / "evidence.md").write_text("Before.\n\n" + "\nBetween.\n\n".join(sections) + "\nAfter.\n")
     monkeypatch.setattr(controlled_set, "render_demo", render_lists)
@@ -133,6 +138,21 @@ def render_lists(folder: Path, **counts: int) -> None:
     (folder / "splits").mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         (folder / "splits" / f"{split}.txt").write_text("videos/up/up_0000.mp4 0 scene03\n")
+
+
+def list_real_sets(folder: Path) -> None:
+    """List videos of the three sets of real.py, two classes of 60 videos each. No video is there."""
+    for name in real.SETS:
+        (folder / name / "splits").mkdir(parents=True)
+        lines = [f"{label}/{number}.mp4 {label} scene{number}" for label in (0, 1) for number in range(60)]
+        folds = [number // 12 + 1 for _ in (0, 1) for number in range(60)]
+        (folder / name / "folds.txt").write_text(
+            "".join(f"{line} {fold}\n" for line, fold in zip(lines, folds, strict=True))
+        )
+        for split in ("train", "test"):
+            own = [line for line, fold in zip(lines, folds, strict=True) if (fold == 1) == (split == "test")]
+            (folder / name / "splits" / f"{split}.txt").write_text("".join(f"{line}\n" for line in own))
+        (folder / name / "splits" / "classes.txt").write_text("calm\nfight\n")
 
 
 def job(folder: Path, script: Path, name: str) -> Job:
@@ -254,7 +274,9 @@ def test_sigterm_ends_an_experiment_as_ctrl_c_does(monkeypatch):
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
-@pytest.mark.parametrize("experiment", [controlled_set, controlled, methods, weizmann, activation_maps, precision])
+@pytest.mark.parametrize(
+    "experiment", [controlled_set, controlled, methods, weizmann, activation_maps, precision, real]
+)
 def test_train_and_eval_understand_every_command(root, monkeypatch, experiment, quick):
     jobs: list[Job] = []
 
@@ -267,7 +289,8 @@ def test_train_and_eval_understand_every_command(root, monkeypatch, experiment, 
             raise Planned
 
     monkeypatch.setattr(runs, "run", run)
-    data = ["--data", str(root)] if experiment in (weizmann, activation_maps) else []
+    data = ["--data", str(root)] if experiment in (weizmann, activation_maps, real) else []
+    list_real_sets(root)
     with pytest.raises(Planned):
         experiment.main([*data, *quick, "--work", str(root / "work")])
     assert len({job.log for job in jobs}) == len(jobs)
@@ -278,8 +301,8 @@ def test_train_and_eval_understand_every_command(root, monkeypatch, experiment, 
             if (command := flags.pop("command")) != "pack":
                 train.resolve(command, flags)
         elif entry == "-m":
-            assert arguments.pop(0) == "experiments.dropped_frames"
-            dropped_frames.make_parser().parse_args(arguments)
+            measure = {"experiments.dropped_frames": dropped_frames, "experiments.inputs": inputs}[arguments.pop(0)]
+            measure.make_parser().parse_args(arguments)
         else:
             evaluation.make_parser().parse_args(arguments)
 
@@ -657,6 +680,142 @@ def test_weizmann_compares_methods_with_scratch_random_weights_and_chance(root, 
     assert len(started) == 4
     for line in started:
         assert line.split("--pretrained ")[1].split()[0] == line.split("--out ")[1].replace("-finetune", "")
+
+
+def test_real_videos_are_compared_on_three_sets_and_seeds_can_be_added(root, calls):
+    list_real_sets(root / "data")
+    flags = ["--data", str(root / "data"), "--methods", "MoCo", "DCLR"]
+    real.main([*flags, "--seeds", "2", "--work", str(root / "work")])
+    pretrained = [line for line in calls if line.startswith("train.py pretrain")]
+    assert len(pretrained) == 4
+    assert all("sets/union-packed" in line for line in pretrained)
+    finetuned = [line for line in calls if line.startswith("train.py finetune")]
+    assert len(finetuned) == 2 * 3 * (5 + 1 + 1)  # seeds, rows, folds of surv and the other sets
+    assert sum("--pretrained" in line for line in finetuned) == 2 * 2 * 7
+    folded = [line for line in calls if "experiments.inputs" in line and "--folds" in line]
+    assert len(folded) == 2 * 3
+    assert all("--data " + str(root / "work" / "real" / "sets" / "surv-packed") in line for line in folded)
+
+    union = (root / "work" / "real" / "sets" / "union" / "splits" / "train.txt").read_text().splitlines()
+    assert len(union) == 3 * 2 * 48
+    assert {line.split()[1] for line in union} == {"0"}  # no classes
+    tests = []
+    for fold in real.FOLDS:
+        lists = root / "work" / "real" / "sets" / f"surv-{fold}" / "splits"
+        train, test = (
+            {line.split()[0] for line in (lists / f"{split}.txt").read_text().splitlines()}
+            for split in ("train", "test")
+        )
+        assert not train & test
+        tests += test
+    assert len(tests) == len(set(tests)) == 120
+
+    (file,) = (root / "results").glob("*/real.json")
+    rows = json.loads(file.read_text())["rows"]
+    names = ["random weights", "MoCo", "DCLR", "trained on labels from scratch", "chance"]
+    assert list(rows) == [f"{name}: {row}" for name in real.SETS for row in names]
+    assert rows["surv: DCLR"]["full_probe"] == [0.75, 0.76]
+    assert rows["surv: random weights"]["finetuned"] == [0.96875] * 2  # from scratch
+    assert rows["surv: trained on labels from scratch"]["static_probe"] == pytest.approx([0.96875, 0.97875])
+    assert rows["surv: chance"]["finetuned"] == 0.5
+    assert json.loads(file.read_text())["findings"] == []  # two seeds cannot reach the threshold
+    real.main([*flags, "--first-seed", "2", "--seeds", "1", "--work", str(root / "later")])
+    result = json.loads(file.read_text())
+    assert result["seeds"] == [0, 1, 2]
+    assert result["rows"]["surv: DCLR"]["full_probe"] == [0.75, 0.76, 0.77]
+    # DCLR 75 %, MoCo 25 %, from scratch 97 %; all inputs alike, and foregrounds 50 %.
+    assert [each["holds"] for each in result["findings"]] == [True, True, False, True, True, False, False, False]
+    (root / "data" / "surv" / "folds.txt").write_text("0/0.mp4 0 scene0 1\n")
+    with pytest.raises(UserError, match=r"folds.txt has folds \['1'\], but must have \['1', '2', '3', '4', '5'\]"):
+        real.main([*flags, "--work", str(root / "third")])
+    with pytest.raises(
+        UserError, match=r"surv/splits/classes.txt cannot be read .*; the folder must have surv, hockey"
+    ):
+        real.main(["--data", str(root), "--work", str(root / "fourth")])
+
+
+def test_the_permutation_test_counts_all_divisions_into_groups():
+    assert evidence.permutation_share([3.0, 4.0, 5.0], [0.0, 1.0, 2.0]) == pytest.approx(1 / 20)
+    assert evidence.permutation_share([0.0, 1.0, 2.0], [3.0, 4.0, 5.0]) == 1
+    # {2, 5} sums to 7, as do {3, 4} and, of the larger ones, {4, 5}, {3, 5}: four of six divisions.
+    assert evidence.permutation_share([2.0, 5.0], [3.0, 4.0]) == pytest.approx(4 / 6)
+    assert evidence.permutation_share([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]) == evidence.permutation_share(
+        [1, 2, 3], [1, 2, 3]
+    )
+    (found,) = evidence.above_exact("claim", [0.3, 0.4, 0.5], [0.0, 0.1, 0.2])
+    assert found == {"claim": "claim", "holds": True, "detail": "+30.0 points, exact test 0.050, threshold 0.05"}
+    (found,) = evidence.not_above_exact("claim", [0.3, 0.4, 0.5], [0.0, 0.1, 0.2])
+    assert not found["holds"]
+    assert evidence.above_exact("claim", [0.3, 0.4], [0.0, 0.1]) == []
+
+
+def test_inputs_shuffle_repeat_and_subtract_frames(demo_videos):
+    from dclr.models import build_backbone, pool
+
+    torch.manual_seed(0)
+    backbone = build_backbone("r2plus1d_10", 4).eval()
+    clips = torch.randn(2, 3, 8, 16, 16)
+    order = inputs.shuffled_order(8)
+    assert sorted(order.tolist()) == list(range(8))
+    assert order.tolist() != list(range(8))
+    assert inputs.shuffled_order(2).tolist() == [1, 0]
+    with torch.no_grad():
+        found = inputs.features_of_inputs(backbone)(clips)
+        expected = [
+            clips,
+            torch.stack([clips[:, :, t] for t in order.tolist()], 2),
+            torch.stack([clips[:, :, 4]] * 8, 2),
+            torch.stack([clips[:, :, t] - clips[:, :, t - 1] for t in range(8)], 2),
+        ]
+        for number, each in enumerate(expected):
+            torch.testing.assert_close(found[:, number], pool(backbone(each)), rtol=1e-5, atol=1e-6)
+
+
+def test_folds_are_test_videos_once_and_figures_are_shares_of_all_videos(tmp_path):
+    """Only the full clip's features tell the classes apart."""
+    labels = torch.tensor([0, 1] * 10)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 4, 3, generator=generator)
+    features[:, 0] = torch.nn.functional.one_hot(labels, 3).float() + 0.01 * features[:, 0]
+    paths = tuple(f"{number}.mp4" for number in range(20))
+    embedded = inputs.Embedded(features, labels, paths, (True,) * 12 + (False,) * 8, 2)
+    file = tmp_path / "folds.txt"
+    file.write_text("".join(f"{path} 0 group {number // 4}\n" for number, path in enumerate(paths)))
+    parts = inputs.divisions(embedded, inputs.read_folds(file))
+    assert [test.nonzero().flatten().tolist() for _, test in parts] == [list(range(4 * f, 4 * f + 4)) for f in range(5)]
+    assert all((train == ~test).all() for train, test in parts)
+    figures = inputs.figures_of(embedded, parts)
+    assert (figures["full_probe"], figures["full_nearest"], figures["chance"]) == (1, 1, 0.5)
+    assert 0.2 <= figures["static_probe"] < 1
+    ((train, test),) = inputs.divisions(embedded, None)
+    assert train.tolist() == [True] * 12 + [False] * 8 == (~test).tolist()
+    file.write_text("".join(f"{path} 0 group {number % 2}\n" for number, path in enumerate(paths[1:])))
+    with pytest.raises(UserError, match=r"must list the videos of --data: 0.mp4 is not in --folds \(1 differ\)"):
+        inputs.divisions(embedded, inputs.read_folds(file))
+    for text, refusal in (
+        ("0.mp4 0 1\n", "line 1 is '0.mp4 0 1', but must be \"path label group fold\""),
+        ("0.mp4 0 g 1\n", "has 1 folds, but must have at least 2"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=refusal):
+            inputs.read_folds(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        inputs.read_folds(tmp_path / "none.txt")
+
+
+def test_inputs_are_measured_on_a_network_and_a_data_set(demo_videos, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    weights = tmp_path / "run"
+    config = resolve("pretrain", "demo", {"width": 4, "crop_size": 16, "clip_length": 8, "workers": 0})
+    weights.mkdir()
+    write_config(weights / "config.json", "pretrain", "demo", config)
+    inputs.main(["--checkpoint", "random", "--like", str(weights), "--data", str(demo_videos), *out])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["parts"] == 1
+    assert set(report["figures"]) == {f"{name}_{what}" for name in inputs.INPUTS for what in ("probe", "nearest")} | {
+        "chance"
+    }
+    assert f"{'full_probe':22}{report['figures']['full_probe']:8.4f}" in capsys.readouterr().out
 
 
 def test_maps_are_compared_with_moco_random_weights_and_a_uniform_map(root, calls):
