@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from helpers import make_list
+from helpers import make_list, touch
 
 from dclr.commands import evaluate as evaluation
+from dclr.commands import train
 from dclr.config import DataConfig
+from dclr.data import verification
 from dclr.data.check import check, describe_faults
 from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import open_catalog
@@ -90,6 +92,38 @@ def test_max_missing_of_a_run_does_not_hold_for_its_evaluation(train_main, tiny,
     train_main("finetune", **flags, out=tmp_path / "run")
     with pytest.raises(UserError, match="--max-missing allows 1 %"):
         evaluation.main(["accuracy", "--data", str(data), "--checkpoint", str(tmp_path / "run"), "--workers", "0"])
+
+
+def test_check_names_ten_videos_of_a_kind_and_its_report_names_all(tmp_path, capsys):
+    lost, empty = ([f"{name}{number:02d}.mp4" for number in range(12)] for name in ("lost", "empty"))
+    data = make_list(tmp_path / "data", train=[*TRAIN, *((path, 0) for path in lost)])
+    with (data / "train.txt").open("a") as opened:
+        opened.write("".join(f"{path} 1\n" for path in empty))
+    touch(data, *empty)
+    train.main(["check", "--data", str(data), "--workers", "1", "--report", str(tmp_path / "report.json")])
+    lines = capsys.readouterr().out.splitlines()
+    more = "  and 2 more: --report FILE writes all missing and unreadable videos"
+    start = lines.index("unreadable: 12")
+    assert lines[start + 1 : start + 13] == [
+        "  empty file: 12 videos",
+        *(f"  {path}: empty file" for path in empty[:10]),
+        more,
+    ]
+    start = lines.index("listed but not on disk: 12")
+    assert lines[start + 1 : start + 12] == [*(f"  {path}" for path in lost[:10]), more]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == {"missing": lost, "unreadable": dict.fromkeys(empty, "empty file")}
+
+    absent = tmp_path / "absent" / "report.json"
+    with pytest.raises(UserError, match=f"--report {absent}: no such folder: {absent.parent}"):
+        train.main(["check", "--data", str(data), "--report", str(absent)])
+
+
+def test_training_is_refused_for_missing_videos_before_any_video_is_decoded(train_main, tiny, tmp_path, monkeypatch):
+    data = make_list(tmp_path / "data", train=[*TRAIN, ("lost.mp4", 1)])
+    monkeypatch.setattr(verification, "verify_video", lambda file: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="20 % are not there"):
+        train_main("finetune", **{**tiny, "data": str(data)}, out=tmp_path / "run")
 
 
 def test_training_is_refused_beyond_max_missing(train_main, tiny, tmp_path, capsys):

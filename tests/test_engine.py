@@ -15,6 +15,7 @@ from dclr.errors import UserError
 from dclr.kernels import Views
 from dclr.methods import DCLR
 from dclr.methods.dclr import Output
+from dclr.training import checkpoint
 from dclr.training.engine import (
     Engine,
     micro_batch_size,
@@ -141,6 +142,21 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, one_process):
     assert all(
         torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values(), strict=True)
     )
+
+
+def resume_where_rank_1_sees_an_older_checkpoint(rank: int, folder: Path) -> None:
+    own = Engine(torch.nn.Linear(2, 2), float32_config(0), OPTIM, start_processes())
+    own.save(folder, 1, {})
+    own.save(folder, 2, {})
+    found = checkpoint.checkpoints_in
+    checkpoint.checkpoints_in = lambda folder: found(folder)[: 2 - rank]
+    (folder / f"step{rank}").write_text(str(own.resume(folder)["step"]))
+    stop_processes()
+
+
+def test_all_ranks_resume_from_the_checkpoint_that_rank_0_sees(tmp_path):
+    assert on_two_ranks(resume_where_rank_1_sees_an_older_checkpoint, tmp_path) == [0, 0]
+    assert [(tmp_path / f"step{rank}").read_text() for rank in range(2)] == ["2", "2"]
 
 
 def test_resuming_without_a_fitting_checkpoint_names_the_reason(tmp_path, one_process):

@@ -82,7 +82,7 @@ def open_logged(rank: int, log: Path, config: Any) -> Any:
 
     verification.verify_video, opening.open_data = decode, read
     videos, catalog, few_labels = opening.open_data_once("pretrain", config)
-    listed = opening.check_listed("pretrain", catalog, videos, 50)
+    listed = opening.check_listed("pretrain", catalog, videos)
     return videos, (catalog is None, few_labels, "coverage" in listed)
 
 
@@ -90,7 +90,7 @@ def test_one_rank_reads_the_lists_and_both_decode(tmp_path):
     train = [(f"{number:02d}.mp4", number % 3) for number in range(24)]
     data = make_list(tmp_path / "data", train=[*train, ("lost.mp4", 1)], test=[("e.mp4", 0)])
     log = tmp_path / "decoded.txt"
-    config = make_config("pretrain", {"data": str(data), "out": str(tmp_path / "run"), "workers": 1})
+    config = make_config("pretrain", {"data": str(data), "out": str(tmp_path / "run"), "workers": 1, "max_missing": 50})
     first, second = results_of(tmp_path, open_logged, log, config)
     lines = log.read_text().splitlines()
     decoded = [line.split() for line in lines if line != "read"]
@@ -103,3 +103,7 @@ def test_one_rank_reads_the_lists_and_both_decode(tmp_path):
         assert videos.labels.tolist() == [label for _, label in train]
         assert videos.faults.tolist() == [0] * 24
     assert first[0].fingerprint() == second[0].fingerprint()
+
+    again, _ = results_of(tmp_path, open_logged, log, config)
+    assert log.read_text().splitlines()[len(lines) :] == ["read"]
+    assert again[0].fingerprint() == first[0].fingerprint()

@@ -81,6 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
         else:
             shown = {"data", "allow_outside", "workers", "video_timeout"} | ({"split"} if command == "check" else set())
             configuration.add_flags(sub, [configuration.DataConfig], only=shown)
+    commands.choices["check"].add_argument(
+        "--report",
+        default="",
+        metavar="FILE",
+        help="write all missing and unreadable videos to this JSON file. The output names the first ten of each kind",
+    )
     add_store_flags(commands.choices["pack"])
     return parser
 
@@ -158,7 +164,8 @@ def main(arguments: list[str]) -> None:
     if command == "check":
         from dclr.data.check import check
 
-        check(configuration.DataConfig(**flags))
+        report = flags.pop("report")
+        check(configuration.DataConfig(**flags), report)
         progress.check_output()
     elif command == "pack":
         from dclr.data.pack import pack

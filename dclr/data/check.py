@@ -1,7 +1,8 @@
-"""Check a data set (train.py check): print its layout, its videos by split and class, and every unreadable video."""
+"""Check a data set (train.py check): print its layout, its videos by split and class, and the unreadable videos."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,37 +11,60 @@ from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, Video, describe_reading
 from dclr.data.coverage import class_warnings, coverage, missing_of_unknown_split
 from dclr.data.datasets import make_demo, open_data
-from dclr.data.decode import VideoRecord
-from dclr.data.display import Displays, collect_displays
+from dclr.data.display import Displays
 from dclr.data.duplicates import find_duplicates
-from dclr.data.manifest import Manifest, load_manifest
+from dclr.data.manifest import Manifest, RecordsByPath, load_manifest
 from dclr.data.store import Arrays, Store, damaged_shards, open_store, pack_command
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError, printable
+from dclr.report import write_json
+
+SHOWN_VIDEOS = 10
+"""Most videos that are named for one kind of finding. A report names all."""
+
+SHOWN_REASONS = 5
+"""Most reasons that are counted for more videos than that."""
 
 
-def check(data: DataConfig) -> None:
+def check(data: DataConfig, report: str = "") -> None:
     """Print the findings. Unreadable videos are findings and no error.
 
-    Raises UserError: no data set is recognised, or a packed store is damaged.
+    Args:
+        report: a JSON file to write, with all missing and unreadable videos; empty: none is written.
+
+    Raises UserError: no data set is recognised, a packed store is damaged, or the report cannot be written.
     """
+    if report and not Path(report).absolute().parent.is_dir():  # noticed before hours of verifying
+        raise UserError(f"--report {report}: no such folder: {Path(report).parent}")
     if not data.data:
         make_demo()
     catalog, workers = open_data(data), max(1, data.workers)
     if catalog.index is not None:
-        check_store(catalog, catalog.index, workers)
+        check_store(catalog, catalog.index, workers, report)
         return
     manifest = load_manifest(catalog.root, sorted(videos_of(catalog)), workers=workers, timeout=data.video_timeout)
     lines = [*describe_catalog(catalog), *describe_videos(catalog, manifest), *describe_missing(catalog)]
     print("\n".join([*lines, *describe_faults(catalog, manifest.unreadable)]))
+    if report:
+        write_report(report, catalog, manifest.unreadable)
 
 
-def check_store(catalog: Catalog, index: Arrays, workers: int) -> None:
+def write_report(file: str, catalog: Catalog, unreadable: Mapping[str, str]) -> None:
+    """Write the paths of all missing videos, and those of all unreadable videos with their reasons."""
+    try:
+        write_json(Path(file), {"missing": missing_paths(catalog), "unreadable": dict(sorted(unreadable.items()))})
+    except OSError as error:
+        raise UserError(f"--report {file} cannot be written: {error.strerror}") from None
+
+
+def check_store(catalog: Catalog, index: Arrays, workers: int, report: str = "") -> None:
     """Compare every checksum of a packed store and print the findings. Raises UserError, naming the damaged shards."""
     store = open_store(catalog.root, index)
     damaged = damaged_shards(store, workers)
     lines = [*describe_catalog(catalog), *describe_store(store), *describe_missing(catalog)]
     print("\n".join([*lines, *describe_faults(catalog, store.unreadable)]))
+    if report:
+        write_report(report, catalog, store.unreadable)
     for shard, fault in damaged.items():
         print(f"  {shard} {fault}")
     if damaged and store.remote is not None:
@@ -92,22 +116,18 @@ def describe_store(store: Store) -> list[str]:
 def describe_videos(catalog: Catalog, manifest: Manifest) -> list[str]:
     """Return lines about what a complete decode of every video found."""
     lines = []
-    records = [manifest.records[path] for path in videos_of(catalog) if path in manifest.records]
-    if records:
-        frames = sorted(record.frames for record in records)
-        lines.append(
-            f"readable: {len(records)}; frames: {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}"
-        )
-        lines.append(describe_sizes(*np.array([(record.width, record.height) for record in records]).T))
+    paths = [path for path in videos_of(catalog) if path in manifest.records]
+    if paths:
+        records = manifest.records.records.select(manifest.records.rows(paths))
+        frames = np.sort(records.frames)
+        lines.append(f"readable: {len(paths)}; frames: {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}")
+        lines.append(describe_sizes(records.sizes[:, 1], records.sizes[:, 0]))
         lines += describe_streams(manifest.records)
-        lines += describe_displays(
-            collect_displays((record.display, record.oblique, record.interlaced) for record in records),
-            [path for path in videos_of(catalog) if path in manifest.records],
-        )
-        wrong = sum(record.declared not in (0, record.frames) for record in records)
+        lines += describe_displays(records.displays, paths)
+        wrong = np.count_nonzero((records.declared != 0) & (records.declared != records.frames))
         lines.append(
             f"declare another number of frames than they hold: {wrong}; not safe to seek, read from the start: "
-            f"{sum(not record.seekable for record in records)}"
+            f"{np.count_nonzero(~records.seekable)}"
         )
     return [*lines, *describe_unreadable(manifest.unreadable)]
 
@@ -128,19 +148,23 @@ def describe_displays(displays: Displays, paths: Sequence[str]) -> list[str]:
     ]
 
 
-def describe_streams(records: Mapping[str, VideoRecord]) -> list[str]:
+def describe_streams(found: RecordsByPath) -> list[str]:
     """Return lines about files with several video streams, files whose end is missing and damaged files."""
+    paths, records = found.paths, found.records
     several = {
-        path: f"{record.video_streams} streams, read the one of {record.width} x {record.height}"
-        for path, record in records.items()
-        if record.video_streams > 1
+        paths[row]: f"{records.video_streams[row]} streams, read the one of {width} x {height}"
+        for row in np.flatnonzero(records.video_streams > 1).tolist()
+        for height, width in [records.sizes[row].tolist()]
     }
     cut = {
-        path: f"holds {record.frames} of about {record.cut_from} frames"
-        for path, record in records.items()
-        if record.cut_from
+        paths[row]: f"holds {records.frames[row]} of about {records.cut_from[row]} frames"
+        for row in np.flatnonzero(records.cut_from).tolist()
     }
-    damaged = {path: f"{record.frames} frames; {record.damage}" for path, record in records.items() if record.damage}
+    damaged = {
+        paths[row]: f"{records.frames[row]} frames; {damage}"
+        for row, damage in enumerate(unpack_strings(records.damages))
+        if damage
+    }
     lines = []
     for title, videos in {
         "several video streams, the default or else the largest is read": several,
@@ -148,8 +172,7 @@ def describe_streams(records: Mapping[str, VideoRecord]) -> list[str]:
         "readable, but FFmpeg reports errors, so frames may be missing or damaged": damaged,
     }.items():
         if videos:
-            lines.append(f"{title}: {len(videos)}")
-            lines += [f"  {printable(path)}: {printable(text)}" for path, text in videos.items()]
+            lines += [f"{title}: {len(videos)}", *name_first(videos)]
     return lines
 
 
@@ -160,11 +183,20 @@ def describe_sizes(widths: np.ndarray, heights: np.ndarray) -> str:
 
 
 def describe_unreadable(unreadable: Mapping[str, str]) -> list[str]:
-    """Return lines with the number of unreadable videos, and each one with its reason."""
-    return [
-        f"unreadable: {len(unreadable)}",
-        *(f"  {printable(path)}: {printable(reason)}" for path, reason in sorted(unreadable.items())),
-    ]
+    """Return lines with the number of unreadable videos, and the first ones with their reasons."""
+    lines = [f"unreadable: {len(unreadable)}"]
+    if len(unreadable) > SHOWN_VIDEOS:
+        counted = Counter(unreadable.values()).most_common(SHOWN_REASONS)
+        lines += [f"  {printable(reason)}: {count} videos" for reason, count in counted if count > 1]
+    return [*lines, *name_first(dict(sorted(unreadable.items())))]
+
+
+def name_first(videos: Mapping[str, str]) -> list[str]:
+    """Return a line for each of the first videos (path -> text, which may be empty), and how many more there are."""
+    first = list(islice(videos.items(), SHOWN_VIDEOS))
+    lines = [f"  {printable(path)}{': ' if text else ''}{printable(text)}" for path, text in first]
+    more = len(videos) - len(first)
+    return [*lines, f"  and {more} more: --report FILE writes all missing and unreadable videos"] if more else lines
 
 
 def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str]:
@@ -177,6 +209,13 @@ def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str
 
 
 def describe_missing(catalog: Catalog) -> list[str]:
-    """Return lines with the videos that the lists name and the disk does not hold; none if there are no such videos."""
-    paths = list(dict.fromkeys(video.path for videos in catalog.missing.values() for video in videos))
-    return [f"listed but not on disk: {len(paths)}", *(f"  {printable(path)}" for path in paths)] if paths else []
+    """Return lines about the videos that the lists name and the disk does not hold; none if there are no such videos.
+
+    The first ones are named."""
+    paths = missing_paths(catalog)
+    return [f"listed but not on disk: {len(paths)}", *name_first(dict.fromkeys(paths, ""))] if paths else []
+
+
+def missing_paths(catalog: Catalog) -> list[str]:
+    """Return the paths of all missing videos, each once."""
+    return list(dict.fromkeys(video.path for videos in catalog.missing.values() for video in videos))

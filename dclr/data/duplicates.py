@@ -6,8 +6,8 @@ of the ends, because many of a million files have equal sizes. A packed store is
 without reading videos.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,7 +18,14 @@ import numpy as np
 
 from dclr.data.catalog import SPLITS, Catalog, Video
 from dclr.data.coverage import shorten
-from dclr.data.file_content import THREADS, digest_of_all, digest_of_ends, find_status
+from dclr.data.file_content import (
+    DIGEST_BYTES,
+    THREADS,
+    WHOLE_DIGEST_BYTES,
+    digest_of_all,
+    digest_of_ends,
+    find_status,
+)
 from dclr.data.manifest import known_digests
 from dclr.data.store import Arrays
 from dclr.data.string_array import unpack_strings
@@ -87,14 +94,20 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
         splits.pop("val", None)
     listed = dict.fromkeys(video.path for videos in splits.values() for video in videos)
     compared = [path for path in listed if path not in unreadable]
-    content = content_of_files(catalog.root, compared) if catalog.index is None else content_in_store(catalog.index)
-
-    counts = Counter(content.get(video.path) for videos in splits.values() for video in videos)
-    entries: dict[Hashable, list[tuple[str, Video]]] = defaultdict(list)
+    content = (
+        content_of_files(catalog.root, compared) if catalog.index is None else content_in_store(catalog.index, compared)
+    )
+    number_of = dict(zip(compared, content.tolist(), strict=True))
+    numbers = {
+        split: np.array([number_of.get(video.path, -1) for video in videos], np.int64)
+        for split, videos in splits.items()
+    }
+    every = _join([*numbers.values()])
+    counts = np.bincount(every[every >= 0], minlength=1)
+    entries: dict[int, list[tuple[str, Video]]] = defaultdict(list)
     for split, videos in splits.items():
-        for video in videos:
-            if video.path in content and counts[content[video.path]] > 1:
-                entries[content[video.path]].append((split, video))
+        for position in np.flatnonzero((numbers[split] >= 0) & (counts[numbers[split]] > 1)).tolist():
+            entries[int(numbers[split][position])].append((split, videos[position]))
     two_labels: list[str] = []
     refused: list[str] = []
     repeated: dict[str, list[str]] = defaultdict(list)
@@ -127,57 +140,75 @@ def find_duplicates(catalog: Catalog, unreadable: Collection[str] = ()) -> Dupli
     )
 
 
-def content_in_store(index: Arrays) -> dict[str, Hashable]:
-    """Return path -> a value that is equal for videos with equal frames, for the videos that a store holds."""
+def content_in_store(index: Arrays, paths: Sequence[str]) -> np.ndarray:
+    """Return a number for each video, (number of paths,) int64. Videos with equal frames have the same number.
+
+    It is -1 for a video that the store does not hold.
+    """
     columns = [index[name].tolist() for name in ("sizes", "crc32", "frames", "heights", "widths")]
     stored = (index["shards"] >= 0).tolist()
     rows = zip(unpack_strings(index["paths"]), stored, zip(*columns, strict=True), strict=True)
-    return {path: numbers for path, is_stored, numbers in rows if is_stored}
+    frames = {path: numbers for path, is_stored, numbers in rows if is_stored}
+    first: dict[tuple[int, ...], int] = {}
+    return np.array(
+        [first.setdefault(frames[path], number) if path in frames else -1 for number, path in enumerate(paths)],
+        np.int64,
+    )
 
 
-def content_of_files(root: Path, paths: Sequence[str]) -> dict[str, Hashable]:
-    """Return path -> a number that is equal for files with equal content. Files that cannot be read are skipped."""
+def content_of_files(root: Path, paths: Sequence[str]) -> np.ndarray:
+    """Return a number for each file, (number of paths,) int64. Files with equal content have the same number.
+
+    It is -1 for a file that is empty or cannot be read.
+    """
     status = find_status(root, paths)
     sizes, inodes = status.stamps[:, 0], status.numbers[:, 1]
     usable = np.flatnonzero(sizes)  # files that are empty or cannot be read have size 0
-    content = np.arange(len(paths))  # position of the first file with the same content
+    content = np.full(len(paths), -1, np.int64)
+    content[usable] = usable  # the position of the first file with the same content
     # Some network disks give several files the same inode number, or all files the number 0.
-    for links in _equal(inodes, usable[inodes[usable] != 0]):
-        first: dict[tuple[int, ...], int] = {}
-        for position in links:
-            content[position] = first.setdefault(tuple(status.numbers[position].tolist()), position)
+    for links in _equal(status.numbers, usable[inodes[usable] != 0]):
+        content[links] = links[0]
 
-    groups = _equal(sizes, usable[content[usable] == usable])
-    known = known_digests(root, paths, status) if groups else np.empty((0, 0))
+    same_size = _join(_equal(sizes[:, None], usable[content[usable] == usable]))
+    if len(same_size):
+        ends = known_digests(root, paths, status)
+        with ThreadPoolExecutor(THREADS) as pool:
 
-    def ends(file: int) -> bytes | None:
-        return known[file].tobytes() if known[file].any() else digest_of_ends(root / paths[file])
+            def read(files: np.ndarray, digest: Callable[[Path], bytes | None], size: int) -> np.ndarray:
+                """Return the digests of files, (number of files, size) uint8. Zeros: the file cannot be read."""
+                found = pool.map(lambda file: digest(root / paths[file]), files.tolist())
+                packed = b"".join(value or bytes(size) for value in found)
+                return np.frombuffer(packed, np.uint8).reshape(-1, size)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-
-        def divide(groups: Iterable[list[int]], digest: Callable[[int], bytes | None]) -> list[list[int]]:
-            """Divide groups of files by their digests. A group of one file is dropped."""
-            members = [(number, file) for number, group in enumerate(groups) for file in group]
-            values = pool.map(digest, [file for _, file in members])
-            divided: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-            for (number, file), value in zip(members, values, strict=True):
-                if value is not None:
-                    divided[number, value].append(file)
-            return [group for group in divided.values() if len(group) > 1]
-
-        for group in divide(divide(groups, ends), lambda file: digest_of_all(root / paths[file])):
-            content[group] = group[0]
-    content = content[content]  # links to a file whose content is that of another one
-    return {paths[position]: int(content[position]) for position in usable.tolist()}
+            unknown = same_size[~ends[same_size].any(axis=1)]
+            ends[unknown] = read(unknown, digest_of_ends, DIGEST_BYTES)
+            keys = np.column_stack([sizes, ends.view(np.int64)])
+            same_ends = _join(_equal(keys, same_size[ends[same_size].any(axis=1)]))
+            whole = read(same_ends, digest_of_all, WHOLE_DIGEST_BYTES)
+        for members in _equal(whole.view(np.int64), np.flatnonzero(whole.any(axis=1))):
+            content[same_ends[members]] = same_ends[members[0]]
+    content[usable] = content[content[usable]]  # links to a file whose content is that of another one
+    return content
 
 
-def _equal(values: np.ndarray, positions: np.ndarray) -> list[list[int]]:
-    """Return the groups of positions that have equal values, each with at least two positions, in increasing order."""
-    ordered = positions[np.argsort(values[positions], kind="stable")]
-    begins = np.flatnonzero(np.diff(values[ordered], prepend=-1))
+def _equal(values: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
+    """Return the groups of positions that have equal rows of values, each with at least two positions, in increasing
+    order.
+
+    Args:
+        values: (N, k) int64.
+        positions: (M,) int64, in increasing order.
+    """
+    ordered = positions[np.lexsort(values[positions].T)]
+    begins = np.flatnonzero(np.append(True, (values[ordered[1:]] != values[ordered[:-1]]).any(axis=1)))
     ends = np.append(begins, len(ordered))[1:]
     several = ends - begins > 1
-    return [ordered[begin:end].tolist() for begin, end in zip(begins[several], ends[several], strict=True)]
+    return [ordered[begin:end] for begin, end in zip(begins[several].tolist(), ends[several].tolist(), strict=True)]
+
+
+def _join(groups: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *groups])
 
 
 def _two_labels(first: Video, second: Video, classes: tuple[str, ...]) -> str:

@@ -13,6 +13,10 @@ SAMPLE_BYTES = 64 * 1024
 """Bytes at each end of a file that `digest_of_ends` reads."""
 
 DIGEST_BYTES = 16
+"""Length of a digest of `digest_of_ends`."""
+
+WHOLE_DIGEST_BYTES = 32
+"""Length of a digest of `digest_of_all`."""
 
 THREADS = 8
 """Files that are read, or asked for, at a time. Most of the time is spent waiting for the disk."""

@@ -54,8 +54,10 @@ class RecordsByPath(Mapping[str, VideoRecord]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def rows(self, paths: Sequence[str]) -> np.ndarray:
+    def rows(self, paths: list[str]) -> np.ndarray:
         """Return the positions of paths, (number of paths,) int64. Raises KeyError."""
+        if paths == self.paths:  # saves a dictionary of all paths
+            return np.arange(len(paths))
         return np.array([self._rows[path] for path in paths], np.int64)
 
 
@@ -72,6 +74,34 @@ class Manifest:
     """(N,) int64, bytes of the files in `records`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownFiles:
+    """What the cache knows about files as they are now."""
+
+    paths: list[str]
+    """Relative to the data folder, each once."""
+    status: FileStatus
+    findings: Findings
+    """All that the cache holds."""
+    rows: np.ndarray
+    """(number of paths,) int64, the row of the finding about each file; -1: there is none."""
+
+    def unverified(self) -> dict[str, Stamp]:
+        """Return path -> stamp, of the files that can be used and have no finding."""
+        return {
+            self.paths[position]: (int(self.status.stamps[position, 0]), int(self.status.stamps[position, 1]))
+            for position in np.flatnonzero(self.rows < 0).tolist()
+            if position not in self.status.faults
+        }
+
+
+def look_up(root: Path, paths: Sequence[str], cache_dir: Path | None = None) -> KnownFiles:
+    """Return what the cache knows about the files `root / path`. See `load_manifest` for `cache_dir`."""
+    paths = list(dict.fromkeys(paths))
+    status, findings = find_status(root, paths), load_findings(cache_file(root, cache_dir))
+    return KnownFiles(paths=paths, status=status, findings=findings, rows=_known_rows(paths, status, findings))
+
+
 def load_manifest(
     root: Path,
     paths: Sequence[str],
@@ -80,6 +110,7 @@ def load_manifest(
     progress: bool = True,
     cache_dir: Path | None = None,
     timeout: float = TIMEOUT,
+    known: KnownFiles | None = None,
 ) -> Manifest:
     """Verify the videos `root / path` that the cache does not know, in `workers` decoder processes.
 
@@ -90,21 +121,22 @@ def load_manifest(
         cache_dir: the folder of the cache, by default $XDG_CACHE_HOME/dclr/manifests or ~/.cache/dclr/manifests.
         timeout: seconds without a frame after which a decoder process is killed. Its video is then unreadable, like one
             on which the decoder crashes. These findings are not cached, because the machine may have caused them.
+        known: the result of `look_up` for the same files, if the caller has it already.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    paths, cache = list(dict.fromkeys(paths)), cache_file(root, cache_dir)
-    status, known = find_status(root, paths), load_findings(cache)
-    rows = _known_rows(paths, status, known)
+    known = known or look_up(root, paths, cache_dir)
+    paths, status, findings, rows = known.paths, known.status, known.findings, known.rows
     died: dict[str, str] = {}
-    if todo := _unverified(paths, status, rows):
+    if todo := known.unverified():
+        cache = cache_file(root, cache_dir)
         died = verify_files(cache, root, todo, workers, timeout, progress)
-        known = load_findings(cache)
-        rows = _known_rows(paths, status, known)
+        findings = load_findings(cache)
+        rows = _known_rows(paths, status, findings)
 
-    reasons, numbers = unpack_strings(known.reasons), known.record_rows()
-    readable = (rows >= 0) & known.readable[rows] if len(known) else np.zeros(len(paths), bool)
+    reasons, numbers = unpack_strings(findings.reasons), findings.record_rows()
+    readable = (rows >= 0) & findings.readable[rows] if len(findings) else np.zeros(len(paths), bool)
     unreadable = {}
     for position in np.flatnonzero(~readable).tolist():
         path, row = paths[position], int(rows[position])
@@ -113,17 +145,11 @@ def load_manifest(
     return Manifest(
         root=root,
         records=RecordsByPath(
-            [paths[position] for position in positions.tolist()], known.records.select(numbers[rows[positions]])
+            [paths[position] for position in positions.tolist()], findings.records.select(numbers[rows[positions]])
         ),
         unreadable=unreadable,
         sizes=status.numbers[positions, 2],
     )
-
-
-def unverified_videos(root: Path, paths: Sequence[str]) -> list[str]:
-    """Return those of the videos `root / path` that `load_manifest` would verify."""
-    status = find_status(root, paths)
-    return list(_unverified(paths, status, _known_rows(paths, status, load_findings(cache_file(root)))))
 
 
 def known_digests(root: Path, paths: Sequence[str], status: FileStatus) -> np.ndarray:
@@ -153,13 +179,3 @@ def _known_rows(paths: Sequence[str], status: FileStatus, known: Findings) -> np
     rows[found[changed]] = -1
     rows[list(status.faults)] = -1
     return rows
-
-
-def _unverified(paths: Sequence[str], status: FileStatus, rows: np.ndarray) -> dict[str, Stamp]:
-    """Return path -> stamp, of the files that can be used and have no finding."""
-    stamps = status.stamps
-    return {
-        paths[position]: (int(stamps[position, 0]), int(stamps[position, 1]))
-        for position in np.flatnonzero(rows < 0).tolist()
-        if position not in status.faults
-    }

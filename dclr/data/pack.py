@@ -257,7 +257,9 @@ def describe(root: Path, plan: Arrays) -> list[str]:
         f"  --compact, small, re-encoded     {amount(compact_size(plan)):>12} (about)",
     ]
     if not stored.all():
-        lines.append(f"  {(~stored).sum()} videos cannot be read and are skipped: train.py check names them")
+        lines.append(
+            f"  {(~stored).sum()} videos cannot be read and are skipped: train.py check --report FILE names them"
+        )
     return lines
 
 

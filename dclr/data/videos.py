@@ -15,7 +15,7 @@ from dclr.data import decoder_process
 from dclr.data.catalog import Catalog
 from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, read_planes
 from dclr.data.display import AS_CODED, Displays
-from dclr.data.manifest import load_manifest
+from dclr.data.manifest import KnownFiles, load_manifest
 from dclr.data.records import Records
 from dclr.data.store import Selection, check_sizes, open_store
 from dclr.data.string_array import StringArray
@@ -159,13 +159,19 @@ class VideoFiles:
 
 
 def open_videos(
-    catalog: Catalog, split: str, workers: int, progress: bool = True, timeout: float = decoder_process.TIMEOUT
+    catalog: Catalog,
+    split: str,
+    workers: int,
+    progress: bool = True,
+    timeout: float = decoder_process.TIMEOUT,
+    known: KnownFiles | None = None,
 ) -> VideoSet:
     """Return the readable videos of a split. Video files are verified by a full decode, once: the findings are cached.
 
     Args:
         workers: processes that verify.
         timeout: seconds without a frame after which a decoder process is killed, now and when training reads.
+        known: see `load_manifest`.
 
     Raises:
         NoReadableVideo: none of the videos can be read.
@@ -174,7 +180,9 @@ def open_videos(
     listed = catalog.videos(split)
     if catalog.index is None:
         paths_listed = [video.path for video in listed]
-        manifest = load_manifest(catalog.root, paths_listed, workers=workers, progress=progress, timeout=timeout)
+        manifest = load_manifest(
+            catalog.root, paths_listed, workers=workers, progress=progress, timeout=timeout, known=known
+        )
         unreadable = manifest.unreadable
     else:
         store = open_store(catalog.root, catalog.index)

@@ -95,11 +95,12 @@ def open_knn(data: DataConfig, device: torch.device) -> Monitor:
         train, test = Sample(catalog, "train", data, TRAIN_VIDEOS), Sample(catalog, "test", data, TEST_VIDEOS)
     except UserError as error:
         raise UserError(f"--knn-every needs labelled training and test videos: {error}") from None
+    classes = len(catalog.classes)  # `measure` must not keep the catalog, which may have a million videos
 
     def measure(backbone: nn.Module) -> dict[str, float]:
         with evaluating(backbone):
             gallery, queries = (sample.outputs(lambda x: pool(backbone(x)), device) for sample in (train, test))
-        top1, recall = distributed.on_rank_zero(lambda: knn(*gallery, *queries, len(catalog.classes)))
+        top1, recall = distributed.on_rank_zero(lambda: knn(*gallery, *queries, classes))
         same_class = (gallery[1][None] == queries[1][:, None]).float().mean().item()
         return {"knn/top1": top1, "knn/recall_at_1": recall, "knn/chance": same_class}
 
@@ -113,13 +114,13 @@ def open_accuracy(data: DataConfig, device: torch.device) -> Monitor:
         UserError: the data set has no test split, or one without labels.
     """
     catalog = open_data(data)
-    test = Sample(catalog, "test", data, TEST_VIDEOS)
+    test, classes = Sample(catalog, "test", data, TEST_VIDEOS), len(catalog.classes)
 
     def measure(classifier: nn.Module) -> dict[str, float]:
         with evaluating(classifier):
             logits, labels = test.outputs(classifier, device)
         top1 = distributed.on_rank_zero(lambda: (logits.argmax(1) == labels).float().mean().item())
-        return {"test/top1": top1, "test/chance": 1 / len(catalog.classes)}
+        return {"test/top1": top1, "test/chance": 1 / classes}
 
     return measure
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dclr import distributed
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.lock import check_lock
@@ -33,6 +34,14 @@ def newest(folder: Path) -> Path | None:
     """Return the complete checkpoint of the highest step in `folder`, or None if there is none or no such folder."""
     complete = checkpoints_in(folder)
     return complete[-1] if complete else None
+
+
+def newest_for_all(folder: Path) -> Path | None:
+    """Return the checkpoint that `newest` finds on rank 0, on every rank.
+
+    On a network file system, two processes may see different files for some seconds.
+    """
+    return distributed.on_rank_zero(lambda: newest(folder))
 
 
 def write(

@@ -298,7 +298,7 @@ class Engine:
         distributed.on_rank_zero(write)
 
     def resume(self, folder: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-        """Load the newest checkpoint under `folder` into network and optimizer, and return its state.
+        """Load the newest checkpoint that rank 0 sees under `folder` into network and optimizer, and return its state.
 
         The state includes `step`. The run that wrote the checkpoint may have had another number of processes or another
         ZeRO stage. `check` gets the state before anything is loaded, and may raise UserError.
@@ -307,7 +307,10 @@ class Engine:
             UserError: on all ranks, there is no checkpoint, it is damaged, `check` refuses it, or it holds another
                 network.
         """
-        tensors, state = distributed.on_all_ranks(lambda: self._read(folder, check))
+        path = checkpoint.newest_for_all(folder)
+        if path is None:
+            raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from")
+        tensors, state = distributed.on_all_ranks(lambda: self._read(path, check))
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         for name, parameter in trained.items():
             self._set_momentum(parameter, tensors[f"momentum/{name}"].to(self.device))
@@ -316,12 +319,9 @@ class Engine:
         return state
 
     def _read(
-        self, folder: Path, check: Callable[[dict[str, Any]], None] | None
+        self, path: Path, check: Callable[[dict[str, Any]], None] | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Load the newest checkpoint into the network; return its tensors and its state."""
-        path = checkpoint.newest(folder)
-        if path is None:
-            raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from")
+        """Load a checkpoint into the network. Return its tensors and its state."""
         tensors, state = checkpoint.read(path)
         if check is not None:
             check(state)

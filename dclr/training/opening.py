@@ -1,7 +1,7 @@
 """The data set of a training run, opened once on each machine."""
 
+import ctypes
 import sys
-from pathlib import Path
 from typing import Any
 
 from dclr import distributed
@@ -11,7 +11,7 @@ from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import open_data
 from dclr.data.duplicates import find_duplicates
 from dclr.data.few_labels import keep_few
-from dclr.data.manifest import load_manifest, unverified_videos
+from dclr.data.manifest import KnownFiles, load_manifest, look_up
 from dclr.data.remote import data_path
 from dclr.data.store import is_store
 from dclr.data.string_array import StringArray, unpack_strings
@@ -34,7 +34,8 @@ def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | No
         that did not read it; entries of report.json about few labels.
 
     Raises:
-        UserError: on all ranks, something is wrong with the data set; the processes do not see the same videos.
+        UserError: on all ranks, something is wrong with the data set, or more than --max-missing percent of its train
+            videos are missing; the processes do not see the same videos.
     """
     data = config.data
     is_packed = distributed.on_all_ranks(lambda: bool(data.data) and is_store(data_path(data.data)))
@@ -48,11 +49,13 @@ def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | No
         found = distributed.on_all_ranks(lambda: keep_labelled(command, config, catalog) if catalog else None)
         if found is not None:
             catalog, few_labels = found
-        if distributed.world_size() > 1 and not is_packed:
-            verify_together(catalog, data)
+        # Before the videos are verified, which may take hours.
+        distributed.on_all_ranks(lambda: coverage(catalog, "train", {}).check(data.max_missing) if catalog else None)
+        together = distributed.world_size() > 1 and not is_packed
+        known = verify_together(catalog, data) if together else None
         workers, timeout = max(1, data.workers), data.video_timeout
         videos = distributed.on_all_ranks(
-            lambda: open_videos(catalog, "train", workers, timeout=timeout) if catalog else None
+            lambda: open_videos(catalog, "train", workers, timeout=timeout, known=known) if catalog else None
         )
         if videos is not None:
             videos.fingerprint()  # once on each machine: the ranks get it with the videos
@@ -64,30 +67,34 @@ def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | No
     return videos, catalog, few_labels
 
 
-def verify_together(catalog: Catalog | None, data: DataConfig) -> None:
+def verify_together(catalog: Catalog | None, data: DataConfig) -> KnownFiles | None:
     """Verify the videos of the train split that the cache does not know, on all ranks.
 
     Args:
         catalog: None on ranks that did not read it.
 
+    Returns:
+        what the cache knows; None if videos were verified, and on ranks that did not read the catalog.
+
     Raises:
         UserError: on all ranks, see load_manifest.
     """
 
-    def unverified(catalog: Catalog) -> tuple[Path, StringArray]:
-        paths = [video.path for video in catalog.videos("train")]
-        return catalog.root, StringArray(unverified_videos(catalog.root, paths))
+    def in_cache(catalog: Catalog) -> KnownFiles:
+        return look_up(catalog.root, [video.path for video in catalog.videos("train")])
 
-    todo = distributed.on_all_ranks(lambda: unverified(catalog) if catalog else None)
-    if not any(distributed.gather_objects(todo is not None and len(todo[1]) > 0)):
-        return
-    root, paths = share_with_machine(todo)
+    known = distributed.on_all_ranks(lambda: in_cache(catalog) if catalog else None)
+    todo = known.unverified() if known else {}
+    if not any(distributed.gather_objects(len(todo))):
+        return known
+    root, paths = share_with_machine((catalog.root, StringArray(todo)) if catalog else None)
     shown, workers = catalog is not None, max(1, data.workers)
     distributed.on_all_ranks(
         lambda: load_manifest(
             root, unpack_strings(paths.packed), workers=workers, progress=shown, timeout=data.video_timeout
         )
     )
+    return None
 
 
 def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catalog, dict[str, Any]]:
@@ -109,8 +116,8 @@ def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catal
     return few, {"few_labels": entry}
 
 
-def check_listed(command: str, catalog: Catalog | None, videos: VideoSet, max_missing: float) -> dict[str, Any]:
-    """Check that the listed train videos are on disk, and look for videos that are listed twice. Rank 0 does this.
+def check_listed(command: str, catalog: Catalog | None, videos: VideoSet) -> dict[str, Any]:
+    """Compare the listed videos with the readable ones, and look for videos that are listed twice. Rank 0 does this.
 
     Rank 0 prints a warning for each fault. Pretraining does not use labels, so it accepts a video with two labels.
 
@@ -118,11 +125,10 @@ def check_listed(command: str, catalog: Catalog | None, videos: VideoSet, max_mi
         entries of report.json; none on other ranks than 0.
 
     Raises:
-        UserError: on all ranks, too many videos are missing, or a video has two labels and the command needs labels.
+        UserError: on all ranks, a video has two labels and the command needs labels.
     """
 
     def check(catalog: Catalog) -> dict[str, Any]:
-        coverage(catalog, "train", {}).check(max_missing)
         duplicates = find_duplicates(catalog, videos.unreadable)
         if command != "pretrain":
             duplicates.check_labels()
@@ -151,5 +157,15 @@ def describe_data(catalog: Catalog, few_labels: dict[str, Any]) -> list[str]:
     lines += describe_reading(catalog)
     if catalog.missing:
         count = len({video.path for missing in catalog.missing.values() for video in missing})
-        lines.append(f"{count} listed videos are not on disk: train.py check names them")
+        lines.append(f"{count} listed videos are not on disk: report.json and train.py check --report FILE list them")
     return lines
+
+
+def return_freed_memory() -> None:
+    """Return the memory of freed objects to the system.
+
+    glibc keeps freed blocks of up to 32 MB that do not lie at the end of its heap. After the lists of a million videos,
+    that was 400 MB for the whole run. Other C libraries have no such function.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

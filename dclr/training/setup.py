@@ -31,7 +31,7 @@ from dclr.training import checkpoint, engine, machines
 from dclr.training.batchnorm import check_batch_statistics
 from dclr.training.compile import compile_backbone, compile_seconds, resolve_compile, start_compiling
 from dclr.training.convolutions import resolve_convolutions
-from dclr.training.opening import check_listed, describe_data, open_data_once
+from dclr.training.opening import check_listed, describe_data, open_data_once, return_freed_memory
 from dclr.training.signals import StopRequest
 
 PUBLISHED_FILL_STEPS = 256
@@ -102,7 +102,9 @@ class Run:
             UserError: on all ranks, the data set has no videos for it.
         """
         with distributed.without_timeout():
-            return distributed.on_all_ranks(lambda: open_monitor(self.config.data, self.device))
+            monitor = distributed.on_all_ranks(lambda: open_monitor(self.config.data, self.device))
+        return_freed_memory()
+        return monitor
 
     def write_config(self) -> None:
         """Write config.json. Call this when nothing can be refused any more: a refused run leaves nothing behind."""
@@ -122,7 +124,7 @@ class Run:
             lambda: resolve_convolutions(self.config.run.convolutions, backbones[0], self.device, bfloat16)
         )
         self.say(f"  {convolutions}")
-        newest = checkpoint.newest(self.folder / "checkpoints") if self.resumed else None
+        newest = checkpoint.newest_for_all(self.folder / "checkpoints") if self.resumed else None
         if newest is not None:
             for backbone in backbones:
                 backbone.statistics = stored_statistics(newest)
@@ -286,20 +288,23 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
     videos, catalog, few_labels = open_data_once(command, config)
     config = choose_fill_steps(config, len(videos))
     check_videos(config, videos)
-    listed = check_listed(command, catalog, videos, config.data.max_missing)
+    listed = check_listed(command, catalog, videos)
     reading = describe_data(catalog, few_labels) if catalog is not None else []
+    warnings = describe_warnings(catalog) if catalog is not None else []
+    del catalog  # a million videos are a gigabyte of Python objects
+    return_freed_memory()
 
     run = Run(command, preset, config, folder, device, ds_config, precision, compiles, videos, resumed)
     run.listed = {**listed, **few_labels}
     run.say(f"{command}: preset {preset}, {len(videos)} videos of {videos.root} ({videos.layout})")
     for line in reading:
         run.say(f"  {line}")
-    for line in describe_warnings(catalog) if run.main and catalog is not None else []:
+    for line in warnings if run.main else []:
         print(line, file=sys.stderr)
     if videos.unreadable:
         run.say(
             f"  {len(videos.unreadable)} videos cannot be read and are skipped: "
-            "report.json and train.py check list them"
+            "report.json and train.py check --report FILE list them"
         )
     run.say(
         f"  {distributed.world_size()} process(es) on {device.type}, "
