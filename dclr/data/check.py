@@ -23,7 +23,7 @@ SHOWN_VIDEOS = 10
 """Most videos that are named for one kind of finding. A report names all."""
 
 SHOWN_REASONS = 5
-"""Most reasons that are counted for more videos than that."""
+"""Most reasons that are counted if more unreadable videos than SHOWN_VIDEOS are found."""
 
 
 def check(data: DataConfig, report: str = "") -> None:
@@ -209,9 +209,10 @@ def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str
 
 
 def describe_missing(catalog: Catalog) -> list[str]:
-    """Return lines about the videos that the lists name and the disk does not hold; none if there are no such videos.
+    """Return lines with the number of videos that the lists name and the disk does not hold, and the first of them.
 
-    The first ones are named."""
+    There are no lines if there are no such videos.
+    """
     paths = missing_paths(catalog)
     return [f"listed but not on disk: {len(paths)}", *name_first(dict.fromkeys(paths, ""))] if paths else []
 
