@@ -1,5 +1,6 @@
 """Two ranks of one machine open a data set: one reads it, both verify it, and its arrays are in memory once."""
 
+import ctypes
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch.distributed as dist
 from helpers import make_list, on_two_ranks
 
@@ -107,3 +109,16 @@ def test_one_rank_reads_the_lists_and_both_decode(tmp_path):
     again, _ = results_of(tmp_path, open_logged, log, config)
     assert log.read_text().splitlines()[len(lines) :] == ["read"]
     assert again[0].fingerprint() == first[0].fingerprint()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc has malloc_trim")
+def test_freed_memory_below_memory_in_use_goes_back_to_the_system():
+    arrays = [np.ones(100_000, np.uint8) for _ in range(1000)]
+    before = resident_bytes()
+    del arrays[:-1]  # the last array lies above the freed ones
+    opening.return_freed_memory()
+    assert before - resident_bytes() > 80e6
