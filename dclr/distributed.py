@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,16 @@ def gather_batch(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
+def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return a new group of all ranks that exchanges tensors on the CPU. All ranks must call this together.
+
+    Args:
+        timeout: how long a rank waits for the others. None means 30 minutes.
+    """
+    # torch 2.14 declares a second type, which a rank outside of the group gets. Here no rank is outside.
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+
+
 _host_group: dist.ProcessGroup | None = None
 """The group that sends tensors on the CPU if the default group (NCCL) cannot. Made at its first use."""
 
@@ -79,7 +89,7 @@ def all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     global _host_group
     group = None
     if rows.device.type == "cpu" and dist.get_backend() != "gloo":
-        group = _host_group = _host_group or dist.new_group(backend="gloo")
+        group = _host_group = _host_group or gloo_group()
     # gloo does not know all dtypes, so rows travel as bytes.
     data = rows.contiguous().view(len(rows), -1).view(torch.uint8)
     result = data.new_empty(sum(received), data.shape[1])
@@ -142,7 +152,7 @@ def without_timeout() -> Iterator[None]:
     """
     global _object_group, _patient_group
     if world_size() > 1:
-        _patient_group = _patient_group or dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        _patient_group = _patient_group or gloo_group(timedelta(days=30))
     before, _object_group = _object_group, _patient_group
     try:
         yield
@@ -280,7 +290,7 @@ class DelayedSum:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._group = gloo_group() if world_size() > 1 else None
         self._begun: tuple[Any, Tensor] | None = None
 
     def add(self, *numbers: int) -> list[int]:
