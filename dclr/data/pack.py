@@ -252,8 +252,8 @@ def describe(root: Path, plan: Arrays) -> list[str]:
     lines = [
         f"{root}: {layout}{splits}, {stored.sum()} videos, {plan['frames'].sum():,} frames, "
         f"short side {plan['short_side']}",
-        f"  the videos themselves            {amount(plan['stamps'][:, 0].sum()):>12}",
-        f"  as planes, read by copying       {amount(plan['sizes'].sum()):>12}",
+        f"  the videos themselves            {amount(int(plan['stamps'][:, 0].sum())):>12}",
+        f"  as planes, read by copying       {amount(int(plan['sizes'].sum())):>12}",
         f"  --compact, small, re-encoded     {amount(compact_size(plan)):>12} (about)",
     ]
     if not stored.all():
