@@ -357,7 +357,7 @@ def test_the_deepspeed_configuration_has_both_spellings():
         (
             evaluation,
             [],
-            "the following arguments are required: {accuracy,retrieval,bias,maps,features,search,predict,export}",
+            "arguments are required: {accuracy,retrieval,bias,maps,features,search,predict,export,report}",
         ),
         (evaluation, ["accuracy", "--check", "x"], "--checkpoint"),
     ],

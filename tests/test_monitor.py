@@ -21,6 +21,7 @@ from dclr.evaluation import monitor
 from dclr.kernels import contrast
 from dclr.methods import DCLR
 from dclr.methods.encoder import PAIRS
+from dclr.methods.simclr import in_batch_info_nce
 from dclr.training.finetune import finetune
 from dclr.training.pretrain import pretrain
 from dclr.training.setup import choose_fill_steps
@@ -130,11 +131,16 @@ def test_nearest_key_and_plateau_of_a_queue():
     queries[1, 0] = keys[1, 8]  # nearest to another entry
     queries[2] = keys[2, 12:].flip(0)  # each query is nearest to the key of another clip
     assert network.nearest_key(queries).tolist() == [1.0, 0.75, 0.0, 1.0, 1.0]
+    expected = in_batch_info_nce(queries, keys[:, 12:], 0.07)
+    assert network.batch_loss(queries).tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
+    network.queue[:, 4:] = 9.0  # older entries, which do not count
+    assert network.batch_loss(queries).tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
     constant = torch.ones(5, 4, 32) / 32**0.5
     network.queue[:] = constant[:, :1]
     mined = torch.tensor([0, 1]).expand(5, 4, 2)
     losses = contrast(constant, constant, network.queue, mined, 0.07).losses
     assert losses.tolist() == pytest.approx([network.plateau()] * 5, abs=1e-5)
+    assert network.batch_loss(constant).tolist() == pytest.approx([math.log(4)] * 5, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import PageReader
 
-from dclr.evaluation.page import Html, page, picture, section, table, text
+from dclr.evaluation.page import Html, details, page, picture, section, side_by_side, table, text
 
 EVIL = '"><script>alert(1)</script>\udcff\n & co'
 
@@ -44,6 +44,13 @@ def test_every_text_is_escaped():
     found = PageReader(content)
     plain = EVIL.replace("\udcff", "\\udcff").replace("\n", "\\n")
     assert (found.title, found.headings, found.cells, found.descriptions) == (plain, [plain] * 2, [plain] * 2, [plain])
+
+
+def test_parts_next_to_each_other_and_parts_that_are_opened():
+    both = side_by_side(picture(b"1", "one"), picture(b"2", "two"))
+    found = PageReader(page("t", [details("All <settings>", "A sentence.", both)]))
+    assert found.descriptions == ["one", "two"]
+    assert "<summary>All &lt;settings&gt;</summary>\n<p>A sentence.</p>" in details("All <settings>", "A sentence.")
 
 
 def test_html_is_not_escaped_twice():

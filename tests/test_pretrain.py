@@ -205,7 +205,7 @@ def test_moco_logs_one_pair_and_no_metric_of_auxiliary_views(run_tiny, train_mai
     kinds = ("milliseconds/", "memory/", "queue/", "nonfinite")
     assert {name for name in named if not name.startswith(kinds)} == {
         "pair_loss/vv", "pair_loss/ln_K_plus_1", "pair_loss/plateau", "positive_similarity/vv", "hardest_negative/vv",
-        "nearest_key/vv", "nearest_key/mean",
+        "nearest_key/vv", "nearest_key/mean", "batch_loss/vv", "batch_loss/plateau",
     }  # fmt: skip
     train_main("pretrain", resume=run, epochs=3)
     assert metrics(run)[-1]["step"] == 12

@@ -1,5 +1,5 @@
 """Evaluate a checkpoint: accuracy | retrieval | bias | maps. Each prints a table and writes report.json and pictures.
-Use a checkpoint: features | search | predict | export.
+Use a checkpoint: features | search | predict | export. Look at a run: report.
 
     python eval.py accuracy --data UCF101 --checkpoint runs/ucf-finetune
         Top-1 and top-5 accuracy of a classifier, by video and by clip, and its confusion matrix.
@@ -17,6 +17,8 @@ Use a checkpoint: features | search | predict | export.
         The most probable classes of each video, with their probabilities.
     python eval.py export --checkpoint runs/ucf-finetune --out network.onnx
         The network as one file for ONNX Runtime or torch.export, which needs no code of dclr.
+    python eval.py report runs/ucf
+        A page about the run, one HTML file: health checks in words, curves, views, nearest neighbours, settings.
     OMP_NUM_THREADS=1 python eval.py retrieval --checkpoint random --preset demo
         The smallest command: an untrained network on the built-in demo videos. It takes about 30 seconds on one core.
         Its recall at 1 is 12.5 %, which is chance.
@@ -24,8 +26,9 @@ Use a checkpoint: features | search | predict | export.
     python eval.py accuracy --split all --data UCF101 --checkpoint runs/ucf-all
         Accuracy on every official split, for the runs of `train.py finetune --split all --out runs/ucf-all`.
 
-A launcher can start each command in several processes, except export: torchrun --nproc_per_node 8 eval.py accuracy ...
-The result is the same. Without --data, the first four use the built-in demo videos.
+A launcher can start each command except export and report in several processes:
+torchrun --nproc_per_node 8 eval.py accuracy ... The result is the same.
+Without --data, the first four use the built-in demo videos.
 `eval.py SUBCOMMAND --help` explains every flag.
 """
 
@@ -41,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 
 from dclr import config as configuration
 from dclr import hub, programs, progress
-from dclr.commands import export, features, predict, search
+from dclr.commands import export, features, predict, run_report, search
 from dclr.commands.launcher import join_launch, require_one_process
 from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError
@@ -61,9 +64,15 @@ DESCRIPTIONS = {
     "maps": "share of the activation maps on moving regions, for the trained and an untrained network, with pictures",
 }
 
-USES: dict[str, ModuleType] = {"features": features, "search": search, "predict": predict, "export": export}
-"""Commands that use a checkpoint instead of measuring it. Each is a module of this package with DESCRIPTION,
-add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
+USES: dict[str, ModuleType] = {
+    "features": features,
+    "search": search,
+    "predict": predict,
+    "export": export,
+    "report": run_report,
+}
+"""Commands that use a checkpoint or look at a run instead of measuring it. Each is a module of this package with
+DESCRIPTION, add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
 
 
 RANK_WAIT_S = 30.0

@@ -27,6 +27,9 @@ or of the video is not known."""
 SEARCH_COLUMNS = 5
 """Videos at the right of a query in a row of a search sheet."""
 
+LEVELS = ("chance", "plateau", "loss_plateau", "ln_K_plus_1")
+"""Last parts of the names in the log whose values are only compared with."""
+
 CROP = "tab:orange"
 """The colour of the outline of a crop."""
 
@@ -122,6 +125,28 @@ def plot_search_sheet(
         if colour in {QUERY, *colours}
     ]
     _finish(figure, title, path, legend)
+
+
+@_names_as_text()
+def plot_curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, path: Path) -> None:
+    """Plot curves over the step.
+
+    Args:
+        lines: name in the log -> (step, value), at least one point each. LEVELS are grey, hardest negatives dashed.
+    """
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for name, points in lines.items():
+        level = name.rpartition("/")[2] in LEVELS
+        style: dict[str, Any] = {"color": "0.5", "linestyle": ":"} if level else {}
+        if name.startswith("hardest_negative"):
+            style = {"linestyle": "--"}
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 3 else "", **style)
+    axes.set_xlabel("step")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=1 + (len(lines) > 5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _bordered(axes: plt.Axes, frame: np.ndarray | None, caption: str, colour: str) -> None:

@@ -22,9 +22,9 @@ from dclr.data.catalog import Catalog
 from dclr.data.clips import evenly_spaced
 from dclr.data.datasets import open_data
 from dclr.data.loader import TestSampler
-from dclr.data.samples import TEST_CLIPS, TestClips
+from dclr.data.samples import TEST_CLIPS, TestClips, merge_failures
 from dclr.errors import UserError
-from dclr.evaluation.features import augment_slices, check_outputs, clip_batches, open_split
+from dclr.evaluation.features import ClipOutputs, augment_slices, check_outputs, clip_batches, open_split
 from dclr.models import pool
 
 TRAIN_VIDEOS, TEST_VIDEOS = 1000, 500
@@ -38,19 +38,23 @@ Monitor = Callable[[nn.Module], dict[str, float]]
 
 
 class Sample:
-    """The middle clips of some videos of a split."""
+    """The middle clips of some videos of a split.
 
-    def __init__(self, catalog: Catalog, split: str, data: DataConfig, most: int) -> None:
-        """Raises UserError: there is no such split, or its videos have no labels."""
-        videos = open_split(catalog, split, data)
-        if (videos.labels < 0).any():
+    Attributes:
+        videos: all videos of the split.
+    """
+
+    def __init__(self, catalog: Catalog, split: str, data: DataConfig, most: int, labelled: bool = True) -> None:
+        """Raises UserError: there is no such split, or with `labelled`, its videos have no labels."""
+        self.videos = open_split(catalog, split, data)
+        if labelled and (self.videos.labels < 0).any():
             raise UserError(f"the {split} videos of {catalog.root} have no labels")
-        self._samples = TestClips(videos, data)
-        self._indices = evenly_spaced(len(videos), most)
+        self._samples = TestClips(self.videos, data)
+        self._indices = evenly_spaced(len(self.videos), most)
 
     @torch.no_grad()
-    def outputs(self, network: Callable[[Tensor], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the network's outputs (N, D) float32 and the labels (N,) of the readable videos, on the CPU.
+    def outputs(self, network: Callable[[Tensor], Tensor], device: torch.device) -> ClipOutputs:
+        """Return the network's outputs for the readable videos, one clip each: `values` is (N, 1, D).
 
         All ranks call this. Only rank 0 gets the outputs.
 
@@ -61,25 +65,31 @@ class Sample:
             UserError: no video can be read, or an output is not finite.
         """
         own = distributed.on_all_ranks(lambda: self._outputs_of_share(network, device))
-        labels = torch.tensor([label for labels in distributed.gather_objects(own[1]) for label in labels])
-        if not len(labels):
-            raise UserError(f"{self._samples.videos.root}: not one of {len(self._indices)} videos can be read any more")
-        return distributed.gather_rows(own[0]), labels
+        everyone = distributed.gather_objects(own[1:])
+        indices = torch.tensor([index for found, _ in everyone for index in found], dtype=torch.int64)
+        if not len(indices):
+            raise UserError(f"{self.videos.root}: not one of {len(self._indices)} videos can be read any more")
+        values = distributed.gather_rows(own[0])[:, None]
+        labels = torch.from_numpy(self.videos.labels)[indices]
+        return ClipOutputs(values, labels, indices, merge_failures(failures for _, failures in everyone))
 
-    def _outputs_of_share(self, network: Callable[[Tensor], Tensor], device: torch.device) -> tuple[Tensor, list[int]]:
-        """Return the outputs (n, D) and the labels of the readable videos of this rank's share."""
-        videos, side = self._samples.videos, self._samples.config.crop_size
+    def _outputs_of_share(
+        self, network: Callable[[Tensor], Tensor], device: torch.device
+    ) -> tuple[Tensor, list[int], dict[str, str]]:
+        """Return the outputs (n, D) and the positions of the readable videos of this rank's share, and the failures."""
+        side = self._samples.config.crop_size
         own = [self._indices[position] for position in distributed.own_share(len(self._indices))]
         sampler = TestSampler(self._samples, own, [TEST_CLIPS // 2])
-        outputs, labels = [torch.empty(0)], list[int]()
+        outputs, indices, failures = [torch.empty(0)], list[int](), dict[str, str]()
         for _, batch in clip_batches(self._samples, device, sampler) if own else ():
+            failures |= batch.failures
             if not len(batch.indices):
                 continue
             clips = augment_slices(batch.frames, batch.augmentation, (side, side))
             outputs.append(network(clips).float().cpu())
-            check_outputs(outputs[-1], [videos.path(index) for index in batch.indices.tolist()])
-            labels += batch.labels.tolist()
-        return torch.cat(outputs[1:] or outputs), labels
+            indices += batch.indices.tolist()
+            check_outputs(outputs[-1], [self.videos.path(index) for index in batch.indices.tolist()])
+        return torch.cat(outputs[1:] or outputs), indices, failures
 
 
 def open_knn(data: DataConfig, device: torch.device) -> Monitor:
@@ -100,8 +110,9 @@ def open_knn(data: DataConfig, device: torch.device) -> Monitor:
     def measure(backbone: nn.Module) -> dict[str, float]:
         with evaluating(backbone):
             gallery, queries = (sample.outputs(lambda x: pool(backbone(x)), device) for sample in (train, test))
-        top1, recall = distributed.on_rank_zero(lambda: knn(*gallery, *queries, classes))
-        same_class = (gallery[1][None] == queries[1][:, None]).float().mean().item()
+        values = (gallery.values[:, 0], gallery.labels, queries.values[:, 0], queries.labels)
+        top1, recall = distributed.on_rank_zero(lambda: knn(*values, classes))
+        same_class = (gallery.labels[None] == queries.labels[:, None]).float().mean().item()
         return {"knn/top1": top1, "knn/recall_at_1": recall, "knn/chance": same_class}
 
     return measure
@@ -118,8 +129,8 @@ def open_accuracy(data: DataConfig, device: torch.device) -> Monitor:
 
     def measure(classifier: nn.Module) -> dict[str, float]:
         with evaluating(classifier):
-            logits, labels = test.outputs(classifier, device)
-        top1 = distributed.on_rank_zero(lambda: (logits.argmax(1) == labels).float().mean().item())
+            found = test.outputs(classifier, device)
+        top1 = distributed.on_rank_zero(lambda: (found.values[:, 0].argmax(1) == found.labels).float().mean().item())
         return {"test/top1": top1, "test/chance": 1 / classes}
 
     return measure

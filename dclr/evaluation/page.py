@@ -30,6 +30,9 @@ table { border-collapse: collapse; margin: .6em 0; }
 th, td { text-align: left; vertical-align: top; padding: .3em .8em .3em 0; border-bottom: 1px solid #ddd; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1em 0; }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20em, 100%), 1fr)); gap: 0 1em; }
+.row figure { margin: .5em 0; }
+summary { cursor: pointer; margin: .6em 0; }
 img { max-width: 100%; height: auto; }
 figcaption, small { color: #666; }
 """
@@ -94,6 +97,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: Collec
     return Html(
         f'<div class="wide"><table>\n<thead>{line(head, "th")}</thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>'
     )
+
+
+def details(summary: str, *parts: str) -> Html:
+    """Return parts that a reader opens by a click on their summary. A plain text in `parts` becomes a paragraph."""
+    inside = "\n".join(map(paragraph, parts))
+    return Html(f"<details><summary>{text(summary)}</summary>\n{inside}\n</details>")
+
+
+def side_by_side(*parts: Html) -> Html:
+    """Return parts next to each other, as many as the width of the window has room for."""
+    return Html('<div class="row">\n' + "\n".join(parts) + "\n</div>")
 
 
 def picture(png: bytes | Path, description: str, caption: str = "") -> Html:

@@ -4,12 +4,14 @@ python -m dclr.evaluation.view_sheet --video FILE --out views.png
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from dclr.config import DataConfig, Parser
+from dclr.config import MethodConfig, Parser, PretrainConfig, RunConfig
 from dclr.data import augmentation, clips, decode
 from dclr.data.display import shown
 from dclr.data.samples import stack_frames
@@ -26,46 +28,76 @@ def write_view_sheet(video: Path, out: Path, seed: int) -> str:
     Raises:
         UserError: the video cannot be read, or the picture cannot be written.
     """
-    config = DataConfig()
-    length, size = config.clip_length, (config.crop_size, config.crop_size)
     try:
         record = decode.verify_video(video)
-        rng = clips.sample_rng(seed, 0, 0)
-        pair = clips.draw_pair(rng, record.frames, length, config.clip_stride)
-        recipe = augmentation.pretrain_recipe(1.0, form="additive")
-        # In the order of the data loader: query clip, key clip, still of the query, still of the key.
-        numbers = np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]])
-        planes = decode.read_planes(video, record, numbers)
+        plot_sample(
+            video.name,
+            record.frames,
+            lambda numbers: decode.read_planes(video, record, numbers),
+            PretrainConfig(method=MethodConfig(jitter_form="additive"), run=RunConfig(seed=seed)),
+            out,
+        )
     except decode.UnreadableVideo as error:
         raise UserError(f"--video {video}: {error}") from None
+    return f"views by {describe(_device())}\nwrote {out}"
+
+
+def plot_sample(
+    name: str,
+    frames: int,
+    read: Callable[[np.ndarray], decode.YuvFrames],
+    config: PretrainConfig,
+    out: Path,
+    same_frames: bool = False,
+) -> None:
+    """Plot the training sample of a run's first video in epoch 0, query and key, as a picture.
+
+    Args:
+        name: of the video, for the title.
+        frames: how many the video has.
+        read: reads the frames of these numbers, see `decode.read_planes`.
+        same_frames: see `clips.draw_pair`.
+
+    Raises:
+        UnreadableVideo: see `read`.
+        UserError: the picture cannot be written.
+    """
+    data, method, seed = config.data, config.method, config.run.seed
+    length, size = data.clip_length, (data.crop_size, data.crop_size)
+    rng = clips.sample_rng(seed, 0, 0)
+    pair = clips.draw_pair(rng, frames, length, data.clip_stride, same_frames, method.distinct_starts)
+    recipe = augmentation.pretrain_recipe(method.jitter, method.augmentation, method.jitter_form)
+    # In the order of the data loader: query clip, key clip, still of the query, still of the key.
+    planes = read(np.concatenate([pair.query, pair.key, [pair.query_still, pair.key_still]]))
     rgb = shown(decode.rgb_of(planes), planes.display)
     # In the order of the data loader: query clip, its still, key clip, its still.
-    coded = record.height, record.width
-    rows = [augmentation.draw_augmentation(rng, *coded, recipe, record.display) for _ in range(4)]
+    height, width = planes.y.shape[1:]
+    rows = [augmentation.draw_augmentation(rng, height, width, recipe, planes.display) for _ in range(4)]
     outlined = [row.copy() for row in rows]
     for row in outlined:
-        row["box"] = record.display.shown_box(row["box"].tolist(), *coded)
+        row["box"] = planes.display.shown_box(row["box"].tolist(), height, width)
 
-    frames = stack_frames([planes.select(slice(0, length)), planes.select(slice(length, 2 * length))])
+    clip_frames = stack_frames([planes.select(slice(0, length)), planes.select(slice(length, 2 * length))])
     stills = stack_frames([planes.select([2 * length]), planes.select([2 * length + 1])]).select(np.s_[:, 0])
     params = ViewParams(augmentation.to_augmentation(rows[0::2]), augmentation.to_augmentation(rows[1::2]), size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    views = generate_views(frames.to(device), stills.to(device), params)
+    boundary: Any = method.boundary
+    views = generate_views(clip_frames.to(_device()), stills.to(_device()), params, boundary=boundary)
 
     samples = []
-    for b, (name, numbers) in enumerate((("query", pair.query), ("key", pair.key))):
+    for b, (role, numbers) in enumerate((("query", pair.query), ("key", pair.key))):
         clip, still = rgb[b * length : (b + 1) * length], rgb[2 * length + b]
-        name += f", frames {numbers[0]} to {numbers[-1]}"
-        samples.append((name, clip, still, *outlined[2 * b : 2 * b + 2], augmentation.to_pixels(views, b)))
+        words = f"{role}, frames {numbers[0]} to {numbers[-1]}"
+        samples.append((words, clip, still, *outlined[2 * b : 2 * b + 2], augmentation.to_pixels(views, b)))
     space = f"{'BT.709' if planes.bt709 else 'BT.601'}, {'full' if planes.full_range else 'limited'} range"
-    title = (
-        f"{video.name}: {record.frames} frames of {record.width} x {record.height}, YUV 4:2:0 ({space}); seed {seed}"
-    )
+    title = f"{name}: {frames} frames of {width} x {height}, YUV 4:2:0 ({space}); seed {seed}"
     try:
         plot_view_sheet(samples, clips.evenly_spaced(length, augmentation.GRID_FRAMES), title, out)
     except (OSError, ValueError) as error:  # ValueError: not the suffix of a picture
         raise UserError(f"--out {out}: cannot write it ({error}); name a .png file in a folder that exists") from None
-    return f"views by {describe(device)}\nwrote {out}"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_parser() -> Parser:

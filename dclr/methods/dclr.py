@@ -185,6 +185,7 @@ class DCLR(Method):
             **by_pair(self.pairs, "positive_similarity", output.positive),
             **by_pair(self.pairs, "hardest_negative", output.hardest_negative),
             **by_pair(self.pairs, "nearest_key", self.nearest_key(output.queries)),
+            **by_pair(self.pairs, "batch_loss", self.batch_loss(output.queries)),
         }
         metrics = means_over_ranks({name: value for name, value in terms.items() if value is not None})
         # The loss of a network that cannot tell any two clips apart, without mined positives and with them.
@@ -192,6 +193,7 @@ class DCLR(Method):
         metrics["pair_loss/plateau"] = self.plateau()
         metrics["loss_plateau"] = len(self.pairs) * metrics["pair_loss/plateau"]
         metrics["nearest_key/mean"] = sum(metrics[f"nearest_key/{pair}"] for pair in self.pairs) / len(self.pairs)
+        metrics["batch_loss/plateau"] = math.log(distributed.world_size() * output.queries.shape[1])
         if "alignment" in metrics:
             share = self.method.alignment_weight * metrics["alignment"] / metrics["loss"] if metrics["loss"] else 0.0
             metrics["alignment_share"] = share
@@ -228,6 +230,21 @@ class DCLR(Method):
             itself = (own + ranks * size) % length
             similarity[:, torch.arange(size, device=queries.device), itself] = -torch.inf
         return (similarity.argmax(2) == own).float().mean(1)
+
+    @torch.no_grad()
+    def batch_loss(self, queries: Tensor) -> Tensor:
+        """Return each pair's InfoNCE loss (P,) among the N keys of the step, those of all ranks, without the queue.
+
+        All N keys are equally new. A network that tells new keys from old ones, and not clips apart, has a loss of
+        ln N. `queries`: see `nearest_key`.
+        """
+        ranks, size, length = distributed.world_size(), queries.shape[1], self.method.queue_length
+        written = ranks * size * self.method.keys_per_sample
+        entries = (self.enqueued - written + torch.arange(ranks * size, device=queries.device)) % length
+        keys = self.queue.index_select(1, entries)  # (P, N, D)
+        logits = queries.float() @ keys.float().transpose(1, 2) / self.method.temperature  # (P, B, N)
+        own = torch.arange(size, device=queries.device)
+        return -logits.log_softmax(2)[:, own, distributed.rank() * size + own].mean(1)
 
     def _weights(self, maps: ByLetter) -> ByLetter:
         """Return the maps that weigh the rgb features: none if --no-activation-maps is given."""

@@ -1,0 +1,313 @@
+"""The health checks on real runs: healthy, collapsed, on the plateau, and on the shortcut of fast keys; damaged logs.
+
+The runs `healthy` and `shortcut` are stored in tests/stored_runs, because they take a minute. README.md there says how
+they were made. The other runs are made here.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dclr.config import make_config
+from dclr.errors import UserError
+from dclr.evaluation.health import Finding, check_health
+from dclr.evaluation.run_record import RunRecord, read_run
+from dclr.training.pretrain import pretrain
+
+STORED = Path(__file__).parent / "stored_runs"
+
+
+@pytest.fixture(scope="module")
+def made(demo_videos, float32, one_process, tmp_path_factory) -> dict[str, Path]:
+    """Make tiny runs of 16 steps: on the plateau, and collapsed with and without pairs.
+
+    Weight decay removes the weights: half of them in a step, or without momentum and at 100 times the learning rate of
+    0.01, all but the step's gradient. After all layers the features of all clips are equal.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    settings = {
+        "data": str(demo_videos), "ds_config": str(float32), "width": 4, "clip_length": 4, "crop_size": 16,
+        "batch_size": 8, "epochs": 8, "workers": 0, "log_every": 1, "embedding_dim": 32, "milestones": (7,),
+    }  # fmt: skip
+    moco = {"method": "moco", "queue_length": 32, "fill_steps": 4}
+    recipes: dict[str, dict[str, Any]] = {
+        "plateau": {**moco, "lr": 1e-9, "knn_every": 0},
+        "collapsed": {**moco, "lr": 1.0, "weight_decay": 0.5},
+        "collapsed without pairs": {"method": "simsiam", "lr": 0.01, "weight_decay": 100.0, "momentum": 0.0},
+    }
+    for name, recipe in recipes.items():
+        pretrain(make_config("pretrain", {**settings, **recipe, "out": str(folder / name)}), "demo", one_process)
+    return {name: folder / name for name in recipes}
+
+
+@pytest.fixture
+def run(made) -> Callable[[str], RunRecord]:
+    return lambda name: read_run(made[name] if name in made else STORED / name)
+
+
+def found(run: RunRecord) -> dict[str, Finding]:
+    return {finding.name: finding for finding in check_health(run)}
+
+
+@pytest.mark.parametrize(
+    ("name", "plateau", "own_key", "collapse"),
+    [
+        ("healthy", "ok", "ok", "ok"),
+        ("shortcut", "bad", "bad", "bad"),
+        ("plateau", "bad", "bad", "ok"),
+        ("collapsed", "bad", None, "bad"),  # equal keys: which one is the nearest, rounding errors decide
+        ("collapsed without pairs", None, None, "bad"),
+    ],
+)
+def test_each_kind_of_run_is_recognised(run, name, plateau, own_key, collapse):
+    findings = found(run(name))
+    states = {check: finding.state for check, finding in findings.items()}
+    assert states["collapse"] == collapse
+    if plateau is not None:
+        assert states["plateau"] == plateau
+    else:
+        assert "plateau" not in states
+    if own_key is not None:
+        assert states["own key"] == own_key
+    assert ("bad" in states.values()) == (name != "healthy")
+    for check in ("end", "finite numbers", "learning rate"):
+        assert states[check] == "ok", findings[check]
+
+
+def test_sentences_have_the_numbers_and_the_step(run):
+    healthy, shortcut, plateau, collapsed = (found(run(n)) for n in ("healthy", "shortcut", "plateau", "collapsed"))
+    assert healthy["plateau"].sentence.startswith("The loss left the plateau at step ")
+    assert healthy["own key"].sentence.startswith(
+        "Clips are told apart: among the keys of its batch, a query finds its "
+    )
+    assert "The positive never exceeded the hardest negative." in healthy["own key"].sentence  # it need not
+    assert not healthy["own key"].advice
+    words = (
+        "The loss was below the plateau until step 136, and is on it again: the loss of the pairs is 5.98 at the end"
+    )
+    assert shortcut["plateau"].sentence.startswith(words)
+    assert "(similarity of the positive and of the hardest negative: vv 1.00 and 1.00)" in shortcut["collapse"].sentence
+    assert "--key-momentum" in shortcut["plateau"].advice
+    assert plateau["plateau"].sentence.startswith("The loss is still on the plateau: the loss of the pairs is ")
+    assert collapsed["collapse"].sentence.startswith("All embeddings are alike (similarity of the positive and of ")
+    assert plateau["own key"].sentence.startswith("The positive never exceeded the hardest negative, and among the ")
+    assert plateau["own key"].sentence.endswith(" times as well as a guess (vv): nothing was learned yet.")
+    without_pairs = found(run("collapsed without pairs"))
+    assert "collapsed after step " in without_pairs["collapse"].sentence
+    assert (without_pairs["agreement"].state, "nothing was learned" in without_pairs["agreement"].sentence) == (
+        "bad",
+        True,
+    )
+
+
+@pytest.mark.parametrize(("end", "state"), [(104, "warning"), (144, "bad")])
+def test_a_shortcut_is_seen_while_the_loss_is_still_below_the_plateau(run, end, state):
+    """Until step 104 the learning rate is high, and the loss is 0.9 to 2.5 below the plateau."""
+    whole = run("shortcut")
+    lines = [line for line in whole.lines if line["step"] <= 104]
+    lines[-1] = {**lines[-1], "step": end}  # at step 144 the run has ended
+    findings = found(replace(whole, lines=lines))
+    assert findings["plateau"].state == findings["collapse"].state == "ok"
+    assert findings["own key"].state == state
+    words = (
+        "The loss is below the plateau, but this is a shortcut. The positive never exceeded the hardest negative, and "
+    )
+    assert findings["own key"].sentence.startswith(words)
+    assert "finds its own 1.0 times as well as a guess (vv): nothing was learned yet." in findings["own key"].sentence
+    assert "--key-momentum" in findings["own key"].advice
+
+
+@pytest.mark.parametrize("name", ["healthy", "shortcut", "plateau", "collapsed", "collapsed without pairs"])
+def test_a_run_that_still_trains_is_not_called_bad_yet(run, name):
+    still = replace(run(name), report={})
+    findings = found(still)
+    assert not still.ended
+    assert findings["end"].state == "warning"
+    assert findings["end"].sentence == f"The run has not ended: its last logged step is {still.last_step}."
+    timed = ("collapse", "waiting for data")  # waiting depends on the machine
+    assert "bad" not in {finding.state for check, finding in findings.items() if check not in timed}
+    assert (findings["collapse"].state == "bad") == (name == "collapsed without pairs")  # no training repairs it
+
+
+def test_a_run_that_is_resumed_with_more_epochs_has_not_ended(run):
+    ended = run("plateau")
+    assert (ended.ended, ended.steps) == (True, 16)
+    longer = replace(ended, settings={**ended.settings, "epochs": 9})
+    assert found(longer)["end"].sentence == "The run has not ended: its last logged step is 16 of 18."
+
+
+def test_before_the_first_loss_nothing_is_known(run):
+    first = replace(run("plateau"), lines=run("plateau").lines[:2], report={})
+    findings = found(first)
+    for check in ("plateau", "own key"):
+        assert (findings[check].state, findings[check].sentence) == (
+            "unknown",
+            "The first steps only fill the queue: no loss is logged yet.",
+        )
+
+
+def test_a_log_without_some_names_gives_unknown_and_no_error(run):
+    """So does a log of an earlier version, and a log that lacks any one name."""
+    old = run("healthy")
+    names = sorted({name for line in old.lines for name in line} - {"step"})
+    for gone in [*names, "pair_loss/", "batch_loss/", "hardest_negative/"]:
+        lines = [{k: v for k, v in line.items() if not k.startswith(gone)} for line in old.lines]
+        states = [finding.state for finding in check_health(replace(old, lines=lines))]
+        assert "bad" not in states, gone
+    lines = [{k: v for k, v in line.items() if not k.startswith("batch_loss")} for line in old.lines]
+    assert found(replace(old, lines=lines))["own key"].state == "unknown"
+    only_steps = [{"step": line["step"]} for line in old.lines]
+    unknown = {name for name, finding in found(replace(old, lines=only_steps)).items() if finding.state == "unknown"}
+    assert {"plateau", "own key", "neighbours", "learning rate", "waiting for data"} <= unknown
+
+
+# ---------------------------------------------------------------- single checks, on lines with known values
+
+
+def record(
+    lines: dict[str, list[float | None]], command: str = "pretrain", ended: bool = False, **settings
+) -> RunRecord:
+    """Return a run with these values, logged at the steps 100, 200 and so on."""
+    count = len(next(iter(lines.values())))
+    made = [
+        {"step": 100 * (at + 1), **{name: values[at] for name, values in lines.items() if values[at] is not None}}
+        for at in range(count)
+    ]
+    given = {"batch_size": 10, "epochs": 1, **settings}
+    return RunRecord(command, "demo", given, made, {"data": {"videos": 1000 * count}} if ended else {})
+
+
+def test_a_pair_leaves_the_plateau_when_it_stays_below():
+    gap = [0.0] * 5 + [1.0] * 5 + [0.0] * 5 + [1.0] * 10  # an early fall that does not last
+    lines = {
+        "pair_loss/vv": [6 - value for value in gap], "pair_loss/vs": [6.0] * 25, "pair_loss/plateau": [6.0] * 25,
+    }  # fmt: skip
+    finding = found(record(lines))["plateau"]
+    assert (finding.state, finding.sentence) == (
+        "ok",
+        "The loss left the plateau at step 1,800 (vv at step 1,800); the loss of the pairs is 11.00 at the end, the "
+        "plateau 12.00. vs is still on it.",
+    )
+    back = {name: values[:15] for name, values in lines.items()}
+    finding = found(record(back, ended=True))["plateau"]
+    assert finding.state == "bad"
+    assert finding.sentence.startswith("The loss was below the plateau until step 1,200, and is on it again: ")
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "state", "sentence"),
+    [
+        ({"batch_loss/vv": [3.0], "batch_loss/plateau": [3.5]}, {}, "ok", "finds its own 1.6 times as well as a guess"),
+        ({"batch_loss/vv": [3.4], "batch_loss/plateau": [3.5]}, {}, "bad", "this is a shortcut"),
+        ({"batch_loss/vv": [0.0], "batch_loss/plateau": [0.0]}, {}, "unknown", "A batch has one clip"),
+        ({"pair_loss/plateau": [5.5]}, {"method": "dclr-simclr"}, "ok", "finds its own 1.6 times as well as a guess"),
+        ({"pair_loss/plateau": [5.1]}, {"method": "dclr-simclr"}, "bad", "nothing was learned yet"),
+        ({"batch_loss/plateau": [3.5]}, {}, "unknown", "no loss among the keys of a batch"),
+    ],
+)
+def test_own_keys_are_looked_for_in_one_batch(lines, settings, state, sentence):
+    lines = {"pair_loss/vv": [5.0], "pair_loss/plateau": [7.6], **lines}
+    finding = found(record(lines, ended=True, **settings))["own key"]
+    assert finding.state == state
+    assert sentence in finding.sentence
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "check", "state", "sentence"),
+    [
+        ({"data_wait_share": [0.9, 0.9, 0.05, 0.05]}, {}, "waiting for data", "ok", "in 5% of the time"),
+        ({"data_wait_share": [0.0, 0.0, 0.2, 0.2]}, {}, "waiting for data", "warning", "in 20% of the time"),
+        ({"data_wait_share": [0.0, 0.0, 0.8, 0.8]}, {}, "waiting for data", "bad", "in 80% of the time"),
+        ({"nonfinite/skipped_steps": [0.0, 0.0]}, {}, "finite numbers", "ok", "No step had"),
+        ({"nonfinite/skipped_steps": [0.0, 2.0]}, {}, "finite numbers", "warning", "2 of 200 steps were skipped"),
+        ({"nonfinite/skipped_steps": [0.0, 9.0]}, {}, "finite numbers", "bad", "9 of 200 steps were skipped"),
+        ({"lr": [0.1, 0.2]}, {"lr": 0.5, "warmup_epochs": 9}, "learning rate", "warning", "still warms up: 0.2 of 0.5"),
+        ({"lr": [0.5, 0.05]}, {"lr": 0.5, "warmup_epochs": 9}, "learning rate", "ok", "from 0.5 to 0.05"),
+        ({"lr": [0.5, 0.5]}, {"lr": 0.5}, "learning rate", "warning", "never fell: 0.5 to the last step"),
+        ({"knn/recall_at_1": [0.2], "knn/chance": [0.125]}, {}, "neighbours", "warning", "no more than chance"),
+        ({"knn/recall_at_1": [0.3], "knn/chance": [0.125]}, {}, "neighbours", "ok", "for 30% of the test videos"),
+        ({"knn/recall_at_1": [0.6], "knn/chance": [0.5]}, {}, "neighbours", "warning", "no more than chance"),
+        ({"spread": [0.9, 0.8]}, {"method": "simsiam"}, "collapse", "ok", "is 0.85 at the end"),
+        ({"spread": [0.3, 0.3]}, {"method": "simsiam"}, "collapse", "warning", "is 0.30 at the end"),
+        ({"spread": [0.9, *[0.0] * 5]}, {"method": "simsiam"}, "collapse", "bad", "collapsed after step 100"),
+        ({"x": [0.0]}, {"method": "simsiam"}, "collapse", "unknown", "no spread"),
+        ({"x": [0.0]}, {"method": "simsiam"}, "agreement", "unknown", "no loss"),
+        ({"loss": [0.01, *[-0.7] * 5]}, {"method": "simsiam"}, "agreement", "ok", "is 0.70 at the end"),
+        ({"loss": [0.01]}, {"method": "simsiam"}, "agreement", "bad", "is -0.01 at the end"),
+    ],
+)
+def test_a_check_of_one_curve(lines, settings, check, state, sentence):
+    finding = found(record(lines, ended=True, **settings))[check]
+    assert finding.state == state
+    assert sentence in finding.sentence
+    assert bool(finding.advice) == (state in ("warning", "bad"))
+
+
+def test_a_loss_that_is_not_finite_is_counted(tmp_path):
+    lines = [{"step": 1, "loss": 1.0, "nonfinite/skipped_steps": 0.0}, {"step": 2, "loss": None}]
+    run = RunRecord("pretrain", "demo", {}, lines)
+    assert found(run)["finite numbers"].sentence.endswith("1 logged losses are not finite.")
+
+
+def test_a_classifier_that_overfits_or_guesses():
+    lines = {"train_top1": [0.3, 0.5, 0.9], "test/top1": [0.2, 0.5, 0.4], "test/chance": [0.1] * 3}
+    findings = found(record(lines, "finetune", ended=True))
+    assert "plateau" not in findings
+    assert "collapse" not in findings
+    assert findings["accuracy"].state == "ok"
+    assert findings["overfitting"].state == "warning"
+    assert "40% at the end, 50% at best (step 200), while the accuracy" in findings["overfitting"].sentence
+    assert found(record({**lines, "test/top1": [0.2, 0.5, 0.5]}, "finetune"))["overfitting"].state == "ok"
+    guess = found(record({**lines, "test/top1": [0.1, 0.1, 0.12]}, "finetune", ended=True))
+    assert guess["accuracy"].state == "bad"
+    assert found(record({"train_top1": [0.3]}, "linear"))["accuracy"].state == "unknown"
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    """Return a copy of what a run has written about itself."""
+    for name in ("config.json", "metrics.jsonl", "report.json"):
+        shutil.copy(made["plateau"] / name, tmp_path / name)
+    return tmp_path
+
+
+def test_damaged_lines_are_skipped_and_counted(folder):
+    whole = read_run(folder)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_bytes(text[:-30].encode() + b'\n[1]\n{"step": "1"}\n\xff\n{"step": NaN}\n')
+    run = read_run(folder)
+    assert (run.damaged, len(run.lines)) == (5, len(whole.lines) - 1)
+    assert run.lines == whole.lines[:-1]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"data": 1}'])
+def test_a_report_that_is_missing_or_damaged_means_that_the_run_has_not_ended(folder, content):
+    (folder / "report.json").unlink()
+    if content is not None:
+        (folder / "report.json").write_text(content)
+    assert not read_run(folder).ended
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), ": no such folder; give the folder of a training run"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: No such file or directory; a run's folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not the configuration of a run"),
+        (lambda folder: (folder / "metrics.jsonl").unlink(), ": its metrics.jsonl has no step; wait for the first"),
+        (lambda folder: (folder / "metrics.jsonl").write_text('{"st'), ": its metrics.jsonl has no step; wait for"),
+    ],
+)
+def test_a_folder_without_a_run_is_refused_in_one_line(folder, damage: Callable[[Path], Any], message):
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        read_run(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
