@@ -237,7 +237,7 @@ def publish(
     print("\n" + "\n".join(body(result)))
     written = options.work / f"{name}.json"
     if options.quick:
-        print(f"\nwrote {written} and its plot; a quick run is not published")
+        print(f"\nwrote {written} and its plot; this run is not published")
         return False
     kept = published_file(name)
     if kept.exists() and is_narrower(result, json.loads(kept.read_text())):

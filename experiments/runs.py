@@ -4,6 +4,9 @@ A chain holds the commands of one network in order: pretrain to the first probe,
 and so on. A command is done when the file that it writes last exists. Its output goes to a log, and the first line of
 the log is the command. If a log starts with another command, the experiment stops, because its files come from another
 recipe.
+
+An experiment that takes hours is a list of stages. `run_stages` runs them in order and prints, after each of them, how
+long the others will probably take.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 
 from dclr.errors import UserError
+from dclr.files import atomic_write
 from dclr.training import signals
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +46,12 @@ class Job:
     """The command is done when this file exists. By default it is `writes`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables, added to the inherited ones."""
+    keeps_output: bool = False
+    """The command writes no file: its output, once it has ended, becomes `writes`."""
+    processes: int = 1
+    """Number of processes that torchrun starts. It may be another one when the experiment is resumed."""
+    machine_flags: tuple[str, ...] = ()
+    """Flags that depend on the machine and do not change the result. They may differ when the experiment is resumed."""
 
     @property
     def done(self) -> bool:
@@ -49,6 +59,22 @@ class Job:
 
 
 Chain = list[Job]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Commands that belong together, such as a training and the evaluation of what was trained."""
+
+    title: str
+    kind: str
+    """Stages of one kind take about as much longer or shorter than expected as each other."""
+    jobs: Chain
+    seconds: float
+    """The expected time."""
+
+    @property
+    def done(self) -> bool:
+        return all(job.done for job in self.jobs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +200,14 @@ def run(chains: Sequence[Chain], parallel: int) -> None:
 
 
 def title(job: Job) -> str:
-    """Return the first line of a job's log."""
+    """Return the first line of a job's log, which names its recipe."""
     return "$ " + shlex.join(("python", *job.command))
+
+
+def words_of(job: Job) -> list[str]:
+    """Return the arguments of python that start the job, with its launcher if it has several processes."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(job.processes))
+    return [*(launcher if job.processes > 1 else ()), *job.command, *job.machine_flags]
 
 
 def check_log(job: Job) -> None:
@@ -190,14 +222,20 @@ def check_log(job: Job) -> None:
 
 def start(job: Job, threads: int) -> subprocess.Popen[bytes]:
     """Start the job's process. Its output replaces the log."""
-    print(title(job), flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | job.environment
+    print("$ " + shlex.join(("python", *words_of(job))), flush=True)
+    shared = str(max(1, threads // job.processes))
+    environment = os.environ | {"OMP_NUM_THREADS": shared, "PYTHONUNBUFFERED": "1"} | job.environment
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w") as log:
         log.write(title(job) + "\n")
         log.flush()
         return subprocess.Popen(
-            [sys.executable, *job.command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [sys.executable, *words_of(job)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
         )
 
 
@@ -205,11 +243,15 @@ def check_end(job: Job, status: int) -> None:
     """Raise UserError if the job failed or was asked to stop."""
     if status == signals.STATUS:
         raise UserError(f"{title(job)} was asked to stop and wrote a checkpoint; give the same command to resume")
+    if status == 0 and job.keeps_output:
+        atomic_write(job.writes, job.log.read_bytes())
     if status == 0 and job.writes.exists():
         return
     lines = [line for line in job.log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     print("\n".join(lines[1:][-LAST_LINES:]), file=sys.stderr)
     reason = f"ended with status {status}" if status else f"did not write {job.writes}"
+    if status < 0:
+        reason = f"was ended by {signal.Signals(-status).name}"
     raise UserError(f"{title(job)} {reason}; its output is in {job.log}")
 
 
@@ -224,6 +266,80 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+def run_stages(stages: Sequence[Stage], times: Path) -> None:
+    """Run every stage that is not done, in order, and print a line before and after each.
+
+    `times` is a JSON file with the seconds that each stage has taken, also in earlier starts of the experiment.
+
+    Raises:
+        UserError: see `run`. The message names the stage.
+    """
+    for stage in stages:
+        for job in stage.jobs:
+            check_log(job)
+    taken = read_times(times)
+    if done := sum(stage.done for stage in stages):
+        left = duration(seconds_left(stages, taken))
+        print(f"{done} of {len(stages)} stages are done, about {left} left", flush=True)
+    for number, stage in enumerate(stages, 1):
+        if stage.done:
+            continue
+        name = f"stage {number} of {len(stages)}"
+        log = next(job.log for job in stage.jobs if not job.done)
+        print(f"{name}: {stage.title}, log {log}", flush=True)
+        began = time.monotonic()
+        try:
+            run([stage.jobs], parallel=1)
+        except UserError as error:
+            advice = "" if "give the same command" in str(error) else "; give the same command to continue"
+            raise UserError(f"{name}, {stage.title}: {error}{advice}") from None
+        finally:
+            taken[stage.title] = taken.get(stage.title, 0.0) + time.monotonic() - began
+            times.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(times, (json.dumps(taken, indent=2) + "\n").encode())
+        left = duration(seconds_left(stages, taken))
+        print(f"{name} done in {duration(taken[stage.title])}, about {left} left", flush=True)
+
+
+def read_times(file: Path) -> dict[str, float]:
+    """Return the seconds of each stage, by title. Raises UserError if the file is damaged."""
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}): delete it and give the same command again") from None
+
+
+def seconds_left(stages: Sequence[Stage], taken: dict[str, float]) -> float:
+    """Return the time that the remaining stages will probably take.
+
+    It is their expected time, times measured / expected of the stages of their kind that are done. If there are none,
+    all stages that are done count, and if none is done, the expected time does.
+    """
+    done = [stage for stage in stages if stage.done and stage.title in taken]
+
+    def factor(of: Sequence[Stage]) -> float | None:
+        expected = sum(stage.seconds for stage in of)
+        return sum(taken[stage.title] for stage in of) / expected if expected else None
+
+    overall = factor(done) or 1.0
+    return sum(
+        stage.seconds * (factor([other for other in done if other.kind == stage.kind]) or overall)
+        for stage in stages
+        if not stage.done
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return "mm:ss", or "h:mm h" from one hour on."""
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> int:

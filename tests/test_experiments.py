@@ -550,7 +550,7 @@ def test_less_does_not_replace_what_is_published_and_a_quick_run_replaces_nothin
     del fewer_rows["rows"]["MoCo"]
     for less, seeds in ((made_up(1), 1), (fewer_rows, 2)):
         assert f"{file} has more seeds or rows and stays" in publish(less, seeds)
-    assert "a quick run is not published" in publish(made_up(3), 3, quick=True)
+    assert "this run is not published" in publish(made_up(3), 3, quick=True)
     assert (file.read_text(), (root / "evidence.md").read_text()) == (before, page)
     assert json.loads((root / "work" / "controlled.json").read_text())["rows"].keys() == {"DCLR", "chance"}
     assert (root / "quick" / "controlled.png").is_file()

@@ -1,0 +1,71 @@
+"""Figures that others published for UCF101 and HMDB51, with their source and protocol. None of them is ours.
+
+Top-1 accuracy and R@1 in percent, as printed by the source. A figure is here only if somebody on this project read it
+there, or in the project's notes of that source (docs/method.md, "Figures of the field"). DCLR's own table is not: we
+could not read it in a primary source. Clips, crops, epochs and the number of splits differ between the rows.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One row: a method with its figures, None where the source gives none."""
+
+    method: str
+    pretrained: str
+    backbone: str
+    ucf101: float | None = None
+    """the whole network finetuned, top-1"""
+    hmdb51: float | None = None
+    linear: float | None = None
+    """a linear classifier on the frozen network, UCF101, top-1"""
+    retrieval: float | None = None
+    """R@1 on UCF101"""
+    protocol: str
+    """what the source says about it; "not stated" if we do not know"""
+    source: str
+
+
+NOTES = "as in docs/method.md"
+SEVERE = "SEVERE++, Thoker et al., arXiv 2504.05706, " + NOTES
+ONE_PROTOCOL = "one protocol for the rows of this source"
+RSPNET = "README of PeihaoChen/RSPNet (AAAI 2021)"
+COCLR = "README of TengdaHan/CoCLR (NeurIPS 2020)"
+PRP = "README of yuanyao366/PRP (CVPR 2020)"
+
+ROWS = (
+    Published(method="from scratch", pretrained="nothing", backbone="R3D-18", ucf101=42.4, hmdb51=25.3,
+              protocol="not stated", source="not recorded in our notes, " + NOTES),
+    Published(method="VCOP", pretrained="UCF101", backbone="R(2+1)D", ucf101=72.4, hmdb51=30.9,
+              protocol="not stated", source="Xu et al., CVPR 2019, " + NOTES),
+    Published(method="PRP", pretrained="UCF101, split 1", backbone="R(2+1)D", ucf101=72.1, hmdb51=35.0,
+              protocol="pretrained 300 epochs", source=PRP),
+    Published(method="Pace", pretrained="UCF101", backbone="R(2+1)D", ucf101=75.9, hmdb51=35.9, retrieval=31.9,
+              protocol="not stated", source="Wang, Jiao and Liu, ECCV 2020, " + NOTES),
+    Published(method="InfoNCE (MoCo)", pretrained="UCF101", backbone="S3D", linear=46.8, retrieval=33.1,
+              protocol="32 frames of 128 x 128; linear probe after 500 epochs, R@1 of the checkpoint of epoch 399",
+              source=COCLR),
+    Published(method="CoCLR", pretrained="UCF101", backbone="S3D", retrieval=51.8,
+              protocol="32 frames of 128 x 128; the released checkpoint (the paper: 53.3)", source=COCLR),
+    Published(method="TCLR", pretrained="UCF101", backbone="R3D-18", ucf101=82.4, hmdb51=52.9, retrieval=56.2,
+              protocol="not stated", source="Dave et al., CVIU 2022, " + NOTES),
+    Published(method="TCLR, released code", pretrained="UCF101", backbone="R3D-18", ucf101=82.0, linear=69.9,
+              retrieval=56.1, protocol="not stated", source="README of DAVEISHAN/TCLR"),
+    Published(method="RSPNet", pretrained="Kinetics-400", backbone="R(2+1)D", ucf101=81.1, hmdb51=44.6,
+              protocol="pretrained 200 epochs", source=RSPNET),
+    Published(method="RSPNet", pretrained="Kinetics-400", backbone="S3D-G", ucf101=93.7, hmdb51=64.7,
+              protocol="pretrained 1000 epochs", source=RSPNET),
+    Published(method="CoCLR", pretrained="Kinetics-400", backbone="S3D", ucf101=87.89, retrieval=45.6,
+              protocol="32 frames of 128 x 128; the released checkpoint", source=COCLR),
+    Published(method="MoCo", pretrained="Kinetics-400", backbone="R(2+1)D-18", ucf101=83.3,
+              protocol=ONE_PROTOCOL, source=SEVERE),
+    Published(method="VideoMoCo", pretrained="Kinetics-400", backbone="R(2+1)D-18", ucf101=84.9,
+              protocol=ONE_PROTOCOL, source=SEVERE),
+    Published(method="TCLR", pretrained="Kinetics-400", backbone="R(2+1)D-18", ucf101=90.8,
+              protocol=ONE_PROTOCOL, source=SEVERE),
+    Published(method="Tubelet-Contrast", pretrained="Kinetics-400", backbone="R(2+1)D-18", ucf101=91.0,
+              protocol=ONE_PROTOCOL, source=SEVERE),
+    Published(method="supervised", pretrained="Kinetics-400", backbone="R(2+1)D-18", ucf101=91.4,
+              protocol=ONE_PROTOCOL, source=SEVERE),
+)  # fmt: skip

@@ -1,0 +1,680 @@
+"""The experiment of the paper: pretrain on UCF101 or Kinetics-400, then finetune, probe and retrieve on UCF101, HMDB51.
+
+    python -m experiments.ucf101 --data UCF101 --hmdb51 HMDB51                     all: DCLR and MoCo, three seeds
+    python -m experiments.ucf101 --data UCF101 --hmdb51 HMDB51 --dry-run           the commands and the expected hours
+    python -m experiments.ucf101 --data UCF101 --kinetics400 KINETICS --seeds 1    pretrain on Kinetics-400 instead
+    python -m experiments.ucf101 --data SAMPLE --budget small                      checks that it runs, on a few videos
+
+If it is stopped or fails, the same command continues it, also with another --gpus or another machine. --work holds
+everything: the packed stores, the runs with their logs, and at the end report.html and report.md.
+
+The stages, in order: check and pack each data set. Then for each seed and each method: pretrain; finetune and train a
+linear classifier on each official split, and measure their accuracy; retrieval, background bias and activation maps.
+The same without pretraining, from random weights.
+
+Protocols (docs/method.md, "Evaluation protocols"). Recipes are those of the presets ucf101 and kinetics400, with the
+network r2plus1d_10. Pretraining on UCF101 sees the train videos of split 1, as is usual. So it has seen test videos of
+the splits 2 and 3, without their labels. The figures of split 1 do not have this flaw, so they have columns of their
+own. Retrieval and background bias use split 1. The last epoch is evaluated, never the best one on test videos.
+
+Pre-registered on 2026-11-29, before any run on the whole data sets, each by more than two standard errors of the
+difference over seeds: finetuning from DCLR on UCF101 is better than from MoCo and from scratch, R@1 of DCLR is above
+that of MoCo, and DCLR recognises a moving foreground better than MoCo.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dclr import config as configuration
+from dclr import report
+from dclr.data.datasets import layout_of, official_splits, open_catalog
+from dclr.data.store import INDEX, is_store
+from dclr.errors import UserError
+from dclr.lock import FolderInUse, folder_lock
+from dclr.methods import METHODS
+from experiments import controlled, evidence, hours, runs, ucf101_report
+from experiments.hours import Work
+from experiments.runs import Job, Stage
+
+LABELS = {
+    "dclr": "DCLR",
+    "moco": "MoCo",
+    "dclr-simclr": "SimCLR form of DCLR",
+    "videomoco": "VideoMoCo",
+    "simsiam": "SimSiam",
+}
+RANDOM = "random weights"
+SEEDS = 3
+
+CLIPS_A_VIDEO = 10
+MAPS = 200
+"""Test videos whose activation maps are computed."""
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a data set."""
+
+    flag: str
+    classes: int
+    splits: tuple[int, ...]
+    lists: str
+    store_gb: int
+    """Size of its store (docs/data.md); 0 if it was never estimated."""
+    compact: bool
+
+
+KNOWN = {
+    "UCF101": Known("--data", 101, (1, 2, 3), "the folders UCF-101 and ucfTrainTestlist", 81, False),
+    "HMDB51": Known("--hmdb51", 51, (1, 2, 3), "the folders videos and testTrainMulti_7030_splits", 0, False),
+    "Kinetics-400": Known("--kinetics400", 400, (1,), "the lists train.csv and validate.csv", 190, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A data set whose lists have been read."""
+
+    name: str
+    folder: Path
+    splits: dict[int, tuple[int, int]]
+    """Number of train and of test videos, by official split."""
+    videos: int
+    digest: str
+    """of the paths and labels of all splits"""
+
+    @property
+    def slug(self) -> str:
+        return self.name.lower().replace("-", "")
+
+    @property
+    def first(self) -> int:
+        """The split of retrieval and background bias: 1, unless a sample has no videos there."""
+        return min(self.splits)
+
+
+def open_set(name: str, folder: Path, whole: bool) -> DataSet:
+    """Read the lists of a data set.
+
+    Args:
+        whole: it must be complete. Otherwise splits without train or test videos are left out.
+
+    Raises:
+        UserError: it is another data set, its lists are wrong or not all there, or it is a sample and `whole`.
+    """
+    known = KNOWN[name]
+    if not folder.is_dir():
+        raise UserError(f"{known.flag} {folder}: no such folder")
+    if is_store(folder):
+        raise UserError(f"{known.flag} {folder} is a packed store: give the folder with the videos of {name}")
+    found = layout_of(folder)[0]
+    if found != name:
+        raise UserError(f"{known.flag} {folder} is not {name}, but looks like {found}: it must hold {known.lists}")
+    numbers = official_splits(folder)
+    if whole and set(numbers) != set(known.splits):
+        missing = ", ".join(map(str, sorted(set(known.splits) - set(numbers))))
+        raise UserError(f"{known.flag} {folder} has no lists of split {missing}: get all official lists of {name}")
+    catalogs = {number: open_catalog(folder, number) for number in numbers}
+    counts = {
+        number: (len(catalog.splits["train"]), len(catalog.splits.get("test", ())))
+        for number, catalog in catalogs.items()
+    }
+    splits = {number: both for number, both in counts.items() if all(both)}
+    if not splits or (whole and len(splits) < len(counts)):
+        empty = next(number for number in counts if number not in splits)
+        raise UserError(f"{known.flag} {folder}: split {empty} has no train or no test videos on disk")
+    classes = len(catalogs[numbers[0]].classes)
+    if whole and classes != known.classes:
+        raise UserError(
+            f"{known.flag} {folder} has {classes} classes, but {name} has {known.classes}: "
+            "give the whole data set, or --budget small for a sample"
+        )
+    entries = [
+        (number, split, video.path, video.label)
+        for number, catalog in catalogs.items()
+        for split, videos in catalog.splits.items()
+        for video in videos
+    ]
+    digest = hashlib.sha256(repr(entries).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    videos = len({path for _, _, path, _ in entries})
+    return DataSet(name=name, folder=folder, splits=splits, videos=videos, digest=digest)
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to run, and on which machine."""
+
+    work: Path
+    pretrained_on: DataSet
+    evaluated_on: tuple[DataSet, ...]
+    methods: tuple[str, ...]
+    seeds: range
+    small: bool
+    gpus: int
+    workers: int
+    """decoding processes of each process"""
+
+    @property
+    def sets(self) -> tuple[DataSet, ...]:
+        """Every data set, once."""
+        return tuple({each.name: each for each in (*self.evaluated_on, self.pretrained_on)}.values())
+
+    def store(self, data: DataSet) -> Path:
+        return self.work / f"store-{data.slug}"
+
+    def run(self, method: str, seed: int) -> Path:
+        """Return the folder of a pretraining run and of all that follows from it. `method` may be RANDOM."""
+        return self.work / f"{controlled.folder_of(LABELS.get(method, method))}-{seed}"
+
+    def recipe(self, command: str, method: str = "") -> list[str]:
+        """Return the flags of a training, except for data, seed and start."""
+        if command != "pretrain":
+            return ["--preset", "demo", *SMALL_CLASSIFIER] if self.small else ["--preset", "ucf101"]
+        if not self.small:
+            preset = "kinetics400" if self.pretrained_on.name == "Kinetics-400" else "ucf101"
+            return ["--preset", preset, "--knn-every", "20", "--method", method]
+        queue = SMALL_QUEUE if METHODS[method].has_queue else []
+        return ["--preset", "demo", *SMALL_PRETRAINING, *queue, "--method", method]
+
+    def on_gpus(self, job: Job, work: Work) -> Job:
+        """Return the job with the processes and the flags of the machine."""
+        flags = ["--workers", str(self.workers)]
+        if not self.small and hours.recomputes(work, hours.machine_here(self.gpus)):
+            flags.append("--recompute")
+        return replace(job, processes=self.gpus, machine_flags=tuple(flags))
+
+
+# A few steps of two clips: a sample has as few as two train videos.
+SMALL = ["--batch-size", "2", "--checkpoint-every", "1", "--log-every", "1"]
+SMALL_PRETRAINING = [*SMALL, "--epochs", "4", "--milestones", "3", "--knn-every", "0"]
+SMALL_QUEUE = ["--queue-length", "8", "--fill-steps", "2"]
+SMALL_CLASSIFIER = [*SMALL, "--epochs", "2", "--milestones", "1", "--test-every", "0"]
+SMALL_S = 15.0
+"""Expected seconds of a command of --budget small, most of which is the start of Python."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Stage):
+    """A stage with the work of each of its commands."""
+
+    works: tuple[Work, ...]
+
+
+def stages(plan: Plan) -> list[Planned]:
+    """Return all stages in order, each with the work of its commands."""
+    found = []
+    for data in plan.sets:
+        found += [check(plan, data), pack(plan, data)]
+    for seed in plan.seeds:
+        for method in (*plan.methods, RANDOM):
+            if method != RANDOM:
+                found.append(pretrain(plan, method, seed))
+            for data in plan.evaluated_on:
+                for split in data.splits:
+                    found.append(classify(plan, "finetune", method, seed, data, split))
+                    found.append(classify(plan, "linear", method, seed, data, split))
+                found.append(retrieve(plan, method, seed, data))
+            found.append(measure_bias(plan, method, seed))
+            if method != RANDOM:
+                found.append(draw_maps(plan, method, seed))
+    return found
+
+
+def planned(plan: Plan, title: str, kind: str, *jobs: tuple[Job, Work]) -> Planned:
+    """Return a stage with its expected time on this machine."""
+    works = tuple(work for _, work in jobs)
+    machine = hours.machine_here(plan.gpus)
+    seconds = SMALL_S * len(jobs) if plan.small else sum(hours.seconds(work, machine) for work in works)
+    return Planned(title=title, kind=kind, jobs=[job for job, _ in jobs], seconds=seconds, works=works)
+
+
+def check(plan: Plan, data: DataSet) -> Planned:
+    name = f"check-{data.slug}"
+    job = Job(
+        command=("train.py", "check", "--data", str(data.folder)), keeps_output=True,
+        writes=plan.work / f"{name}.txt", log=plan.work / f"{name}.log", machine_flags=("--workers", str(cores())),
+    )  # fmt: skip
+    return planned(plan, f"check {data.name}", "decode", (job, Work(decoded=data.videos)))
+
+
+def pack(plan: Plan, data: DataSet) -> Planned:
+    store = plan.store(data)
+    compact = ("--compact",) if KNOWN[data.name].compact else ()
+    job = Job(
+        command=("train.py", "pack", "--data", str(data.folder), "--out", str(store), *compact),
+        writes=store / INDEX, log=plan.work / f"pack-{data.slug}.log",
+        machine_flags=("--workers", str(cores())),
+    )  # fmt: skip
+    return planned(plan, f"pack {data.name}", "decode", (job, Work(decoded=data.videos)))
+
+
+def pretrain(plan: Plan, method: str, seed: int) -> Planned:
+    data, recipe = plan.pretrained_on, plan.recipe("pretrain", method)
+    settings = configuration.resolve("pretrain", recipe[1], {"method": method}).optim
+    work = Work(
+        samples=settings.epochs * data.splits[data.first][0], gflop=hours.GFLOP[method], batch=settings.batch_size,
+        network="MoCo" if method == "moco" else "DCLR",
+    )  # fmt: skip
+    flags = [*recipe, "--data", str(plan.store(data)), "--split", str(data.first)]
+    if method == "videomoco":  # the published recipe drops frames in the second half
+        flags += ["--adversarial-from", str((4 if plan.small else settings.epochs) // 2)]
+    job = plan.on_gpus(runs.train("pretrain", plan.run(method, seed), flags, seed), work)
+    return planned(plan, f"pretrain {LABELS[method]} on {data.name}, seed {seed}", f"pretrain {method}", (job, work))
+
+
+def classify(plan: Plan, command: str, method: str, seed: int, data: DataSet, split: int) -> Planned:
+    """Return the stage that finetunes, or trains a linear classifier, and measures the accuracy."""
+    run, store = plan.run(method, seed), plan.store(data)
+    folder, recipe = run / f"{command}-{data.slug}-{split}", plan.recipe(command)
+    settings, (train, test) = configuration.resolve(command, recipe[1], {}).optim, data.splits[split]
+    gflop = hours.FORWARD_GFLOP * (3 if command == "finetune" else 1)
+    network = "finetune" if command == "finetune" else ""
+    training = Work(samples=settings.epochs * train, gflop=gflop, batch=settings.batch_size, network=network)
+    start = [] if method == RANDOM else ["--pretrained", str(run)]
+    own = ["--data", str(store), "--split", str(split)]
+    trained = runs.train(command, folder, [*recipe, *own, *start], seed)
+    evaluated = runs.evaluate("accuracy", folder, store, folder / "accuracy", ("--split", str(split)))
+    testing = embedding(CLIPS_A_VIDEO * test)
+    title = f"{command}, {label(method)}, {data.name} split {split}, seed {seed}"
+    return planned(
+        plan, title, command, (plan.on_gpus(trained, training), training), (plan.on_gpus(evaluated, testing), testing)
+    )
+
+
+def retrieve(plan: Plan, method: str, seed: int, data: DataSet) -> Planned:
+    work = embedding(CLIPS_A_VIDEO * sum(data.splits[data.first]))
+    job = of_features(plan, "retrieval", method, seed, data, f"retrieval-{data.slug}", work)
+    return planned(plan, f"retrieval, {label(method)}, {data.name}, seed {seed}", "evaluate", (job, work))
+
+
+def measure_bias(plan: Plan, method: str, seed: int) -> Planned:
+    data = plan.evaluated_on[0]
+    train, test = data.splits[data.first]
+    # The clips of both splits, and the composites and their middle frames.
+    work = embedding(CLIPS_A_VIDEO * (train + 3 * test))
+    job = of_features(plan, "bias", method, seed, data, "bias", work)
+    return planned(plan, f"background bias, {label(method)}, {data.name}, seed {seed}", "evaluate", (job, work))
+
+
+def draw_maps(plan: Plan, method: str, seed: int) -> Planned:
+    data = plan.evaluated_on[0]
+    work = embedding(2 * 3 * min(MAPS, data.splits[data.first][1]))
+    job = of_features(plan, "maps", method, seed, data, "maps", work)
+    return planned(plan, f"activation maps, {label(method)}, {data.name}, seed {seed}", "evaluate", (job, work))
+
+
+def of_features(plan: Plan, protocol: str, method: str, seed: int, data: DataSet, name: str, work: Work) -> Job:
+    """Return the evaluation of a pretrained network, or of random weights."""
+    run, flags = plan.run(method, seed), ["--split", str(data.first)]
+    if method == RANDOM:
+        flags += [*plan.recipe("finetune")[:2], "--seed", str(seed)]
+    checkpoint = "random" if method == RANDOM else run
+    return plan.on_gpus(runs.evaluate(protocol, checkpoint, plan.store(data), run / name, flags), work)
+
+
+def embedding(clips: int) -> Work:
+    return Work(samples=clips, gflop=hours.FORWARD_GFLOP)
+
+
+def label(method: str) -> str:
+    return LABELS.get(method, method)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def figures(plan: Plan) -> dict[str, list[str]]:
+    """Return the columns of the table."""
+    found = {}
+    for data in plan.evaluated_on:
+        several = f"{len(data.splits)} split{'s' * (len(data.splits) > 1)}"
+        found |= {
+            f"{data.slug}_finetune": [f"{data.name} finetuned, {several}", "%"],
+            f"{data.slug}_finetune_first": [f"{data.name} finetuned, split {data.first}", "%"],
+            f"{data.slug}_linear": [f"{data.name} linear, {several}", "%"],
+            f"{data.slug}_linear_first": [f"{data.name} linear, split {data.first}", "%"],
+            f"{data.slug}_recall": [f"{data.name} R@1, split {data.first}", "%"],
+        }
+    return found | {
+        "foreground_ordinary": ["ordinary test clips", "%"],
+        "foreground_moving": ["moving foreground", "%"],
+        "foreground_static": ["static foreground", "%"],
+    }
+
+
+def table(plan: Plan) -> evidence.Rows:
+    """Return the rows: for each figure the values of all splits of the first seed, then of the second, and so on."""
+    rows: evidence.Rows = {}
+    for method in (*plan.methods, RANDOM):
+        row: dict[str, evidence.Values] = {}
+        for data in plan.evaluated_on:
+            for command in ("finetune", "linear"):
+                by_split = {
+                    split: [accuracy(plan, command, method, seed, data, split) for seed in plan.seeds]
+                    for split in data.splits
+                }
+                row[f"{data.slug}_{command}"] = [
+                    value for seed in zip(*by_split.values(), strict=True) for value in seed
+                ]
+                row[f"{data.slug}_{command}_first"] = by_split[data.first]
+            row[f"{data.slug}_recall"] = from_report(plan, method, f"retrieval-{data.slug}", "recall_at_1")
+        row |= {
+            name: from_report(plan, method, "bias", name) for name in figures(plan) if name.startswith("foreground")
+        }
+        rows[label(method)] = {name: row[name] for name in figures(plan)}
+    rows["chance"] = chance(plan)
+    return rows
+
+
+def accuracy(plan: Plan, command: str, method: str, seed: int, data: DataSet, split: int) -> float:
+    return runs.figure(plan.run(method, seed) / f"{command}-{data.slug}-{split}" / "accuracy", "top1_video")
+
+
+def from_report(plan: Plan, method: str, evaluation: str, name: str) -> list[float]:
+    """Return a figure of each seed."""
+    return [runs.figure(plan.run(method, seed) / evaluation, name) for seed in plan.seeds]
+
+
+def chance(plan: Plan) -> dict[str, evidence.Values]:
+    run, found = plan.run(RANDOM, plan.seeds[0]), dict[str, evidence.Values]()
+    for data in plan.evaluated_on:
+        by_class = runs.figure(run / f"finetune-{data.slug}-{data.first}" / "accuracy", "chance_top1")
+        names = ("finetune", "finetune_first", "linear", "linear_first")
+        found |= {f"{data.slug}_{name}": by_class for name in names}
+        found[f"{data.slug}_recall"] = runs.figure(run / f"retrieval-{data.slug}", "chance_at_1")
+    by_class = runs.figure(run / "bias", "motion_chance")
+    return found | {name: by_class for name in figures(plan) if name.startswith("foreground")}
+
+
+def findings(result: evidence.Result) -> list[evidence.Finding]:
+    """Return the pre-registered claims whose rows were measured."""
+    rows, seeds = result["rows"], len(result["seeds"])
+    found: list[evidence.Finding] = []
+    for figure, other, claim in (
+        ("ucf101_finetune", "MoCo", "finetuning from DCLR on UCF101 is better than from MoCo"),
+        ("ucf101_finetune", RANDOM, "finetuning from DCLR on UCF101 is better than from scratch"),
+        ("ucf101_recall", "MoCo", "R@1 of DCLR on UCF101 is above that of MoCo"),
+        ("foreground_moving", "MoCo", "DCLR recognises a moving foreground better than MoCo"),
+    ):
+        if {"DCLR", other} <= rows.keys():
+            found += evidence.above(claim, *(by_seed(rows[row][figure], seeds) for row in ("DCLR", other)))
+    return found
+
+
+def by_seed(values: Sequence[float], seeds: int) -> list[float]:
+    """Return the mean over splits for each seed."""
+    splits = len(values) // seeds
+    return [statistics.fmean(values[first : first + splits]) for first in range(0, len(values), splits)]
+
+
+def panels(plan: Plan) -> list[dict[str, Any]]:
+    """Return the curves of pretraining: the loss, keys against the hardest negatives, and nearest neighbours."""
+    names, found = [LABELS[method] for method in plan.methods], []
+    for title, ylabel, logged, minus in (
+        ("loss (methods have different losses)", "loss", "loss", ""),
+        ("pair vv (clip): key minus hardest negative", "difference of cosine similarities",
+         "positive_similarity/vv", "hardest_negative/vv"),
+        ("pair vd (motion): key minus hardest negative", "difference of cosine similarities",
+         "positive_similarity/vd", "hardest_negative/vd"),
+        ("R@1 of at most 500 test videos", "share of test videos", "knn/recall_at_1", ""),
+    ):  # fmt: skip
+        lines = controlled.logged_lines(plan.work, names, plan.seeds, logged, minus)
+        found.append({"title": title, "ylabel": ylabel, "lines": lines})
+    return [panel for panel in found if panel["lines"]]
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = configuration.Parser(
+        prog="python -m experiments.ucf101", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, required=True, metavar="UCF101", help="folder of UCF101 with its lists")
+    parser.add_argument("--hmdb51", type=Path, help="folder of HMDB51 with its lists (default: without HMDB51)")
+    parser.add_argument("--kinetics400", type=Path, help="folder of Kinetics-400: pretrain on it, not on UCF101")
+    parser.add_argument(
+        "--methods", nargs="+", choices=LABELS, default=["dclr", "moco"], metavar="NAME",
+        help=f"{', '.join(LABELS)} (default: dclr moco); training from random weights always runs",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, help=f"number of seeds: 0, 1, ... (default: {SEEDS}; small: 1)")
+    parser.add_argument(
+        "--budget", choices=("full", "small"), default="full",
+        help="small: a tiny network and a few steps, for samples of the data sets. It only checks that all runs",
+    )  # fmt: skip
+    parser.add_argument("--gpus", type=int, help="processes of each command, one for each GPU (default: all GPUs)")
+    parser.add_argument("--workers", type=int, help="decoding processes of each of them (default: cores / GPUs, to 12)")
+    parser.add_argument("--work", type=Path, help="folder of the stores, runs and report (default: runs/ucf101)")
+    parser.add_argument("--dry-run", action="store_true", help="print commands and expected hours, and run nothing")
+    return parser
+
+
+def make_plan(given: argparse.Namespace) -> Plan:
+    """Return the plan of a command line. Raises UserError for a wrong number, data set or GPU."""
+    for flag in ("seeds", "gpus"):
+        if (value := getattr(given, flag)) is not None and value < 1:
+            raise UserError(f"--{flag} is {value}, but must be at least 1")
+    if given.workers is not None and given.workers < 0:
+        raise UserError(f"--workers is {given.workers}, but must be at least 0")
+    small, there = given.budget == "small", torch.cuda.device_count()
+    if given.gpus and given.gpus > there and not (small or given.dry_run):
+        raise UserError(f"--gpus is {given.gpus}, but this machine shows {there}: give at most that many")
+    if not there and not small and not given.dry_run:
+        raise UserError("no GPU is visible, and a CPU would need months: use --budget small or --dry-run here")
+    folders = {"UCF101": given.data, "HMDB51": given.hmdb51, "Kinetics-400": given.kinetics400}
+    sets = {
+        name: open_set(name, Path(os.path.abspath(folder)), not small) for name, folder in folders.items() if folder
+    }
+    gpus = given.gpus or (1 if small else max(1, there))
+    name = "ucf101" + "-from-kinetics400" * bool(given.kinetics400) + "-small" * small
+    return Plan(
+        work=Path(os.path.abspath(given.work or Path("runs") / name)),
+        pretrained_on=sets.get("Kinetics-400", sets["UCF101"]),
+        evaluated_on=tuple(sets[each] for each in ("UCF101", "HMDB51") if each in sets),
+        methods=tuple(dict.fromkeys(given.methods)),
+        seeds=range(given.seeds or (1 if small else SEEDS)),
+        small=small,
+        gpus=gpus,
+        workers=(0 if small else max(2, min(12, cores() // gpus))) if given.workers is None else given.workers,
+    )
+
+
+def describe(plan: Plan, stages: Sequence[Planned]) -> list[str]:
+    """Return the lines that are printed before anything runs."""
+    lines = [
+        f"{data.name}: {data.folder}, {data.videos:,} videos, "
+        f"{'split' if len(data.splits) == 1 else 'splits'} {', '.join(map(str, data.splits))}"
+        for data in plan.sets
+    ]
+    lines.append(
+        f"{len(stages)} stages: {', '.join(map(label, plan.methods))} and {RANDOM}, pretrained on "
+        f"{plan.pretrained_on.name}, seeds {', '.join(map(str, plan.seeds))}; in {plan.work}"
+    )
+    if plan.small:
+        whole = runs.duration(sum(stage.seconds for stage in stages))
+        return [*lines, f"expected: about {whole}; figures of --budget small mean nothing"]
+    lines.append(f"expected hours, estimated from one measured run ({hours.measured_rate():.0f} samples/s of DCLR):")
+    wide = max(len(machine.name) for machine in hours.MACHINES)
+    for machine in hours.MACHINES:
+        by_kind: dict[str, float] = {}
+        for stage in stages:
+            by_kind[stage.kind] = by_kind.get(stage.kind, 0.0) + hours.hours(stage.works, machine)
+        parts = ", ".join(f"{kind} {spent:.1f}" for kind, spent in by_kind.items())
+        recomputes = any(hours.recomputes(work, machine) for stage in stages for work in stage.works)
+        recomputed = " (with --recompute)" if recomputes else ""
+        lines.append(f"  {machine.name:{wide}} {sum(by_kind.values()):7.1f}: {parts}{recomputed}")
+    return [*lines, "  These may be wrong by a factor of two: experiments/hours.py says what was measured and assumed."]
+
+
+def check_disk(plan: Plan) -> None:
+    """Raise UserError if the stores that are still to be made do not fit the disk. `pack` checks it exactly."""
+    missing = [data for data in plan.sets if not is_store(plan.store(data)) and not plan.store(data).exists()]
+    needed = sum(KNOWN[data.name].store_gb for data in missing) * 1e9
+    folder = next(each for each in (plan.work, *plan.work.parents) if each.exists())
+    free = shutil.disk_usage(folder).free
+    if not plan.small and needed > free:
+        raise UserError(
+            f"--work {plan.work}: the stores need about {needed / 1e9:.0f} GB, but the disk has {free / 1e9:.0f} GB "
+            "free: free some space, or give --work on another disk"
+        )
+
+
+def check_work(plan: Plan) -> None:
+    """Write down which data sets the work folder belongs to. Raises UserError if it was started with others."""
+    file = plan.work / "experiment.json"
+    now = {data.name: {"folder": str(data.folder), "lists": data.digest} for data in plan.sets}
+    own = {"budget": "small" if plan.small else "full", "pretrained on": plan.pretrained_on.name, "data": now}
+    try:
+        before = json.loads(file.read_text()) if file.exists() else own
+        for name in ("budget", "pretrained on"):
+            if before[name] != own[name]:
+                raise UserError(
+                    f"--work {plan.work} was started with {name} {before[name]}, and not {own[name]}: "
+                    "give the flags of then, or another --work"
+                )
+        for name, data in now.items():
+            then = before["data"].get(name, data)
+            if then != data:
+                other = then["folder"] if then["folder"] != data["folder"] else "other lists"
+                raise UserError(
+                    f"--work {plan.work} was started with {name} of {other}, and not {data['folder']}: "
+                    "give the same folder with the same lists, or another --work"
+                )
+        own["data"] = before["data"] | now
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is damaged: give another --work, or delete {plan.work}") from None
+    report.write_json(file, own)
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = make_parser().parse_args(arguments)
+    plan = make_plan(given)
+    todo = stages(plan)
+    print("\n".join(describe(plan, todo)), flush=True)
+    if given.dry_run:
+        for number, stage in enumerate(todo, 1):
+            print(f"stage {number} of {len(todo)}: {stage.title}, about {runs.duration(stage.seconds)}")
+            for job in stage.jobs:
+                print("  python " + shlex.join(runs.words_of(job)))
+        return
+    check_disk(plan)
+    with ExitStack() as stack:
+        try:
+            plan.work.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(plan.work))
+        except FolderInUse as error:
+            raise UserError(str(error).replace("--out", "--work")) from None
+        except OSError as error:
+            raise UserError(
+                f"--work {plan.work}: cannot write there ({error.strerror}); choose a folder that you may write to"
+            ) from None
+        check_work(plan)
+        run(plan, todo, arguments)
+
+
+def run(plan: Plan, todo: Sequence[Planned], arguments: Sequence[str]) -> None:
+    """Run the stages, write the result and the report, and publish the result of a whole run on UCF101."""
+    times = plan.work / "times.json"
+    runs.run_stages(todo, times)
+    typed = tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
+    quick = plan.small or plan.pretrained_on.name != "UCF101"
+    options = runs.Options(seeds=plan.seeds, parallel=1, work=plan.work, quick=quick, arguments=typed)
+    result: evidence.Result = {
+        "question": "does DCLR learn better features than MoCo on the data sets of the paper?",
+        "recipe": {
+            "pretraining": {method: plan.recipe("pretrain", method) for method in plan.methods},
+            "pretrained on": plan.pretrained_on.name,
+            **{command: plan.recipe(command) for command in ("finetune", "linear")},
+            "splits": {data.name: list(data.splits) for data in plan.evaluated_on},
+        },
+        "figures": figures(plan),
+        "rows": table(plan),
+        "panels": panels(plan),
+    }
+    result["findings"] = findings(result | {"seeds": list(plan.seeds)})
+    trained = [[job for job in stage.jobs if job.writes.name == "report.json"] for stage in todo]
+    evidence.publish("ucf101", result, trained, options)
+    written = json.loads((plan.work / "ucf101.json").read_text())
+    made = ucf101_report.write(
+        plan.work / "report", written, rows_of_report(plan), facts(plan, written),
+        table_of_times(todo, runs.read_times(times)),
+        {data.name: plan.work / f"check-{data.slug}.txt" for data in plan.sets},
+    )  # fmt: skip
+    print("".join(f"wrote {file}\n" for file in made), end="")
+
+
+def rows_of_report(plan: Plan) -> list[ucf101_report.Run]:
+    """Return what the report says about each of our rows."""
+    found = []
+    for method in (*plan.methods, RANDOM):
+        run, data = plan.run(method, plan.seeds[0]), plan.evaluated_on[0]
+        measured = runs.report(run / f"finetune-{data.slug}-{data.first}" / "accuracy")
+        clips, width = measured["clips"], measured["width"]
+        found.append(
+            ucf101_report.Run(
+                row=label(method),
+                folder=run,
+                pretrained="nothing" if method == RANDOM else plan.pretrained_on.name,
+                network=measured["backbone"] + (f", width {width}" if width != 64 else ""),
+                protocol=f"{CLIPS_A_VIDEO} clips of {clips['clip_length']} frames of {clips['crop_size']} x "
+                f"{clips['crop_size']}, the last epoch",
+            )
+        )
+    return found
+
+
+def facts(plan: Plan, result: evidence.Result) -> list[str]:
+    """Return the lines about the data sets, the machine and the flags."""
+    where = result["environment"]
+    sets = "; ".join(
+        f"{data.name} with {data.videos:,} videos, split {', '.join(map(str, data.splits))}" for data in plan.sets
+    )
+    budget = "--budget small, which only checks that everything runs: its figures mean nothing. " if plan.small else ""
+    return [
+        f"{budget}{sets}.",
+        f"Command: {result['command']}",
+        f"{where['device']}, {plan.gpus} process{'es' * (plan.gpus > 1)}, {where['date'][:10]}, "
+        f"commit {where['commit']}, torch {where['versions']['torch']}.",
+        *(
+            f"{command}: {' '.join(plan.recipe(command, plan.methods[0]))}"
+            for command in ("pretrain", "finetune", "linear")
+        ),
+    ]
+
+
+def table_of_times(done: Sequence[Stage], taken: dict[str, float]) -> ucf101_report.Table:
+    """Return the measured and the expected time of each kind of stage."""
+    lines = []
+    for kind in dict.fromkeys(each.kind for each in done):
+        of = [each for each in done if each.kind == kind]
+        measured = sum(taken.get(each.title, 0.0) for each in of)
+        expected = sum(each.seconds for each in of)
+        lines.append([kind, str(len(of)), runs.duration(measured), runs.duration(expected)])
+    return ucf101_report.Table(["stages", "number", "measured", "expected"], lines)
+
+
+if __name__ == "__main__":
+    sys.exit(runs.entry(main))
