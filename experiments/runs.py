@@ -248,7 +248,10 @@ def check_end(job: Job, status: int) -> None:
     if status == 0 and job.writes.exists():
         return
     lines = [line for line in job.log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    print("\n".join(lines[1:][-LAST_LINES:]), file=sys.stderr)
+    last = lines[1:][-LAST_LINES:]
+    # torchrun prints many lines after the one that says what is wrong.
+    said = [line for line in lines[1:-LAST_LINES] if ": error: " in line][-1:]
+    print("\n".join([*said, *last]), file=sys.stderr)
     reason = f"ended with status {status}" if status else f"did not write {job.writes}"
     if status < 0:
         reason = f"was ended by {signal.Signals(-status).name}"

@@ -309,6 +309,15 @@ def test_a_killed_stage_says_which_signal_ended_it(tmp_path):
         runs.run_stages([asked], tmp_path / "times.json")
 
 
+def test_the_error_of_a_command_is_shown_above_the_lines_of_its_launcher(tmp_path, capsys):
+    noise = "; ".join(["print('first')", "print('train.py: error: no such folder')", "print('\\n'.join('noise' * 20))"])
+    failed = stage_of(tmp_path, "a", "kind", 1.0, f"{noise}; raise SystemExit(1)")
+    with pytest.raises(UserError, match="ended with status 1; "):
+        runs.run_stages([failed], tmp_path / "times.json")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == ["train.py: error: no such folder", *list("noise" * 20)[-runs.LAST_LINES :]]
+
+
 def test_time_left_follows_the_stages_of_the_same_kind(tmp_path):
     stages = [
         stage_of(tmp_path, name, kind, seconds, "")
