@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, start_program, touch, write_lines
+from helpers import REPOSITORY, PageReader, start_program, touch, write_lines
 
 from dclr.commands import evaluate as evaluation
 from dclr.commands import train
@@ -424,13 +424,16 @@ def test_the_table_and_the_report_hold_every_seed_split_and_published_row(whole,
         assert "77.5 ± 1.9 %" in content  # of 75 to 80 %
         assert all(row.source in content for row in published.ROWS)
     assert "all is &lt;well&gt;" in page
-    assert "<img" in page
     assert re.findall(r"https?://", page) == []
+    found = PageReader(page)
+    assert found.title == ucf101_report.TITLE
+    assert {row.method for row in published.ROWS} < set(found.cells)
     shown = re.findall(r"!\[([^]]+)\]\(([^)]+)\)", text)
     kinds = Counter(caption.split(":")[0] for caption, _ in shown)
     confusions = 3 * 12  # finetuned and linear on six splits, for three networks
     assert kinds["Confusion matrix"] == confusions
     assert kinds["Activation maps"] == 2
+    assert found.descriptions == [caption for caption, _ in shown]
     for caption, name in shown[1:]:
         content = (work / "report" / name).read_bytes().decode()
         row = caption.split(": ")[1].split(",")[0]
