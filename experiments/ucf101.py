@@ -268,7 +268,7 @@ def pack(plan: Plan, data: DataSet) -> Planned:
 
 def pretrain(plan: Plan, method: str, seed: int) -> Planned:
     data, recipe = plan.pretrained_on, plan.recipe("pretrain", method)
-    settings = configuration.resolve("pretrain", recipe[1], {"method": method}).optim
+    settings = configuration.resolve("pretrain", recipe[1], {}).optim  # those of a preset, for all methods
     work = Work(
         samples=settings.epochs * data.splits[data.first][0], gflop=hours.GFLOP[method], batch=settings.batch_size,
         network="MoCo" if method == "moco" else "DCLR",

@@ -393,6 +393,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(runs, "start", start)
     monkeypatch.setattr(runs, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
+    monkeypatch.setattr(ucf101.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e12))
     monkeypatch.setattr(ucf101.evidence, "published_file", lambda name: tmp_path / "published" / "device" / "x.json")
     monkeypatch.setattr(ucf101.evidence, "PLOTS", tmp_path / "plots")
     monkeypatch.setattr(ucf101.evidence, "write_page", lambda: None)
