@@ -347,7 +347,7 @@ def cores() -> int:
 
 def figures(plan: Plan) -> dict[str, list[str]]:
     """Return the columns of the table."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for data in plan.evaluated_on:
         several = f"{len(data.splits)} split{'s' * (len(data.splits) > 1)}"
         found |= {
@@ -546,9 +546,13 @@ def check_work(plan: Plan) -> None:
     """Write down which data sets the work folder belongs to. Raises UserError if it was started with others."""
     file = plan.work / "experiment.json"
     now = {data.name: {"folder": str(data.folder), "lists": data.digest} for data in plan.sets}
-    own = {"budget": "small" if plan.small else "full", "pretrained on": plan.pretrained_on.name, "data": now}
+    own: dict[str, Any] = {
+        "budget": "small" if plan.small else "full",
+        "pretrained on": plan.pretrained_on.name,
+        "data": now,
+    }
     try:
-        before = json.loads(file.read_text()) if file.exists() else own
+        before: dict[str, Any] = json.loads(file.read_text()) if file.exists() else own
         for name in ("budget", "pretrained on"):
             if before[name] != own[name]:
                 raise UserError(
