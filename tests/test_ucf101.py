@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -487,6 +488,8 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int | None:
         self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._job.command, timeout or 0.0)
         return self.returncode
 
 
