@@ -35,8 +35,6 @@ COCLR = "README of TengdaHan/CoCLR (NeurIPS 2020)"
 PRP = "README of yuanyao366/PRP (CVPR 2020)"
 
 ROWS = (
-    Published(method="from scratch", pretrained="nothing", backbone="R3D-18", ucf101=42.4, hmdb51=25.3,
-              protocol="not stated", source="not recorded in our notes, " + NOTES),
     Published(method="VCOP", pretrained="UCF101", backbone="R(2+1)D", ucf101=72.4, hmdb51=30.9,
               protocol="not stated", source="Xu et al., CVPR 2019, " + NOTES),
     Published(method="PRP", pretrained="UCF101, split 1", backbone="R(2+1)D", ucf101=72.1, hmdb51=35.0,

@@ -634,17 +634,23 @@ def rows_of_report(plan: Plan) -> list[ucf101_report.Run]:
     """Return what the report says about each of our rows."""
     found = []
     for method in (*plan.methods, RANDOM):
-        run, data = plan.run(method, plan.seeds[0]), plan.evaluated_on[0]
-        measured = runs.report(run / f"finetune-{data.slug}-{data.first}" / "accuracy")
-        clips, width = measured["clips"], measured["width"]
+        run = plan.run(method, plan.seeds[0])
+        classified = [
+            run / f"{command}-{data.slug}-{data.first}" / "accuracy"
+            for command in ("finetune", "linear")
+            for data in plan.evaluated_on
+        ]
+        retrieved = [run / f"retrieval-{data.slug}" for data in plan.evaluated_on]
+        measured = runs.report(classified[0])
+        width, size = measured["width"], measured["clips"]["crop_size"]
         found.append(
             ucf101_report.Run(
                 row=label(method),
-                folder=run,
+                evaluations=(*classified, *retrieved, run / "bias", run / "maps"),
                 pretrained="nothing" if method == RANDOM else plan.pretrained_on.name,
                 network=measured["backbone"] + (f", width {width}" if width != 64 else ""),
-                protocol=f"{CLIPS_A_VIDEO} clips of {clips['clip_length']} frames of {clips['crop_size']} x "
-                f"{clips['crop_size']}, the last epoch",
+                protocol=f"{CLIPS_A_VIDEO} clips of {measured['clips']['clip_length']} frames of {size} x {size}, "
+                "the last epoch",
             )
         )
     return found

@@ -15,6 +15,7 @@ from experiments import evidence
 from experiments.published import ROWS, Published
 
 TITLE = "DCLR on UCF101 and HMDB51"
+OURS = "this run"
 
 PICTURES = {
     "confusion.png": "Confusion matrix",
@@ -23,12 +24,12 @@ PICTURES = {
     "foreground.png": "Moving foreground on other backgrounds",
     "maps.png": "Activation maps",
 }
-"""Pictures of the evaluations, by file name, in the order of the report."""
+"""What an evaluation writes into its folder `pictures`."""
 
 NOT_COMPARABLE = (
     "The published figures are not comparable with ours line by line: networks, clips, epochs and the number of splits "
-    "differ, and most sources report the best epoch on the test videos. Ours is the last epoch. Empty cells: the "
-    "source gives no figure, or we have not read it there."
+    "differ, and sources do not always say whether they report the last epoch or the best one on the test videos. Ours "
+    "is the last one. An empty cell: the source gives no figure, or we have not read it there."
 )
 
 
@@ -68,8 +69,8 @@ class Run:
     """A row of the table with what the report says about it."""
 
     row: str
-    folder: Path
-    """The runs of the first seed. Its evaluations have pictures."""
+    evaluations: tuple[Path, ...]
+    """The folders of the evaluations whose pictures are shown: those of the first seed and the first split."""
     pretrained: str
     network: str
     protocol: str
@@ -92,12 +93,13 @@ def write(
         The paths of the two files.
     """
     sections = [
-        Section("Results next to published figures", [NOT_COMPARABLE, comparison(result, own), *spread(result)]),
+        Section("Results next to published figures", [NOT_COMPARABLE, comparison(result, own), spread(result)]),
+        Section("Sources and protocols", [sources(own)]),
         Section("Claims that were written down before the runs", claims(result)),
         Section("All figures", [all_figures(result)]),
         Section("What was run", [*facts, times]),
         Section("Pretraining", [Picture(folder.parent / "ucf101.png", "Curves of pretraining")]),
-        *(Section(f"{run.row}: pictures of the first seed", list(pictures(run))) for run in own),
+        *(Section(f"{run.row}: pictures of the first seed and split", list(pictures(run))) for run in own),
         Section("Data sets", [Output(file.read_text(errors="replace")) for file in checks.values()]),
     ]
     shutil.rmtree(folder, ignore_errors=True)
@@ -112,7 +114,7 @@ def write(
 
 
 def comparison(result: evidence.Result, own: Sequence[Run]) -> Table:
-    """Return our rows, then the published rows."""
+    """Return our rows, then the published rows. The last column is a number of the table of `sources`."""
     shown = {
         name: title
         for name, (title, _) in result["figures"].items()
@@ -124,31 +126,44 @@ def comparison(result: evidence.Result, own: Sequence[Run]) -> Table:
         "ucf101_linear": "linear",
         "ucf101_recall": "retrieval",
     }
-    head = ["method", "pretrained on", "network", *shown.values(), "protocol", "source"]
+    numbers = {words: str(number) for number, words in enumerate(described(own), 1)}
+    head = ["method", "pretrained on", "network", *(f"{title}, %" for title in shown.values()), "source"]
     lines = []
     for run in own:
         values = result["rows"][run.row]
-        cells = [evidence.cell(values[name], "%") for name in shown]
-        lines.append([run.row, run.pretrained, run.network, *cells, run.protocol, "this run"])
+        cells = [evidence.cell(values[name], "%").removesuffix(" %") for name in shown]
+        lines.append([run.row, run.pretrained, run.network, *cells, numbers[OURS, run.protocol]])
 
     def cell(row: Published, name: str) -> str:
         value = getattr(row, published[name]) if name in published else None
-        return "" if value is None else f"{value:.1f} %"
+        return "" if value is None else f"{value:.1f}"
 
     for row in ROWS:
         cells = [cell(row, name) for name in shown]
-        lines.append([row.method, row.pretrained, row.backbone, *cells, row.protocol, row.source])
+        lines.append([row.method, row.pretrained, row.backbone, *cells, numbers[row.source, row.protocol]])
     return Table(head, lines)
 
 
-def spread(result: evidence.Result) -> list[str]:
+def described(own: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return each source with its protocol once, ours first."""
+    ours = [(OURS, run.protocol) for run in own]
+    return list(dict.fromkeys([*ours, *((row.source, row.protocol) for row in ROWS)]))
+
+
+def sources(own: Sequence[Run]) -> Table:
+    """Return the numbered sources, with what each says about its protocol."""
+    lines = [[str(number), *words] for number, words in enumerate(described(own), 1)]
+    return Table(["number", "source", "protocol"], lines)
+
+
+def spread(result: evidence.Result) -> str:
     seeds = len(result["seeds"])
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
-    return [
+    return (
         f"Ours: mean ± standard deviation (n - 1) over all splits of all seeds ({over}), top-1 by video, or R@1. "
         "Columns of one split: over the seeds. Pretraining on UCF101 has seen the train videos of split 1, so it has "
         "also seen test videos of the splits 2 and 3, without their labels."
-    ]
+    )
 
 
 def claims(result: evidence.Result) -> list[str | Table | Picture | Output]:
@@ -171,10 +186,12 @@ def all_figures(result: evidence.Result) -> Table:
 
 def pictures(run: Run) -> Iterator[Picture]:
     """Yield the pictures of a run's evaluations."""
-    for name, title in PICTURES.items():
-        for file in sorted(run.folder.rglob(f"pictures/{name}")):
-            evaluation = file.parents[1].relative_to(run.folder)
-            yield Picture(file, f"{title}: {run.row}, {evaluation.as_posix()}")
+    for evaluation in run.evaluations:
+        for name, title in PICTURES.items():
+            file = evaluation / "pictures" / name
+            if file.exists():
+                where = evaluation.parent.name if evaluation.name == "accuracy" else evaluation.name
+                yield Picture(file, f"{title}: {run.row}, {where}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
