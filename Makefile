@@ -1,5 +1,5 @@
 # make demo       everything once on the built-in demo videos, from installation to a table: about 8 minutes on two cores
-# make test       lint, types and all tests but the slow ones: about 13 minutes on two cores after installation
+# make test       lint, types and all tests but the slow ones: about 10 minutes on two cores after installation
 # make test-slow  the slow tests: kills, damaged videos, launchers, compiled backbones
 # make setup      the environment only
 # make evidence   checks the controlled set, then compares DCLR with MoCo on it, one seed: half an hour; resumable
