@@ -14,6 +14,12 @@ from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError, printable
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "validate": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""What people call a split, in lower case -> its name here."""
 KNOWN_LAYOUTS = (
     "UCF101, HMDB51, Kinetics, Something-Something, Diving48, list files (splits/train.txt), class folders, "
     "or a folder of videos"

@@ -10,23 +10,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dclr.data.catalog import KNOWN_LAYOUTS, SPLITS, Catalog, Video, make_catalog
+from dclr.data.catalog import KNOWN_LAYOUTS, SPLIT_NAMES, SPLITS, Catalog, Video, make_catalog
 from dclr.data.listed_paths import count_videos
 from dclr.data.tree import LISTS, PICTURES, Tree, looks_like_list, open_unknown, suffix_of
 from dclr.errors import UserError
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "validate": "val",
-    "eval": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+FOLDER_SPLITS = {**SPLIT_NAMES, "eval": "val", "dev": "val"}
 """Lower-case name of a split folder -> split."""
 
 Folders = dict[str, list[str]]
@@ -39,7 +28,7 @@ def class_folders(tree: Tree) -> Catalog:
     if not tree.videos:
         raise UserError(describe_nothing(tree))
     loose, folders = _by_folder(tree.videos)
-    splits = {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
+    splits = {name: FOLDER_SPLITS[name.lower()] for name in folders if name.lower() in FOLDER_SPLITS}
     others = {name: videos for name, videos in folders.items() if name not in splits}
     has_classes = any(_by_folder(folders[name], f"{name}/")[1] for name in splits)
     if splits and (has_classes or not others):
@@ -70,7 +59,7 @@ def _split_folders(tree: Tree, loose: list[str], others: Folders, folders: Folde
     root = tree.root
     by_split: dict[str, str] = {}  # split -> name of its folder
     for name in folders:
-        split = SPLIT_NAMES[name.lower()]
+        split = FOLDER_SPLITS[name.lower()]
         if split in by_split:
             raise UserError(f"{root} holds both {by_split[split]}/ and {name}/, and both mean {split}: keep one")
         by_split[split] = name
@@ -189,7 +178,7 @@ def _empty_splits(tree: Tree) -> list[str]:
     """Return a warning for each folder with the name of a split that holds no video."""
     used = {path.partition("/")[0] for path in tree.videos}
     top = [folder for folder in tree.folders.values() if folder and "/" not in folder]
-    return [f"{name}/ holds no videos" for name in sorted(top) if name.lower() in SPLIT_NAMES and name not in used]
+    return [f"{name}/ holds no videos" for name in sorted(top) if name.lower() in FOLDER_SPLITS and name not in used]
 
 
 def _folded(name: str) -> str:
@@ -241,9 +230,9 @@ def _refuse_splits_below(tree: Tree, folders: Folders) -> None:
     """Raise UserError if class folders hold split folders, whose videos would become one train split."""
     for name, paths in folders.items():
         inner = _by_folder(paths, f"{name}/")[1]
-        splits = {SPLIT_NAMES[folder.lower()] for folder in inner if folder.lower() in SPLIT_NAMES}
+        splits = {FOLDER_SPLITS[folder.lower()] for folder in inner if folder.lower() in FOLDER_SPLITS}
         if len(splits) > 1:
-            first = next(folder for folder in inner if folder.lower() in SPLIT_NAMES)
+            first = next(folder for folder in inner if folder.lower() in FOLDER_SPLITS)
             raise UserError(
                 f"{tree.root / name} holds split folders, such as {first}: the split must be the first folder, "
                 f"{tree.root / first / name}"

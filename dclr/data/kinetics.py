@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
-from dclr.data.catalog import SPLITS, Catalog, Video, make_catalog
+from dclr.data.catalog import SPLIT_NAMES, SPLITS, Catalog, Video, make_catalog
 from dclr.data.folders import videos_by_stem
 from dclr.data.layout import DataFolder
 from dclr.data.listed_paths import describe_equal_names
 from dclr.data.lists import MAX_LINE, reading
-from dclr.data.own_lists import SPLIT_NAMES, parse_list_name
+from dclr.data.own_lists import parse_list_name
 from dclr.errors import UserError
 
 

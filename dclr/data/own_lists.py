@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dclr.data.catalog import SPLITS, Catalog, Video, make_catalog
+from dclr.data.catalog import SPLIT_NAMES, SPLITS, Catalog, Video, make_catalog
 from dclr.data.columns import Table, is_dense, looks_like_list, read_table, resolve_open_columns
 from dclr.data.listed_paths import Disk, find_videos
 from dclr.data.lists import MAX_CLASSES, is_plain, label_number, path_inside, read_lines
@@ -14,14 +14,8 @@ from dclr.errors import UserError
 LIST_SUFFIXES = frozenset([".txt", ".csv", ".tsv", ".lst"])
 LIST_FOLDERS = ("splits", "annotations", "lists")
 """Folders below the data folder that may hold its lists."""
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "validate": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-"""What people call a split -> its name here."""
 LIST_NAME = re.compile(
-    r"(?P<before>(?:.*[ _.-])?)(?P<split>training|train|validation|validate|valid|val|testing|test)"
+    rf"(?P<before>(?:.*[ _.-])?)(?P<split>{'|'.join(SPLIT_NAMES)})"
     r"(?P<after>(?:[ _.-]*(?:lists?|videos?|files?|split|fold|set|annotations?|data|info|\d{1,2}))*)"
 )
 """A file name in lower case without suffix, such as train, val_list, trainlist01, ucf101_train_split_1_videos."""
