@@ -701,6 +701,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+DATA_PRESET = "ucf101"
+"""The preset of a run with --data that names none. Without --data it is the demo."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UserError for a wrong command line: one line, without the usage of every flag."""
@@ -714,8 +717,8 @@ def add_flags(
 ) -> None:
     """Add one flag for each field of the groups, or of the fields in `only`, under one heading for each group.
 
-    The help text of a flag ends with its bounds, its default and the values in the presets of `command`. A flag that is
-    not given is absent from the parsed namespace.
+    The help text of a flag ends with its bounds, its default (the value in DATA_PRESET), and the values of the presets
+    of `command` that have another one. A flag that is not given is absent from the parsed namespace.
     """
     for group_class in group_classes:
         heading = parser.add_argument_group((group_class.__doc__ or "").rstrip("."))
@@ -726,9 +729,11 @@ def add_flags(
 
 def _add_flag(heading: Any, f: dataclasses.Field[Any], command: str) -> None:
     bounds = f.metadata["bounds"]
+    in_presets = {name: of.get(command, {}).get(f.name, f.default) for name, of in PRESETS.items()}
+    default = in_presets[DATA_PRESET]
     notes = [] if bounds.choices else [str(bounds)]
-    notes += ["" if f.default == "" else f"default: {show(f.default)}"]
-    notes += [f"{name}: {show(of[command][f.name])}" for name, of in PRESETS.items() if f.name in of.get(command, {})]
+    notes += ["" if default == "" else f"default: {show(default)}"]
+    notes += [f"{name}: {show(value)}" for name, value in in_presets.items() if value != default]
     notes = [note for note in notes if note]
     text = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
     names = ["--ds_config", "--ds-config"] if f.name == "ds_config" else [flag_of(f.name)]
@@ -857,15 +862,20 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def check_resume(folder: Path, flags: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Raise UserError if a flag contradicts a stored setting that must not change for the run in `folder`."""
-    for name, value in flags.items():
+def check_resume(folder: Path, given: dict[str, Any], stored: dict[str, Any], file: str | None = None) -> None:
+    """Raise UserError if a given setting contradicts a stored one that must not change for the run in `folder`.
+
+    Args:
+        file: where the settings were given: the file of --config, or None for flags.
+    """
+    where = f" in {file}" if file else ""
+    for name, value in given.items():
         # A configuration of an earlier version lacks settings that were added since.
         then = stored.get(name, FIELDS[name].default)
         if name not in FREE_ON_RESUME and value != then:
             raise UserError(
-                f"{flag_of(name)} is {show(value)}, but the run in {folder} has {show(then)}: "
-                "leave the flag out, or start another run"
+                f"{flag_of(name)} is {show(value)}{where}, but the run in {folder} has {show(then)}: "
+                f"leave the {'setting' if file else 'flag'} out, or start another run"
             )
 
 

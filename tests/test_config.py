@@ -283,6 +283,17 @@ def test_help_is_grouped_and_explains_every_flag(module, command, capsys):
         assert action.option_strings[0] in shown
 
 
+def test_help_shows_the_defaults_of_its_command_and_the_presets_that_differ():
+    shown = {
+        command: {action.dest: action.help for action in subparser(train, command)._actions}
+        for command in ("pretrain", "finetune", "linear")
+    }
+    assert shown["pretrain"]["epochs"].endswith("(at least 1; default: 200; demo: 80)")
+    assert shown["finetune"]["epochs"].endswith("(at least 1; default: 10; demo: 40)")
+    assert shown["linear"]["lr"].endswith("(above 0; default: 5.0)")
+    assert shown["pretrain"]["jitter_form"].endswith("(default: additive; demo: multiplicative)")
+
+
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "linear"])
 def test_every_setting_has_a_flag(command):
     flags = {action.dest for action in subparser(train, command)._actions}
@@ -531,7 +542,7 @@ def test_a_wrong_file_is_refused_in_one_line(toml, lines, message):
     assert str(caught.value).isprintable()
 
 
-def test_other_files_and_a_file_with_a_preset_or_a_run_to_resume_are_refused(toml, tmp_path, capsys):
+def test_other_files_and_a_file_with_a_preset_are_refused(toml, tmp_path, capsys):
     def refused(*arguments):
         with pytest.raises(UserError) as caught:
             settings_of(*arguments)
@@ -555,10 +566,59 @@ def test_other_files_and_a_file_with_a_preset_or_a_run_to_resume_are_refused(tom
     assert refused("--config", file, "--preset", "demo") == (
         f'--preset cannot be used with --config: write  preset = "demo"  into {file}'
     )
-    for resume in (["--resume", tmp_path], ["--resume", "auto", "--out", tmp_path]):
-        assert refused("--config", file, *resume).startswith("--resume cannot be used with --config: a resumed run has")
     assert train.run(["--config", str(gone)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Return a function that writes the run that a command line begins, as far as `--resume auto` looks for it."""
+
+    def begin(*arguments):
+        settings, preset = settings_of(*arguments)
+        run = tmp_path / "run"
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints" / "step-00000004.safetensors").touch()
+        write_config(run / "config.json", "pretrain", preset, make_config("pretrain", settings))
+        return settings, preset
+
+    return begin
+
+
+@pytest.mark.parametrize("more", [[], ["--schedule", "cosine"], ["--width", "16"]], ids=" ".join)
+def test_one_command_with_a_file_begins_a_run_and_continues_it(more, toml, begun, tmp_path):
+    lines = [
+        f"out = '{tmp_path / 'run'}'",
+        "width = 8",
+        "lr = 1",
+        "epochs = 9",
+        "milestones = [7]",
+        "queue_length = 512",
+    ]
+    command = ["--config", toml("preset = 'demo'", *lines), "--resume", "auto", *more]
+    started = begun(*command)
+    assert settings_of(*command) == started
+    # A setting that may change when a run is resumed.
+    toml("preset = 'demo'", *lines[:3], "epochs = 12", *lines[4:])
+    assert settings_of(*command) == ({**started[0], "epochs": 12}, "demo")
+    assert settings_of(*command, "--epochs", "13") == ({**started[0], "epochs": 13}, "demo")
+
+
+def test_a_run_is_continued_with_its_own_config_json(begun, tmp_path):
+    started = begun("--preset", "demo", "--out", tmp_path / "run", "--seed", "3")
+    assert settings_of("--config", tmp_path / "run" / "config.json", "--resume", tmp_path / "run") == started
+
+
+def test_a_run_is_not_continued_with_a_file_of_another_run(toml, begun, tmp_path):
+    run = tmp_path / "run"
+    begun("--preset", "demo", "--out", run)
+    for line, flag, value, has in (
+        ("width = 8", "--width", 8, 16),
+        ("preset = 'ucf101'", "--preset", "ucf101", "demo"),
+    ):
+        file = toml("epochs = 90", line)
+        with pytest.raises(UserError, match=rf"^{flag} is {value} in {file}, but the run in {run} has {has}: leave "):
+            settings_of("--config", file, "--resume", "auto", "--out", run)
 
 
 def test_eval_takes_clips_and_network_from_a_file(toml, tmp_path):

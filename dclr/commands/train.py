@@ -97,14 +97,16 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=configuration.PRESETS,
         metavar="NAME",
-        help=f"recipe: {', '.join(configuration.PRESETS)} (default: demo without --data, else ucf101)",
+        help=f"recipe: {', '.join(configuration.PRESETS)} (default: demo without --data, else "
+        f"{configuration.DATA_PRESET}, whose values are the defaults below)",
     )
     heading.add_argument(
         "--config",
         metavar="FILE",
         help="TOML file with settings (example below), or the config.json of a run to repeat. It overrides the preset, "
         "which a TOML file may name. The settings out and allow_outside of a config.json are ignored. "
-        "It cannot be used with --preset or --resume",
+        "With --resume, its settings must be those of the run, or settings that may change. "
+        "It cannot be used with --preset",
     )
     heading.add_argument(
         "--resume",
@@ -269,36 +271,46 @@ def resolve(command: str, flags: dict[str, Any]) -> tuple[configuration.Config, 
     preset, file, resume = (flags.pop(name, None) for name in ("preset", "config", "resume"))
     if file is not None and preset is not None:
         raise UserError(f'--preset cannot be used with --config: write  preset = "{preset}"  into {file}')
-    if file is not None and resume is not None:
-        raise UserError("--resume cannot be used with --config: a resumed run has its own settings, leave --config out")
-    folder = run_to_resume(resume, flags)
-    if folder is not None:
-        config, preset = resolve_resumed(command, preset, flags, folder)
-        return config, preset, folder
     named, values = configuration.read_settings(Path(file), command) if file is not None else ("", {})
+    preset = preset or named
+    folder = run_to_resume(resume, {**values, **flags})
+    if folder is not None:
+        config, preset = resolve_resumed(command, preset, flags, folder, file, values)
+        return config, preset, folder
     has_data = bool({**values, **flags}.get("data"))
-    preset = preset or named or ("ucf101" if has_data else "demo")
+    preset = preset or (configuration.DATA_PRESET if has_data else "demo")
     return configuration.resolve(command, preset, flags, file=values), preset, None
 
 
 def resolve_resumed(
-    command: str, preset: str | None, flags: dict[str, Any], folder: Path
+    command: str, preset: str, flags: dict[str, Any], folder: Path, file: str | None, values: dict[str, Any]
 ) -> tuple[configuration.Config, str]:
     """Return the settings of the run in `folder` with the flags that may change, and the name of its preset.
 
-    Raises UserError if a flag contradicts the run.
+    Args:
+        preset: the preset that was asked for, "" if none was.
+        flags: the flags that were given. Settings of the file that may change and do change are added to them.
+        file: the file given to --config, with its settings `values`. Its `out` is ignored.
+
+    Raises UserError if a flag or a setting of the file contradicts the run.
     """
     written_by, preset_of_run, stored = configuration.read_config(folder / "config.json")
     if written_by != command:
         raise UserError(
             f"--resume {folder} is a run of {written_by}, not of {command}: train.py {written_by} --resume {folder}"
         )
-    if preset not in (None, preset_of_run):
-        raise UserError(f"--preset is {preset}, but the run in {folder} has {preset_of_run}: leave the flag out")
+    if preset not in ("", preset_of_run):
+        where = f" in {file}" if file else ""
+        raise UserError(f"--preset is {preset}{where}, but the run in {folder} has {preset_of_run}: leave it out")
     out = flags.pop("out", folder)
     if Path(out) != folder:
         raise UserError(f"--out is {out}, but --resume continues the run in {folder}: leave --out out")
     configuration.check_resume(folder, flags, stored)
+    if file:
+        both = configuration.flat(configuration.resolve(command, preset_of_run, flags, resumed={**stored, **values}))
+        given = {name: both[name] for name in values if name not in flags and name != "out"}
+        configuration.check_resume(folder, given, stored, file)
+        flags |= {name: value for name, value in given.items() if value != stored.get(name)}
     data = stored.get("data")
     if "data" not in flags and data and not configuration.is_url(data) and not os.path.exists(data):
         raise UserError(
