@@ -3,10 +3,13 @@
 The processes may be ranks of a run, or commands on several machines with a common cache folder. They communicate by
 files next to the cache file, in the folder NAME.parts:
 
-    lock        locked by a process while it chooses videos, or merges
-    ID.claim    the videos that a process verifies now, and those whose findings it has not saved. It is locked, and
-                its time changes every few seconds, as long as the process runs
-    ID.npz      the findings of a process
+    dclr-lock.json  the lock (dclr/lock.py) of a process that chooses videos or merges
+    ID.claim        the videos that a process verifies now, and those whose findings it has not saved. It is locked,
+                    and its time changes every few seconds, as long as the process runs
+    ID.npz          the findings of a process
+
+A claim is not a lock of dclr/lock.py, which another process may have to watch for a minute before it knows whether the
+owner runs. Whether a claim counts is decided at once: if the decision is wrong, a video is decoded twice.
 
 Each process takes the next videos that no other process has taken, so no video is decoded twice. At its end it merges
 all findings into the cache file. Findings of a killed process are merged by the next process that verifies.
@@ -23,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 
@@ -41,10 +44,8 @@ from dclr.data.findings import (
 )
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
-from dclr.lock import machine_id
+from dclr.lock import folder_lock, machine_id
 from dclr.progress import ProgressBar
-
-LOCK = "lock"
 
 TAKEN = 64
 """Most videos that a process takes at once for each of its workers."""
@@ -57,9 +58,6 @@ REFRESH = 5.0
 
 SILENCE = 60.0
 """Seconds without such a change after which a process on another machine counts as gone."""
-
-LOCK_PATIENCE = 120.0
-"""Seconds to wait for the lock. A network disk may keep the lock of a machine that has vanished for 90 s."""
 
 POLL = 0.2
 """Seconds between two looks at what other processes have finished, if they have taken all that is left."""
@@ -216,9 +214,8 @@ class _SharedWork:
             unfinished = [file for file in self._folder.glob("*.tmp") if file.name.partition(".")[0] not in alive]
             for file in (*ended, *unfinished):
                 file.unlink(missing_ok=True)
-            if not alive and not any(file.name != LOCK for file in self._folder.iterdir()):
-                (self._folder / LOCK).unlink(missing_ok=True)
-                self._folder.rmdir()
+        with suppress(OSError):  # other processes use the folder, or files of others are there
+            self._folder.rmdir()
 
     def take(self, workers: int) -> list[str]:
         """Return the next videos that no process has taken, and take them. Empty: other processes have all the rest.
@@ -326,30 +323,14 @@ class _SharedWork:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Let no other process choose videos or merge. A file system without locks is used without."""
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while (file := self._open_lock()) is None:
-            if time.monotonic() > deadline:
-                raise UserError(f"another process has locked {self._folder / LOCK} for {LOCK_PATIENCE:.0f} s: end it")
-            time.sleep(0.01)
-        with file:
+        """Let no other process choose videos or merge. The folder exists inside the context."""
+        with ExitStack() as stack:
+            while True:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # another process has just deleted the folder
+                    stack.enter_context(folder_lock(self._folder, wait=True))
+                    break
             yield
-
-    def _open_lock(self) -> BinaryIO | None:
-        """Lock the lock file and return it; None if another process has locked it or has just deleted it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack, suppress(FileNotFoundError):
-            file = stack.enter_context((self._folder / LOCK).open("ab"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
-            except OSError:
-                pass
-            if os.path.samestat(os.fstat(file.fileno()), (self._folder / LOCK).stat()):
-                stack.pop_all()
-                return file
-        return None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
