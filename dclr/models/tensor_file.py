@@ -162,8 +162,9 @@ def _check_zip(file: Path) -> None:
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals(_SKIPPED):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        # An open file has no name. By its name, torch 2.14 would choose another reader for FILE.safetensors.
+        with torch.serialization.safe_globals(_SKIPPED), file.open("rb") as opened:
+            content = torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))  # the class that torch refuses to unpickle
         holds = f" (it holds {found[1]})" if found else ""
