@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         else:
             shown = {"data", "allow_outside", "workers", "video_timeout"} | ({"split"} if command == "check" else set())
             configuration.add_flags(sub, [configuration.DataConfig], only=shown)
-    commands.choices["check"].add_argument(
+    commands.choices["check"].add_argument_group("The result").add_argument(
         "--report",
         default="",
         metavar="FILE",
