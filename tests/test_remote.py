@@ -288,7 +288,7 @@ def test_commands_that_cannot_use_an_address_say_so(tmp_path):
     )
     with pytest.raises(UserError, match="was trained on https://host/store, and a server is only contacted if --data"):
         evaluate.settings_of(tmp_path / "run", {})
-    config, _ = train.resolve_resumed("pretrain", None, {}, tmp_path / "run")
+    config, _ = train.resolve_resumed("pretrain", "", {}, tmp_path / "run", None, {})
     assert config.data.data == "https://host/store"
 
 

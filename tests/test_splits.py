@@ -134,7 +134,7 @@ def test_what_is_refused(train_main, few, tiny, tmp_path) -> None:
     refused("is a run of linear, not of finetune", "finetune", resume=out)
     refused("--out is elsewhere, but --resume continues the runs in", "linear", resume=out, out="elsewhere")
     refused("--seed is 3, but the run in", "linear", resume=out, seed=3)
-    refused("--resume cannot be used with --config", "linear", resume=out, config=out / "split-1" / "config.json")
+    refused("--split is 1 in", "linear", resume=out, config=out / "split-1" / "config.json")
 
 
 # ---------------------------------------------------------------- evaluation
