@@ -1,5 +1,6 @@
 """The layout "list file": the user's own lists of videos."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dclr.data.catalog import SPLIT_NAMES, SPLITS, Catalog, Video, make_catalog
 from dclr.data.columns import Table, is_dense, looks_like_list, read_table, resolve_open_columns
 from dclr.data.listed_paths import Disk, find_videos
 from dclr.data.lists import MAX_CLASSES, is_plain, label_number, path_inside, read_lines
+from dclr.data.tree import VIDEO_SUFFIXES, suffix_of
 from dclr.errors import UserError
 
 LIST_SUFFIXES = frozenset([".txt", ".csv", ".tsv", ".lst"])
@@ -101,11 +103,15 @@ def list_catalog(data: Path, split: int, allow_outside: bool) -> Catalog:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files in a folder that may be lists, sorted. A folder that does not exist has none."""
+    """Return the files in a folder that may be lists, and its folders, sorted. A folder that does not exist has none.
+
+    Files that are videos by their name are dropped first, because a folder may have a million.
+    """
     try:
-        return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+        names = [name for name in os.listdir(folder) if suffix_of(name) not in VIDEO_SUFFIXES]
     except OSError:
         return []
+    return [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
 def _lists_below(data: Path) -> list[ListFile]:
