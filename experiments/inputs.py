@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dclr.commands.evaluate import pick, settings_of
@@ -36,8 +35,9 @@ from dclr.config import DataConfig, ModelConfig
 from dclr.data.datasets import open_data
 from dclr.errors import UserError
 from dclr.evaluation.composites import frozen
-from dclr.evaluation.features import load_features, mean_of_clips, open_labelled, run_on_clips
+from dclr.evaluation.features import ClipOutputs, load_features, mean_of_clips, open_labelled, run_on_clips
 from dclr.evaluation.linear_probe import fit_probe
+from dclr.evaluation.retrieval import retrieval
 from dclr.models import Backbone, pool
 from dclr.report import environment, write_json
 from experiments import runs
@@ -151,7 +151,8 @@ def figures_of(embedded: Embedded, parts: Iterable[tuple[Tensor, Tensor]]) -> di
         for number, name in enumerate(INPUTS):
             fitted, scored = embedded.features[train, number], embedded.features[test, number]
             predicted = fit_probe(fitted, labels, embedded.classes).logits(scored).argmax(1)
-            nearest = labels[nearest_rows(scored, fitted)]
+            found = retrieval(as_outputs(fitted, labels), as_outputs(scored, truth))
+            nearest = labels[torch.from_numpy(found.nearest[:, 0])]
             correct.setdefault(f"{name}_probe", []).append(predicted == truth)
             correct.setdefault(f"{name}_nearest", []).append(nearest == truth)
         same_class = torch.bincount(labels, minlength=embedded.classes)[truth]
@@ -159,13 +160,9 @@ def figures_of(embedded: Embedded, parts: Iterable[tuple[Tensor, Tensor]]) -> di
     return {name: torch.cat(values).double().mean().item() for name, values in correct.items()}
 
 
-def nearest_rows(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Return the nearest row of the gallery (M, D) for each query (N, D): (N,) int64.
-
-    As in eval.py retrieval, features lose the mean of their own split, and the cosine similarity decides.
-    """
-    one, other = (F.normalize((each - each.mean(0)).double(), dim=1) for each in (queries, gallery))
-    return (one @ other.T).argmax(1)
+def as_outputs(features: Tensor, labels: Tensor) -> ClipOutputs:
+    """Return features (N, D) of videos with their labels (N,), as eval.py retrieval takes them."""
+    return ClipOutputs(features[:, None], labels, torch.arange(len(labels)), {})
 
 
 def make_parser() -> argparse.ArgumentParser:

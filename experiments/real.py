@@ -28,7 +28,7 @@ split.
 
 Nothing was chosen on these sets. The recipe is that of controlled.py, found on rendered videos: learning rate, queue,
 momentum, jitter, and one mined positive. The size of the clips, 8 frames of 48 x 48, and 54 epochs are what two cores
-do in about an hour for one run of DCLR. Steps of two frames fit the shortest clips (20 frames).
+do in about an hour for one run of DCLR. A stride of two frames fits the shortest clips, which have 20 frames.
 
 Pre-registered on 2026-11-29, before any run. A claim "above" holds if an exact permutation test over seeds gives at
 most 5 % (evidence.permutation_share). With three seeds, each value must be above each value of the other.

@@ -288,7 +288,7 @@ def resolve_resumed(
     """Return the settings of the run in `folder` with the flags that may change, and the name of its preset.
 
     Args:
-        preset: the preset that was asked for, "" if none was.
+        preset: the preset that --preset or the file names; "" if none does.
         flags: the flags that were given. Settings of the file that may change and do change are added to them.
         file: the file given to --config, with its settings `values`. Its `out` is ignored.
 
