@@ -362,10 +362,12 @@ def settings_for(kernel: str, weight: Tensor, normalised: bool, capability: int)
     if kernel == "weight gradient":
         if hopper:
             return Settings(64, 8, 2, taps=1 if large else 3)
-        return Settings(16 if large else 64, 8, 2)
+        return Settings(16 if large else 32, 8, 2)
     if hopper and large and kernel == "forward" and (temporal or not normalised):
         return Settings(128, 8, 2)
     many_written = kernel == "input gradient" and weight.shape[1] > 64
+    if temporal and many_written and not hopper:
+        return Settings(32, 4, 2)
     if large or (temporal and many_written):
         return Settings(64, 8, 2)
     if not hopper:

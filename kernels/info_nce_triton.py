@@ -635,8 +635,10 @@ def choose_blocks(
     fits = D <= 128  # D = 256 leaves registers and shared memory for half as many queue entries
     if INTERPRETED:  # the interpreter has no registers, and large blocks make it fast
         return Blocks(b, 64, 4, 1)
-    if precision == "bf16x3":  # every group of 4 warps owns 64 queries, which share the conversion of a tile
-        return Blocks(64, 64, 4, 2) if B <= 64 else Blocks(128, 64, 8, 2)
+    if precision == "bf16x3":
+        if B > 64:  # every group of 4 warps owns 64 queries, and both groups share the conversion of a tile
+            return Blocks(128, 64, 8, 2)
+        return Blocks(64, 32, 4, 2) if D == 128 else Blocks(64, 64, 8, 2)
     if dtype == torch.float32 and precision == "ieee":
         return Blocks(16, 32, 8, 2)
     if dtype == torch.float32:  # rounding to tf32 needs registers, and 64 queries of 256 numbers would spill

@@ -57,6 +57,9 @@ _SPLITS = 7
 _MEANS_COLUMNS = 16  # width of the tiles of _means, which divide 112 x 112
 _MEANS_ROWS = {False: 16, True: 8}  # their height for RGB and for YUV, which would need 137 registers with 16 rows
 _MEANS_WARPS = 2  # each of their 64 threads then has four or two pixels of a tile's column, which share its `_taps`
+# Register limit of a thread in two rare configurations, where ptxas 12.9 (Triton 3.8) would otherwise move 8 and 24
+# bytes to local memory in order to run more programs at once.
+_REGISTERS = 96
 _COLUMNS_BLOCK = 128  # columns of a program of _columns, enough for 112 columns and a border of 10
 _STRIP = 56  # rows of a program of _columns, which also computes a border of 10 rows
 _FINISH_BLOCK = 256  # pixels of a program of _finish: 49 programs for 112 x 112
@@ -822,6 +825,7 @@ def _launches(
             (images * strips * column_blocks,),
             {**source, "blurred": blurred, **sizes, "strips": strips, "blocks": column_blocks},
             {**constants, "STRIP": _STRIP, "BLOCK": _COLUMNS_BLOCK},
+            max_registers=_REGISTERS if max(h, w) == 1 else None,
         ),
         Launch(
             _finish,
@@ -844,6 +848,7 @@ def _launches(
                 "BY_BITS": INTERPRETED and rgb.dtype == torch.bfloat16,
                 "BLOCKS": by_blocks,
             },
+            max_registers=_REGISTERS if by_blocks and boundary == "replicate" and not yuv else None,
         ),
     ]
 
