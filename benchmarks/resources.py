@@ -6,10 +6,15 @@
 Kernels are compiled ahead of time for sm_80 (A100) and sm_90 (H100, H200) in every configuration that their launchers
 choose. cuobjdump, which comes with Triton, reads the numbers from the binary. The exit status is 1 if a kernel spills
 or takes too much shared memory. Result to expect: no kernel spills.
+
+The result has a fingerprint of the code and the compilers. tests/test_resources.py reads the committed result if its
+fingerprint is still right, and else compiles everything again.
 """
 
 import argparse
+import ast
 import functools
+import hashlib
 import json
 import os
 import re
@@ -27,6 +32,7 @@ import torch
 if TYPE_CHECKING:
     from dclr.kernels.launch import Launch
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).parent / "results" / "resources.json"
 
 # Compute capability -> most shared memory of a program in bytes (CUDA C++ Programming Guide, technical specifications).
@@ -56,8 +62,22 @@ class Usage:
         return found
 
 
-def measure() -> list[Usage]:
-    """Compile every kernel in every configuration, on all cores. Raises RuntimeError if TRITON_INTERPRET is set."""
+def fingerprint() -> str:
+    """Return a hash of the code that is compiled, of Triton and of ptxas. Comments and line numbers do not count."""
+    import triton
+
+    sources = [ROOT / "benchmarks" / "resources.py", *sorted((ROOT / "kernels").glob("*.py"))]
+    code = [ast.dump(ast.parse(path.read_text())) for path in sources]
+    versions = [triton.__version__, triton.knobs.nvidia.ptxas.version]
+    return hashlib.sha256("\n".join([*code, *versions]).encode()).hexdigest()
+
+
+def measure(step: int = 1) -> list[Usage]:
+    """Compile every kernel in every configuration, on all cores. With `step`, compile every step-th case only.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set.
+    """
     from dclr.kernels.backend import INTERPRETED  # imported here, because `main` unsets TRITON_INTERPRET first
 
     if INTERPRETED:
@@ -67,7 +87,7 @@ def measure() -> list[Usage]:
         for number, (_, launch) in enumerate(launches())
         for capability in SHARED_LIMIT
         if launch.capability in (None, capability)
-    ]
+    ][::step]
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         return list(pool.map(compile_one, *zip(*cases, strict=True)))
 
@@ -155,6 +175,7 @@ def main() -> None:
             "question": "what does each kernel take of a GPU, compiled ahead of time?",
             "command": "python -m benchmarks.resources",
             "environment": environment(torch.device("cpu")),
+            "fingerprint": fingerprint(),
             "kernels": [asdict(usage) for usage in found],
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
