@@ -309,24 +309,27 @@ def cell_table(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], caption: str) -> Figure:
-    """Plot the speed of each provider, one colour for each latency."""
+    """Plot the median speed of each provider with its range over rounds, one colour for each latency."""
     names = list(rows[0]["providers"])
     figure, panel = plt.subplots(figsize=(9, 1.5 + 0.5 * len(names)))
     for number, row in enumerate(rows):
         measured = [
             (i, row["providers"][name]) for i, name in enumerate(names) if "skipped" not in row["providers"][name]
         ]
-        panel.barh(
-            [i + (number - (len(rows) - 1) / 2) * 0.8 / len(rows) for i, _ in measured],
-            [found["samples_per_second"]["median"] for _, found in measured],
-            0.7 / len(rows),
+        rates = [found["samples_per_second"] for _, found in measured]
+        panel.errorbar(
+            [rate["median"] for rate in rates],
+            [i + (number - (len(rows) - 1) / 2) * 0.6 / len(rows) for i, _ in measured],
+            xerr=[[rate["median"] - rate["low"] for rate in rates], [rate["high"] - rate["median"] for rate in rates]],
+            fmt="o",
+            capsize=2,
             label=f"{row['latency_ms']} ms",
         )
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
     panel.set_xscale("log")
     harness.label_log_axis(panel.xaxis)
-    panel.set_xlabel("samples a second")
+    panel.set_xlabel("samples a second: median, lowest and highest round")
     panel.grid(True, axis="x", alpha=0.3)
     panel.legend(title="latency of the server", fontsize=8)
     harness.add_titles(figure, "Training samples that two workers read from a server on this machine", caption)
