@@ -108,14 +108,29 @@ def test_counts_of_a_commit_that_git_does_not_have(tmp_path, monkeypatch, capsys
     assert (stop.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
 
 
+def only_stem_and_layer1(monkeypatch, fused: bool = False) -> None:
+    """Let counts be those of a backbone without layer2, layer3 and layer4. Compiling them would take longest."""
+    make = counts_worker.make_backbone
+
+    def make_short(*arguments):
+        backbone = make(*arguments)
+        backbone.layer2, backbone.layer3, backbone.layer4 = (nn.Sequential() for _ in range(3))
+        if fused:
+            backbone.fuse(backbone.fusible())
+        return backbone
+
+    monkeypatch.setattr(counts_worker, "make_backbone", make_short)
+
+
 @pytest.mark.slow
-def test_the_bytes_of_compiled_batch_normalisation():
+def test_the_bytes_of_compiled_batch_normalisation(monkeypatch):
     """The kernels that torch.compile plans for batch normalisation with ReLU move at most 16 bytes an element.
 
     The stem's first one, of 48 channels, has no residual sum. Forward it reads its input for the statistics (2 bytes)
     and once more (2), and writes its output (2). Backward, each of two kernels reads the output's gradient (2) and the
     input (2), and the second one writes the input's gradient (2). Neither reads the output or a mask.
     """
+    only_stem_and_layer1(monkeypatch)
     cell = CELL | {"B": 4, "T": 8, "side": 64, "width": 64}
     kernels = counts_worker.count_pass(cell, "v", backward=True)["kernels"]
     elements = 4 * 8 * 32 * 32 * 48
@@ -140,15 +155,7 @@ def test_the_compiled_backward_pass_of_fused_convolutions_stores_no_gradient_in_
     if not backend.INTERPRETED:
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
     monkeypatch.setattr(backend, "_backend", "triton")
-    make = counts_worker.make_backbone
-
-    def make_fused(*arguments):
-        backbone = make(*arguments)
-        backbone.layer2, backbone.layer3, backbone.layer4 = (nn.Sequential() for _ in range(3))
-        backbone.fuse(backbone.fusible())
-        return backbone
-
-    monkeypatch.setattr(counts_worker, "make_backbone", make_fused)
+    only_stem_and_layer1(monkeypatch, fused=True)
     kernels = counts_worker.count_pass(CELL | {"width": 16}, "vsd", backward=True)["kernels"]
     assert any("convolve" in name for kernel in kernels for name in kernel["operations"])
     elements = 2 * 16 * 8 * 16 * 16  # of the stem's output for a view

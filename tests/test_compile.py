@@ -46,7 +46,7 @@ def test_pretraining_compiles_each_shape_once_without_a_break(
 ):
     """The backend "eager" runs what is traced. The tracer alone decides the graphs, and generating code is slow.
 
-    Tracing the whole network three times would take half a minute. The slow tests below compile it as one graph.
+    Tracing the whole network three times would take half a minute. test_extend.py compiles it as one graph.
     """
 
     def traced(backbone):
@@ -89,8 +89,7 @@ def test_a_copy_of_a_compiled_backbone_uses_its_own_weights(fresh):
 @pytest.mark.slow
 def test_a_compiled_backbone_computes_the_same_and_keeps_its_names(fresh):
     clip = torch.randn(2, 3, 8, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = build_backbone("r2plus1d_10", 4).double()
-    compiled = build_backbone("r2plus1d_10", 4).double()
+    plain, compiled = stem_and_layer2(4).double(), stem_and_layer2(4).double()
     compiled.load_state_dict(plain.state_dict())
     compiled.pad_channels(8)
     before = compile_seconds()

@@ -253,11 +253,14 @@ def test_s3d_refuses_what_it_cannot_take_before_a_run_starts(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", [pytest.param("s3d", marks=pytest.mark.slow), "tsm_18"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("s3d", "r2plus1d_10")), "tsm_18"]
+)
 def test_a_backbone_compiles_as_one_graph_with_the_same_result(add, name: str) -> None:
     """The backend "aot_eager" traces without generating code, which is slow.
 
-    In float64, because in float32 rounding errors of the gradient of s3d reach 20 % of the largest value.
+    In float64, because in float32 rounding errors of the gradient of s3d reach 20 % of the largest value. Of the 16
+    layers of s3d, the first 7 are enough: those that follow are of the same kinds.
     """
     add("tsm.py")
     torch.compiler.reset()
@@ -266,6 +269,8 @@ def test_a_backbone_compiles_as_one_graph_with_the_same_result(add, name: str) -
     torch.manual_seed(0)
     plain, compiled = build_backbone(name, width).double(), build_backbone(name, width).double()
     compiled.load_state_dict(plain.state_dict())
+    if name == "s3d":
+        plain.features, compiled.features = plain.features[:7], compiled.features[:7]
     compiled.pad_channels(8)
     compiled.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     clip = torch.randn(2, 3, 5, 24, 24, generator=torch.Generator().manual_seed(0)).double()
