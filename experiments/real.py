@@ -4,6 +4,7 @@
     python -m experiments.real --data DIR --methods MoCo DCLR            the main comparison: about 4 hours (*)
     python -m experiments.real --data DIR --first-seed 3 --seeds 2       adds two seeds to the published result
     python -m experiments.real --data DIR --quick                        checks that it runs: about 10 minutes (*)
+    python -m experiments.real --data DIR --large --methods MoCo DCLR --seeds 1     on a GPU (`make gpu-evidence`)
 
 (*) on two cores. DIR has the folders surv, hockey and weizmann. Each has splits/train.txt, splits/test.txt and
 splits/classes.txt, and surv has folds.txt with five folds. No scene (in weizmann: no person) is in two folds or on both
@@ -30,6 +31,11 @@ Nothing was chosen on these sets. The recipe is that of controlled.py, found on 
 momentum, jitter, and one mined positive. The size of the clips, 8 frames of 48 x 48, and 54 epochs are what two cores
 do in about an hour for one run of DCLR. A stride of two frames fits the shortest clips, which have 20 frames.
 
+With --large, clips have 16 frames of 112 x 112 and the network has its published width. One seed of MoCo and DCLR
+should take an H200 about nine minutes (computed in docs/LOG.md, 2026-11-30, and not measured). In videos of fewer than
+31 frames, a clip continues with the first frames. The videos are decoded as they are read. smaller.py makes a copy of
+the sets that has less than 40 MB.
+
 Pre-registered on 2026-11-29, before any run. A claim "above" holds if an exact permutation test over seeds gives at
 most 5 % (evidence.permutation_share). With three seeds, each value must be above each value of the other.
 
@@ -45,6 +51,7 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +67,44 @@ SHORT_SIDE = 64
 QUICK_STRIDE = {"surv": 6, "hockey": 20, "weizmann": 2}
 """A quick run has every sixth clip of each list of surv, and so on: 110 train clips in all."""
 
-CLIPS = [
-    "--preset", "demo", "--clip-length", "8", "--clip-stride", "2", "--crop-size", "48", "--workers", "1",
-]  # fmt: skip
-EPOCHS, MILESTONES = 54, ("40", "48")  # 34 steps an epoch
-QUICK_EPOCHS, QUICK_MILESTONES = 4, ("2", "3")  # 3 steps an epoch
 FINETUNE = ["--batch-size", "20", "--lr", "0.05", "--checkpoint-every", "40"]
-FINETUNE_EPOCHS = {"surv": 30, "hockey": 10, "weizmann": 40}
-"""About the same number of steps, 360 to 400 for surv and hockey. Weizmann has the epochs of weizmann.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a run costs: its clips and its epochs."""
+
+    clips: tuple[str, ...]
+    """Flags of clips, network and speed."""
+    epochs: int
+    milestones: tuple[str, ...]
+    finetune_epochs: dict[str, int]
+    """For each set."""
+    packs: bool
+    """Whether videos are packed before the runs."""
+
+
+DEMO = ("--preset", "demo", "--clip-stride", "2")
+SMALL = Size(
+    clips=(*DEMO, "--clip-length", "8", "--crop-size", "48", "--workers", "1"),
+    epochs=54,  # of 34 steps
+    milestones=("40", "48"),
+    # About the same number of steps, 360 to 400, for surv and hockey. Weizmann has the epochs of weizmann.py.
+    finetune_epochs={"surv": 30, "hockey": 10, "weizmann": 40},
+    packs=True,
+)
+# So many short commands would compile for longer than they train.
+LARGE = Size(
+    clips=(
+        *DEMO, "--clip-length", "16", "--crop-size", "112", "--width", "64", "--workers", "2", "--compile", "off",
+    ),
+    epochs=20,
+    milestones=("15", "18"),
+    finetune_epochs={"surv": 15, "hockey": 5, "weizmann": 20},
+    packs=False,
+)  # fmt: skip
+QUICK = {"epochs": 4, "milestones": ("2", "3"), "finetune_epochs": dict.fromkeys(SETS, 1)}
+"""Of a quick run of either size. An epoch of its pretraining has 3 steps."""
 
 METHODS: dict[str, list[str]] = {
     "MoCo": controlled.METHODS["MoCo"],
@@ -93,21 +130,16 @@ FROM_INPUTS = tuple(name for name in FIGURES if name.endswith(("_probe", "_neare
 FROM_BIAS = tuple(name for name in FIGURES if name.startswith("foreground_"))
 
 
-def epochs(options: Options) -> int:
-    return QUICK_EPOCHS if options.quick else EPOCHS
-
-
-def flags_of(method: str, options: Options) -> list[str]:
+def flags_of(method: str, size: Size, quick: bool) -> list[str]:
     """Return all flags of a method's pretraining, except data, seed and epochs."""
     own, recipe = METHODS[method], controlled.RECIPE[len(controlled_set.NETWORK) :]
     if method in methods.WITHOUT_QUEUE:
         recipe = methods.without_queue_flags(recipe)
-    elif options.quick:
+    elif quick:
         recipe[recipe.index("--fill-steps") + 1] = "2"
     if "videomoco" in own:
-        own = [*own, "--adversarial-from", str(epochs(options) // 2)]
-    milestones = QUICK_MILESTONES if options.quick else MILESTONES
-    return [*CLIPS, *recipe, "--milestones", *milestones, "--checkpoint-every", "9", "--knn-every", "0", *own]
+        own = [*own, "--adversarial-from", str(size.epochs // 2)]
+    return [*size.clips, *recipe, "--milestones", *size.milestones, "--checkpoint-every", "9", "--knn-every", "0", *own]
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -168,11 +200,14 @@ def list_sets(data: Path, folder: Path, options: Options) -> list[str]:
     return [*SETS, *(f"{FOLDED}-{fold}" for fold in FOLDS), "union"]
 
 
-def stores(data: Path, options: Options) -> dict[str, Path]:
-    """Return the packed data sets by name. Stores that are missing are made."""
+def stores(data: Path, packs: bool, options: Options) -> dict[str, Path]:
+    """Return the data sets by name, packed if `packs` is true. Stores that are missing are made."""
     folder = options.work / "real" / "sets"
+    names = list_sets(data, folder, options)
+    if not packs:
+        return {name: folder / name for name in names}
     packed, chains = {}, []
-    for name in list_sets(data, folder, options):
+    for name in names:
         store = folder / f"{name}-packed"
         line = ("train.py", "pack", "--data", str(folder / name), "--short-side", str(SHORT_SIDE), "--out", str(store))
         chains.append([Job(command=line, writes=store / "dclr-index.npz", log=store.with_suffix(".log"))])
@@ -196,11 +231,18 @@ def foreground(checkpoint: Path, folder: Path, data: dict[str, Path], name: str)
     return runs.evaluate("bias", checkpoint, data[name], folder / f"bias-{name}", ("--foreground",))
 
 
-def finetuned(folder: Path, seed: int, data: Path, name: str, options: Options, start: Sequence[str] = ()) -> Chain:
+def finetuned(folder: Path, seed: int, data: Path, name: str, size: Size, start: Sequence[str] = ()) -> Chain:
     """Return the finetuning from `start` (by default from scratch), and the evaluation of its accuracy."""
-    number = 1 if options.quick else FINETUNE_EPOCHS[name]
+    number = size.finetune_epochs[name]
     milestones = [str(max(1, round(share * number))) for share in (0.6, 0.8)] if number > 2 else []
-    flags = [*CLIPS, *FINETUNE, "--epochs", str(number), *(["--milestones", *milestones] if milestones else []), *start]
+    flags = [
+        *size.clips,
+        *FINETUNE,
+        "--epochs",
+        str(number),
+        *(["--milestones", *milestones] if milestones else []),
+        *start,
+    ]
     return [
         runs.train("finetune", folder, [*flags, "--data", str(data)], seed),
         runs.evaluate("accuracy", folder, data, folder / "accuracy"),
@@ -213,39 +255,41 @@ def parts_of(name: str, options: Options) -> list[str]:
     return [f"{name}-{fold}" for fold in folds] if name == FOLDED else [name]
 
 
-def transfers(work: Path, run: str, seed: int, data: dict[str, Path], options: Options, start: Sequence[str]) -> Chain:
-    """Return the finetuning of a run on all sets and folds, each in RUN-PART-SEED."""
-    chain: Chain = []
-    for name in SETS:
-        for part in parts_of(name, options):
-            chain += finetuned(work / f"{run}-{part}-{seed}", seed, data[part], name, options, start)
-    return chain
+def transfers(
+    work: Path, run: str, seed: int, data: dict[str, Path], size: Size, options: Options, start: Sequence[str]
+) -> list[Chain]:
+    """Return the finetuning of a run on each set or fold, in RUN-PART-SEED."""
+    return [
+        finetuned(work / f"{run}-{part}-{seed}", seed, data[part], name, size, start)
+        for name in SETS
+        for part in parts_of(name, options)
+    ]
 
 
-def plan(work: Path, names: Sequence[str], seed: int, data: dict[str, Path], options: Options) -> list[Chain]:
-    """Return the chains of one seed. The first chain is the longest, so that short ones fill the cores at the end."""
-    chains = []
+def plan(
+    work: Path, names: Sequence[str], seed: int, data: dict[str, Path], size: Size, options: Options
+) -> tuple[list[Chain], list[Chain]]:
+    """Return the chains of one seed: those that need no other run, and those that need one of the first.
+
+    Long chains come first, so that short ones fill the cores at the end.
+    """
+    first: list[Chain] = []
+    then: list[Chain] = []
     for method in names:
         folder = controlled.folder_of(method)
         run = work / f"{folder}-{seed}"
-        flags = [*flags_of(method, options), "--data", str(data["union"]), "--epochs", str(epochs(options))]
-        chains.append([
-            runs.train("pretrain", run, flags, seed),
-            *(features(run, run, data, name) for name in SETS),
-            *(foreground(run, run, data, name) for name in SETS),
-            *transfers(work, f"{folder}-finetune", seed, data, options, ("--pretrained", str(run))),
-        ])  # fmt: skip
-    chains.reverse()
-    scratch = transfers(work, "scratch", seed, data, options, ())
+        flags = [*flags_of(method, size, options.quick), "--data", str(data["union"]), "--epochs", str(size.epochs)]
+        first.insert(0, [runs.train("pretrain", run, flags, seed)])  # DCLR takes longer than MoCo
+        then += transfers(work, f"{folder}-finetune", seed, data, size, options, ("--pretrained", str(run)))
+        then += [[features(run, run, data, name), foreground(run, run, data, name)] for name in SETS]
+    first += transfers(work, "scratch", seed, data, size, options, ())
     for name in SETS:
-        for part in parts_of(name, options):
-            run = work / f"scratch-{part}-{seed}"
-            scratch.append(features(run, run, data, part))
-        first = work / f"scratch-{parts_of(name, options)[0]}-{seed}"
-        scratch.append(foreground(first, first, data, name))
-    untrained = work / f"random-{seed}"
+        parts = parts_of(name, options)
+        of = {part: work / f"scratch-{part}-{seed}" for part in parts}
+        then += [[features(run, run, data, part)] for part, run in of.items()]
+        then.append([foreground(of[parts[0]], of[parts[0]], data, name)])
     like = ("--like", str(work / f"scratch-{SETS[-1]}-{seed}"), "--seed", str(seed))
-    return [*chains, [*scratch, *(features("random", untrained, data, name, like) for name in SETS)]]
+    return first, [*then, *([features("random", work / f"random-{seed}", data, name, like)] for name in SETS)]
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -320,6 +364,7 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
 
 def more_flags(parser: ArgumentParser) -> None:
     runs.add_first_seed(parser)
+    parser.add_argument("--large", action="store_true", help="clips of 16 x 112 x 112, for a GPU")
     parser.add_argument("--data", type=Path, required=True, help=f"the folder with {', '.join(SETS)}")
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME",
@@ -330,17 +375,21 @@ def more_flags(parser: ArgumentParser) -> None:
 def main(arguments: Sequence[str]) -> None:
     options, given = runs.parse(__doc__, arguments, more_flags)
     names = [method for method in METHODS if method in given.methods]
+    size = replace(LARGE if given.large else SMALL, **(QUICK if options.quick else {}))
     recipe: dict[str, Any] = {
-        "pretraining": {method: flags_of(method, options) for method in names},
-        "epochs": epochs(options),
+        "pretraining": {method: flags_of(method, size, options.quick) for method in names},
+        "epochs": size.epochs,
         "finetuning": FINETUNE,
-        "finetuning epochs": FINETUNE_EPOCHS,
+        "finetuning epochs": size.finetune_epochs,
     }
-    first = options.seeds.start
-    taken = evidence.published("real", recipe, range(first), "--first-seed") if first else None
-    data, work = stores(given.data.resolve(), options), options.work / "real"
-    chains = [chain for seed in options.seeds for chain in plan(work, names, seed, data, options)]
-    runs.run(chains, options.parallel)
+    before = options.seeds.start
+    taken = evidence.published("real", recipe, range(before), "--first-seed") if before else None
+    data, work = stores(given.data.resolve(), size.packs, options), options.work / "real"
+    by_seed = [plan(work, names, seed, data, size, options) for seed in options.seeds]
+    first, then = ([chain for pair in by_seed for chain in pair[number]] for number in range(2))
+    runs.run(first, options.parallel)
+    runs.run(then, options.parallel)
+    chains = [*first, *then]
     rows = {row: values for name in SETS for row, values in rows_of(work, name, names, options).items()}
     result: evidence.Result = {
         "question": "do features that are learned from real videos follow the movement?",

@@ -14,12 +14,13 @@ _COMPACT_QUANTIZER = 3
 _COMPACT_KEYFRAME_EVERY = 12
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int = 25, keyframe_every: int = 12) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: int = 25, keyframe_every: int = 12, crf: int = 18) -> None:
     """Write frames as h264 in YUV 4:2:0, with a keyframe exactly every `keyframe_every` frames.
 
     Args:
         path: its suffix names the container, such as .mp4.
         frames: (T, H, W, 3) uint8 RGB.
+        crf: x264's constant rate factor, from 0 to 51. The file gets smaller, and its frames worse, as it grows.
 
     Raises:
         ValueError: H or W is odd, or the frames have another shape or dtype.
@@ -29,7 +30,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 25, keyframe_every: i
         raise ValueError(f"frames must be uint8 (T, even H, even W, 3), got {frames.dtype} {frames.shape}")
     # sc_threshold=0: no further keyframes where x264 sees a scene change. One thread and no assembly: with assembly,
     # the same frames were encoded to other bytes from one call to the next (docs/LOG.md).
-    options = {"preset": "veryfast", "crf": "18", "sc_threshold": "0", "threads": "1", "x264-params": "asm=0"}
+    options = {"preset": "veryfast", "crf": str(crf), "sc_threshold": "0", "threads": "1", "x264-params": "asm=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
