@@ -6,6 +6,7 @@
 # make chaos      kills a run of two ranks a hundred times and checks that it ends as without kills: 12 minutes
 # make soak       a run of one hour: memory, open files and threads must not grow; DATA=DIR
 # make gpu-layers 30 minutes of one GPU, the most valuable first: step, layers, tests, a whole run; DATA=DIR
+# make gpu-evidence  MoCo and DCLR on real videos, one seed: 9 minutes of one GPU (computed); DATA=DIR
 # make gpu        the tests that need a CUDA device, then the benchmarks; $(PYTHON) needs the packages; DATA=DIR
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
 .PHONY: setup demo demo-quick test test-slow lint evidence chaos soak
-.PHONY: gpu-baseline gpu-layers gpu gpu-test gpu-step gpu-kernels gpu-runs
+.PHONY: gpu-baseline gpu-layers gpu-evidence gpu gpu-test gpu-step gpu-kernels gpu-runs
 
 setup: $(VENV)/.ready
 
@@ -80,6 +81,12 @@ gpu-baseline:
 gpu-layers:
 	$(PYTHON) -m benchmarks.gpu_layers --minutes $(or $(MINUTES),30) $(if $(DATA),--data $(DATA)) \
 		$(if $(PARTS),--parts $(PARTS))
+
+# Six commands at a time share the GPU, because each spends seconds on its start. The same command continues a stopped
+# experiment. SEED=1 adds the second seed, and so on. See experiments/real.py.
+gpu-evidence:
+	$(PYTHON) -m experiments.real --large --data $(DATA) --methods MoCo DCLR --first-seed $(or $(SEED),0) --seeds 1 \
+		--parallel 6
 
 # If a target fails, the next ones still run, because time on a GPU is short. The exit status is 1 if any failed. Each
 # target should take less than ten minutes. DATA is a data set's folder, for the benchmarks that read videos.

@@ -103,7 +103,7 @@ LARGE = Size(
     finetune_epochs={"surv": 15, "hockey": 5, "weizmann": 20},
     packs=False,
 )  # fmt: skip
-QUICK = {"epochs": 4, "milestones": ("2", "3"), "finetune_epochs": dict.fromkeys(SETS, 1)}
+QUICK: dict[str, Any] = {"epochs": 4, "milestones": ("2", "3"), "finetune_epochs": dict.fromkeys(SETS, 1)}
 """Of a quick run of either size. An epoch of its pretraining has 3 steps."""
 
 METHODS: dict[str, list[str]] = {

@@ -9,14 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers import write_lines
 
 from benchmarks.harness import plt
 from dclr.commands import evaluate as evaluation
 from dclr.commands import train
 from dclr.config import DataConfig, resolve, write_config
 from dclr.data.datasets import open_catalog, open_data
+from dclr.data.decode import verify_video
+from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.methods import VideoMoCo
 from dclr.methods.generator import drop, lowest
@@ -34,6 +38,7 @@ from experiments import (
     precision,
     real,
     runs,
+    smaller,
     weizmann,
 )
 from experiments.runs import Job
@@ -732,6 +737,66 @@ def test_real_videos_are_compared_on_three_sets_and_seeds_can_be_added(root, cal
         UserError, match=r"surv/splits/classes.txt cannot be read .*; the folder must have surv, hockey"
     ):
         real.main(["--data", str(root), "--work", str(root / "fourth")])
+
+
+def test_large_runs_read_videos_and_have_clips_and_a_network_of_the_published_size(root, calls):
+    list_real_sets(root / "data")
+    work = root / "work"
+    real.main(["--data", str(root / "data"), "--large", "--methods", "DCLR", "--seeds", "1", "--work", str(work)])
+    assert not any(" pack " in line for line in calls)
+    trained = [line for line in calls if line.startswith("train.py")]
+    for line in trained:
+        for flag in ("--clip-length 16", "--crop-size 112", "--width 64"):
+            assert flag in line
+    (pretrained,) = (line for line in trained if line.startswith("train.py pretrain"))
+    assert f"--data {work / 'real' / 'sets' / 'union'} " in pretrained
+    # Networks that need no other run are trained first.
+    last = max(number for number, line in enumerate(calls) if "train.py" in line and "--pretrained" not in line)
+    assert last < min(number for number, line in enumerate(calls) if "--pretrained" in line or line.startswith("-m"))
+    recipe = json.loads((work / "real.json").read_text())["recipe"]
+    assert recipe["epochs"] == real.LARGE.epochs == int(pretrained.split("--epochs ")[1].split()[0])
+
+
+def make_real_sets(folder: Path) -> None:
+    """Write the three sets of real.py with two videos each."""
+    for name in real.SETS:
+        write_lines(folder / name / "splits", "train.txt", "a/one.mp4 0 x")
+        write_lines(folder / name / "splits", "test.txt", "two.mp4 1 y")
+        write_lines(folder / name / "splits", "classes.txt", "calm", "fight")
+        for seed, file in enumerate(("a/one.mp4", "two.mp4")):
+            (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(seed).integers(0, 256, (5 + seed, 128, 170, 3), dtype=np.uint8)
+            write_video(folder / name / file, noise)
+    write_lines(folder / "surv", "folds.txt", "a/one.mp4 0 x 1", "two.mp4 1 y 2")
+
+
+def test_a_smaller_copy_has_the_lists_and_all_frames_and_is_continued(tmp_path, capsys):
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    make_real_sets(data)
+    flags = ["--data", str(data), "--out", str(copy)]
+    smaller.main(flags)
+    assert capsys.readouterr().out.count(" MB in ") == 3
+    for name in real.SETS:
+        for file, frames in (("a/one.mp4", 5), ("two.mp4", 6)):
+            record = verify_video(copy / name / file)
+            assert (record.frames, record.height, record.width) == (frames, 112, 148)
+            assert (copy / name / file).stat().st_size < (data / name / file).stat().st_size
+        for file in ("train.txt", "test.txt", "classes.txt"):
+            assert (copy / name / "splits" / file).read_bytes() == (data / name / "splits" / file).read_bytes()
+    assert (copy / "surv" / "folds.txt").read_bytes() == (data / "surv" / "folds.txt").read_bytes()
+
+    kept = copy / "surv" / "two.mp4"
+    before = kept.stat().st_mtime_ns
+    (copy / "surv" / "a" / "one.mp4").unlink()
+    smaller.main(flags)
+    assert kept.stat().st_mtime_ns == before
+    assert (copy / "surv" / "a" / "one.mp4").exists()
+
+    (data / "hockey" / "two.mp4").write_bytes(b"no video")
+    (copy / "hockey" / "two.mp4").unlink()
+    with pytest.raises(UserError, match=r"^--data: .*hockey/two\.mp4 cannot be read"):
+        smaller.main(flags)
+    assert not (copy / "hockey" / "two.mp4").exists()
 
 
 def test_the_permutation_test_counts_all_divisions_into_groups():
