@@ -218,8 +218,9 @@ def sample_batches(
     source: Source, sample: Callable[[int, ClipPair], Any]
 ) -> Callable[[BatchSampler, int], DataLoader[Any]]:
     def batches(sampler: BatchSampler, workers: int) -> DataLoader[Any]:
+        context = "fork" if workers else None
         return DataLoader(
-            Samples(source, sample), batch_sampler=sampler, num_workers=workers, multiprocessing_context="fork"
+            Samples(source, sample), batch_sampler=sampler, num_workers=workers, multiprocessing_context=context
         )
 
     return batches

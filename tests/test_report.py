@@ -196,7 +196,7 @@ def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_
     figures.plot_retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
     pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
     # 3 columns of 1.7 inches, 2 rows of 1.6 inches, the title and the legend, at 100 dots per inch.
-    assert pixels.shape[:2] in ((420, 510), (420, 509))  # matplotlib 3.10 rounds down
+    assert pixels.shape[:2] in ((420, 510), (420, 509))  # matplotlib up to 3.10 rounds down
     pixels, legend = np.split(pixels, [390])
     height, width = pixels.shape[:2]
 
@@ -227,7 +227,7 @@ def test_the_sheet_of_mistakes_shows_every_frame_and_names_that_are_no_formula(t
         figures.plot_mistakes(cells, "title $\\no$", tmp_path / "mistakes.png")
     pixels = np.asarray(Image.open(tmp_path / "mistakes.png").convert("RGB")).astype(int)
     assert all((pixels == colour).all(2).sum() > 5000 for colour in colours)
-    assert pixels.shape[1] in (6 * 170, 6 * 170 - 1)  # matplotlib 3.10 rounds down
+    assert pixels.shape[1] in (6 * 170, 6 * 170 - 1)  # matplotlib up to 3.10 rounds down
 
 
 def test_a_title_longer_than_the_picture_is_broken_into_lines(tmp_path):
