@@ -73,11 +73,15 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, 
 
 
 def above(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Finding]:
-    """Return the finding that the first mean is above the second by more than two standard errors; [] for one seed."""
+    """Return the finding that the first mean is above the second by more than two standard errors; [] for one seed.
+
+    The detail also has the p-value of an exact permutation test, because few seeds say little about a standard error.
+    """
     if len(more) < 2:
         return []
     gap, error = difference(more, less)
-    detail = f"{100 * gap:+.1f} points, threshold more than {100 * STANDARD_ERRORS * error:.1f}"
+    threshold = f"threshold more than {100 * STANDARD_ERRORS * error:.1f}"
+    detail = f"{100 * gap:+.1f} points, {threshold}, exact test {permutation_share(more, less):.2f}"
     return [finding(claim, gap > STANDARD_ERRORS * error, detail)]
 
 

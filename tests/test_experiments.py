@@ -407,10 +407,15 @@ def test_curves_that_differ_are_reported_with_the_difference_that_rounding_alone
 
 
 def test_two_means_differ_by_two_standard_errors_and_one_seed_gives_no_claim():
-    # Standard error of the difference: sqrt((0.01 + 0.01) / 3) = 8.2 points, twice that 16.3.
+    # Standard error of the difference: sqrt((0.01 + 0.01) / 3) = 8.2 points, twice that 16.3. Of the 20 divisions, two
+    # have at least the difference of `near` and `less`: these two, and one with 0.6 in place of 0.56.
     less, near, far = [0.4, 0.5, 0.6], [0.56, 0.66, 0.76], [0.57, 0.67, 0.77]
     (found,) = evidence.above("better", near, less)
-    assert found == {"claim": "better", "holds": False, "detail": "+16.0 points, threshold more than 16.3"}
+    assert found == {
+        "claim": "better",
+        "holds": False,
+        "detail": "+16.0 points, threshold more than 16.3, exact test 0.10",
+    }
     (found,) = evidence.not_below("kept", less, near)
     assert found == {"claim": "kept", "holds": True, "detail": "-16.0 points, threshold at least -16.3"}
     assert evidence.above("better", far, less)[0]["holds"]
@@ -442,15 +447,19 @@ def test_dclr_is_compared_with_moco_random_weights_and_itself_without_dynamic_pa
 
 
 def test_the_findings_of_the_page_are_those_that_were_published():
-    """The page computes them again from the rows, in present words. Verdicts and numbers must be those of the file."""
+    """The page computes them again from the rows, in present words. Verdicts and numbers must be those of the file.
+
+    Most files are older than the exact test next to a threshold.
+    """
     modules = {"controlled_set": controlled_set, "controlled": controlled, "weizmann": weizmann}
     modules |= {"activation_maps": activation_maps, "precision": precision, "convolutions": convolutions}
-    modules |= {"methods": methods}
+    modules |= {"methods": methods, "real": real}
     for file in evidence.RESULTS.glob("*/*.json"):
         result = json.loads(file.read_text())
         for now, then in zip(modules[file.stem].findings(result), result["findings"], strict=True):
             assert now["holds"] == then["holds"], then
-            numbers = [set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", each["detail"])) for each in (now, then)]
+            details = [re.sub(r"(threshold .*), exact test [\d.]+$", r"\1", each["detail"]) for each in (now, then)]
+            numbers = [set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", detail)) for detail in details]
             assert numbers[0] == numbers[1], then
 
 
@@ -501,7 +510,8 @@ Commits of the runs: abc.
 | MoCo | 60.0 ± 10.0 % | 60.0 ± 10.0 % |  |
 | chance | 12.5 % |  |  |
 
-- **Does not hold**: the motion probe of DCLR is above that of MoCo (+0.0 points, threshold more than 16.3).
+- **Does not hold**: the motion probe of DCLR is above that of MoCo (+0.0 points, threshold more than 16.3, exact test
+  0.70).
 - Holds: the scene probe of DCLR is not below that of MoCo (+0.0 points, threshold at least -16.3).
 
 """)
@@ -579,7 +589,8 @@ def test_the_comparison_runs_once_and_publishes_its_table(root, calls):
     assert "| supervised on motion | 97.4 ± 0.7 % |" in page
     assert "| chance | 12.5 % | 12.5 % | 4.2 % | 4.2 % |" in page
     # 75.5 ± 0.7 against 25.5 ± 0.7 %: standard error sqrt((0.00005 + 0.00005) / 2) = 0.7 points
-    assert "- Holds: the motion probe of DCLR is above that of MoCo (+50.0 points, threshold more than 1.4)." in page
+    said = "the motion probe of DCLR is above that of MoCo (+50.0 points, threshold more than 1.4, exact test 0.17)"
+    assert f"- Holds: {said}." in page
     assert "without dynamic pairs" not in page
     (file,) = (root / "results").glob("*/controlled.json")
     assert (root / "plots" / file.parent.name / "controlled.png").stat().st_size > 10_000
