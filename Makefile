@@ -59,8 +59,9 @@ PYTEST = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 test: lint
 	$(PYTEST) -m "not gpu and not slow"
 
+# Many slow tests wait for launchers and time limits, so three processes keep two cores busy.
 test-slow: setup
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -n 3 -m "slow and not gpu"
 
 evidence: setup
 	$(BIN)/python -m experiments.controlled_set --seeds 1
