@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -68,13 +69,24 @@ def test_a_temporary_folder_that_is_full_is_one_line_on_all_ranks(tmp_path):
     assert all("absent (No such file or directory): free disk space or set $TMPDIR" in str(error) for error in errors)
 
 
+def processes_of(log: Path) -> set[str]:
+    """Return the processes of the lines that decoded videos have written."""
+    return {line.split()[1] for line in log.read_text().splitlines() if " " in line}
+
+
 def open_logged(rank: int, log: Path, config: Any) -> Any:
-    """Open the data set. The log gets a line for each opened list and each decoded video."""
+    """Open the data set. The log gets a line for each opened list and each decoded video.
+
+    A video is decoded only after both ranks have begun with one. Else a fast rank could decode all before the other.
+    """
     verify_video = verification.verify_video
 
     def decode(path: Path) -> Any:
         with log.open("a") as file:
             file.write(f"{path.name} {os.getppid()}\n")
+        end = time.monotonic() + 30
+        while len(processes_of(log)) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
         return verify_video(path)
 
     def read(*arguments: Any) -> Any:
@@ -98,7 +110,7 @@ def test_one_rank_reads_the_lists_and_both_decode(tmp_path):
     decoded = [line.split() for line in lines if line != "read"]
     assert lines.count("read") == 1
     assert Counter(name for name, _ in decoded) == Counter(name for name, _ in train)
-    assert len({process for _, process in decoded}) == 2
+    assert len(processes_of(log)) == 2
     assert (first[1], second[1]) == ((False, {}, True), (True, {}, False))
     for videos, _ in (first, second):
         assert [videos.path(index) for index in range(len(videos))] == [name for name, _ in train]
