@@ -101,11 +101,11 @@ def frozen_objects_stay_frozen() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_patched_once() -> Iterator[None]:
-    """Let Triton's interpreter patch the language once for each launch of a kernel.
+def fast_interpreter() -> Iterator[None]:
+    """Let Triton's interpreter patch the language once for each launch, and find the NumPy type of a type once.
 
-    Triton does this again for every function that a kernel calls. The second time changes nothing, but the interpreter
-    spends half of its time on it.
+    Triton patches again for every function that a kernel calls. The second time changes nothing, but the interpreter
+    spends half of its time on it. Of the rest, it spends a sixth on the types: each operation builds a table of them.
     """
     from dclr.kernels import backend
 
@@ -127,9 +127,18 @@ def interpreter_patched_once() -> Iterator[None]:
         patched.clear()
         restore(scope)
 
+    find_numpy_type, numpy_types = interpreter._get_np_dtype, {}
+
+    def numpy_type(of: Any) -> Any:
+        name = of.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = find_numpy_type(of)
+        return numpy_types[name]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_once)
         patch.setattr(interpreter._LangPatchScope, "restore", restore_all)
+        patch.setattr(interpreter, "_get_np_dtype", numpy_type)
         yield
 
 
