@@ -109,9 +109,9 @@ def permutation_share(more: Sequence[float], less: Sequence[float]) -> float:
     It is the share of all divisions of the values into two groups of these sizes whose difference of means is at least
     as large as the given one. Source: Fisher, The Design of Experiments, 1935.
     """
-    values = [*more, *less]
-    sums = [math.fsum(chosen) for chosen in itertools.combinations(values, len(more))]
-    return sum(total >= math.fsum(more) - 1e-12 for total in sums) / len(sums)
+    values, least = [*more, *less], math.fsum(more) - 1e-12
+    reached = sum(math.fsum(chosen) >= least for chosen in itertools.combinations(values, len(more)))
+    return reached / math.comb(len(values), len(more))
 
 
 def above_exact(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Finding]:
