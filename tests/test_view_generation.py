@@ -789,7 +789,7 @@ def test_registered_operators(yuv: bool) -> None:
         source = yuv_video(8, 9, B=1, T=1)
         planes = stills = (source.y, source.u, source.v)
         stills = (source.y[:, 0], source.u[:, 0], source.v[:, 0])
-    table = torch.zeros(2, 23 if yuv else 17)
+    table = torch.zeros(2, TABLE_COLUMNS["yuv"] + (6 if yuv else 0))
     table[:, 2:4] = torch.tensor([5.0, 6.0])
     planes, stills = (tuple(None if t is None else t.to(_device) for t in each) for each in (planes, stills))
     table = table.to(_device)
