@@ -1,7 +1,7 @@
 """Kill a run of two ranks at random moments, often while it writes a checkpoint, and start it again each time.
 
     python tests/chaos.py --kills 100        about 10 minutes on two cores; `make chaos`
-    python tests/chaos.py --kills 5          about 2 minutes; `make test-slow` does so
+    python tests/chaos.py --kills 5          about 2 minutes; `make test-slow` makes five kills too
 
 After every kill this program checks the newest checkpoint. It must be complete and not older than the one before the
 kill. At most one checkpoint interval of steps may be lost. A run that reaches its end must equal an uninterrupted run
