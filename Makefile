@@ -24,10 +24,10 @@ DS_CONFIG = ds_configs/zero1.json
 
 setup: $(VENV)/.ready
 
-# Without --no-compile, pip compiles all modules of the packages. Python compiles those that are used when it needs them.
+# Not with --no-compile, which saves a minute: where PYTHONDONTWRITEBYTECODE is set, every process would compile torch.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[train,parquet,onnx,hub,remote,notebook,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,parquet,onnx,hub,remote,notebook,test]'
 	touch $@
 
 demo: setup

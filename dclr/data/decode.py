@@ -496,7 +496,8 @@ def resized_planes(path: Path, record: VideoRecord, height: int, width: int) -> 
 
 def _frames_of(path: Path, record: VideoRecord, numbers: np.ndarray) -> Iterator[tuple[int, VideoFrame]]:
     """Yield (number, frame) for each frame in `numbers` once."""
-    goals = np.unique(numbers).tolist()
+    # Not np.unique: it imports numpy.ma, which takes 8 MB in each worker, 16 MB if Python has to compile it.
+    goals = sorted(set(numbers.tolist()))
     missing = set(goals)
     if record.skippable:
         # Frames that skipping does not give are read by counting instead. The trial cannot show that every choice of
