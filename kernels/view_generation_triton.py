@@ -760,6 +760,11 @@ def table_of(rows: Augmentation, frames: Tensor | Yuv420) -> Tensor:
     return torch.cat([table, coefficients], dim=1)
 
 
+def table_width(yuv: bool) -> int:
+    """Return C, the number of columns of the table of parameters."""
+    return TABLE_COLUMNS["yuv"] + (6 if yuv else 0)
+
+
 @dataclass(frozen=True)
 class Planes:
     """The tensors of frames or stills: packed RGB in `luma` alone, or three planes."""
@@ -782,7 +787,10 @@ def _launches(
     size: tuple[int, int],
     boundary: str,
 ) -> list[Launch]:
-    """Return the launches in the order in which they must run."""
+    """Return the launches in the order in which they must run.
+
+    Raises ValueError: the table has another shape. The kernels would read memory behind it.
+    """
     rgb, static, dynamic = views if stills is not None else views * 3
     (B, channels, T), (h, w) = rgb.shape[:3], size
     by_blocks = channels == CHANNELS
@@ -795,6 +803,8 @@ def _launches(
     still = frames if stills is None else stills
     (H, W), (still_H, still_W) = frames.size(), still.size()
     yuv = frames.u is not None
+    if table.shape != (rows, table_width(yuv)):
+        raise ValueError(f"table has shape {tuple(table.shape)}, but must have {(rows, table_width(yuv))}")
     source: dict[str, Tensor | int | float] = {
         "luma": frames.luma,
         "u": frames.luma if frames.u is None else frames.u,
@@ -895,7 +905,7 @@ def _launches_without_memory(
 
     alone = boundary == "none"
     views = _empty_views(B, T, h, w, dtype, torch.device("meta"), blocks)[: 1 if alone else 3]
-    table = torch.empty(B if alone else 2 * B, TABLE_COLUMNS["yuv"] + (6 if yuv else 0), device="meta")
+    table = torch.empty(B if alone else 2 * B, table_width(yuv), device="meta")
     return _launches(planes(B, T), None if alone else planes(B), table, views, (h, w), boundary)
 
 

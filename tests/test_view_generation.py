@@ -789,13 +789,17 @@ def test_registered_operators(yuv: bool) -> None:
         source = yuv_video(8, 9, B=1, T=1)
         planes = stills = (source.y, source.u, source.v)
         stills = (source.y[:, 0], source.u[:, 0], source.v[:, 0])
-    table = torch.zeros(2, TABLE_COLUMNS["yuv"] + (6 if yuv else 0))
+    table = torch.zeros(2, 24 if yuv else 18)
     table[:, 2:4] = torch.tensor([5.0, 6.0])
     planes, stills = (tuple(None if t is None else t.to(_device) for t in each) for each in (planes, stills))
     table = table.to(_device)
     for blocks in (False, True):
         torch.library.opcheck(generate_views_op, (*planes, *stills, table, 4, 5, "wrap", torch.bfloat16, blocks))
     torch.library.opcheck(augment_op, (*planes, table[:1], 4, 5, torch.float32))
+    with pytest.raises(ValueError, match="table has shape"):  # one row too many
+        augment_op(*planes, table, 4, 5, torch.float32)
+    with pytest.raises(ValueError, match="table has shape"):  # one column too few
+        augment_op(*planes, table[:1, :-1], 4, 5, torch.float32)
 
 
 @pytest.mark.usefixtures("triton")
