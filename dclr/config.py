@@ -832,7 +832,7 @@ def resolve(
     return config
 
 
-_SETTINGS_OF_ONE_COMMAND = {"finetune_augmentation": "finetune", "normalised_probe": "linear"}
+_SETTINGS_OF_ONE_COMMAND = {"dropout": "finetune", "finetune_augmentation": "finetune", "normalised_probe": "linear"}
 
 
 def refuse_settings_without_effect(method: str, flags: Collection[str]) -> None:

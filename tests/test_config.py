@@ -163,7 +163,11 @@ def test_a_linear_run_of_an_earlier_version_does_not_normalise_its_features(tmp_
 
 @pytest.mark.parametrize(
     ("command", "flags", "only"),
-    [("finetune", {"normalised_probe": True}, "linear"), ("linear", {"finetune_augmentation": "crop"}, "finetune")],
+    [
+        ("finetune", {"normalised_probe": True}, "linear"),
+        ("linear", {"finetune_augmentation": "crop"}, "finetune"),
+        ("linear", {"dropout": 0.5}, "finetune"),
+    ],
 )
 def test_a_flag_of_the_other_training_on_labels_is_refused(command, flags, only):
     with pytest.raises(UserError, match=rf"^--[a-z-]+ has no effect in {command}, only in {only}: leave the flag out$"):

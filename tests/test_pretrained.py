@@ -139,6 +139,7 @@ def test_pretraining_starts_from_the_weights_and_heads_of_another_run(
     assert torch.equal(tensors[f"model/key.backbone.{name}"], first[name])
     with pytest.raises(UserError, match="no such file"):
         train_main("pretrain", **{**again, "out": tmp_path / "third", "init": tmp_path / "missing"})
+    assert not (tmp_path / "third").exists()  # refused before the videos are verified
     # An untrained network of the run's size, on the run's data set.
     monkeypatch.chdir(tmp_path)  # where the evaluation writes
     evaluate.main(["retrieval", "--checkpoint", "random", "--like", str(tmp_path / "first"), "--workers", "0"])

@@ -16,7 +16,7 @@ from dclr.data.samples import PairBatch, PairSamples, TrainSamples
 from dclr.kernels import Views, generate_views
 from dclr.kernels.space_to_depth import depth_to_space
 from dclr.methods import METHODS, Method
-from dclr.models import Backbone, load_backbone, save_backbone
+from dclr.models import Backbone, build_backbone, load_backbone, save_backbone
 from dclr.programs import command_of
 from dclr.report import Stopwatch
 from dclr.training.batchnorm import average_statistics
@@ -45,9 +45,11 @@ def pretrain(
         open_knn: opens the measurement of the backbone that --knn-every asks for.
 
     Raises:
-        UserError: see start_run, load_start, Engine and train.
+        UserError: see check_start, start_run, Engine and train.
         Stopped: a signal asked the run to stop. A checkpoint is written.
     """
+    if resume is None:
+        check_start(config)
     with start_run("pretrain", preset, config, device, resume, replace) as run:
         config = cast(PretrainConfig, run.config)
         torch.manual_seed(config.run.seed)
@@ -92,6 +94,17 @@ def next_steps(run: Run) -> list[str]:
         f"next: {command_of('train')} finetune --preset {preset}{data}{flags} --pretrained {checkpoint} --out {out}",
         f"  or: {command_of('eval')} retrieval --checkpoint {checkpoint}{data}",
     ]
+
+
+def check_start(config: PretrainConfig) -> None:
+    """Try to load the weights that --init names, if any, before all videos are verified, which may take minutes.
+
+    Raises:
+        UserError: on all ranks, see load_backbone.
+    """
+    if init := config.start.init:
+        trial = build_backbone(config.model.backbone, config.model.width)
+        distributed.on_all_ranks(lambda: load_backbone(Path(init), trial))
 
 
 def load_start(network: Method, init: str) -> str:
