@@ -451,6 +451,9 @@ def test_a_run_that_is_not_finished_is_evaluated_from_its_newest_checkpoint(fine
     flags = ["--workers", "0", "--checkpoint", str(newest.with_suffix("")), "--out", str(tmp_path / "out")]
     evaluation.main(["accuracy", *flags])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["videos"] == 8
+    evaluation.main(["bias", "--workers", "0", "--checkpoint", str(run), "--out", str(tmp_path / "bias")])
+    foreground = json.loads((tmp_path / "bias" / "report.json").read_text())["foreground"]
+    assert foreground["predicted_by"] == f"the classifier of {run}"
 
 
 def test_videos_that_cannot_be_read_are_left_out_of_the_figures_and_listed(finetuned, demo_videos, tmp_path):

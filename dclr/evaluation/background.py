@@ -51,8 +51,9 @@ from dclr.evaluation.features import (
 )
 from dclr.evaluation.linear_probe import Probe, fit_probe
 from dclr.evaluation.retrieval import retrieval
-from dclr.models import Backbone, Classifier, load_classifier, pool
-from dclr.models.weights import CLASSIFIER_FILE_NAME as FILE_NAME
+from dclr.models import Backbone, Classifier, backbone_without_memory, load_classifier, pool
+from dclr.models.pretrained import ANY
+from dclr.models.weights import find_file, read_weights
 
 SHEET_VIDEOS = 8
 FOREGROUND = ("ordinary", "moving", "static", "contrasted")
@@ -204,13 +205,14 @@ def load_network(
 ) -> tuple[Backbone, tuple[Classifier, tuple[str, ...]] | None, str]:
     """Return the backbone, the classifier with its class names, and one line that says what was loaded.
 
-    The classifier is None unless the checkpoint is a finetune or linear run.
+    The classifier is that of a finetune or linear run, which may still go or be stopped. It is None if the file that
+    `checkpoint` names has none.
 
     Raises:
         UserError: see load_features and load_classifier; the classifier has another backbone than `model`.
     """
-    file = checkpoint / FILE_NAME if checkpoint.is_dir() else checkpoint
-    if file.name != FILE_NAME or not file.is_file():
+    file = None if str(checkpoint) == "random" else find_file(checkpoint, ANY)
+    if file is None or not read_weights(file, backbone_without_memory(model.backbone, model.width)).fc:
         backbone, loaded = load_features(checkpoint, model, seed)
         return backbone, None, loaded
     classifier, classes = load_classifier(file)
