@@ -527,7 +527,7 @@ def test_weights_of_no_known_network(tmp_path: Path) -> None:
 
 def test_missing_files_and_files_without_weights(tmp_path: Path) -> None:
     refused(tmp_path / "nothing.pth", "no such file")
-    refused(tmp_path, "holds no backbone.safetensors")
+    refused(tmp_path, "holds no backbone.safetensors, classifier.safetensors, model.safetensors or checkpoint: give")
 
     state = build_backbone("r3d_10", width=8).state_dict()
     torch.save(state, tmp_path / "torn.pth")

@@ -198,7 +198,7 @@ def find_file(source: Path, names: tuple[str, ...] = (FILE_NAME, CLASSIFIER_FILE
         found = [source / name for name in names if (source / name).is_file()]
         found += reversed(checkpoints_in(source / "checkpoints") or checkpoints_in(source))
         if not found:
-            raise UserError(f"{source} holds no {names[0]}: give the folder of a run that has one, or a file")
+            raise UserError(f"{source} holds no {', '.join(names)} or checkpoint: give the folder of a run, or a file")
         return found[0]
     with_suffix = source.with_name(source.name + ".safetensors") if source.name else source
     file = with_suffix if with_suffix.is_file() and not source.is_file() else source
