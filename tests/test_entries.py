@@ -479,6 +479,9 @@ def test_what_cannot_be_evaluated_is_refused(finetuned, demo_videos, genuine, tm
     for command in ("accuracy", "retrieval"):
         message = call(command, checkpoint=tmp_path / "gone")
         assert message.startswith(f"--checkpoint {tmp_path / 'gone'}: no such file or folder")
+    (tmp_path / "without-weights").mkdir()
+    for command in ("accuracy", "retrieval", "bias", "maps"):
+        assert "without-weights" in call(command, checkpoint=tmp_path / "without-weights")
     gone = tmp_path / "moved-run"
     gone.mkdir()
     content = (finetuned / "config.json").read_text().replace(str(demo_videos), "/gone/videos")

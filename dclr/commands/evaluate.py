@@ -209,7 +209,6 @@ def evaluate(
     model, seed = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
 
     from dclr import distributed, report
-    from dclr.data.datasets import make_demo
     from dclr.evaluation.accuracy import evaluate_accuracy
     from dclr.evaluation.activation_maps import evaluate_activation_maps
     from dclr.evaluation.background import evaluate_background
@@ -218,8 +217,6 @@ def evaluate(
     pictures = folder / "pictures"
     distributed.on_rank_zero(lambda: report.make_writable(pictures))
     began = time.monotonic()
-    if not data.data:
-        distributed.on_rank_zero(make_demo)
     if command == "accuracy":
         result = evaluate_accuracy(checkpoint, data, device, folder)
     elif command == "retrieval":

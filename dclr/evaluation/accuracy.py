@@ -13,12 +13,18 @@ import torch
 
 from dclr import distributed
 from dclr.config import DataConfig
-from dclr.data.datasets import open_data
 from dclr.data.decode import UnreadableVideo
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
-from dclr.evaluation.features import ClipOutputs, check_classes, check_labels, open_split, run_on_clips
+from dclr.evaluation.features import (
+    ClipOutputs,
+    check_classes,
+    check_labels,
+    find_data,
+    open_split,
+    run_on_clips,
+)
 from dclr.evaluation.predictions import Predictions, name_of_label, write_predictions
 from dclr.evaluation.retrieval import middle_frame
 from dclr.models import Classifier, count_correct, load_classifier
@@ -52,11 +58,11 @@ def evaluate_accuracy(checkpoint: Path, data: DataConfig, device: torch.device, 
     most confident mistakes, to its folder `pictures`.
 
     Raises:
-        UserError: see load_classifier, open_data, open_split and Benchmark. The data set has other classes than the
+        UserError: see load_classifier, find_data, open_split and Benchmark. The data set has other classes than the
             classifier, or a test video without a label.
     """
     classifier, classes = load_classifier(checkpoint)
-    catalog = open_data(data)
+    catalog = find_data(data)
     check_classes(checkpoint, classes, catalog)
     videos = open_split(catalog, "test", data)
     without = f"; {command_of('eval')} predict needs no labels"

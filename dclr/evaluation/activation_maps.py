@@ -23,7 +23,6 @@ from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data import augmentation
 from dclr.data.clips import evenly_spaced
-from dclr.data.datasets import open_data
 from dclr.data.decode import YuvFrames, rgb_of
 from dclr.data.display import shown
 from dclr.data.failures import Failures
@@ -34,7 +33,7 @@ from dclr.errors import UserError
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
 from dclr.evaluation.composites import foreground_mask
-from dclr.evaluation.features import SKIPPED, check_outputs, clip_batches, load_features, open_split
+from dclr.evaluation.features import SKIPPED, check_outputs, clip_batches, find_data, load_features, open_split
 from dclr.kernels import ViewParams, generate_views
 from dclr.models import Backbone, activation_map
 
@@ -98,14 +97,14 @@ def evaluate_activation_maps(
         boundary: how the dynamic view treats the first frame, see kernels.generate_views.
 
     Raises:
-        UserError: see load_backbone, open_data, open_split and Benchmark; no test clip has a foreground; a map is zero
+        UserError: see load_backbone, find_data, open_split and Benchmark; no test clip has a foreground; a map is zero
             everywhere or not finite.
     """
     network, loaded = load_features(checkpoint, model, seed)
     networks = {"": network}
     if str(checkpoint) != "random":
         networks = {"untrained": load_features(Path("random"), model, seed)[0], **networks}
-    catalog = open_data(data)
+    catalog = find_data(data)
     videos = open_split(catalog, "test", data)
     benchmark = Benchmark(catalog, data, test=videos)
     for each in networks.values():

@@ -23,7 +23,6 @@ from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
 from dclr.data.clips import evenly_spaced
-from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
 from dclr.data.display import shown
 from dclr.data.samples import TestClips
@@ -43,6 +42,7 @@ from dclr.evaluation.features import (
     all_clips,
     check_classes,
     check_outputs,
+    find_data,
     load_features,
     mean_of_clips,
     open_labelled,
@@ -88,12 +88,12 @@ def evaluate_background(
         seed: the seed of random weights, used only if `checkpoint` is the word random.
 
     Raises:
-        UserError: see load_network, open_data, open_split and Benchmark. A data set without labels, or with other
+        UserError: see load_network, find_data, open_split and Benchmark. A data set without labels, or with other
             classes than the classifier. With `foreground`: all test videos are of one class, or none of them has a
             foreground.
     """
     backbone, classifier, loaded = load_network(checkpoint, model, seed)
-    catalog = open_data(data)
+    catalog = find_data(data)
     train_videos, test_videos = open_labelled(catalog, data, "bias")
     benchmark = Benchmark(catalog, data, train=train_videos, test=test_videos)
     if classifier:

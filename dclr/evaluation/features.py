@@ -21,6 +21,7 @@ from torch import Tensor
 from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog, label_advice
+from dclr.data.datasets import make_demo, open_data
 from dclr.data.failures import Failures
 from dclr.data.loader import Position, TestSampler, batches_ahead
 from dclr.data.prefetch import batches_on
@@ -244,6 +245,19 @@ def check_labels(catalog: Catalog, split: str, videos: VideoSet, command: str, o
             f"--data {catalog.root}: {start} no labels, which {command} needs; "
             f"{label_advice(catalog)}, the first without one is {videos.path(bare[0])}{otherwise}"
         )
+
+
+def find_data(data: DataConfig) -> Catalog:
+    """Return the catalog of --data. Without --data, rank 0 renders the demo videos if they do not exist.
+
+    Call it after the network is loaded, so that a wrong checkpoint is refused before anything is rendered.
+
+    Raises:
+        UserError: see open_data.
+    """
+    if not data.data:
+        distributed.on_rank_zero(make_demo)
+    return open_data(data)
 
 
 def open_split(catalog: Catalog, split: str, data: DataConfig) -> VideoSet:

@@ -24,13 +24,12 @@ from torch import Tensor
 from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.clips import evenly_spaced
-from dclr.data.datasets import open_data
 from dclr.data.decode import rgb_of
 from dclr.data.display import shown
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
-from dclr.evaluation.features import ClipOutputs, load_features, mean_of_clips, open_labelled, run_on_clips
+from dclr.evaluation.features import ClipOutputs, find_data, load_features, mean_of_clips, open_labelled, run_on_clips
 from dclr.models import pool
 
 RANKS = (1, 5, 10, 20, 50)
@@ -75,10 +74,10 @@ def evaluate_retrieval(
         normalise_clips: see `mean_direction`.
 
     Raises:
-        UserError: see load_backbone, open_data, open_split and Benchmark. A data set without labels.
+        UserError: see load_backbone, find_data, open_split and Benchmark. A data set without labels.
     """
     backbone, loaded = load_features(checkpoint, model, seed)
-    catalog = open_data(data)
+    catalog = find_data(data)
     gallery_videos, query_videos = open_labelled(catalog, data, "retrieval")
     benchmark = Benchmark(catalog, data, train=gallery_videos, test=query_videos)
     backbone.to(device).eval()
