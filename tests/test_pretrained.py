@@ -137,9 +137,9 @@ def test_pretraining_starts_from_the_weights_and_heads_of_another_run(
     tensors, _ = checkpoint.read(checkpoint.newest(tmp_path / "second" / "checkpoints"))
     name = "stem.0.weight"
     assert torch.equal(tensors[f"model/key.backbone.{name}"], first[name])
-    with pytest.raises(UserError, match="no such file"):
-        train_main("pretrain", **{**again, "out": tmp_path / "third", "init": tmp_path / "missing"})
-    assert not (tmp_path / "third").exists()  # refused before the videos are verified
+    wrong = {"init": tmp_path / "missing", "data": tmp_path / "gone"}  # the weights are refused before the videos are
+    with pytest.raises(UserError, match=r"no such file: .*missing"):
+        train_main("pretrain", **{**again, "out": tmp_path / "third", **wrong})
     # An untrained network of the run's size, on the run's data set.
     monkeypatch.chdir(tmp_path)  # where the evaluation writes
     evaluate.main(["retrieval", "--checkpoint", "random", "--like", str(tmp_path / "first"), "--workers", "0"])
