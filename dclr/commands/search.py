@@ -77,7 +77,7 @@ def run(flags: dict[str, Any]) -> None:
 
     from dclr import distributed, report
     from dclr.commands.ranks import connected_ranks
-    from dclr.data.datasets import make_demo, open_data
+    from dclr.evaluation.features import find_data
     from dclr.evaluation.search import clips_of, read_gallery, search
     from dclr.evaluation.search_results import print_table, title_of, write_results
     from dclr.models import load_pretrained
@@ -87,11 +87,9 @@ def run(flags: dict[str, Any]) -> None:
         pretrained = load_pretrained(checkpoint)
         table = read_gallery(Path(features), pretrained, kind) if features else None
         data = configuration.DataConfig(**{**clips_of(table, pretrained), **flags})
-        if not features and not data.data:
-            distributed.on_rank_zero(make_demo)
+        source = table or find_data(data)
         folder = distributed.on_rank_zero(lambda: at_end.enter_context(report.open_run(out or "", "search")))
         print(pretrained.loaded)
-        source = table or open_data(data)
         result = search(source, pretrained, data, queries, kind, count, device)
         if result is not None:
             found, gallery = result

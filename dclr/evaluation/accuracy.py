@@ -17,14 +17,7 @@ from dclr.data.decode import UnreadableVideo
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
-from dclr.evaluation.features import (
-    ClipOutputs,
-    check_classes,
-    check_labels,
-    find_data,
-    open_split,
-    run_on_clips,
-)
+from dclr.evaluation.features import ClipOutputs, check_classes, check_labels, find_data, open_split, run_on_clips
 from dclr.evaluation.predictions import Predictions, name_of_label, write_predictions
 from dclr.evaluation.retrieval import middle_frame
 from dclr.models import Classifier, count_correct, load_classifier
