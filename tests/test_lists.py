@@ -244,6 +244,18 @@ def test_names_of_classes_as_labels(tmp_path: Path) -> None:
     assert "class 'sit' is not in DATA/classes.txt" in refusal(tmp_path)
 
 
+def test_a_last_field_may_be_empty_in_a_table_with_tabs(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    write_lines(tmp_path, "train.tsv", "path\tlabel\tgroup", "run/0.mp4\trun\tpark", "sit/0.mp4\tsit\t")
+    write_lines(tmp_path, "test.tsv", "path\tlabel", "run/1.mp4\t", "sit/1.mp4\tsit")
+    catalog = open_catalog(tmp_path)
+    assert [(video.path, video.label, video.group) for video in catalog.videos("train")] == [
+        ("run/0.mp4", 0, "park"),
+        ("sit/0.mp4", 1, ""),
+    ]
+    assert labels(catalog, "test") == {"run/1.mp4": -1, "sit/1.mp4": 1}
+
+
 @pytest.mark.parametrize("line", ["{path}", "{path} -1", "{path},"])
 def test_a_test_list_without_labels_does_not_stop_the_others(tmp_path: Path, line: str) -> None:
     touch(tmp_path, *VIDEOS)

@@ -156,6 +156,9 @@ def _readings(file: Path, lines: list[tuple[str, str]], disk: Disk) -> Iterator[
         if character not in lines[0][1]:
             continue
         rows = [Row(where=where, fields=_split(line, character)) for where, line in lines]
+        if separator == "tab" and len({len(row.fields) for row in rows}) > 1:  # perhaps some last fields are empty
+            whole = dict(read_lines(file, keep_tabs=True))
+            rows = [Row(where=where, fields=_split(whole[where], character)) for where, _ in lines]
         if len({len(row.fields) for row in rows}) == 1 and len(rows[0].fields) > 1:
             yield from _with_roles(file, separator, rows, disk)
     for columns in (1, 2, 3):

@@ -19,21 +19,25 @@ MAX_CLASSES = 100_000
 """Labels are below this number. Without a limit, a typing error in a list would make a classifier of gigabytes."""
 
 
-def read_lines(file: Path) -> list[tuple[str, str]]:
-    """Return (file:line, text) of the lines that are not blank. Bytes that are not UTF-8 are kept (surrogateescape)."""
+def read_lines(file: Path, keep_tabs: bool = False) -> list[tuple[str, str]]:
+    """Return (file:line, text) of the lines that are not blank. Bytes that are not UTF-8 are kept (surrogateescape).
+
+    Each text is without the white space at its ends. With `keep_tabs`, tabs stay there.
+    """
     with reading(file):
         content = file.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of spreadsheets
     text = content.decode("utf-16" if utf16 else "utf-8-sig", "replace" if utf16 else "surrogateescape")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     name = str(file)
-    lines = [(f"{name}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
+    ends = " " if keep_tabs else None
+    lines = [(f"{name}:{number}", line.strip(ends)) for number, line in enumerate(text.split("\n"), start=1)]
     for where, line in lines:
         if len(line) > MAX_LINE:
             raise UserError(
                 f"{where}: a line of {len(line):,} characters, in what should be a list of videos or classes"
             )
-    return [(where, line) for where, line in lines if line]
+    return [(where, line) for where, line in lines if line.strip()]
 
 
 def read_json_list(file: Path) -> list[object]:
