@@ -105,6 +105,8 @@ def test_a_table_with_a_column_of_splits(tmp_path: Path) -> None:
         assert catalog.classes == ("jump", "run", "sit")
     write_lines(tmp_path, "videos.csv", "class,path,split", "run,run/0.mp4,holdout")
     assert refusal(table) == "DATA:2: split must be train, val or test, got 'holdout'"
+    write_lines(tmp_path, "videos.csv", "class,path,split", "run,run/0.mp4,train", "run,run/1.mp4,")
+    assert refusal(table) == "DATA:3: split must be train, val or test, got ''"
 
 
 @pytest.mark.parametrize(

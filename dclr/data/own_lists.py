@@ -204,7 +204,7 @@ def _catalog(
     for name, table in tables.items():
         columns = zip(table.rows, *map(table.column, ("path", "group", "split")), labels[name], strict=True)
         for row, path_field, group, split_field, label in columns:
-            split = _split_of(row.where, split_field, name)
+            split = _split_of(row.where, split_field, name or ("" if "split" in table.roles else "train"))
             if not path_field:
                 raise UserError(f"{row.where}: the path is empty")
             path = path_field
@@ -237,13 +237,13 @@ def _relative(file: Path, root: Path) -> str:
 
 
 def _split_of(where: str, field: str, split: str) -> str:
-    """Return the split of a row from its field and the split of its list. One of them may be empty."""
+    """Return the split of a row from its field and the split of its list. Only one of them may be empty."""
     named = SPLIT_NAMES.get(field.lower(), "")
-    if field and not named:
+    if not named and (field or not split):
         raise UserError(f"{where}: split must be train, val or test, got {field!r}")
     if named and split and named != split:
         raise UserError(f"{where}: split {field!r} in a list of the {split} split")
-    return named or split or "train"
+    return named or split
 
 
 def _resolve_labels(
