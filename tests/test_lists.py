@@ -213,6 +213,7 @@ def test_columns(tmp_path: Path, lines: list[str], columns: str) -> None:
         (["run/0.mp4 0", "run/1.mp4 run"], "train.txt:2: expected the label a number, as in"),
         (["run/0.mp4 0", "run/1.mp4 -1"], "1 of 2 training videos have no label, such as run/1.mp4"),
         (["run/0.mp4 0", "run/0.mp4 1"], "train.txt:2: run/0.mp4 has another label than in"),
+        (["path\tclass name"], "train.txt:1: can be read as `path label` separated by tab or `path label ?` separated"),
         (["run/0.mp4 0", "a b.mp4 0"], "a path with spaces needs quotes"),
     ],
 )

@@ -120,7 +120,7 @@ def read_table(file: Path, disk: Disk) -> Table:
         best = [table for table in best if table.header] or best
     if len(best) > 1:
         ways = " or ".join(f"`{' '.join(table.roles)}` separated by {table.separator}" for table in best)
-        raise UserError(f"{best[0].rows[0].where}: can be read as {ways}; {HEADER_HINT}")
+        raise UserError(f"{lines[0][0]}: can be read as {ways}; {HEADER_HINT}")
     _refuse_unknown_header(best[0], disk)
     return best[0]
 
