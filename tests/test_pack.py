@@ -23,7 +23,7 @@ from dclr import lock as locks
 from dclr.commands import train
 from dclr.config import DataConfig
 from dclr.data import clips, pack, store
-from dclr.data.datasets import open_catalog
+from dclr.data.datasets import official_splits, open_catalog
 from dclr.data.decode import (
     UnreadableVideo,
     YuvFrames,
@@ -514,6 +514,16 @@ def test_other_lists_are_refused(videos, tmp_path):
     out = pack_small(videos, tmp_path / "out")
     (lists / "train.txt").write_text("".join(f"{path} 1\n" for path in VIDEOS))
     assert "was begun with other lists of classes or splits" in refused(videos, out)
+
+
+def test_lists_of_five_folds(videos, tmp_path):
+    for number in range(1, 6):
+        (videos / f"trainlist0{number}.txt").write_text(f"{VIDEOS[number]} 0\n")
+        (videos / f"testlist0{number}.txt").write_text(f"{VIDEOS[0]} 0\n")
+    out = pack_small(videos, tmp_path / "out")
+    assert official_splits(out) == [1, 2, 3, 4, 5]
+    for number in (1, 5):
+        assert open_catalog(out, number).splits == open_catalog(videos, number).splits
 
 
 def test_videos_may_have_moved(videos, tmp_path):

@@ -462,8 +462,9 @@ MISSING = {"missing_split": np.array([0]), "missing_label": np.array([-1])}
         ({"entry_label": at(0, 2)}, "entry_label must be -1 to 1"),
         ({"entry_split": at(0, 3)}, "entry_split must be 0 to 2"),
         ({"entry_number": at(0, 2)}, "entry_number must be one of the numbers"),
-        ({"numbers": [1, 1]}, "numbers must be some of 1, 2 and 3, each once"),
-        ({"numbers": []}, "numbers must be some of 1, 2 and 3, each once"),
+        ({"numbers": [1, 1]}, "numbers must be at least one, and each another"),
+        ({"numbers": []}, "numbers must be at least one, and each another"),
+        ({"numbers": [1, -1]}, "numbers must be 0 or more"),
         (
             {"paths": string_array.pack_strings(["a", "a", "b", "c", "d"])},
             "paths must be at least one, and each another",
