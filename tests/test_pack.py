@@ -550,6 +550,15 @@ def test_a_folder_that_holds_something_else_is_refused(videos, tmp_path):
     )
 
 
+def test_a_wrong_folder_is_refused_before_videos_are_verified(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "load_manifest", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    assert "holds something that is not a packed store" in refused(videos, tmp_path / "out")
+    message = refused(videos, tmp_path / "out" / "thesis.tex")
+    assert message.startswith(f"cannot write to {tmp_path / 'out' / 'thesis.tex'}: File exists;")
+
+
 def test_what_is_no_data_set_or_no_size_is_refused(videos, tmp_path, genuine):
     out = pack_small(videos, tmp_path / "out")
     assert refused(out, tmp_path / "again") == (

@@ -114,6 +114,9 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
     root = next(iter(catalogs.values())).root
     if out and folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out} lies in the data folder, where it could be taken for videos: give another folder")
+    if out and folder.exists():  # refused before hours of verifying
+        with writable(folder):
+            check_folder(folder)
 
     lists = catalog_arrays(catalogs)
     paths = unpack_strings(lists["paths"])
@@ -284,6 +287,13 @@ def writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError if the folder holds something that is not a packed store. Raises OSError."""
+    names = os.listdir(folder)
+    if store.PLAN not in names and any(not name.startswith(("dclr-", "shard-")) for name in names):
+        raise UserError(f"--out {folder} holds something that is not a packed store: give an empty or a new folder")
+
+
 def write_plan(folder: Path, plan: Arrays) -> bytes:
     """Write the plan, or compare it with the plan that another pack wrote.
 
@@ -295,9 +305,8 @@ def write_plan(folder: Path, plan: Arrays) -> bytes:
             raise UserError(
                 f"{folder} was begun with {difference}: pack as before, or into another folder (or delete this one)"
             )
-    elif any(not entry.name.startswith(("dclr-", "shard-")) for entry in folder.iterdir()):
-        raise UserError(f"--out {folder} holds something that is not a packed store: give an empty or a new folder")
     else:
+        check_folder(folder)
         store.check_plan(folder / store.PLAN, plan)  # otherwise the finished store might be refused
         digest = store.save_arrays(folder / store.PLAN, plan)
     return digest
