@@ -10,12 +10,13 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import REPOSITORY, block, children, crash, loop
 
-from dclr.data import decoder_process, verification
+from dclr.data import decoder_process, manifest, verification
 from dclr.data.decode import NO_PTS, VideoRecord, verify_video
 from dclr.data.encode import write_video
 from dclr.data.findings import load_findings
@@ -136,6 +137,21 @@ def test_a_changed_file_is_looked_at_again(root: Path, decoded: Decoded) -> None
     decoded.clear()
     load(root)
     assert decoded.names == []
+
+
+def test_a_video_that_grows_while_two_processes_verify_is_refused_in_one_line(root: Path, monkeypatch) -> None:
+    def verify_later(cache: Path, root: Path, todo: dict[str, tuple[int, int]], *settings: Any) -> dict[str, str]:
+        """Verify, and let the findings be those of a process that has seen the file one nanosecond later."""
+        later = {path: (size, modified + 1) for path, (size, modified) in todo.items()}
+        return verification.verify_files(cache, root, later, *settings)
+
+    monkeypatch.setattr(manifest, "verify_files", verify_later)
+    with pytest.raises(UserError) as refusal:
+        load(root, paths=["a.mp4"])
+    assert str(refusal.value) == (
+        f"{root / 'a.mp4'} has changed while videos were verified: wait until the data set is complete, then run the "
+        "same command again"
+    )
 
 
 def test_videos_not_asked_for_stay_known(root: Path, decoded: Decoded) -> None:

@@ -20,6 +20,7 @@ from dclr.data.findings import Findings, Stamp, load_findings
 from dclr.data.records import Records
 from dclr.data.string_array import unpack_strings
 from dclr.data.verification import verify_files
+from dclr.errors import UserError
 
 
 class RecordsByPath(Mapping[str, VideoRecord]):
@@ -124,7 +125,7 @@ def load_manifest(
         known: the result of `look_up` for the same files, if the caller has it already.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: the cache cannot be written, or a video has changed and another process has verified it since.
     """
     known = known or look_up(root, paths, cache_dir)
     paths, status, findings, rows = known.paths, known.status, known.findings, known.rows
@@ -140,7 +141,13 @@ def load_manifest(
     unreadable = {}
     for position in np.flatnonzero(~readable).tolist():
         path, row = paths[position], int(rows[position])
-        unreadable[path] = status.faults.get(position) or (died[path] if row < 0 else reasons[numbers[row]])
+        reason = status.faults.get(position) or (died.get(path) if row < 0 else reasons[numbers[row]])
+        if reason is None:
+            raise UserError(
+                f"{root / path} has changed while videos were verified: wait until the data set is complete, then run "
+                "the same command again"
+            )
+        unreadable[path] = reason
     positions = np.flatnonzero(readable)
     return Manifest(
         root=root,
