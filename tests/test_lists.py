@@ -245,6 +245,8 @@ def test_names_of_classes_as_labels(tmp_path: Path) -> None:
     assert labels(open_catalog(tmp_path), "test") == {"sit/0.mp4": 0, "sit/1.mp4": 0}
     write_lines(tmp_path, "classes.txt", "run", "jump")
     assert "class 'sit' is not in DATA/classes.txt" in refusal(tmp_path)
+    write_lines(tmp_path, "classes.txt", "sit", "run", "jump", "run")
+    assert refusal(tmp_path) == "DATA/classes.txt: class 'run' is named twice, so its label is unknown: each class once"
 
 
 def test_a_last_field_may_be_empty_in_a_table_with_tabs(tmp_path: Path) -> None:

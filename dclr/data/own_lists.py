@@ -275,6 +275,9 @@ def _resolve_labels(
     for where, field in rows:
         if names is not None and field not in names:
             raise UserError(f"{where}: class {field!r} is not in {class_file}")
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{class_file}: class {twice!r} is named twice, so its label is unknown: each class once")
     classes = tuple(names if names is not None else sorted({field for _, field in rows}))
     index = {name: label for label, name in enumerate(classes)} | {"": -1, "-1": -1}
     return {name: [index[field] for field in column] for name, column in fields.items()}, classes, []
