@@ -4,6 +4,9 @@ The videos of a class are ranked by a hash of the seed and their path, and the f
 depends only on the seed and the listed paths: every method, command and machine trains on the same videos. A larger
 share keeps all videos of a smaller one. Listed videos that are not on disk are ranked too, so an incomplete data set
 does not change the choice. Those that are chosen are then missing, which --max-missing counts.
+
+Kinetics, Something-Something v2 and Diving48 list ids and no paths. There, a video is ranked by its path on disk, or by
+its id if it is missing. So other missing videos or other folders change the choice.
 """
 
 import hashlib
