@@ -56,6 +56,15 @@ def test_lists_of_many_names_are_read_instead_of_class_folders(tmp_path: Path, t
     assert open_catalog(tmp_path / train).splits == catalog.splits
 
 
+def test_a_list_may_be_named_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, *VIDEOS)
+    write_lines(tmp_path, "splits/train.txt", *(f"{path} {label}" for path, label in EXPECTED.items()))
+    monkeypatch.chdir(tmp_path / "splits")
+    assert open_catalog(Path("train.txt")).splits == open_catalog(tmp_path).splits
+    monkeypatch.chdir(tmp_path)
+    assert open_catalog(Path("splits/train.txt")).splits == open_catalog(tmp_path).splits
+
+
 @pytest.mark.parametrize("name", ["val.txt", "valid.csv", "Validation_list.txt"])
 def test_validation_lists(tmp_path: Path, name: str) -> None:
     touch(tmp_path, *VIDEOS)

@@ -80,6 +80,8 @@ def list_catalog(data: Path, split: int, allow_outside: bool) -> Catalog:
         list. The message names the file and the line.
     """
     if data.is_file():
+        if data.parent == Path():  # named from inside its folder, which may be splits/
+            data = data.absolute()
         lists = _lists_of_kind(data)
         single: Path | None = data
         root = data.parent.parent if data.parent.name.lower() in LIST_FOLDERS else data.parent
