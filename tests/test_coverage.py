@@ -119,6 +119,13 @@ def test_check_names_ten_videos_of_a_kind_and_its_report_names_all(tmp_path, cap
         train.main(["check", "--data", str(data), "--report", str(absent)])
 
 
+def test_a_folder_as_report_is_refused_before_any_video_is_decoded(tmp_path, monkeypatch):
+    data = make_list(tmp_path / "data", train=TRAIN)
+    monkeypatch.setattr(verification, "verify_video", lambda file: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=f"--report {tmp_path} is a folder: give a file"):
+        check(DataConfig(data=str(data)), str(tmp_path))
+
+
 def test_training_is_refused_for_missing_videos_before_any_video_is_decoded(train_main, tiny, tmp_path, monkeypatch):
     data = make_list(tmp_path / "data", train=[*TRAIN, ("lost.mp4", 1)])
     monkeypatch.setattr(verification, "verify_video", lambda file: pytest.fail("decoded"))

@@ -36,6 +36,8 @@ def check(data: DataConfig, report: str = "") -> None:
     """
     if report and not Path(report).absolute().parent.is_dir():  # noticed before hours of verifying
         raise UserError(f"--report {report}: no such folder: {Path(report).parent}")
+    if report and Path(report).is_dir():
+        raise UserError(f"--report {report} is a folder: give a file")
     if not data.data:
         make_demo()
     catalog, workers = open_data(data), max(1, data.workers)
