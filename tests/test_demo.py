@@ -1,5 +1,7 @@
 """The demo videos are real files, balanced and deterministic, and only motion tells their classes apart."""
 
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from dclr.data.datasets import open_catalog
 from dclr.data.decode import read_planes, rgb_of, verify_video
 from dclr.data.demo import BACKGROUNDS, CLASSES, FRAMES, SIZE, render_demo, render_video
 from dclr.errors import UserError
+from dclr.lock import LOCK
 
 TRAIN, TEST = 24, 8
 
@@ -39,6 +42,31 @@ def test_the_catalog_opens_it(listed: Path) -> None:
         assert Counter(video.label for video in catalog.videos(split)) == dict.fromkeys(range(8), per_class)
     paths = [video.path for split in catalog.splits.values() for video in split]
     assert len(set(paths)) == 8 * (TRAIN + TEST)
+
+
+def test_of_two_processes_one_renders_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that begins to train would otherwise read videos that the other one writes again."""
+    written, begun = [], threading.Event()
+
+    def write(path: Path, *rest: object, **named: object) -> None:
+        written.append(path.name)
+        path.touch()
+        begun.set()
+        time.sleep(0.02)
+
+    monkeypatch.setattr(demo, "render_video", lambda *drawn: None)
+    monkeypatch.setattr(demo, "write_video", write)
+
+    def render() -> None:
+        render_demo(tmp_path / "demo", train_per_class=1, test_per_class=1, progress=False)
+
+    other = threading.Thread(target=render)  # a lock file is locked for one open file, also inside one process
+    other.start()
+    begun.wait()
+    render()
+    other.join()
+    assert len(written) == len(set(written)) == 16
+    assert not (tmp_path / "demo" / LOCK).exists()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

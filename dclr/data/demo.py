@@ -11,13 +11,14 @@ The 8 classes differ only in motion, so that a network that sees single frames s
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from dclr.data.encode import write_video
 from dclr.errors import UserError
+from dclr.files import atomic_write
+from dclr.lock import folder_lock
 from dclr.progress import ProgressBar
 
 SIZE = 64
@@ -44,43 +45,53 @@ def render_demo(
     """Write folder/videos/<class>/<class>_0000.mp4 ... and folder/splits/{train,test,classes}.txt. Returns the folder.
 
     A line of a list is `path label group`. The group is the background, scene00 to scene23. A folder that is complete
-    for the same numbers and seed is left unchanged. The same seed gives the same pixels before encoding.
+    for the same numbers and seed is left unchanged. The same seed gives the same pixels before encoding. If several
+    processes call this at the same time, one of them renders and the others wait.
 
     Raises:
         UserError: the folder cannot be written.
     """
     settings = {"version": _VERSION, "train_per_class": train_per_class, "test_per_class": test_per_class, "seed": seed}
     done = folder / "demo.json"
-    if done.is_file() and done.read_text() == json.dumps(settings):
-        return folder
 
+    def is_complete() -> bool:
+        return done.is_file() and done.read_text() == json.dumps(settings)
+
+    if is_complete():
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder, wait=True):
+            if not is_complete():  # another process may have rendered them while this one waited
+                done.unlink(missing_ok=True)
+                _render(folder, train_per_class, test_per_class, seed, progress)
+                # demo.json is written last and atomically: it marks a complete folder.
+                atomic_write(done, json.dumps(settings).encode())
+    except OSError as error:
+        raise UserError(f"cannot write the demo videos to {folder}: {error}") from error
+    return folder
+
+
+def _render(folder: Path, train_per_class: int, test_per_class: int, seed: int, progress: bool) -> None:
+    """Write the videos and the lists. Raises OSError."""
     scenes = _scenes(seed)
     order = np.random.default_rng([seed, 1]).permutation(BACKGROUNDS)
     lists: dict[str, list[str]] = {"train": [], "test": []}
     per_class = train_per_class + test_per_class
-    try:
-        done.unlink(missing_ok=True)
-        with ProgressBar(len(CLASSES) * per_class, "rendering demo videos", "video", shown=progress) as bar:
-            for label, name in enumerate(CLASSES):
-                (folder / "videos" / name).mkdir(parents=True, exist_ok=True)
-                for index in range(per_class):
-                    scene = int(order[index % BACKGROUNDS])  # the same for every class
-                    path = f"videos/{name}/{name}_{index:04d}.mp4"
-                    rng = np.random.default_rng([seed, 2, label, index])
-                    write_video(folder / path, render_video(name, scenes[scene], rng), fps=FPS)
-                    lists["train" if index < train_per_class else "test"].append(f"{path} {label} scene{scene:02d}\n")
-                    bar.advance()
-        (folder / "splits").mkdir(exist_ok=True)
-        for split, lines in lists.items():
-            (folder / "splits" / f"{split}.txt").write_text("".join(lines))
-        (folder / "splits" / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-        # demo.json is written last and atomically: it marks a complete folder.
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings))
-        os.replace(temporary, done)
-    except OSError as error:
-        raise UserError(f"cannot write the demo videos to {folder}: {error}") from error
-    return folder
+    with ProgressBar(len(CLASSES) * per_class, "rendering demo videos", "video", shown=progress) as bar:
+        for label, name in enumerate(CLASSES):
+            (folder / "videos" / name).mkdir(parents=True, exist_ok=True)
+            for index in range(per_class):
+                scene = int(order[index % BACKGROUNDS])  # the same for every class
+                path = f"videos/{name}/{name}_{index:04d}.mp4"
+                rng = np.random.default_rng([seed, 2, label, index])
+                write_video(folder / path, render_video(name, scenes[scene], rng), fps=FPS)
+                lists["train" if index < train_per_class else "test"].append(f"{path} {label} scene{scene:02d}\n")
+                bar.advance()
+    (folder / "splits").mkdir(exist_ok=True)
+    for split, lines in lists.items():
+        (folder / "splits" / f"{split}.txt").write_text("".join(lines))
+    (folder / "splits" / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
 
 
 def render_video(
