@@ -550,6 +550,14 @@ def test_a_folder_that_holds_something_else_is_refused(videos, tmp_path):
     )
 
 
+def test_a_url_is_no_folder_for_a_store(videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(videos, "s3://bucket/store") == (
+        "--out is s3://bucket/store, but must be a local folder: pack there, then upload the folder"
+    )
+    assert os.listdir() == ["videos"]
+
+
 def test_a_wrong_folder_is_refused_before_videos_are_verified(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "load_manifest", None)
     (tmp_path / "out").mkdir()

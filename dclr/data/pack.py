@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dclr.config import DataConfig
+from dclr.config import DataConfig, is_url
 from dclr.data import decoder_process, store
 from dclr.data.catalog import catalog_arrays, describe_reading, describe_warnings
 from dclr.data.datasets import DEMO_VIDEOS, make_demo, official_splits, open_catalog
@@ -105,6 +105,8 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
     """
     if short_side < 16 or short_side % 2:
         raise UserError(f"--short-side is {short_side}, but must be even and at least 16 (the smallest --crop-size)")
+    if is_url(out):
+        raise UserError(f"--out is {out}, but must be a local folder: pack there, then upload the folder")
     if not data.data:
         make_demo()
     source, folder = data_path(data.data or str(DEMO_VIDEOS)), Path(out)
