@@ -374,6 +374,16 @@ def test_hmdb51_in_other_letter_case_and_without_a_class_folder(tmp_path: Path) 
     assert [video.path for video in catalog.missing["train"]] == ["videos/sit/1.avi"]
 
 
+def test_hidden_files_next_to_hmdb51s_lists_are_no_lists(tmp_path: Path) -> None:
+    touch(tmp_path, "run/1.avi", "run/._1.avi")
+    write_lines(tmp_path, "testTrainMulti_7030_splits/run_test_split1.txt", "1.avi 1 ")
+    for number in (1, 2):
+        (tmp_path / f"testTrainMulti_7030_splits/._run_test_split{number}.txt").write_bytes(b"\0\5\x16\7 Mac OS X")
+    catalog = open_catalog(tmp_path)
+    assert (catalog.classes, labels(catalog)) == (("run",), {"run/1.avi": 0})
+    assert official_splits(tmp_path) == [1]
+
+
 # ---------------------------------------------------------------- Kinetics and Diving48
 
 HEADER = "label,youtube_id,time_start,time_end,split"

@@ -11,6 +11,9 @@ from dclr.data.lists import MAX_CLASSES, label_number, path_inside, read_json_li
 from dclr.data.tree import has_video_name
 from dclr.errors import UserError
 
+HMDB51_LISTS = "[!.]*_test_split[123].txt"
+"""Pattern of the names of HMDB51's lists. Hidden files, such as those that macOS writes next to others, are no lists."""
+
 
 def is_ucf101(data: Path) -> bool:
     return (data / "ucfTrainTestlist").is_dir() or (data / "UCF-101").is_dir()
@@ -86,14 +89,14 @@ def is_hmdb51(data: Path) -> bool:
 
 
 def hmdb51_numbers(data: Path) -> list[int]:
-    return _numbers(data / "testTrainMulti_7030_splits", "*_test_split[123].txt")
+    return _numbers(data / "testTrainMulti_7030_splits", HMDB51_LISTS)
 
 
 def hmdb51(folder: DataFolder) -> Catalog:
     data, split, allow_outside = folder.root, folder.split, folder.allow_outside
     check_split(split, "HMDB51", (1, 2, 3))
     lists = data / "testTrainMulti_7030_splits"
-    classes = tuple(sorted({file.name.rpartition("_test_split")[0] for file in lists.glob("*_test_split[123].txt")}))
+    classes = tuple(sorted({file.name.rpartition("_test_split")[0] for file in lists.glob(HMDB51_LISTS)}))
     if not classes:
         raise UserError(f"{lists} holds no <class>_test_split{split}.txt")
     splits: dict[str, list[Video]] = {"train": [], "test": []}
@@ -107,7 +110,7 @@ def hmdb51(folder: DataFolder) -> Catalog:
             if use != "0":
                 path = path_inside(PurePosixPath(videos, file.strip()), where, allow_outside)
                 splits["train" if use == "1" else "test"].append(Video(path=path, label=label))
-    official = sorted(lists.glob("*_test_split[123].txt"))  # those of the other splits are not forgotten either
+    official = sorted(lists.glob(HMDB51_LISTS))  # those of the other splits are not forgotten either
     found = find_videos(Disk(data), splits)
     return make_catalog(
         data,
