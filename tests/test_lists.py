@@ -97,6 +97,14 @@ def test_numbered_lists_are_chosen_by_the_split(tmp_path: Path) -> None:
     assert "numbered 1 and 2" in refusal(tmp_path, 3)
 
 
+def test_a_year_or_a_size_is_no_number_of_a_split(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    for name in ("train_100.txt", "test_2024.txt"):
+        write_lines(tmp_path, name, "run/0.mp4 0")
+    assert official_splits(tmp_path) == [1]
+    assert labels(open_catalog(tmp_path), "test") == {"run/0.mp4": 0}
+
+
 def test_a_text_that_is_no_list_leaves_class_folders_alone(tmp_path: Path) -> None:
     touch(tmp_path, *VIDEOS)
     write_lines(tmp_path, "results_test.csv", "epoch,loss", "1,0.5")

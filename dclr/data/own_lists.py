@@ -44,7 +44,7 @@ def parse_list_name(file: Path) -> ListFile | None:
         return None
     if set(re.split(r"[ _.-]", match["before"])) & SPLIT_NAMES.keys():  # such as train_test.txt
         return None
-    number = re.search(r"(\d{1,2})\D*$", match["after"]) or re.search(
+    number = re.search(r"(?<!\d)(\d{1,2})\D*$", match["after"]) or re.search(
         r"(?:split|fold)[ _.-]?(\d{1,2})", match["before"]
     )
     return ListFile(
