@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dclr.data import demo
-from dclr.data.datasets import open_catalog
+from dclr.config import DataConfig
+from dclr.data import datasets, demo
+from dclr.data.datasets import open_catalog, open_data
 from dclr.data.decode import read_planes, rgb_of, verify_video
 from dclr.data.demo import BACKGROUNDS, CLASSES, FRAMES, SIZE, render_demo, render_video
 from dclr.errors import UserError
@@ -67,6 +68,13 @@ def test_of_two_processes_one_renders_and_the_other_waits(tmp_path: Path, monkey
     other.join()
     assert len(written) == len(set(written)) == 16
     assert not (tmp_path / "demo" / LOCK).exists()
+
+
+def test_they_have_one_official_split(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "DEMO_VIDEOS", listed)
+    assert open_data(DataConfig()).splits == open_catalog(listed).splits
+    with pytest.raises(UserError, match="split 2 of list file: must be 1"):
+        open_data(DataConfig(split=2))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

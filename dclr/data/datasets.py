@@ -78,7 +78,7 @@ def make_demo() -> None:
 def open_data(data: DataConfig) -> Catalog:
     """Return the catalog of --data, or of the demo videos without --data."""
     if not data.data:
-        return open_catalog(DEMO_VIDEOS)
+        return open_catalog(DEMO_VIDEOS, data.split)
     return open_catalog(data_path(data.data), data.split, data.allow_outside)
 
 
