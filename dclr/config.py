@@ -207,7 +207,7 @@ class DataConfig(_Group):
         1,
         "number of the official train/test split (UCF101, HMDB51, numbered lists). "
         "Change it to all to average over the splits, in finetune, linear, accuracy and retrieval",
-        at_least=1,
+        at_least=0,
     )
     allow_outside: bool = option(
         False,

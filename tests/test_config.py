@@ -201,7 +201,7 @@ def test_a_file_that_is_not_a_configuration_is_refused_by_its_path(tmp_path, con
         (RunConfig, {"convolutions": "cudnn"}, "--convolutions is cudnn, but must be auto, library or triton"),
         (RunConfig, {"compile": "maybe"}, "--compile is maybe, but must be auto, on or off"),
         (RunConfig, {"pad_channels": 0}, "--pad-channels is 0, but must be from 1 to 64"),
-        (DataConfig, {"split": 0}, "--split is 0, but must be at least 1"),
+        (DataConfig, {"split": -1}, "--split is -1, but must be at least 0"),
         (DataConfig, {"split": "all"}, "--split is all, which only finetune, linear, accuracy and retrieval take: "),
         (DataConfig, {"clip_length": 0}, "--clip-length is 0, but must be from 1 to 10000"),
         (DataConfig, {"clip_stride": 0}, "--clip-stride is 0, but must be from 1 to 10000"),

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, touch, write_lines
 
+from dclr.config import DataConfig
 from dclr.data.catalog import Catalog
-from dclr.data.datasets import official_splits, open_catalog
+from dclr.data.datasets import official_splits, open_catalog, open_data, several_splits
 from dclr.errors import UserError
 
 VIDEOS = [f"{name}/{number}.mp4" for name in ("jump", "run", "sit") for number in range(2)]
@@ -95,6 +96,16 @@ def test_numbered_lists_are_chosen_by_the_split(tmp_path: Path) -> None:
     assert open_catalog(tmp_path, 2).recognised[0] == "split 2 of the lists numbered 1 and 2"
     assert not any(".txt" in path for paths in open_catalog(tmp_path, 1).unused.values() for path in paths)
     assert "numbered 1 and 2" in refusal(tmp_path, 3)
+
+
+def test_lists_may_be_numbered_from_0(tmp_path: Path) -> None:
+    touch(tmp_path, *VIDEOS)
+    for number in (0, 1):
+        write_lines(tmp_path, f"train_fold{number}.txt", f"run/{number}.mp4 0")
+    assert several_splits(DataConfig(data=str(tmp_path))) == [0, 1]
+    assert labels(open_data(DataConfig(data=str(tmp_path), split=0))) == {"run/0.mp4": 0}
+    (tmp_path / "train_fold0.txt").unlink()
+    assert refusal(tmp_path, 0) == "split 0 of list file: the lists in DATA are numbered 1; use --split"
 
 
 def test_a_year_or_a_size_is_no_number_of_a_split(tmp_path: Path) -> None:
