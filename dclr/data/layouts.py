@@ -12,7 +12,7 @@ from dclr.data.tree import has_video_name
 from dclr.errors import UserError
 
 HMDB51_LISTS = "[!.]*_test_split[123].txt"
-"""Pattern of the names of HMDB51's lists. Hidden files, such as those that macOS writes next to others, are no lists."""
+"""Pattern of the names of HMDB51's lists. Hidden files, which macOS may write next to them, are no lists."""
 
 
 def is_ucf101(data: Path) -> bool:
