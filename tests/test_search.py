@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from dclr.commands import evaluate
+from dclr.commands.features import print_summary
 from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.evaluation import search
@@ -227,6 +228,19 @@ def test_a_packed_store_is_searched_by_the_paths_in_it(weights, videos, tmp_path
     )
     assert [row["path"] for row in rows(tmp_path / "out")][:1] == ["a1.mp4"]
     assert (tmp_path / "out" / "search.html").read_text().count("<video ") == 5
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_the_command_that_features_suggests_is_one_that_search_takes(in_store, tmp_path, capsys):
+    if not in_store:
+        (tmp_path / "0.mp4").touch()
+    query = "0.mp4" if in_store else str(tmp_path / "0.mp4")
+    made = table(np.ones((2, 3), np.float32), root=str(tmp_path))
+    print_summary(made, Path("f.npz"), Path("run"), 1.0)
+    assert capsys.readouterr().out.endswith(f" search --checkpoint run --features f.npz --query {query}\n")
+    made = replace(made, embeddings={"scene": made.embeddings["pooled"]})
+    print_summary(made, Path("f.npz"), Path("run"), 1.0)
+    assert capsys.readouterr().out.endswith(f" --features f.npz --like scene --query {query}\n")
 
 
 def test_videos_that_are_gone_are_found_without_pictures(weights, features, videos, tmp_path, capsys):

@@ -150,9 +150,12 @@ def print_summary(table: "FeatureTable", out: Path, checkpoint: Path, seconds: f
         print(f"skipped: {count(len(table.skipped))}, named with their reasons in the file")
         for path, reason in list(table.skipped.items())[:SHOWN_SKIPPED]:
             print(f"  {printable(path)}: {printable(reason)}")
-    query = shlex.quote(str(Path(table.root) / table.paths[0]))
-    names = shlex.join(["--checkpoint", str(checkpoint), "--features", str(out)])
-    print(f"next: {command_of('eval')} search {names} --query {query}")
+    file = Path(table.root) / table.paths[0]
+    query = str(file) if file.exists() else table.paths[0]  # a packed store has no file for each video
+    kind = next(iter(table.embeddings))
+    like = [] if "pooled" in table.embeddings else ["--like", kind]
+    names = ["--checkpoint", str(checkpoint), "--features", str(out), *like, "--query", query]
+    print(f"next: {command_of('eval')} search {shlex.join(names)}")
 
 
 def count(videos: int) -> str:
