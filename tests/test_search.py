@@ -230,6 +230,17 @@ def test_a_packed_store_is_searched_by_the_paths_in_it(weights, videos, tmp_path
     assert (tmp_path / "out" / "search.html").read_text().count("<video ") == 5
 
 
+def test_videos_that_no_list_names_are_counted(weights, tmp_path, capsys):
+    data = make_list(tmp_path / "data", train=[("a.mp4", 0), ("b.mp4", 1)])
+    (data / "stray.mp4").write_bytes((data / "a.mp4").read_bytes())
+    common = ["--checkpoint", weights, "--data", data]
+    unused = "not used, on disk, but in no list that was read: 1 (stray.mp4)\n"
+    evaluate.main(["features", *map(str, common), "--out", str(tmp_path / "f.npz"), "--workers", "0"])
+    assert unused in capsys.readouterr().out
+    run(*common, "--query", data / "a.mp4", "--out", tmp_path / "found")
+    assert unused in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("in_store", [False, True])
 def test_the_command_that_features_suggests_is_one_that_search_takes(in_store, tmp_path, capsys):
     if not in_store:

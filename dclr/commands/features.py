@@ -85,7 +85,7 @@ def run(flags: dict[str, Any]) -> None:
     if not data_given:
         refuse_unless_demo(checkpoint)
 
-    from dclr.data.catalog import describe_warnings
+    from dclr.data.catalog import describe_reading, describe_warnings
     from dclr.data.datasets import make_demo, open_data
     from dclr.evaluation.feature_parts import Process, make_features
     from dclr.evaluation.feature_table import Request
@@ -102,6 +102,8 @@ def run(flags: dict[str, Any]) -> None:
     request = Request(catalog, pretrained, data, kinds, by_clip, half)
     if process == 0:
         print(f"{pretrained.loaded}\n{catalog.root}: {count(len(request))}, {catalog.layout}", flush=True)
+        for line in describe_reading(catalog):
+            print(line, flush=True)
         for line in describe_warnings(catalog):
             print(line, file=sys.stderr)
     table = make_features(request, out, device_of_process(), Process(process, processes), shown=process == 0)
