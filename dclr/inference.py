@@ -128,8 +128,10 @@ class VideoModel:
             top: number of classes.
 
         Raises:
-            UserError: see `embed`; the weights have no classifier.
+            UserError: see `embed`; the weights have no classifier; `top` is below 1.
         """
+        if top < 1:
+            raise UserError(f"top is {top}, but must be at least 1")
         if self.classifier is None:
             raise UserError(
                 f"{self._pretrained.file} has no classifier: give the folder of a finetune or linear run, "

@@ -158,6 +158,12 @@ def test_predictions_are_class_names_with_probabilities(model, videos):
     assert several[0][0][0] == found[0][0]
 
 
+@pytest.mark.parametrize("top", [0, -1])
+def test_predictions_have_at_least_one_class(model, top):
+    with pytest.raises(dclr.UserError, match=f"^top is {top}, but must be at least 1$"):
+        model.predict("nothing.mp4", top=top)
+
+
 def test_preprocess_returns_what_the_backbone_takes(model, videos):
     frames = frames_of(videos[0])[: 2 * CLIPS.length : CLIPS.stride]
     clip = model.preprocess(frames)
