@@ -95,7 +95,8 @@ class VideoModel:
         """Return the embedding of one video, (D,) float32, or of several, (N, D): the mean over its 10 clips.
 
         The rows of a sequence are in its order, and those of a folder or a list file in the order of `find_videos`. If
-        some videos of several cannot be read, their rows are NaN, and a warning names them.
+        some videos of several cannot be read, their rows are NaN, and a warning names them. A video that a list names
+        and that is not on disk has no row, and a warning says so.
 
         Args:
             what: see Given. Frames are cropped and resized like those of a file.
@@ -194,6 +195,7 @@ class VideoModel:
                 if not os.path.exists(what):
                     raise UserError(f"no such file or folder: {os.fspath(what)}")
                 catalog = open_catalog(Path(what))
+                _warn_of_missing(catalog)
                 is_one = os.path.isfile(what) and Path(what).suffix.lower() not in LIST_SUFFIXES
                 values = self._run_on_videos(network, catalog, workers)
                 return values[0] if is_one else values
@@ -263,6 +265,17 @@ def find_videos(what: str | os.PathLike[str]) -> list[Path]:
 
 def _paths(catalog: Catalog) -> list[str]:
     return [os.path.join(catalog.root, video.path) for video in everything(catalog).videos(EVERYTHING)]
+
+
+def _warn_of_missing(catalog: Catalog) -> None:
+    """Print a warning if lists name videos that are not on disk."""
+    missing = everything(catalog).missing.get(EVERYTHING, ())
+    if missing:
+        print(
+            f"warning: {len(missing):,} listed videos are not on disk, such as {printable(missing[0].path)}; they have "
+            "no result, and find_videos does not name them",
+            file=sys.stderr,
+        )
 
 
 def _device(device: str | torch.device | None) -> torch.device:

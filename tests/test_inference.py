@@ -18,6 +18,7 @@ import dclr
 from dclr.commands import evaluate
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import YuvFrames, rgb_of
+from dclr.data.encode import write_video
 from dclr.data.samples import TEST_CLIPS, stack_frames
 from dclr.data.videos import open_videos
 from dclr.evaluation.feature_file import read_features
@@ -202,6 +203,14 @@ def test_unreadable_videos_of_several_are_rows_of_nan_and_named(model, videos, t
     shutil.copy(bad, tmp_path / "other.mp4")
     with pytest.raises(dclr.UserError, match=r"bad\.mp4 cannot be read \(.*\), nor can the 1 other videos"):
         model.embed(tmp_path)
+
+
+def test_a_listed_video_that_is_not_on_disk_is_named(model, tmp_path, capsys):
+    write_video(tmp_path / "here.mp4", np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    (tmp_path / "list.txt").write_text("gone.mp4\nhere.mp4\n")
+    assert dclr.find_videos(tmp_path / "list.txt") == [tmp_path / "here.mp4"]
+    assert np.isfinite(model.embed(tmp_path / "list.txt")).all()
+    assert "warning: 1 listed videos are not on disk, such as gone.mp4; they have no result" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
