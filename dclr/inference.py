@@ -166,7 +166,8 @@ class VideoModel:
         """Write model.safetensors, config.json and README.md to a folder, for `load` and for the Hugging Face Hub.
 
         model.safetensors alone is sufficient to use the weights. README.md is a model card with the figures of the
-        run's reports. Its licence is left for you to choose. Returns the folder.
+        run's reports. It has no figures if the weights were changed after they were read, for example by training.
+        Its licence is left for you to choose. Returns the folder.
 
         Raises:
             UserError: the folder holds one of these files already, or cannot be written.
@@ -179,10 +180,23 @@ class VideoModel:
             folder.mkdir(parents=True, exist_ok=True)
             heads, fc = self.heads or None, self.classifier.fc if self.classifier else None
             save_weights(folder / EXPORT_FILE_NAME, self.backbone, self.clips, heads, fc, self.classes)
-            write_model_card(self._pretrained, folder)
+            write_model_card(self._pretrained, folder, changed=self._is_changed())
         except OSError as error:
             raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
         return folder
+
+    def _is_changed(self) -> bool:
+        """Return True if a weight differs from the file that it was read from, or if that file cannot be read."""
+        try:
+            file = load_pretrained(self._pretrained.file)
+        except UserError:
+            return True
+        pairs = ((self.backbone, file.backbone), (self.heads, file.heads), (self.classifier, file.classifier))
+        for ours, theirs in pairs:
+            now, then = (module.state_dict() if module else {} for module in (ours, theirs))
+            if now.keys() != then.keys() or any(not torch.equal(now[name].to(then[name]), then[name]) for name in then):
+                return True
+        return False
 
     # ------------------------------------------------------------ running the network
 

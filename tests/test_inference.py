@@ -298,6 +298,22 @@ def test_the_model_card_has_the_figures_of_the_run_and_no_folders_of_its_machine
     assert "secret" not in card + (tmp_path / "out" / "config.json").read_text()
 
 
+def test_the_model_card_of_changed_weights_has_no_figures_of_the_run(weights, tmp_path):
+    run = tmp_path / "run"
+    (run / "retrieval").mkdir(parents=True)
+    shutil.copy(weights, run / "backbone.safetensors")
+    evaluation = {"command": "retrieval", "checkpoint": "run", "figures": {"recall_at_1": 0.51239}, "clips": {}}
+    (run / "retrieval" / "report.json").write_text(json.dumps(evaluation))
+    model = dclr.load(run, device="cpu")
+    card = (model.save_pretrained(tmp_path / "same") / "README.md").read_text()
+    assert "| recall_at_1 | 0.5124 |" in card
+    with torch.no_grad():
+        model.classifier.fc.bias += 1
+    card = (model.save_pretrained(tmp_path / "trained") / "README.md").read_text()
+    assert "0.5124" not in card
+    assert "The weights were changed" in card
+
+
 def test_a_model_card_without_a_run_invents_nothing(model, tmp_path):
     card = (model.save_pretrained(tmp_path / "out") / "README.md").read_text()
     assert "nothing is known about their training" in card

@@ -58,18 +58,25 @@ model.embed("video.mp4")  # ({features},) float32{predict}
 """
 
 
-def write_model_card(pretrained: Pretrained, folder: Path) -> None:
+CHANGED = "The weights were changed after they were read, or their file is gone. So no figures are given."
+"""In place of the figures of a run, if the weights are not those of the run any more."""
+
+
+def write_model_card(pretrained: Pretrained, folder: Path, changed: bool = False) -> None:
     """Write config.json and README.md for weights to `folder`.
 
     The figures are those of report.json in the folder of the run that the weights are from, and in the folders of its
     evaluations. config.json has the form of a run's, so eval.py reads it.
+
+    Args:
+        changed: the weights are not those of their file any more. The card then has no figures.
 
     Raises OSError: the folder cannot be written.
     """
     run = _run_folder(pretrained.file)
     config = make_config(pretrained, run)
     atomic_write(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    atomic_write(folder / "README.md", make_card(pretrained, run, config).encode())
+    atomic_write(folder / "README.md", make_card(pretrained, run, config, changed).encode())
 
 
 def _run_folder(file: Path) -> Path:
@@ -99,8 +106,8 @@ def make_config(pretrained: Pretrained, run: Path) -> dict[str, Any]:
     }
 
 
-def make_card(pretrained: Pretrained, run: Path, config: dict[str, Any]) -> str:
-    """Return the content of README.md."""
+def make_card(pretrained: Pretrained, run: Path, config: dict[str, Any], changed: bool) -> str:
+    """Return the content of README.md. `changed`: see write_model_card."""
     clips, backbone, classes = pretrained.clips, pretrained.backbone, pretrained.classes
     rows = {
         "backbone": f"{backbone.name}, width {backbone.width}, {backbone.feature_dim} features",
@@ -116,7 +123,7 @@ def make_card(pretrained: Pretrained, run: Path, config: dict[str, Any]) -> str:
         predict='\nmodel.predict("video.mp4")  # the most probable classes' if classes else "",
         network="\n".join(f"| {name} | {_shown(value)} |" for name, value in rows.items()),
         training=_training(run, config),
-        results=_results(pretrained.file, run),
+        results=CHANGED if changed else _results(pretrained.file, run),
     )
 
 
