@@ -154,11 +154,24 @@ def read_list(file: Path) -> list[list[str]]:
 
 
 def write_set(folder: Path, links: dict[str, Path], classes: Sequence[str], **splits: Iterable[Sequence[str]]) -> None:
-    """Write a data set: links to folders with videos, and the lists of its splits."""
+    """Write a data set: links to folders with videos, and the lists of its splits.
+
+    A link to a folder that is gone is made again, because the videos may be in another place now.
+
+    Raises:
+        UserError: the links point to other videos.
+    """
     (folder / "splits").mkdir(parents=True, exist_ok=True)
     for name, target in links.items():
-        if not (folder / name).is_symlink():
-            (folder / name).symlink_to(os.path.relpath(target, folder), target_is_directory=True)
+        link = folder / name
+        if link.exists() and link.resolve() != target.resolve():
+            raise UserError(
+                f"--data: {folder} was made from {link.resolve()}, and not from {target}: give the --data of then, or "
+                "another --work"
+            )
+        if not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(target, folder), target_is_directory=True)
     for split, lines in splits.items():
         (folder / "splits" / f"{split}.txt").write_text("".join(" ".join(line) + "\n" for line in lines))
     (folder / "splits" / "classes.txt").write_text("".join(f"{name}\n" for name in classes))

@@ -750,6 +750,19 @@ def test_real_videos_are_compared_on_three_sets_and_seeds_can_be_added(root, cal
         real.main(["--data", str(root), "--work", str(root / "fourth")])
 
 
+def test_the_sets_of_a_work_folder_are_not_those_of_other_videos(tmp_path):
+    write = {"classes": ["a"], "train": [["0/0.mp4", "0"]]}
+    for data in ("first", "second"):
+        (tmp_path / data / "0").mkdir(parents=True)
+    real.write_set(tmp_path / "set", {"0": tmp_path / "first" / "0"}, **write)
+    real.write_set(tmp_path / "set", {"0": tmp_path / "first" / "0"}, **write)
+    with pytest.raises(UserError, match=r"^--data: .*set was made from .*first/0, and not from .*second/0: give the"):
+        real.write_set(tmp_path / "set", {"0": tmp_path / "second" / "0"}, **write)
+    (tmp_path / "first").rename(tmp_path / "third")  # the same videos in another place
+    real.write_set(tmp_path / "set", {"0": tmp_path / "third" / "0"}, **write)
+    assert (tmp_path / "set" / "0").resolve() == tmp_path / "third" / "0"
+
+
 def test_large_runs_read_videos_and_have_clips_and_a_network_of_the_published_size(root, calls):
     list_real_sets(root / "data")
     work = root / "work"
