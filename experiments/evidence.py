@@ -218,7 +218,8 @@ def publish(
 ) -> bool:
     """Print the table, write NAME.json and NAME.png into the work folder, publish both and write the page.
 
-    A quick run is never published. A result with fewer seeds or rows than the published one does not replace it.
+    A quick run is never published. A result with fewer seeds, rows or figures than the published one does not replace
+    it.
 
     Args:
         name: the name of the experiment.
@@ -246,7 +247,8 @@ def publish(
     kept = published_file(name)
     if kept.exists() and is_narrower(result, json.loads(kept.read_text())):
         print(
-            f"\nwrote {written} and its plot; {kept} has more seeds or rows and stays: delete it to publish this result"
+            f"\nwrote {written} and its plot; {kept} has more seeds, rows or figures and stays: delete it to publish "
+            "this result"
         )
         return False
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +261,8 @@ def publish(
 
 
 def is_narrower(result: Result, before: Result) -> bool:
-    return len(result["seeds"]) < len(before["seeds"]) or not before["rows"].keys() <= result["rows"].keys()
+    fewer = any(not before[part].keys() <= result[part].keys() for part in ("rows", "figures"))
+    return fewer or len(result["seeds"]) < len(before["seeds"])
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

@@ -564,7 +564,7 @@ def test_less_does_not_replace_what_is_published_and_a_quick_run_replaces_nothin
     fewer_rows = made_up(2)
     del fewer_rows["rows"]["MoCo"]
     for less, seeds in ((made_up(1), 1), (fewer_rows, 2)):
-        assert f"{file} has more seeds or rows and stays" in publish(less, seeds)
+        assert f"{file} has more seeds, rows or figures and stays" in publish(less, seeds)
     assert "this run is not published" in publish(made_up(3), 3, quick=True)
     assert (file.read_text(), (root / "evidence.md").read_text()) == (before, page)
     assert json.loads((root / "work" / "controlled.json").read_text())["rows"].keys() == {"DCLR", "chance"}
@@ -572,6 +572,15 @@ def test_less_does_not_replace_what_is_published_and_a_quick_run_replaces_nothin
     publish(made_up(3), 3)
     assert len(json.loads(file.read_text())["seeds"]) == 3
     assert "over 3 seeds" in (root / "evidence.md").read_text()
+
+
+def test_a_result_with_fewer_columns_is_narrower():
+    """As UCF101 alone is, after UCF101 and HMDB51."""
+    both = {"seeds": [0], "rows": {"DCLR": {}}, "figures": {"ucf101": ["", "%"], "hmdb51": ["", "%"]}}
+    one = both | {"figures": {"ucf101": ["", "%"]}}
+    assert evidence.is_narrower(one, both)
+    assert not evidence.is_narrower(both, one)
+    assert not evidence.is_narrower(both, both)
 
 
 # ---------------------------------------------------------------------------------------------------------- experiments
