@@ -28,7 +28,7 @@ Use a checkpoint: features | search | predict | export. Look at a run: report.
 
 A launcher can start each command except export and report in several processes:
 torchrun --nproc_per_node 8 eval.py accuracy ... The result is the same.
-Without --data, the first four use the built-in demo videos.
+Without --data, the first four use the data set of the checkpoint's run, or the built-in demo videos if there is none.
 `eval.py SUBCOMMAND --help` explains every flag.
 """
 
@@ -137,8 +137,8 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
     heading.add_argument(
         "--config",
         metavar="FILE",
-        help="take clips and network from the config.json of a run, or from a TOML file as train.py reads it. "
-        "Flags override the file. Use it with random for an untrained network of the same shape",
+        help="take clips, network and data set from the config.json of a run, or from a TOML file as train.py reads "
+        "it. Flags override the file. Use it with random for an untrained network of the same shape",
     )
     if command == "retrieval":
         heading.add_argument(

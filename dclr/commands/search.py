@@ -37,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--features",
         metavar="FEATURES",
         help="search this file of eval.py features, written with the same checkpoint, and not --data. "
-        "Only queries that it does not hold are embedded",
+        "Only queries that are files are embedded",
     )
     heading.add_argument(
         "--like",
