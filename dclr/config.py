@@ -28,6 +28,10 @@ from dclr.models.clip_format import MAX_SIZE
 AUTOMATIC = -1
 """The value of --fill-steps that lets the run choose a number."""
 
+WHOLE_LIMIT = 2**31
+"""Whole numbers of settings are below this limit. It holds for files and for flags, because --resume reads the values
+of the flags from config.json."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
@@ -80,6 +84,8 @@ class _Group:
             for value in found if isinstance(found, tuple) else (found,):
                 if not f.metadata["bounds"].accepts(value):
                     raise UserError(f"{flag_of(f.name)} is {value}, but must be {f.metadata['bounds']}")
+                if isinstance(value, int) and value >= WHOLE_LIMIT:
+                    raise UserError(f"{flag_of(f.name)} is {value}, but must be below 2 ** 31")
 
 
 def flag_of(name: str) -> str:
@@ -1041,5 +1047,5 @@ def _is_alike(value: Any, default: Any) -> bool:
     if isinstance(default, float) and isinstance(value, float):
         return True
     if isinstance(default, int | float):
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < WHOLE_LIMIT
     return isinstance(value, str)

@@ -237,6 +237,10 @@ def test_a_file_that_is_not_a_configuration_is_refused_by_its_path(tmp_path, con
         (OptimConfig, {"warmup_epochs": -1}, "--warmup-epochs is -1, but must be at least 0"),
         (OptimConfig, {"warmup_epochs": 3, "epochs": 3}, "--warmup-epochs is 3, but must be below --epochs (3)"),
         (TransferConfig, {"dropout": 1.0}, "--dropout is 1.0, but must be at least 0 and below 1"),
+        # A larger number could not be read from config.json.
+        (RunConfig, {"seed": 2**31}, "--seed is 2147483648, but must be below 2 ** 31"),
+        (RunConfig, {"log_every": 10**10}, "--log-every is 10000000000, but must be below 2 ** 31"),
+        (OptimConfig, {"milestones": (8, 2**31)}, "--milestones is 2147483648, but must be below 2 ** 31"),
     ],
     ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
