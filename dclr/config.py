@@ -810,14 +810,16 @@ def resolve(
 ) -> Config:
     """Return the configuration from the preset, the values of the file given to --config, and the flags, in this order.
 
-    A resumed run has its stored values, `resumed`, in place of preset and file.
+    A resumed run has its stored values, `resumed`, in place of preset and file. It also keeps the number that it has
+    chosen for --fill-steps -1.
 
     Raises UserError for a value that is refused, and for a flag that has no effect on the chosen method or command.
     """
     if resumed is None and preset not in PRESETS:
         raise UserError(f"--preset is {preset}, but must be one of {', '.join(PRESETS)}")
     stored = resumed if resumed is not None else {**PRESETS[preset][command], **(file or {})}
-    config = make_config(command, {**stored, **flags})
+    kept = {"fill_steps"} if resumed is not None and flags.get("fill_steps") == AUTOMATIC else set()
+    config = make_config(command, {**stored, **{name: flags[name] for name in flags.keys() - kept}})
     if config.optim.schedule == "cosine":
         same_file = file if file and file.get("schedule") == "cosine" else {}
         if {**same_file, **flags}.get("milestones"):
@@ -878,7 +880,8 @@ def check_resume(folder: Path, given: dict[str, Any], stored: dict[str, Any], fi
     for name, value in given.items():
         # A configuration of an earlier version lacks settings that were added since.
         then = stored.get(name, FIELDS[name].default)
-        if name not in FREE_ON_RESUME and value != then:
+        chosen = name == "fill_steps" and value == AUTOMATIC  # the run keeps the number that it has chosen
+        if name not in FREE_ON_RESUME and value != then and not chosen:
             raise UserError(
                 f"{flag_of(name)} is {show(value)}{where}, but the run in {folder} has {show(then)}: "
                 f"leave the {'setting' if file else 'flag'} out, or start another run"

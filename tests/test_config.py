@@ -612,6 +612,17 @@ def test_one_command_with_a_file_begins_a_run_and_continues_it(more, toml, begun
     assert settings_of(*command, "--epochs", "13") == ({**started[0], "epochs": 13}, "demo")
 
 
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_run_keeps_the_number_that_it_has_chosen_for_fill_steps(by_file, toml, begun, tmp_path):
+    started, preset = begun("--preset", "demo", "--out", tmp_path / "run", "--fill-steps", "48")
+    command = ["--preset", "demo", "--fill-steps", "-1"]
+    if by_file:
+        command = ["--config", toml("preset = 'demo'", "fill_steps = -1")]
+    command += ["--out", tmp_path / "run", "--resume", "auto"]
+    assert settings_of(*command) == (started, preset)
+    assert settings_of(*command, "--epochs", "99") == ({**started, "epochs": 99}, preset)
+
+
 def test_a_run_is_continued_with_its_own_config_json(begun, tmp_path):
     started = begun("--preset", "demo", "--out", tmp_path / "run", "--seed", "3")
     assert settings_of("--config", tmp_path / "run" / "config.json", "--resume", tmp_path / "run") == started
