@@ -835,10 +835,21 @@ def resolve(
                 raise UserError(f"{flag_of(name)} has no effect in {command}, only in {only}: leave the flag out")
         return config
     refuse_settings_without_effect(config.method.method, flags)
+    for name, (switch, values) in _SWITCHED_OFF.items():
+        value = getattr(config.method, switch)
+        if name in flags and value in values:
+            raise UserError(f"{flag_of(name)} has no effect with {as_flag(switch, value)}: leave the flag out")
     if not METHODS[config.method.method].has_queue:
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, fill_steps=0))
     return config
 
+
+_SWITCHED_OFF = {
+    "dropped_fill": ("dropping", ("none",)),
+    "straight_through": ("dropping", ("random", "none")),
+    "decay_rate": ("decay", ("none",)),
+}
+"""Setting of a method -> another setting, and the values of that one with which the first has no effect."""
 
 _SETTINGS_OF_ONE_COMMAND = {"dropout": "finetune", "finetune_augmentation": "finetune", "normalised_probe": "linear"}
 

@@ -242,6 +242,18 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(train_main, ti
         ({"decay": "age"}, r"^--decay is age, but must be steps, position or none$"),
         ({"decay_rate": 1.5}, r"^--decay-rate is 1.5, but must be above 0 and at most 1$"),
         ({"adversarial_from": -1}, r"^--adversarial-from is -1, but must be at least 0$"),
+        (
+            {"dropping": "none", "dropped_fill": "zero"},
+            r"^--dropped-fill has no effect with --dropping none: leave the flag out$",
+        ),
+        (
+            {"dropping": "random", "straight_through": "released"},
+            r"^--straight-through has no effect with --dropping random: leave the flag out$",
+        ),
+        (
+            {"decay": "none", "decay_rate": 0.9},
+            r"^--decay-rate has no effect with --decay none: leave the flag out$",
+        ),
         ({"method": "moco", "decay": "steps"}, r"^--decay has no effect with --method moco: leave the flag out$"),
         (
             {"distinct_starts": True},
