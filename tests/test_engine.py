@@ -25,6 +25,7 @@ from dclr.training.engine import (
     stop_processes,
 )
 from dclr.training.nonfinite import NonfiniteGuard
+from dclr.training.setup import find_ds_config
 
 
 def plain_steps(
@@ -270,6 +271,13 @@ def test_a_bad_ds_config_is_refused_by_name(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_ds_config(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_ds_config_that_is_a_folder_is_refused(name):
+    """An empty name is what a shell gives for a variable that is not set."""
+    with pytest.raises(UserError, match=r"^--ds_config [./]: Is a directory; ds_configs/ holds"):
+        read_ds_config(find_ds_config(name))
 
 
 def test_batch_sizes_that_do_not_fit_are_refused():

@@ -340,7 +340,7 @@ def check_micro_batch(config: Config, micro_batch: int) -> None:
 
 def find_ds_config(name: str) -> Path:
     """Return the file that --ds_config names: a path, or a file of ds_configs/ without or with folder and suffix."""
-    own = Path(configuration.__file__).parent / "ds_configs" / Path(name).with_suffix(".json").name
+    own = Path(configuration.__file__).parent / "ds_configs" / f"{Path(name).stem}.json"
     is_own = Path(name).parent in (Path(), Path("ds_configs")) and os.path.exists(own)
     return own if is_own and not os.path.exists(name) else Path(name)
 
