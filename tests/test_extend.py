@@ -244,12 +244,13 @@ def test_s3d_trains_and_resumes_bit_for_bit(train_main, tiny_pretrain: dict[str,
         ({"crop_size": 16}, r"^s3d takes clips of at least 5 frames of 17 x 17 pixels, not 8 of 16 x 16: raise"),
     ],
 )
-def test_s3d_refuses_what_it_cannot_take_before_a_run_starts(
-    train_main, tiny_pretrain, tmp_path: Path, changes: dict[str, int], message: str
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "linear"])
+def test_s3d_refuses_what_it_cannot_take_before_the_videos_are_opened(
+    train_main, tiny, tmp_path: Path, command: str, changes: dict[str, int], message: str
 ) -> None:
-    flags = {**tiny_pretrain, "backbone": "s3d", "width": 64, **changes}
+    flags = {**tiny, "backbone": "s3d", "width": 64, "data": tmp_path / "gone", **changes}
     with pytest.raises(UserError, match=message):
-        train_main("pretrain", **flags, out=tmp_path / "run")
+        train_main(command, **flags, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

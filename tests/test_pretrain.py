@@ -245,9 +245,9 @@ def test_the_first_lines_name_the_kernels_that_run(run_tiny, capfd):
     kernels.set_backend("auto")
 
 
-def test_convolutions_in_triton_are_refused_without_a_gpu_and_leave_nothing_behind(run_tiny, tmp_path):
+def test_convolutions_in_triton_are_refused_without_a_gpu_before_the_videos_are_opened(run_tiny, tmp_path):
     with pytest.raises(UserError, match=r"^--convolutions triton needs --kernels auto or triton and a GPU: "):
-        run_tiny("run", convolutions="triton")
+        run_tiny("run", convolutions="triton", data=str(tmp_path / "gone"))
     assert not list(tmp_path.rglob("config.json"))
 
 

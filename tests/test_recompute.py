@@ -125,6 +125,7 @@ def test_the_flag_is_refused_where_it_has_no_effect(tiny, one_process, tmp_path,
 
     monkeypatch.setitem(BACKBONES, "plain", Plain)
     settings = {**tiny, "backbone": "plain", "recompute": True, "out": str(tmp_path / "run")}
+    settings["data"] = str(tmp_path / "gone")  # the flag is refused before the videos are opened
     with pytest.raises(UserError, match=r"^--recompute has no effect on plain, .* or use --compile on$"):
         finetune("finetune", make_config("finetune", settings), "demo", one_process)
 

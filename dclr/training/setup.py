@@ -25,7 +25,7 @@ from dclr.data.videos import VideoSet
 from dclr.errors import UserError
 from dclr.lock import check_lock
 from dclr.methods import METHODS
-from dclr.models import Backbone, ClipFormat
+from dclr.models import Backbone, ClipFormat, backbone_without_memory, map_size
 from dclr.models.weights import metadata_of, stored_statistics
 from dclr.training import checkpoint, engine, machines
 from dclr.training.batchnorm import check_batch_statistics
@@ -115,13 +115,12 @@ class Run:
         """Apply --pad-channels, --convolutions, --recompute and --compile to backbones of one kind, in place.
 
         Call it before the engine wraps the backbones. In a resumed run they also get the statistics of its weights.
-
-        Raises:
-            UserError: on all ranks, see resolve_convolutions, and if --recompute has no effect on the backbones.
+        `check_backbone` has checked the settings.
         """
-        bfloat16 = bool(self.ds_config.get("torch_autocast", {}).get("enabled"))
         fused, convolutions = distributed.on_all_ranks(
-            lambda: resolve_convolutions(self.config.run.convolutions, backbones[0], self.device, bfloat16)
+            lambda: resolve_convolutions(
+                self.config.run.convolutions, backbones[0], self.device, uses_bfloat16(self.ds_config)
+            )
         )
         self.say(f"  {convolutions}")
         newest = checkpoint.newest_for_all(self.folder / "checkpoints") if self.resumed else None
@@ -135,13 +134,10 @@ class Run:
         for backbone in backbones:
             backbone.pad_channels(self.config.run.pad_channels)
             backbone.fuse(fused)
-            if self.config.run.recompute and not self.compiles and not backbone.recompute():
-                raise UserError(
-                    f"--recompute has no effect on {backbone.name}, which does not define `recompute`: leave the flag "
-                    "out, or use --compile on"
-                )
             if self.compiles:
                 compile_backbone(backbone)
+            elif self.config.run.recompute:
+                backbone.recompute()
 
     def report_compile_time(self) -> None:
         """Print how long compiling took, once. Call it after each step that has used all networks."""
@@ -283,6 +279,7 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
         {"precision": precision, "kernels": kernels.describe(device), "compiled": compiles},
         "use machines of one kind, or choose what all of them can do with --ds_config, --kernels and --compile",
     )
+    distributed.on_all_ranks(lambda: check_backbone(config, device, uses_bfloat16(ds_config), compiles))
     if not config.data.data:
         distributed.on_rank_zero(make_demo)
     videos, catalog, few_labels = open_data_once(command, config)
@@ -318,6 +315,31 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
         print(SLOW_ON_A_CPU, file=sys.stderr)
     run.say(f"  writing to {folder}")
     return run
+
+
+def check_backbone(config: Config, device: torch.device, bfloat16: bool, compiles: bool) -> None:
+    """Check the settings that depend on the backbone, before all videos are verified, which may take hours.
+
+    Args:
+        bfloat16: whether the run computes in bfloat16.
+        compiles: whether the backbones will be compiled.
+
+    Raises:
+        UserError: the clips are too small for the backbone; see resolve_convolutions; --recompute has no effect on it.
+    """
+    backbone = backbone_without_memory(config.model.backbone, config.model.width)
+    map_size(backbone, config.data.clip_length, config.data.crop_size)
+    resolve_convolutions(config.run.convolutions, backbone, device, bfloat16)
+    if config.run.recompute and not compiles and not backbone.recompute():
+        raise UserError(
+            f"--recompute has no effect on {backbone.name}, which does not define `recompute`: leave the flag out, or "
+            "use --compile on"
+        )
+
+
+def uses_bfloat16(ds_config: dict[str, Any]) -> bool:
+    """Return whether a run computes in bfloat16. `ds_config`: as `engine.resolve_precision` leaves it."""
+    return bool(ds_config.get("torch_autocast", {}).get("enabled"))
 
 
 def check_micro_batch(config: Config, micro_batch: int) -> None:
