@@ -235,7 +235,7 @@ class DataConfig(_Group):
     crop_size: int = option(
         112,
         "height and width of a clip in pixels. Lower it for quick experiments. "
-        "The last feature map has a sixteenth of each",
+        "The last feature map has a sixteenth of each (s3d: a 32nd)",
         at_least=16,
         at_most=MAX_SIZE,
     )

@@ -1,7 +1,7 @@
 """The clips that a network was trained on: their size, and the mean and standard deviation of their channels.
 
 All clips of this project are normalised with ImageNet's statistics. A backbone whose weights expect other statistics
-converts its input itself: see video_backbone.py.
+converts its input itself: see backbone.py.
 """
 
 from dataclasses import dataclass
