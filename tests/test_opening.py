@@ -123,6 +123,20 @@ def test_one_rank_reads_the_lists_and_both_decode(tmp_path):
     assert again[0].fingerprint() == first[0].fingerprint()
 
 
+def open_with_one_store(rank: int, config: Any) -> Any:
+    opening.is_store = lambda path: rank == 1
+    return opening.open_data_once("pretrain", config)
+
+
+def test_a_store_on_one_machine_and_video_files_on_another_are_refused(tmp_path):
+    """Only the ranks without a store would verify videos together, so the ranks would wait for each other."""
+    data = make_list(tmp_path / "data", train=[("a.mp4", 0), ("b.mp4", 1)], test=[])
+    errors = results_of(tmp_path, open_with_one_store, make_config("pretrain", {"data": str(data), "workers": 1}))
+    assert [type(error) for error in errors] == [UserError, UserError]
+    assert all(str(error).startswith("--data: a packed store on rank 1 on ") for error in errors)
+    assert all(", but not a packed store on rank 0 on " in str(error) for error in errors)
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -39,6 +39,7 @@ def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | No
     """
     data = config.data
     is_packed = distributed.on_all_ranks(lambda: bool(data.data) and is_store(data_path(data.data)))
+    machines.check_same({"--data": "a packed store" if is_packed else "not a packed store"}, SAME_VIDEOS)
     reads = is_packed or engine.local_rank() == 0
     with distributed.without_timeout():
         catalog = distributed.on_all_ranks(lambda: open_data(data) if reads else None)
