@@ -1,5 +1,6 @@
 """Files that tell all that is needed to use a network, and the statistics that its weights expect."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_a_file_alone_gives_the_network_its_heads_its_clips_and_its_statistics(t
     assert set(theirs.load_state_dict(load_file(tmp_path / "r3d_18.safetensors"), strict=False).missing_keys) == {
         "fc.weight", "fc.bias",
     }  # fmt: skip
+
+
+def test_a_run_that_belongs_to_somebody_else_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    """The folder may be listed but not entered. Tests may run as root, whom no permission stops."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    for source in (tmp_path, tmp_path / "backbone"):
+        with pytest.raises(UserError, match=rf"^{source} cannot be read: Permission denied$"):
+            load_pretrained(source)
 
 
 def test_files_without_clips_take_them_from_the_config_of_their_run_or_say_what_is_assumed(tmp_path: Path) -> None:

@@ -190,10 +190,18 @@ def find_file(source: Path, names: tuple[str, ...] = (FILE_NAME, CLASSIFIER_FILE
     stopped, the newest checkpoint.
 
     Raises:
-        UserError: there is no such file; see `hub.download`.
+        UserError: there is no such file, or a folder cannot be entered; see `hub.download`.
     """
     if hub.is_on_hub(source):
         return hub.download(str(source))
+    try:
+        return _find_on_disk(source, names)
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from None
+
+
+def _find_on_disk(source: Path, names: tuple[str, ...]) -> Path:
+    """Return the file of weights that a path names, see `find_file`. Raises OSError if a folder cannot be entered."""
     if source.is_dir():
         found = [source / name for name in names if (source / name).is_file()]
         found += reversed(checkpoints_in(source / "checkpoints") or checkpoints_in(source))
