@@ -70,3 +70,11 @@ def test_a_cosine_needs_no_milestones_and_refuses_them_by_name(command):
         resolve(command, "ucf101", {}, file={"schedule": "cosine", "milestones": [3]})
     # The settings of a run with milestones can be repeated with a cosine.
     assert resolve(command, "ucf101", {"schedule": "cosine"}, file=flat(resolve(command, "ucf101", {})))
+    # Those of a run with a cosine hold no milestones.
+    stored = flat(found)
+    message = "^--schedule step needs --milestones here, because a run with --schedule cosine stores none$"
+    for settings in ({"resumed": stored}, {"file": stored}):
+        with pytest.raises(UserError, match=message):
+            resolve(command, "ucf101", {"schedule": "step"}, **settings)
+        steps = resolve(command, "ucf101", {"schedule": "step", "milestones": [3]}, **settings)
+        assert (steps.optim.schedule, steps.optim.milestones) == ("step", (3,))

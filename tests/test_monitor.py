@@ -22,6 +22,7 @@ from dclr.kernels import contrast
 from dclr.methods import DCLR
 from dclr.methods.encoder import PAIRS
 from dclr.methods.simclr import in_batch_info_nce
+from dclr.training import opening
 from dclr.training.finetune import finetune
 from dclr.training.pretrain import pretrain
 from dclr.training.setup import choose_fill_steps
@@ -70,7 +71,7 @@ def test_a_measured_run_is_the_same_bit_for_bit_and_logs_what_was_measured(
 
 
 def test_a_data_set_without_labelled_test_videos_is_refused_or_not_measured(
-    tiny, tiny_pretrain, one_process, tmp_path, capfd
+    tiny, tiny_pretrain, one_process, tmp_path, capfd, monkeypatch
 ):
     for number in range(4):
         for label in ("a", "b"):
@@ -81,8 +82,12 @@ def test_a_data_set_without_labelled_test_videos_is_refused_or_not_measured(
             )
     data = {"data": str(tmp_path / "data"), "out": str(tmp_path / "run")}
     config = make_config("pretrain", {**tiny_pretrain, **data, "knn_every": 1})
-    with pytest.raises(UserError, match=r"^--knn-every needs labelled training and test videos: .* has no test split"):
-        pretrain(config, "demo", one_process, open_knn=monitor.open_knn)
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "open_videos", None)  # the run is refused before its videos are verified
+        with pytest.raises(UserError) as refusal:
+            pretrain(config, "demo", one_process, open_knn=monitor.open_knn)
+    needs = "--knn-every needs labelled training and test videos, and 0 measures nothing"
+    assert str(refusal.value) == f"{needs}: {tmp_path / 'data'} has no test split"
     assert not (tmp_path / "run").exists()
     config = make_config("finetune", {**tiny, **data, "epochs": 1})
     finetune("finetune", config, "demo", one_process, open_accuracy=monitor.open_accuracy)

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from dclr import distributed
-from dclr.config import Config, DataConfig, FinetuneConfig
+from dclr.config import Config, DataConfig, PretrainConfig
 from dclr.data.catalog import Catalog, describe_reading, reading_entry
 from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import open_data
@@ -102,9 +102,10 @@ def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catal
     """Return the catalog with the train videos that the run uses, and entries of report.json about that choice.
 
     Raises:
-        UserError: finetune or linear, but the train videos have no labels; see keep_few.
+        UserError: finetune or linear, but the train videos have no labels; see check_measured and keep_few.
     """
-    if not isinstance(config, FinetuneConfig):
+    if isinstance(config, PretrainConfig):
+        check_measured(config, catalog)
         return catalog, {}
     if any(video.label < 0 for video in catalog.videos("train")):
         raise UserError(
@@ -115,6 +116,18 @@ def keep_labelled(command: str, config: Config, catalog: Catalog) -> tuple[Catal
         return catalog, {}
     few, entry = keep_few(catalog, config.transfer.label_share, config.transfer.shots, config.run.seed)
     return few, {"few_labels": entry}
+
+
+def check_measured(config: PretrainConfig, catalog: Catalog) -> None:
+    """Raise UserError if --knn-every measures, but train or test videos are missing or have no labels."""
+    if not config.monitor.knn_every:
+        return
+    needs = "--knn-every needs labelled training and test videos, and 0 measures nothing"
+    for split in ("train", "test"):
+        if not catalog.splits.get(split):
+            raise UserError(f"{needs}: {catalog.root} has no {split} split")
+        if any(video.label < 0 for video in catalog.videos(split)):
+            raise UserError(f"{needs}: the {split} videos of {catalog.root} have no labels")
 
 
 def check_listed(command: str, catalog: Catalog | None, videos: VideoSet) -> dict[str, Any]:
