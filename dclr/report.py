@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def make_writable(folder: Path) -> None:
-    """Create `folder`. Raises UserError if no file can be written there."""
+    """Create `folder`. Raises UserError if no file can be written there, or if it is a URL."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # Path has made :/ of ://
+        raise UserError(f"--out {folder} is a URL, but must be local: write to a disk, then upload the result")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"

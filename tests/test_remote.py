@@ -31,6 +31,7 @@ from dclr.data.samples import PairSamples
 from dclr.data.video_cache import VideoCache, choose_cached
 from dclr.data.videos import VideoSet, open_videos
 from dclr.errors import UserError
+from dclr.models import ClipFormat, build_backbone, save_backbone
 
 WANTED = np.array([1, 3, 5, 7, 14, 16, 18, 2, 2, 0])
 
@@ -202,6 +203,24 @@ def test_a_video_that_is_damaged_on_the_server_is_unreadable(stores, server, tmp
     file.unlink()
     with pytest.raises(UnreadableVideo, match="the server has no such file"):
         far.read(0, WANTED)
+
+
+def test_a_search_shows_the_videos_of_a_store_on_a_server(stores, tmp_path, capsys):
+    torch.manual_seed(0)
+    weights = tmp_path / "backbone.safetensors"
+    save_backbone(build_backbone("r2plus1d_10", 4), weights, ClipFormat(length=4, stride=2, crop=16))
+    features = tmp_path / "features.npz"
+    common = ["--checkpoint", str(weights), "--workers", "0"]
+    search = ["search", *common, "--query", "a/0.mp4", "--html"]
+    evaluate.main([*search, "--data", "server://host/planes", "--out", str(tmp_path / "found")])
+    assert (tmp_path / "found" / "search.html").read_text().count("<video ") == 4
+    # A file of features that somebody else wrote does not choose the server.
+    evaluate.main(["features", *common, "--data", "server://host/planes", "--out", str(features)])
+    capsys.readouterr()
+    evaluate.main([*search, "--features", str(features), "--out", str(tmp_path / "again")])
+    assert "warning: 4 videos cannot be shown" in capsys.readouterr().err
+    results = [(tmp_path / name / "results.csv").read_text() for name in ("found", "again")]
+    assert results[0] == results[1]
 
 
 def test_a_store_that_changes_on_the_server_ends_the_run(stores, server, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import os
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,15 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--out .*/file/run: cannot write there \(Not a directory\); choose a folder"):
         opened(str(tmp_path / "file" / "run"), "pretrain")
+
+
+def test_a_url_is_refused_and_not_taken_for_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--out s3:/bucket/run is a URL, but must be local: write to a disk, then"):
+        opened("s3://bucket/run", "pretrain")
+    with pytest.raises(UserError, match=r"^--out gs:/bucket is a URL"):
+        report.require_new_file(Path("gs://bucket/model.onnx"))
+    assert os.listdir() == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -51,15 +51,24 @@ class Found:
 
 
 class Gallery:
-    """The videos that are searched: one row of a table for each, and one kind of embedding."""
+    """The videos that are searched: one row of a table for each, and one kind of embedding.
 
-    def __init__(self, table: FeatureTable, kind: str) -> None:
+    Attributes:
+        root: the folder or the packed store with the videos.
+    """
+
+    def __init__(self, table: FeatureTable, kind: str, root: Path | None = None) -> None:
         """
+        Args:
+            root: the folder or store that was opened. By default it is the one that the table names, on this machine: a
+                file of features must not choose a server to connect to.
+
         Raises:
             UserError: the table has no such embeddings, no rows, or numbers that are not finite.
         """
         if kind not in table.embeddings:
             raise UserError(f"{table.root} has no {kind} embeddings, only {', '.join(table.embeddings)}")
+        self.root = root or Path(table.root)
         self.table = table if table.clips is None else mean_of_clips(table)
         self.rows = self.table.embeddings[kind]
         total = np.zeros(self.rows.shape[1])
@@ -74,7 +83,7 @@ class Gallery:
 
     def file(self, row: int) -> Path:
         """Return the file of a video. In a packed store it is only a name."""
-        return Path(self.table.root) / self.table.paths[row]
+        return self.root / self.table.paths[row]
 
     def rows_of(self, query: str) -> list[int]:
         """Return the rows of the file `query`, or of the path `query` in the gallery if there is no such file.
@@ -176,7 +185,8 @@ def search(
 
     def look_up() -> tuple[list[Found], Gallery]:
         assert table is not None  # on rank 0
-        gallery, found = Gallery(table, kind), []
+        root = source.root.resolve() if isinstance(source, Catalog) else None
+        gallery, found = Gallery(table, kind, root), []
         for query in queries:
             own_rows = gallery.rows_of(query)
             if query not in embedded and not own_rows:

@@ -75,7 +75,7 @@ def write_results(
     plot_sheet(blocks, f"{title}\nEach query and its nearest videos, with cosine similarity", folder / "nearest.png")
     if html:
         remarks = [
-            f"Searched: {len(gallery):,} videos of {Path(gallery.table.root).name}. Similarity is a cosine, at most 1.",
+            f"Searched: {len(gallery):,} videos of {gallery.root.name}. Similarity is a cosine, at most 1.",
             f"The previews play {FPS} frames per second.",
         ]
         if any(likeness_of_class(cell, block.query) for block in blocks for cell in block.nearest):
@@ -102,7 +102,7 @@ def make_blocks(found: Sequence[Found], gallery: Gallery, play: bool, timeout: f
     rows = {neighbour.row for each in found for neighbour in each.neighbours[:SHOWN_NEAREST]}
     rows |= {each.own_rows[0] for each in found if each.own_rows}
     paths = [table.paths[row] for row in sorted(rows)]
-    previews = make_previews(Path(table.root), paths, play, timeout) if paths else {}
+    previews = make_previews(gallery.root, paths, play, timeout) if paths else {}
 
     def cell(row: int, rank: int = 0, similarity: float = 0.0) -> Cell:
         path = table.paths[row]
