@@ -207,7 +207,8 @@ class DataConfig(_Group):
     data: str = option(
         "",
         "folder of a data set, a list file, or the URL of a packed store (https://, s3:// and others). "
-        "If left out, the built-in demo videos are rendered and used",
+        "If left out, eval.py uses the data set of the checkpoint's run (predict needs --data). If there is none, the "
+        "built-in demo videos are rendered and used",
     )
     split: int = option(
         1,
