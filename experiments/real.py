@@ -166,7 +166,7 @@ def write_set(folder: Path, links: dict[str, Path], classes: Sequence[str], **sp
         link = folder / name
         if link.exists() and link.resolve() != target.resolve():
             raise UserError(
-                f"--data: {folder} was made from {link.resolve()}, and not from {target}: give the --data of then, or "
+                f"--data: {folder} was made from {link.resolve()}, and not from {target}: give the first --data, or "
                 "another --work"
             )
         if not link.exists():

@@ -557,7 +557,7 @@ def check_work(plan: Plan) -> None:
             if before[name] != own[name]:
                 raise UserError(
                     f"--work {plan.work} was started with {name} {before[name]}, and not {own[name]}: "
-                    "give the flags of then, or another --work"
+                    "give the first flags, or another --work"
                 )
         for name, data in now.items():
             then = before["data"].get(name, data)

@@ -472,7 +472,7 @@ def _check_lists(path: Path, index: Arrays) -> None:
     least = stored.astype(np.int64)  # a video that is in no shard has no frames and no size
     for name, right, rule in (
         ("numbers", numbers >= 0, "0 or more"),
-        ("numbers", 0 < len(numbers) == len(set(numbers.tolist())), "at least one, and each another"),
+        ("numbers", 0 < len(numbers) == len(set(numbers.tolist())), "at least one, and each different"),
         ("missing_number", np.isin(index["missing_number"], numbers), "one of the numbers"),
         ("missing_split", _between(index.get("missing_split", no_entries), 0, 2), "0 to 2"),
         ("missing_label", _between(index.get("missing_label", no_entries), -1, classes - 1), f"-1 to {classes - 1}"),
@@ -480,7 +480,7 @@ def _check_lists(path: Path, index: Arrays) -> None:
         ("entry_split", _between(index["entry_split"], 0, 2), "0 to 2"),
         ("entry_row", _between(index["entry_row"], 0, videos - 1), f"0 to {videos - 1}"),
         ("entry_label", _between(index["entry_label"], -1, classes - 1), f"-1 to {classes - 1}"),
-        ("paths", 0 < videos == len(set(paths)), "at least one, and each another"),
+        ("paths", 0 < videos == len(set(paths)), "at least one, and each different"),
         ("shards", shards >= -1, "-1 or more"),
         ("shards", shards[stored][:1] == 0, "0 for the first video that is in one"),
         ("shards", _between(np.diff(shards[stored]), 0, 1), "that of the video before, or the next"),
