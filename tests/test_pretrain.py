@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -486,7 +487,7 @@ def test_accumulated_micro_batches_log_one_step_each(run_tiny, float32, tmp_path
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 0), (0, 1)])
 def test_a_run_resumed_under_another_zero_stage_keeps_its_momentum(
-    run_tiny, train_main, float32, tmp_path, before, after
+    run_tiny, train_main, float32, tmp_path, capfd, before, after
 ):
     """The resumed run is compared with a run that keeps its first stage.
 
@@ -501,6 +502,7 @@ def test_a_run_resumed_under_another_zero_stage_keeps_its_momentum(
     finished = run_tiny("finished", epochs=2, lr=1e-4, ds_config=str(tmp_path / f"stage{before}.json"))
     run = run_tiny(epochs=1, lr=1e-4, ds_config=str(tmp_path / f"stage{before}.json"))
     train_main(resume=run, epochs=2, ds_config=tmp_path / f"stage{after}.json")
+    assert re.findall(r"ZeRO stage (\d)", capfd.readouterr().out) == [str(stage) for stage in (before, before, after)]
     for step in range(5, 9):
         assert metrics(run)[step - 1]["loss"] == pytest.approx(metrics(finished)[step - 1]["loss"], rel=1e-6)
     momentum = tensors_of(run, "momentum")

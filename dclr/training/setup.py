@@ -303,9 +303,10 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
             f"  {len(videos.unreadable)} videos cannot be read and are skipped: "
             "report.json and train.py check --report FILE list them"
         )
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     run.say(
         f"  {distributed.world_size()} process(es) on {device.type}, "
-        f"{torch.get_num_threads()} thread(s) each; {precision}"
+        f"{torch.get_num_threads()} thread(s) each; ZeRO stage {stage}; {precision}"
     )
     run.say(f"  kernels: {kernels.describe(device)}")
     run.say(f"  {compiling}")
