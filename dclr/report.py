@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dclr.config import is_url
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.lock import folder_lock
@@ -78,7 +78,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def make_writable(folder: Path) -> None:
     """Create `folder`. Raises UserError if no file can be written there, or if it is a URL."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # Path has made :/ of ://
+    if is_url(str(folder).replace(":/", "://", 1)):  # Path has made :/ of ://
         raise UserError(f"--out {folder} is a URL, but must be local: write to a disk, then upload the result")
     try:
         folder.mkdir(parents=True, exist_ok=True)

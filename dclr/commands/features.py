@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,7 @@ def run(flags: dict[str, Any]) -> None:
     if not data_given:
         refuse_unless_demo(checkpoint)
 
-    from dclr.data.catalog import describe_reading, describe_warnings
+    from dclr.data.catalog import print_reading
     from dclr.data.datasets import make_demo, open_data
     from dclr.evaluation.feature_parts import Process, make_features
     from dclr.evaluation.feature_table import Request
@@ -102,10 +101,7 @@ def run(flags: dict[str, Any]) -> None:
     request = Request(catalog, pretrained, data, kinds, by_clip, half)
     if process == 0:
         print(f"{pretrained.loaded}\n{catalog.root}: {count(len(request))}, {catalog.layout}", flush=True)
-        for line in describe_reading(catalog):
-            print(line, flush=True)
-        for line in describe_warnings(catalog):
-            print(line, file=sys.stderr)
+        print_reading(catalog)
     table = make_features(request, out, device_of_process(), Process(process, processes), shown=process == 0)
     if table is not None:
         print_summary(table, out, checkpoint, time.monotonic() - began)

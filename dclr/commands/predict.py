@@ -1,7 +1,6 @@
 """Print or write the predicted classes of videos: `eval.py predict`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,7 @@ def run(flags: dict[str, Any]) -> None:
 def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], device: "torch.device") -> None:
     """Predict on all ranks, and print or write on rank 0. Raises UserError: see `run`."""
     from dclr import distributed, report
-    from dclr.data.catalog import describe_reading, describe_warnings
+    from dclr.data.catalog import print_reading
     from dclr.data.datasets import open_data
     from dclr.data.given_videos import EVERYTHING, everything
     from dclr.evaluation.predictions import check_suffix, predict_videos
@@ -85,10 +84,8 @@ def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], 
     if count > MOST_PRINTED and not out:
         raise UserError(f"--data {data.data} has {count:,} videos, too many to print: give --out predictions.csv")
     print(pretrained.loaded)
-    for line in describe_reading(catalog):
-        print(line)
-    for line in describe_warnings(catalog) if distributed.rank() == 0 else ():
-        print(line, file=sys.stderr)
+    if distributed.rank() == 0:
+        print_reading(catalog)
     predictions = predict_videos(pretrained.classifier, pretrained.classes, catalog, data, device)
     distributed.only_on_rank_zero(lambda: show(predictions, out, top))
 

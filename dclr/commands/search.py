@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ def run(flags: dict[str, Any]) -> None:
 
     from dclr import distributed, report
     from dclr.commands.ranks import connected_ranks
-    from dclr.data.catalog import Catalog, describe_reading, describe_warnings
+    from dclr.data.catalog import Catalog, print_reading
     from dclr.evaluation.features import find_data
     from dclr.evaluation.search import clips_of, read_gallery, search
     from dclr.evaluation.search_results import print_table, title_of, write_results
@@ -93,10 +92,7 @@ def run(flags: dict[str, Any]) -> None:
         folder = distributed.on_rank_zero(lambda: at_end.enter_context(report.open_run(out or "", "search")))
         print(pretrained.loaded)
         if isinstance(source, Catalog) and distributed.rank() == 0:
-            for line in describe_reading(source):
-                print(line)
-            for line in describe_warnings(source):
-                print(line, file=sys.stderr)
+            print_reading(source)
         result = search(source, pretrained, data, queries, kind, count, device)
         if result is not None:
             found, gallery = result

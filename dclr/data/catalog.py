@@ -1,6 +1,7 @@
 """The catalog of a data set: its videos with labels and splits, as the layouts and the packed store give it."""
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -178,6 +179,14 @@ def describe_reading(catalog: Catalog) -> list[str]:
 def describe_warnings(catalog: Catalog) -> list[str]:
     """Return a line for each warning."""
     return [f"warning: {printable(line)}" for line in catalog.warnings]
+
+
+def print_reading(catalog: Catalog) -> None:
+    """Print the lines of `describe_reading`, and those of `describe_warnings` to stderr."""
+    for line in describe_reading(catalog):
+        print(line, flush=True)
+    for line in describe_warnings(catalog):
+        print(line, file=sys.stderr)
 
 
 def reading_entry(catalog: Catalog) -> dict[str, Any]:
