@@ -4,6 +4,7 @@
     python -m experiments.controlled --seeds 1 --methods random MoCo DCLR         the main comparison: about 35 minutes
     python -m experiments.controlled --quick                                      checks that it runs: about 15 minutes
     python -m experiments.controlled --with-published --methods "without mining"  one method, next to published rows
+    python -m experiments.controlled --first-seed 3 --seeds 2 --methods MoCo DCLR two more seeds of these methods
 
 Each method is pretrained without labels for the same 1,800 steps of 32 clips, on the same videos, with the same
 network, optimizer and colour jitter. At five points of training, two linear probes are fitted to the frozen features of
@@ -189,9 +190,13 @@ def rows_of_methods(folder: Path, methods: Sequence[str], options: Options) -> e
     return {method: at_the_end(folder, folder_of(method), last, options) for method in methods}
 
 
+def row_of_random_weights(folder: Path, options: Options) -> evidence.Rows:
+    return {RANDOM: at_the_end(folder, "random", "bias", options, trained=False)}
+
+
 def rows_of_references(folder: Path, options: Options) -> evidence.Rows:
-    """Return the rows that methods are compared with: random weights, networks trained on labels, and chance."""
-    rows: evidence.Rows = {RANDOM: at_the_end(folder, "random", "bias", options, trained=False)}
+    """Return the rows of the networks trained on labels, and of chance."""
+    rows: evidence.Rows = {}
     for name in LABELS:
         rows[f"supervised on {name}"] = at_the_end(folder, f"supervised-{name}", "bias", options)
     first = folder / f"random-{options.seeds[0]}" / "bias"
@@ -229,15 +234,17 @@ def new_spelling(flags: list[str]) -> list[str]:
 def published(options: Options) -> evidence.Result:
     """Return the published result, so that its rows can be shown next to new ones.
 
+    It must have all seeds below the first one of `options`. If that is 0, it must have the same seeds.
+
     Raises:
         UserError: as evidence.published does, and if a published method had other flags than the method has now.
     """
-    result = evidence.published("controlled", recipe(options), options.seeds)
+    first = options.seeds.start
+    seeds, flag = (range(first), "--first-seed") if first else (options.seeds, "--with-published")
+    result = evidence.published("controlled", recipe(options), seeds, flag)
     for method, flags in result["recipe"]["methods"].items():
         if METHODS.get(method) != new_spelling(flags):
-            raise UserError(
-                f"--with-published: the published {method} was run with {flags}, but no method here has these flags"
-            )
+            raise UserError(f"{flag}: the published {method} was run with {flags}, but no method here has these flags")
     return result
 
 
@@ -247,6 +254,7 @@ def more_flags(parser: ArgumentParser) -> None:
         "--methods", nargs="+", choices=names, default=names, metavar="NAME",
         help=f"{', '.join(names)} (default: all); random always runs",
     )  # fmt: skip
+    runs.add_first_seed(parser)
     parser.add_argument(
         "--with-published", action="store_true",
         help="run only --methods; take the other rows from the published result with the same recipe, seeds and device",
@@ -256,7 +264,10 @@ def more_flags(parser: ArgumentParser) -> None:
 def main(arguments: Sequence[str]) -> None:
     options, given = runs.parse(__doc__, arguments, more_flags)
     methods = [method for method in METHODS if method in given.methods]
-    taken = published(options) if given.with_published else None
+    more_seeds = options.seeds.start > 0
+    if more_seeds and given.with_published:
+        raise UserError("--with-published is for the seeds of the published result; leave it out with --first-seed")
+    taken = published(options) if given.with_published or more_seeds else None
     by_motion, by_scene = controlled_set.stores(options)
     folder = options.work / "controlled"
     chains: list[Chain] = []
@@ -267,15 +278,27 @@ def main(arguments: Sequence[str]) -> None:
         ]
         if not taken:
             chains += labelled(folder, seed, by_motion, by_scene, options)
+        if not given.with_published:
             chains += [controlled_set.random_probe(folder / f"random-{seed}", seed, by_motion)]
     runs.run(chains, options.parallel)
 
-    rows = taken["rows"] if taken else rows_of_references(folder, options)
-    rows = evidence.in_order(rows | rows_of_methods(folder, methods, options), ROWS)
+    own = rows_of_methods(folder, methods, options)
+    if not given.with_published:
+        own |= row_of_random_weights(folder, options)
+    if not taken:
+        rows = own | rows_of_references(folder, options)
+    elif more_seeds:
+        rows = evidence.rows_with_more_seeds(taken, own)
+    else:
+        rows = taken["rows"] | own
+    rows = evidence.in_order(rows, ROWS)
     plotted = panels(folder, methods, options, rows)
-    if taken:
-        print(f"from the published result: {', '.join(name for name in rows if name not in methods)}")
+    if taken and more_seeds:
+        plotted = evidence.panels_with_more_seeds(taken, plotted)
+    elif taken:
         plotted = evidence.with_lines_of(taken["panels"], plotted, tuple(METHODS))
+    if taken:
+        print(f"from the published result: {', '.join(name for name in rows if name not in own)}")
     result: evidence.Result = {
         "question": "does DCLR learn motion where MoCo learns scene, and which of its components causes this?",
         "recipe": recipe(options) | {"methods": {method: METHODS[method] for method in METHODS if method in rows}},

@@ -12,7 +12,8 @@ A result is a dictionary in results/DEVICE/NAME.json:
                             {"steps": [...], "values": [[one value for each step] for each seed]}. A level is a number.
     groups                  the groups of rows, if rows are named "GROUP: ROW": a bar plot has a panel for each group
     ylabel                  the label of a bar plot's axis, if it is not "share of test videos"
-    recipe, environment     the settings and the machine; environment.commit names the commits of the runs
+    recipe, environment     the settings and the machine; environment.commit names the commits of the runs, and
+                            environment.precision the precisions in which networks were trained
 
 A result file keeps the words that were used when it was measured. The page computes the findings again from the rows,
 and shows names as plots.LABELS says.
@@ -51,7 +52,10 @@ LARGEST_SHARE = 0.05
 """An exact permutation test puts one mean above another if its p-value is at most this."""
 
 AND = " and "
-"""Separates the commits of a result's runs."""
+"""Separates the commits of a result's runs, and their precisions."""
+
+NOT_RECORDED = "not recorded for earlier runs"
+"""Stands for the precision of earlier results, which do not name it."""
 
 Result = dict[str, Any]
 Finding = dict[str, Any]
@@ -68,7 +72,7 @@ def finding(claim: str, holds: bool, detail: str) -> Finding:
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Return the difference of two means over at least two seeds, and its standard error."""
-    error = math.sqrt((statistics.variance(first) + statistics.variance(second)) / len(first))
+    error = math.sqrt(statistics.variance(first) / len(first) + statistics.variance(second) / len(second))
     return statistics.mean(first) - statistics.mean(second), error
 
 
@@ -77,17 +81,17 @@ def above(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Find
 
     The detail also has the p-value of an exact permutation test, because few seeds say little about a standard error.
     """
-    if len(more) < 2:
+    if min(len(more), len(less)) < 2:
         return []
     gap, error = difference(more, less)
     threshold = f"threshold more than {100 * STANDARD_ERRORS * error:.1f}"
-    detail = f"{100 * gap:+.1f} points, {threshold}, exact test {permutation_share(more, less):.2f}"
+    detail = f"{100 * gap:+.1f} points, {threshold}, exact test {permutation_share(more, less):.3f}"
     return [finding(claim, gap > STANDARD_ERRORS * error, detail)]
 
 
 def not_below(claim: str, first: Sequence[float], second: Sequence[float]) -> list[Finding]:
     """Return the finding that the first mean is at most two standard errors below the second; [] for one seed."""
-    if len(first) < 2:
+    if min(len(first), len(second)) < 2:
         return []
     gap, error = difference(first, second)
     detail = f"{100 * gap:+.1f} points, threshold at least {-100 * STANDARD_ERRORS * error:.1f}"
@@ -96,7 +100,7 @@ def not_below(claim: str, first: Sequence[float], second: Sequence[float]) -> li
 
 def equal(claim: str, first: Sequence[float], second: Sequence[float]) -> list[Finding]:
     """Return the finding that two means differ by at most two standard errors; [] for one seed."""
-    if len(first) < 2:
+    if min(len(first), len(second)) < 2:
         return []
     gap, error = difference(first, second)
     detail = f"{100 * gap:+.1f} points, threshold at most {100 * STANDARD_ERRORS * error:.1f} in either direction"
@@ -173,25 +177,44 @@ def published(name: str, recipe: dict[str, Any], seeds: range, flag: str = "--wi
 
 def with_more_seeds(before: Result, result: Result) -> Result:
     """Return `result` with the values of all seeds: those of `before`, then its own. Both have the same recipe."""
+    result = result | {"rows": rows_with_more_seeds(before, result["rows"])}
+    return result | ({"panels": panels_with_more_seeds(before, result["panels"])} if "panels" in result else {})
 
-    def joined(line: dict[str, Any], panel: int, name: str) -> dict[str, Any]:
-        earlier = before["panels"][panel]["lines"][name]
-        if earlier["steps"] != line["steps"]:
-            raise ValueError(f"{name} was logged at other steps before: {earlier['steps']}, now {line['steps']}")
-        return line | {"values": earlier["values"] + line["values"]}
 
-    rows = {
+def rows_with_more_seeds(before: Result, rows: Rows) -> Rows:
+    """Return the rows of `before`, and to those that are also in `rows` add the values of the new seeds.
+
+    Raises:
+        UserError: a row that gets new seeds does not have all seeds of `before`.
+    """
+    seeds = len(before["seeds"])
+    for row in rows:
+        if 0 < (own := plots.seeds_of(before["rows"].get(row, {}))) < seeds:
+            raise UserError(f"--first-seed: the published {row} has {own} of {seeds} seeds: run the others first")
+    added = {
         row: {
             figure: before["rows"][row][figure] + value if isinstance(value, list) else value
             for figure, value in figures.items()
         }
-        for row, figures in result["rows"].items()
+        for row, figures in rows.items()
     }
-    panels = [
-        panel | {"lines": {name: joined(line, number, name) for name, line in panel["lines"].items()}}
-        for number, panel in enumerate(result.get("panels", ()))
-    ]
-    return result | {"rows": rows} | ({"panels": panels} if panels else {})
+    return before["rows"] | added
+
+
+def panels_with_more_seeds(before: Result, panels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `panels` with the lines of `before`, and to those that are also in `panels` add those of the new seeds."""
+
+    def joined(name: str, earlier: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
+        if earlier["steps"] != line["steps"]:
+            raise ValueError(f"{name} was logged at other steps before: {earlier['steps']}, now {line['steps']}")
+        return line | {"values": earlier["values"] + line["values"]}
+
+    found = {label(panel["title"]): panel for panel in before["panels"]}
+    for panel in panels:
+        earlier = found[panel["title"]]["lines"]
+        lines = {name: joined(name, earlier[name], line) for name, line in panel["lines"].items()}
+        found[panel["title"]] = panel | {"lines": earlier | lines}
+    return list(found.values())
 
 
 def in_order(rows: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
@@ -233,10 +256,14 @@ def publish(
     """
     commits = {*runs.commits(chains), *(taken["environment"]["commit"].split(AND) if taken else ())}
     commits = commits or {environment(here())["commit"]}
+    precisions = runs.precisions(chains)
+    if taken:
+        precisions |= set(taken["environment"].get("precision", NOT_RECORDED).split(AND))
     result = result | {
         "command": " ".join([f"python -m experiments.{name}", *options.arguments]),
         "seeds": list(range(options.seeds.stop)),
-        "environment": environment(here()) | {"commit": AND.join(sorted(commits))},
+        "environment": environment(here())
+        | {"commit": AND.join(sorted(commits)), "precision": AND.join(sorted(precisions))},
     }
     harness.write(options.work, name, result, plots.plot(result))
     print("\n" + "\n".join(body(result)))
@@ -291,8 +318,12 @@ def described(name: str, kind: str, result: Result) -> Iterator[str]:
     """Yield the lines of a result on the page. `kind` is the name of its device's folder."""
     where, seeds = result["environment"], len(result["seeds"])
     spread = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
+    if any(0 < plots.seeds_of(row) < seeds for row in result["rows"].values()):
+        spread += ", or over the number that a row names"
     yield f"{spread}. {where['device']}, {where['date'][:10]}. [Plot](evidence/{kind}/{name}.png)."
-    yield f"Commits of the runs: {', '.join(where['commit'].split(AND))}."
+    commits = f"Commits of the runs: {', '.join(where['commit'].split(AND))}."
+    precision = where.get("precision", "").replace(AND, ", ")
+    yield commits + (f" Precision: {precision}." if precision else "")
     yield ""
     yield from body(result | {"findings": importlib.import_module(f"experiments.{name}").findings(result)})
 
@@ -304,7 +335,7 @@ def body(result: Result) -> Iterator[str]:
         yield harness.table_header(["", *(label(title) for title, _ in figures.values())])
         for row, values in result["rows"].items():
             cells = [cell(values[figure], unit) if figure in values else "" for figure, (_, unit) in figures.items()]
-            yield harness.table_line([label(row), *cells])
+            yield harness.table_line([plots.with_seeds(row, plots.seeds_of(values), len(result["seeds"])), *cells])
     if result["rows"] and result["findings"]:
         yield ""
     for found in result["findings"]:

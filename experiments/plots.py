@@ -33,10 +33,20 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
+def seeds_of(row: dict[str, Any]) -> int:
+    """Return the number of seeds of a row, and 0 for a row that does not depend on seeds."""
+    return max((len(values) for values in row.values() if isinstance(values, list)), default=0)
+
+
+def with_seeds(name: str, own: int, seeds: int) -> str:
+    """Return the label of a row or line, with its number of seeds if it has fewer than the `seeds` of the result."""
+    return label(name) + (f" ({own} seed{'s' * (own > 1)})" if 0 < own < seeds else "")
+
+
 def plot(result: dict[str, Any]) -> Figure:
     """Return the figure of a result: curves if it has panels, otherwise bars."""
-    figure = curves(result["panels"]) if "panels" in result else bars(result)
     where, seeds = result["environment"], len(result["seeds"])
+    figure = curves(result["panels"], seeds) if "panels" in result else bars(result)
     spread = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     caption = f"{spread}; {where['device']}, {where['date'][:10]}, torch {where['versions']['torch']}"
     figure.supxlabel(f"{caption}\ncommit {where['commit']}", fontsize=8, color="dimgray")
@@ -57,7 +67,7 @@ def bars(result: dict[str, Any]) -> Figure:
     for group, panel in zip(groups, panels[:, 0], strict=True):
         start = f"{group}: " if group else ""
         rows = {name.removeprefix(start): row for name, row in result["rows"].items() if name.startswith(start)}
-        draw_bars(panel, rows, list(shares))
+        draw_bars(panel, rows, list(shares), len(result["seeds"]))
         panel.set(title=group, xticks=range(len(shares)), ylabel=result.get("ylabel", "share of test videos"))
         panel.set_ylim(0, None if "ylabel" in result else 1.02)
         panel.set_xticklabels([title.replace(", ", "\n") for title in shares.values()], fontsize=8)
@@ -66,7 +76,7 @@ def bars(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_bars(panel: Any, rows: dict[str, Any], shares: Sequence[str]) -> None:
+def draw_bars(panel: Any, rows: dict[str, Any], shares: Sequence[str], seeds: int) -> None:
     """Draw the values of each row. A row with values by seed gets bars, and a row without (chance) dashed lines."""
     has_seeds = {name: any(isinstance(row.get(key), list) for key in shares) for name, row in rows.items()}
     width = 0.8 / sum(has_seeds.values())
@@ -81,13 +91,14 @@ def draw_bars(panel: Any, rows: dict[str, Any], shares: Sequence[str]) -> None:
         centres = [group - 0.4 + (bar + 0.5) * width for group in groups]
         errors = [statistics.stdev(by_seed) for by_seed in values] if len(values[0]) > 1 else None
         heights = [statistics.mean(by_seed) for by_seed in values]
-        panel.bar(centres, heights, 0.9 * width, yerr=errors, capsize=3, label=label(name), color=f"C{bar}", alpha=0.8)
+        title = with_seeds(name, seeds_of(row), seeds)
+        panel.bar(centres, heights, 0.9 * width, yerr=errors, capsize=3, label=title, color=f"C{bar}", alpha=0.8)
         for x, by_seed in zip(centres, values, strict=True):
             panel.plot([x] * len(by_seed), by_seed, "k.", markersize=3)
         bar += 1
 
 
-def curves(panels: Sequence[dict[str, Any]]) -> Figure:
+def curves(panels: Sequence[dict[str, Any]], seeds: int) -> Figure:
     """Return the panels, two in a row. A line has the same colour in all panels. The first two lines are thick."""
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
     rows = (len(panels) + 1) // 2
@@ -102,7 +113,8 @@ def curves(panels: Sequence[dict[str, Any]]) -> Figure:
                 "linewidth": 2.2 if number < 2 else 1.0,
                 "marker": "." if len(mean) < 10 else "",
             }
-            (handles[name],) = axis.plot(line["steps"], mean, label=label(name), **style)
+            title = with_seeds(name, len(line["values"]), seeds)
+            (handles[name],) = axis.plot(line["steps"], mean, label=title, **style)
             if len(by_step[0]) > 1:
                 spread = [statistics.stdev(values) for values in by_step]
                 low = [m - s for m, s in zip(mean, spread, strict=True)]
@@ -121,5 +133,5 @@ def curves(panels: Sequence[dict[str, Any]]) -> Figure:
         axis.grid(True, alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.legend(handles.values(), [label(name) for name in handles], loc="outside upper center", ncols=4)
+    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=4)
     return figure

@@ -12,6 +12,7 @@ long the others will probably take.
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -394,7 +395,17 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def reports(chains: Sequence[Chain]) -> list[dict[str, Any]]:
+    """Return the reports of all trainings and evaluations of these chains."""
+    folders = {job.writes.parent for chain in chains for job in chain if job.writes.name == "report.json"}
+    return [report(folder) for folder in sorted(folders)]
+
+
 def commits(chains: Sequence[Chain]) -> set[str]:
     """Return the commits of the source trees that made these runs, usually one."""
-    reports = {job.writes.parent for chain in chains for job in chain if job.writes.name == "report.json"}
-    return {report(folder)["environment"]["commit"] for folder in reports}
+    return {each["environment"]["commit"] for each in reports(chains)}
+
+
+def precisions(chains: Sequence[Chain]) -> set[str]:
+    """Return the precisions in which the networks were trained: "float32", "bfloat16" or both."""
+    return {re.split(r"\W", each["precision"])[0] for each in reports(chains) if "precision" in each}

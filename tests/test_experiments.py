@@ -1,6 +1,7 @@
 """Experiments run their commands once and publish results. Stand-ins for train.py and eval.py only write reports."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -67,6 +68,7 @@ def written_by_train(job: Job) -> None:
         lines.append(json.dumps(line) + "\n")
     (job.writes.parent / "metrics.jsonl").write_text("".join(lines))
     report = {"steps": 24 * epochs, "seconds": 60.0 * epochs, "environment": {"commit": "abc1234567"}}
+    report["precision"] = "float32: this CPU has no fast bfloat16"
     job.writes.write_text(json.dumps(report))
 
 
@@ -414,7 +416,7 @@ def test_two_means_differ_by_two_standard_errors_and_one_seed_gives_no_claim():
     assert found == {
         "claim": "better",
         "holds": False,
-        "detail": "+16.0 points, threshold more than 16.3, exact test 0.10",
+        "detail": "+16.0 points, threshold more than 16.3, exact test 0.100",
     }
     (found,) = evidence.not_below("kept", less, near)
     assert found == {"claim": "kept", "holds": True, "detail": "-16.0 points, threshold at least -16.3"}
@@ -511,7 +513,7 @@ Commits of the runs: abc.
 | chance | 12.5 % |  |  |
 
 - **Does not hold**: the motion probe of DCLR is above that of MoCo (+0.0 points, threshold more than 16.3, exact test
-  0.70).
+  0.700).
 - Holds: the scene probe of DCLR is not below that of MoCo (+0.0 points, threshold at least -16.3).
 
 """)
@@ -598,7 +600,7 @@ def test_the_comparison_runs_once_and_publishes_its_table(root, calls):
     assert "| supervised on motion | 97.4 ± 0.7 % |" in page
     assert "| chance | 12.5 % | 12.5 % | 4.2 % | 4.2 % |" in page
     # 75.5 ± 0.7 against 25.5 ± 0.7 %: standard error sqrt((0.00005 + 0.00005) / 2) = 0.7 points
-    said = "the motion probe of DCLR is above that of MoCo (+50.0 points, threshold more than 1.4, exact test 0.17)"
+    said = "the motion probe of DCLR is above that of MoCo (+50.0 points, threshold more than 1.4, exact test 0.167)"
     assert f"- Holds: {said}." in page
     assert "without dynamic pairs" not in page
     (file,) = (root / "results").glob("*/controlled.json")
@@ -650,6 +652,70 @@ def test_with_published_runs_only_the_given_methods_and_keeps_the_published_rows
     for ours, theirs in zip(after["panels"], before["panels"], strict=True):
         assert {name: ours["lines"][name] for name in theirs["lines"]} == theirs["lines"]
         assert list(ours["lines"])[len(theirs["lines"]) :] == ["without dynamic pairs", "without mining"]
+
+
+def test_seeds_of_some_methods_are_added_next_to_rows_with_fewer_seeds(root, calls, capsys):
+    controlled.main(["--seeds", "2", "--methods", "MoCo", "DCLR", "without mining", "--work", str(root / "work")])
+    (file,) = (root / "results").glob("*/controlled.json")
+    before = json.loads(file.read_text())
+    del before["environment"]["precision"]  # as in an older result
+    for panel in before["panels"]:  # the title of an older result
+        panel["title"] = panel["title"].replace(
+            "pair vv (clip): key minus", "pair vv, the clip itself: key against the"
+        )
+    file.write_text(json.dumps(before))
+    calls.clear()
+
+    more = ["--first-seed", "2", "--seeds", "3", "--work", str(root / "later")]
+    with pytest.raises(UserError, match="--with-published is for the seeds of the published result"):
+        controlled.main([*more, "--with-published"])
+    with pytest.raises(UserError, match=r"--first-seed: .* has seeds \[0, 1\], but this run needs \[0, 1, 2\]"):
+        controlled.main(["--first-seed", "3", "--work", str(root / "later")])
+    assert calls == []
+    controlled.main([*more, "--methods", "MoCo", "DCLR"])
+    started = {line.split("--out ")[1].split("/")[-1] for line in calls if line.startswith("train.py pretrain")}
+    assert started == {f"{method}-{seed}" for method in ("moco", "dclr") for seed in (2, 3, 4)}
+    assert not any("finetune" in line for line in calls)
+    after = json.loads(file.read_text())
+    assert after["seeds"] == [0, 1, 2, 3, 4]
+    assert after["environment"]["precision"] == "float32 and not recorded for earlier runs"
+    assert list(after["rows"]) == list(before["rows"])
+    assert after["rows"]["DCLR"]["motion_probe"] == [0.75, 0.76, 0.77, 0.78, 0.79]
+    assert after["rows"]["random weights"]["motion_probe"] == [0.125, 0.135, 0.145, 0.155, 0.165]
+    for row in ("without mining", "supervised on motion", "chance"):
+        assert after["rows"][row] == before["rows"][row]
+    titles = [plots.label(panel["title"]) for panel in before["panels"]]
+    assert [panel["title"] for panel in after["panels"]] == titles
+    probes = after["panels"][0]
+    assert {name: len(line["values"]) for name, line in probes["lines"].items()} == {
+        "DCLR": 5, "MoCo": 5, "without mining": 2,
+    }  # fmt: skip
+    assert probes["levels"]["random features"] == pytest.approx(0.145)
+    assert (after["recipe"], after["figures"]) == (before["recipe"], before["figures"])
+    page = (root / "evidence.md").read_text()
+    assert "Mean ± standard deviation over 5 seeds, or over the number that a row names. " in page
+    assert "Precision: float32, not recorded for earlier runs." in page
+    assert "\n| without mining (2 seeds) | 56.8 ± 0.7 % |" in page
+    assert "\n| DCLR | 77.0 ± 1.6 % |" in page
+    assert "from the published result: without mining, supervised on motion, supervised on scene, chance\n" in (
+        capsys.readouterr().out
+    )
+
+    last = ["--first-seed", "5", "--seeds", "1", "--work", str(root / "last")]
+    with pytest.raises(UserError, match="the published without mining has 2 of 5 seeds: run the others first"):
+        controlled.main([*last, "--methods", "without mining"])
+
+
+def test_differences_of_groups_with_different_numbers_of_seeds():
+    more, less = [0.5, 0.7], [0.1, 0.2, 0.3, 0.4]
+    gap, error = evidence.difference(more, less)
+    assert gap == pytest.approx(0.35)
+    assert error == pytest.approx(math.sqrt(0.02 / 2 + (0.05 / 3) / 4))
+    (found,) = evidence.above("above", more, less)
+    assert found["holds"]
+    assert "exact test 0.067" in found["detail"]  # 1 of 15 divisions
+    for compare in (evidence.above, evidence.not_below, evidence.equal):
+        assert compare("?", [0.5], less) == compare("?", more, [0.1]) == []
 
 
 def test_with_published_refuses_another_recipe_other_seeds_and_another_device(root, calls):
