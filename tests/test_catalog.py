@@ -349,7 +349,7 @@ def test_a_train_json_next_to_another_labels_json_is_no_something_something(tmp_
         (
             "validation",
             [{"id": "1", "template": "Putting something next to something"}],
-            "entry 0: 1 has label 1, and label 0 before",
+            "entry 0: 1 has label 1, but label 0 earlier",
         ),
     ],
 )

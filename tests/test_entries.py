@@ -280,7 +280,7 @@ def test_missing_data_names_the_folder_and_an_empty_one_what_is_recognised(train
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("not a video")
     message = refused(train_main, data=tmp_path / "empty", ds_config=float32)
-    seen = "1 file that is no video (.txt: 1)"
+    seen = "1 file that is not a video (.txt: 1)"
     assert message.startswith(
         f"no videos found in {tmp_path / 'empty'}: {seen}; recognised are UCF101, HMDB51, Kinetics"
     )

@@ -376,8 +376,8 @@ def test_folders_below_the_class_folders_are_groups(tmp_path: Path) -> None:
     ("paths", "seen"),
     [
         ([], "no videos found in DATA; recognised are UCF101"),
-        (["a/1.srt", "a/2.txt"], "DATA: 2 files that are no videos (.srt: 1, .txt: 1); recognised"),
-        (["a/v/1.jpg"], "1 file that is no video (.jpg: 1); pictures are not read as frames of videos"),
+        (["a/1.srt", "a/2.txt"], "DATA: 2 files that are not videos (.srt: 1, .txt: 1); recognised"),
+        (["a/v/1.jpg"], "1 file that is not a video (.jpg: 1); pictures are not read as frames of videos"),
         ([f"a/v/{number}.jpg" for number in range(20)], f"{PICTURES}: 1, such as a/v/"),
         (["train.json"], "train.json may be a list: the videos that it names must lie in this folder"),
     ],

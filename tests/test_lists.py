@@ -274,7 +274,7 @@ def test_names_of_classes_as_labels(tmp_path: Path) -> None:
     write_lines(tmp_path, "classes.txt", "run", "jump")
     assert "class 'sit' is not in DATA/classes.txt" in refusal(tmp_path)
     write_lines(tmp_path, "classes.txt", "sit", "run", "jump", "run")
-    assert refusal(tmp_path) == "DATA/classes.txt: class 'run' is named twice, so its label is unknown: each class once"
+    assert refusal(tmp_path) == "DATA/classes.txt: class 'run' is named twice, so its label is unknown: name it once"
 
 
 def test_a_last_field_may_be_empty_in_a_table_with_tabs(tmp_path: Path) -> None:
@@ -459,4 +459,4 @@ def test_a_dive_with_two_labels_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a_1.mp4")
     write_lines(tmp_path, "Diving48_V2_train.json", json.dumps([{"vid_name": "a_1", "label": 0}]))
     write_lines(tmp_path, "Diving48_V2_test.json", json.dumps([{"vid_name": "a_1", "label": 1}]))
-    assert refusal(tmp_path) == "DATA/Diving48_V2_test.json: entry 0: a_1 has label 1, and label 0 before"
+    assert refusal(tmp_path) == "DATA/Diving48_V2_test.json: entry 0: a_1 has label 1, but label 0 earlier"

@@ -52,7 +52,8 @@ class Catalog:
     root: Path
     """The folder that the videos' paths start from."""
     layout: str
-    """The name of the layout (see datasets.LAYOUTS), or folder of videos; of a store, followed by " (packed)"."""
+    """The name of the layout: a key of datasets.LAYOUTS, "folder of videos" or "video files". The layout of a packed
+    store ends in " (packed)"."""
     classes: tuple[str, ...]
     """Names by label; empty if nothing is labelled."""
     splits: dict[str, tuple[Video, ...]]
@@ -73,7 +74,7 @@ class Catalog:
     """The index of a packed store, for `open_store`; None for videos on disk."""
 
     def videos(self, split: str) -> tuple[Video, ...]:
-        """Return the videos of a split. Raises UserError, naming the splits that exist: there is no such split."""
+        """Return the videos of a split. Raises UserError if there is no such split. The message names the others."""
         if not self.splits.get(split):
             raise UserError(f"{self.root} has no {split} split; it has: {', '.join(self.splits)}")
         return self.splits[split]
@@ -92,7 +93,9 @@ def make_catalog(
     lists: Iterable[Path] = (),
     on_disk: Iterable[str] = (),
 ) -> Catalog:
-    """Return a catalog without missing videos and empty splits. If there is "val" and no "test", "test" is "val".
+    """Return a catalog in which every split holds videos on disk, and only such videos.
+
+    If there is "val" and no "test", "test" is "val".
 
     Args:
         missing: videos by split of which the layout already knows that they are not on disk.
@@ -155,7 +158,7 @@ def _require_strings(root: Path, *strings: Iterable[str]) -> None:
 
 
 def label_advice(catalog: Catalog) -> str:
-    """Return the end of a message that says how videos without labels get some."""
+    """Return the end of a message: what the user can do to give the videos labels."""
     if catalog.index is not None:
         return "pack a data set whose videos have labels"
     if catalog.lists:

@@ -23,11 +23,11 @@ SHOWN_VIDEOS = 10
 """Most videos that are named for one kind of finding. A report names all."""
 
 SHOWN_REASONS = 5
-"""Most reasons that are counted if more unreadable videos than SHOWN_VIDEOS are found."""
+"""Most reasons whose videos are counted, if there are more unreadable videos than SHOWN_VIDEOS."""
 
 
 def check(data: DataConfig, report: str = "") -> None:
-    """Print the findings. Unreadable videos are findings and no error.
+    """Print the findings. Unreadable videos are findings, and not errors.
 
     Args:
         report: a JSON file to write, with all missing and unreadable videos; empty: none is written.
@@ -60,7 +60,7 @@ def write_report(file: str, catalog: Catalog, unreadable: Mapping[str, str]) -> 
 
 
 def check_store(catalog: Catalog, index: Arrays, workers: int, report: str = "") -> None:
-    """Compare every checksum of a packed store and print the findings. Raises UserError, naming the damaged shards."""
+    """Check every checksum of a packed store and print the findings. Raises UserError if shards are damaged."""
     store = open_store(catalog.root, index)
     damaged = damaged_shards(store, workers)
     lines = [*describe_catalog(catalog), *describe_store(store), *describe_missing(catalog)]
@@ -202,7 +202,7 @@ def name_first(videos: Mapping[str, str]) -> list[str]:
 
 
 def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str]:
-    """Return a line for each fault that spoils training or figures: missing videos, empty classes and duplicates."""
+    """Return a line for each fault that harms training or figures: missing videos, empty classes and duplicates."""
     gaps = [coverage(catalog, split, unreadable).sentence() for split in catalog.splits]
     gaps += missing_of_unknown_split(catalog)
     gaps += catalog.warnings

@@ -93,7 +93,7 @@ def looks_like_list(file: Path, disk: Disk) -> bool:
 def read_table(file: Path, disk: Disk) -> Table:
     """Return a list as columns. The role of the last two of three columns may be left open: "?" stands for both.
 
-    Raises UserError: the lines permit no reading, or more than one.
+    Raises UserError: the lines permit no reading, or more than one, or a header names no column of paths.
     """
     lines, comments = [], 0
     for where, line in read_lines(file):
@@ -111,12 +111,12 @@ def read_table(file: Path, disk: Disk) -> Table:
     if len(tables) == 1:
         return tables[0]
     on_disk = [sum(bool(disk.find(path)[0]) for path in table.column("path")) for table in tables]
-    if not any(on_disk):  # no video is there: the error message about this is the catalog's
+    if not any(on_disk):  # no video is there: make_catalog refuses that
         on_disk = [sum(has_video_name(PurePosixPath(path)) for path in table.column("path")) for table in tables]
     best = [table for table, count in zip(tables, on_disk, strict=True) if count == max(on_disk)]
     if not best:
         raise _no_reading(lines)
-    if len(best) > 1:  # a header that names the columns says more than the number of the columns
+    if len(best) > 1:  # the names in a header are a better sign than the number of columns
         best = [table for table in best if table.header] or best
     if len(best) > 1:
         ways = " or ".join(f"`{' '.join(table.roles)}` separated by {table.separator}" for table in best)
@@ -187,7 +187,7 @@ def _split(line: str, character: str) -> tuple[str, ...]:
 
 
 def _split_spaces(line: str, columns: int) -> tuple[str, ...]:
-    """Return the fields of a line. The first field has quotes or may contain spaces. Empty: fewer fields."""
+    """Return the fields of a line; empty if their number is not `columns`. The first may have quotes or spaces."""
     if quoted := re.match(r"""(["'])(.+?)\1(?:\s+(.*))?$""", line):
         fields = (quoted[2], *(quoted[3] or "").split())
     else:
@@ -201,7 +201,7 @@ def _may_be_spaced(path: str, line: str, disk: Disk) -> bool:
 
 
 def _roles_of_header(fields: Sequence[str], disk: Disk) -> tuple[str, ...]:
-    """Return the roles that a header line gives to the columns. Empty: the line is no header."""
+    """Return the roles that a header line gives to the columns; empty if the line is not a header."""
     names = [field.strip().lower().replace(" ", "_").replace("-", "_") for field in fields]
     roles = ["?"] * len(names)
     for role, known in NAMES.items():
@@ -261,9 +261,9 @@ def resolve_open_columns(tables: Iterable[Table], classes: int | None) -> list[T
         return tables
     second, third = ([row.fields[column] for row in rows] for column in (1, 2))
     has_zero = "0" in second or "-1" in second
-    labels_second = are_labels(second) and (has_zero or is_dense(second) or _fit(second, classes))
+    labels_second = are_labels(second) and (has_zero or is_dense(second) or _all_named(second, classes))
     frames_second = all(text.isdecimal() and text.strip("0") for text in second)
-    labels_third = are_labels(third) and (is_dense(third) or _fit(third, classes))
+    labels_third = are_labels(third) and (is_dense(third) or _all_named(third, classes))
     roles: tuple[str, ...]
     if labels_second and not (frames_second and labels_third):
         roles = ("path", "label", "group")
@@ -288,6 +288,6 @@ def is_dense(fields: Iterable[str]) -> bool:
     return 2 * len(numbers) > max(numbers, default=0)
 
 
-def _fit(fields: Iterable[str], classes: int | None) -> bool:
-    """Return whether classes.txt names a class for every label."""
-    return classes is not None and max(map(int, fields), default=0) < classes
+def _all_named(labels: Iterable[str], classes: int | None) -> bool:
+    """Return whether classes.txt names a class for every label. `classes`: as in `resolve_open_columns`."""
+    return classes is not None and max(map(int, labels), default=0) < classes

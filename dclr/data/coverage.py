@@ -1,7 +1,7 @@
-"""Which of the videos that a data set lists a result is computed from, and the limit --max-missing.
+"""The listed videos that a result is computed from, and the limit --max-missing.
 
-Figures of different people are comparable only if they are of the same videos. So every result says how many of the
-listed videos it does not use, and which classes have no video.
+Results of different people are comparable only if they are computed from the same videos. So every result says how many
+of the listed videos it does not use, and which classes have no video.
 """
 
 from collections import Counter

@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Layout] = {
     "UCF101": Layout(recognise=is_ucf101, read=ucf101, numbers=ucf101_numbers),
 }
 """The layouts by name, from the most general to the most special. The last one that recognises a folder reads it, so a
-layout that is added later comes before all others. docs/extend.md shows how to add one."""
+layout that is added later has precedence over all others. docs/extend.md shows how to add one."""
 
 
 def make_demo() -> None:
@@ -94,7 +94,7 @@ def open_catalog(data: Path, split: int = 1, allow_outside: bool = False) -> Cat
             and the line.
     """
     collects = gc.isenabled()
-    gc.disable()  # a fourth of the time for a million videos: the collector looks at all objects again and again
+    gc.disable()  # a million videos then take a fourth of the time: the collector visits all objects again and again
     try:
         return _open(data, split, allow_outside)
     except PermissionError as error:
@@ -146,7 +146,7 @@ def official_splits(data: Path) -> list[int]:
 
 
 def several_splits(data: DataConfig) -> list[int]:
-    """Return the numbers of the official splits for --split all. Raises UserError: there are not several."""
+    """Return the numbers of the official splits for --split all. Raises UserError if there is only one."""
     folder = data_path(data.data or str(DEMO_VIDEOS))
     if data.data and not isinstance(folder, RemotePath) and not folder.exists():
         raise UserError(f"no such folder: {data.data}")

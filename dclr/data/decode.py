@@ -121,7 +121,8 @@ _PICTURE_CODECS = {
 """Codecs of covers and previews, and of some videos."""
 
 _MOVING = 5
-"""Fewest frames that a stream next to others must declare to be taken for a video. FFmpeg uses the same number."""
+"""A video stream that declares fewer frames than this is read only if no other stream declares more. FFmpeg uses the
+same number."""
 
 _NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image | Disposition.metadata
 """Marks of streams that hold pictures about the video: covers and thumbnails."""
@@ -209,7 +210,7 @@ def empty_planes(count: int, height: int, width: int) -> Planes:
 def is_video(path: Path) -> bool:
     """Return whether a file, whatever its name, holds a video: it opens, and the first frame decodes.
 
-    A still image, text and a playlist are no videos. This is no verification: later frames may be damaged.
+    Still images, texts and playlists are not videos. This does not verify the file: later frames may be damaged.
     """
     try:
         with _opened(path) as (container, stream):
@@ -731,8 +732,8 @@ def _decoded(container: InputContainer, stream: VideoStream, first: int) -> Iter
     """Yield the frames from the container's current position to its end.
 
     A caller must not hold a frame after it has asked for the next one. The decoder puts the memory of free frames to
-    use again, and a damaged frame leaves parts of its memory unwritten. So such a frame would depend on which frames a
-    caller holds, and a window would differ from the sequential decode.
+    use again, and a damaged frame leaves parts of its memory unwritten. So a damaged frame would depend on which frames
+    a caller holds, and a window would differ from the sequential decode.
 
     Args:
         first: number of the next frame, for error messages.

@@ -1,9 +1,9 @@
 """Videos that a data set lists more than once: by the same path, by links, or as files with equal content.
 
-A video with two labels spoils training. A video in train and test spoils the test. Files are compared by content only
-if their sizes in bytes are equal: first by their first and last 64 KiB, then whole. Verification has recorded digests
-of the ends, because many of a million files have equal sizes. A packed store is compared by the checksums in its index,
-without reading videos.
+A video with two labels harms training. A video in train and test makes the test invalid. Files are compared by content
+only if their sizes in bytes are equal: first by their first and last 64 KiB, then whole. Verification has recorded
+digests of the ends, because many of a million files have equal sizes. A packed store is compared by the checksums in
+its index, without reading videos.
 """
 
 from collections import defaultdict
@@ -64,7 +64,7 @@ class Duplicates:
         return lines
 
     def check_labels(self) -> None:
-        """Raise UserError if a video has two labels and this is not the work of official lists."""
+        """Raise UserError if `refused` names a video."""
         if self.refused:
             more = f", and {len(self.refused) - 1} more such videos" if len(self.refused) > 1 else ""
             raise UserError(

@@ -19,10 +19,10 @@ WHOLE_DIGEST_BYTES = 32
 """Length of a digest of `digest_of_all`."""
 
 THREADS = 8
-"""Files that are read, or asked for, at a time. Most of the time is spent waiting for the disk."""
+"""Files that are read, or whose status is asked for, at a time. Most of the time is spent waiting for the disk."""
 
 _CHUNK = 1_000
-"""Files that a thread asks for before it takes others."""
+"""Files whose status a thread asks for before it takes others."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,7 +23,7 @@ _VERSION = 6
 """Version of the file's format and of what `verify_video` finds: raise it when either changes."""
 
 _FULL_TIMESTAMPS = 5
-"""The version before, which can still be read. It has a difference for each timestamp, and no digests."""
+"""The previous version, which can still be read. It has a difference for each timestamp, and no digests."""
 
 Finding = VideoRecord | str
 """The record of a video, or the reason why it cannot be read."""
@@ -189,7 +189,7 @@ def _records(arrays: Arrays) -> Records:
 
 
 def _with_runs(arrays: Arrays) -> Arrays:
-    """Return the arrays of a file of the version before in the form of this version."""
+    """Return the arrays of a file of the previous version in the form of this version."""
     frames, steps, readable = arrays["frames"], arrays.pop("pts_steps"), arrays["readable"].tolist()
     fit = all((arrays[name] == arrays[name].astype(np.int32)).all() for name in ("sizes", "keyframes"))
     if not (fit and steps.dtype == np.int64 and (frames > 0).all() and frames.sum() == len(steps)):

@@ -63,15 +63,15 @@ def _split_folders(tree: Tree, loose: list[str], others: Folders, folders: Folde
         if split in by_split:
             raise UserError(f"{root} holds both {by_split[split]}/ and {name}/, and both mean {split}: keep one")
         by_split[split] = name
-    beside = [*loose, *(path for videos in others.values() for path in videos)]
-    _refuse_many_loose(tree, beside, folders, "")
+    outside = [*loose, *(path for videos in others.values() for path in videos)]
+    _refuse_many_loose(tree, outside, folders, "")
     by_split = {split: by_split[split] for split in SPLITS if split in by_split}
     found = {split: _by_folder(folders[name], f"{name}/") for split, name in by_split.items()}
     first = next((split for split in by_split if found[split][1]), None)
     recognised = [f"{name}/ is the {split} split" for split, name in by_split.items() if name != split]
     if first is None:
         videos = {split: [Video(path=path, label=-1) for path in found[split][0]] for split in by_split}
-        unused = {"next to the split folders": beside}
+        unused = {"next to the split folders": outside}
         return _catalog(tree, "folder of videos", (), videos, recognised=recognised, unused=unused)
     if "train" in by_split and first != "train":
         raise UserError(
@@ -102,7 +102,7 @@ def _split_folders(tree: Tree, loose: list[str], others: Folders, folders: Folde
         labelled.classes,
         splits,
         recognised=[*recognised, *labelled.lines()],
-        unused={"next to the split folders": beside, "next to the class folders": strays},
+        unused={"next to the split folders": outside, "next to the class folders": strays},
     )
 
 
@@ -157,11 +157,13 @@ def _catalog(
 ) -> Catalog:
     """Return the catalog with what the walk found, and a warning for each kind of unused videos."""
     strays = {reason: tuple(paths) for reason, paths in (unused or {}).items() if paths}
-    told = [*tree.warnings, *warnings, *_empty_splits(tree), *_like_classes(classes)]
+    all_warnings = [*tree.warnings, *warnings, *_empty_splits(tree), *_like_classes(classes)]
     for reason, paths in strays.items():
-        told.append(f"{count_videos(len(paths), 'is', 'are')} {reason} and not used, such as {paths[0]}")
+        all_warnings.append(f"{count_videos(len(paths), 'is', 'are')} {reason} and not used, such as {paths[0]}")
     if lists := tree.unused.get(LISTS):
-        told.append(f"{lists[0]} is named like a list and is not read: the folders decide. --data FILE reads a list")
+        all_warnings.append(
+            f"{lists[0]} is named like a list and is not read: the folders decide. --data FILE reads a list"
+        )
     return make_catalog(
         tree.root,
         layout,
@@ -169,7 +171,7 @@ def _catalog(
         splits,
         recognised=[*tree.recognised, *recognised],
         unused={**strays, **tree.unused},
-        warnings=told,
+        warnings=all_warnings,
         on_disk=tree.videos,
     )
 
@@ -246,7 +248,7 @@ def describe_nothing(tree: Tree) -> str:
     seen = []
     if paths:
         counted = ", ".join(f"{suffix}: {count:,}" for suffix, count in suffixes.most_common(5))
-        files = "1 file that is no video" if len(paths) == 1 else f"{len(paths):,} files that are no videos"
+        files = "1 file that is not a video" if len(paths) == 1 else f"{len(paths):,} files that are not videos"
         seen.append(f"{files} ({counted})")
     for reason, listed in tree.unused.items():
         folders = [path for path in listed if path.endswith("/")]

@@ -1,4 +1,4 @@
-"""Catalogs of videos that are no data set: given files, and all videos of a data set without regard to its splits."""
+"""Catalogs without official splits: of given video files, and of all videos of a data set in one split."""
 
 import os
 from collections.abc import Sequence

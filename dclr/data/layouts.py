@@ -12,7 +12,7 @@ from dclr.data.tree import has_video_name
 from dclr.errors import UserError
 
 HMDB51_LISTS = "[!.]*_test_split[123].txt"
-"""Pattern of the names of HMDB51's lists. Hidden files, which macOS may write next to them, are no lists."""
+"""Pattern of the names of HMDB51's lists. Hidden files, which macOS may write next to them, are not lists."""
 
 
 def is_ucf101(data: Path) -> bool:
@@ -24,6 +24,7 @@ def ucf101_numbers(data: Path) -> list[int]:
 
 
 def ucf101(folder: DataFolder) -> Catalog:
+    """Return the catalog of UCF101. Raises UserError: there is no such split, or a list is missing or wrong."""
     data, split, allow_outside = folder.root, folder.split, folder.allow_outside
     check_split(split, "UCF101", (1, 2, 3))
     lists = data / "ucfTrainTestlist"
@@ -67,7 +68,7 @@ def ucf101(folder: DataFolder) -> Catalog:
         if label != train[-1].label + 1:
             raise UserError(f"{where}: label {number} contradicts {class_file}, which says {train[-1].label + 1}")
     test = [video(where, line) for where, line in read_lines(lists / f"testlist{split:02d}.txt")]
-    # The lists of the other splits are no files that were forgotten.
+    # The lists of the other splits are named too. Otherwise they would be reported as not used.
     official = [class_file, *sorted(lists.glob("t*list0[123].txt"))]
     warnings = [f"class {listed} of the lists is read as {name} of classInd.txt" for listed, name in renamed.items()]
     classes = tuple(names[number] for number in sorted(names))
@@ -93,6 +94,7 @@ def hmdb51_numbers(data: Path) -> list[int]:
 
 
 def hmdb51(folder: DataFolder) -> Catalog:
+    """Return the catalog of HMDB51. Raises UserError: there is no such split, or a list is missing or wrong."""
     data, split, allow_outside = folder.root, folder.split, folder.allow_outside
     check_split(split, "HMDB51", (1, 2, 3))
     lists = data / "testTrainMulti_7030_splits"
@@ -110,7 +112,7 @@ def hmdb51(folder: DataFolder) -> Catalog:
             if use != "0":
                 path = path_inside(PurePosixPath(videos, file.strip()), where, allow_outside)
                 splits["train" if use == "1" else "test"].append(Video(path=path, label=label))
-    official = sorted(lists.glob(HMDB51_LISTS))  # those of the other splits are not forgotten either
+    official = sorted(lists.glob(HMDB51_LISTS))  # of all splits, as in `ucf101`
     found = find_videos(Disk(data), splits)
     return make_catalog(
         data,
@@ -129,6 +131,10 @@ def is_diving48(data: Path) -> bool:
 
 
 def diving48(folder: DataFolder) -> Catalog:
+    """Return the catalog of Diving48. Without a vocabulary, classes have the names "0", "1" and so on.
+
+    Raises UserError: a list is missing, occurs twice or is wrong.
+    """
     data = folder.root
     entries: dict[str, list[tuple[str, int]]] = {}
     labels: dict[str, int] = {}
@@ -140,7 +146,7 @@ def diving48(folder: DataFolder) -> Catalog:
                 case {"vid_name": str(name), "label": int(label)} if 0 <= label < MAX_CLASSES and label is not True:
                     if labels.setdefault(name, label) != label:
                         raise UserError(
-                            f"{file}: entry {number}: {name} has label {label}, and label {labels[name]} before"
+                            f"{file}: entry {number}: {name} has label {label}, but label {labels[name]} earlier"
                         )
                     entries[split].append((name, label))
                 case _:

@@ -23,6 +23,8 @@ def read_lines(file: Path, keep_tabs: bool = False) -> list[tuple[str, str]]:
     """Return (file:line, text) of the lines that are not blank. Bytes that are not UTF-8 are kept (surrogateescape).
 
     Each text is without the white space at its ends. With `keep_tabs`, tabs stay there.
+
+    Raises UserError: see `reading`; a line is longer than MAX_LINE.
     """
     with reading(file):
         content = file.read_bytes()
@@ -41,6 +43,7 @@ def read_lines(file: Path, keep_tabs: bool = False) -> list[tuple[str, str]]:
 
 
 def read_json_list(file: Path) -> list[object]:
+    """Return the entries of a file with a JSON list. Raises UserError: see `reading`; it is not a JSON list."""
     with reading(file):
         text = file.read_bytes()
     try:
@@ -54,7 +57,7 @@ def read_json_list(file: Path) -> list[object]:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Raise UserError for a list that is missing, cannot be read, or is no table."""
+    """Raise UserError for a list that is missing, cannot be read, or is not a table."""
     try:
         yield
     except FileNotFoundError:
@@ -66,7 +69,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def label_number(text: str) -> int | None:
-    """Return the number of a class; None if the text is no such number."""
+    """Return the number of a class; None if the text is not a whole number from 0 and below MAX_CLASSES."""
     label = int(text) if text.isdecimal() and len(text) < 10 else MAX_CLASSES
     return label if label < MAX_CLASSES else None
 

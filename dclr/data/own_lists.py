@@ -34,7 +34,7 @@ class ListFile:
     kind: tuple[str, str, str]
     """The name without its split: lists of one kind belong together."""
     plain: bool
-    """Nothing stands before the split in the name. Such a file must be a list; another one may be anything."""
+    """True if nothing stands before the split in the name. Such a file must be a list. Others may be anything."""
 
 
 def parse_list_name(file: Path) -> ListFile | None:
@@ -130,8 +130,10 @@ def _lists_below(data: Path) -> list[ListFile]:
 
 
 def _lists_of_kind(file: Path) -> list[ListFile]:
-    """Return a list file and the lists of other splits in its folder whose names are else equal; none if its name is
-    not that of a list of one split."""
+    """Return a list file and the lists of other splits next to it, whose names differ only in the split.
+
+    Return none if the name of the file is not that of a list of one split.
+    """
     given = parse_list_name(file)
     if not given:
         return []
@@ -192,7 +194,7 @@ def _catalog(
 ) -> Catalog:
     """Return the catalog of lists by split. The only list may have the split "": then its rows say their split.
 
-    `others`: the lists of other official splits. They are not read, but they are no files that were forgotten.
+    `others`: the lists of other official splits. They are not read, and they are not reported as unused.
     """
     root = disk.root
     class_file = next(iter(tables.values())).file.with_name("classes.txt")
@@ -279,7 +281,7 @@ def _resolve_labels(
             raise UserError(f"{where}: class {field!r} is not in {class_file}")
     if names is not None and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{class_file}: class {twice!r} is named twice, so its label is unknown: each class once")
+        raise UserError(f"{class_file}: class {twice!r} is named twice, so its label is unknown: name it once")
     classes = tuple(names if names is not None else sorted({field for _, field in rows}))
     index = {name: label for label, name in enumerate(classes)} | {"": -1, "-1": -1}
     return {name: [index[field] for field in column] for name, column in fields.items()}, classes, []

@@ -129,8 +129,8 @@ def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, co
     reasons = [manifest.unreadable.get(path, "") for path in paths]
     plan = make_plan(source, root, lists, manifest.records, reasons, short_side, compact)
     print("\n".join(describe(root, plan)))
-    told = [line for catalog in catalogs.values() for line in (*describe_reading(catalog), *describe_warnings(catalog))]
-    for line in dict.fromkeys(told):  # several splits may have the same line
+    found = [line for each in catalogs.values() for line in (*describe_reading(each), *describe_warnings(each))]
+    for line in dict.fromkeys(found):  # several splits may have the same line
         print(f"  {line}")
     if not out:
         print("nothing is written yet: give --out STORE, and --compact if it should be the smaller one")

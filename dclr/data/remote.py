@@ -65,7 +65,7 @@ def data_path(text: str) -> Path:
 
 
 class Missing(Exception):
-    """The server has no such file."""
+    """The server has no such file, or the file ends too early."""
 
 
 class RemoteFolder:
@@ -75,9 +75,13 @@ class RemoteFolder:
         self.path = path
 
     def read_file(self, name: str, most: int) -> bytes:
-        """Return a whole file. Raises Missing; UserError: it has more than `most` bytes, or the server refuses ranges.
+        """Return a whole file.
 
-        The first byte is read alone, because a server that ignores ranges would answer every later read with a file.
+        The first byte is read alone. A server that ignores ranges is noticed there, before it sends whole files.
+
+        Raises:
+            Missing: see `fetch`.
+            UserError: see `fetch`; the server does not say the file's size, or the file has more than `most` bytes.
         """
         self.fetch(name, [(0, 1)], at_start=True)
         size = self.states([name], at_start=True)[0][0]
@@ -92,7 +96,7 @@ class RemoteFolder:
         """Return byte ranges (start, stop) of a file, fetched at the same time.
 
         Args:
-            at_start: try for seconds and not for a minute.
+            at_start: repeat failed requests for seconds only, and not for a minute.
 
         Raises:
             Missing: there is no such file, or it ends before a range does.
@@ -113,7 +117,10 @@ class RemoteFolder:
         return found
 
     def states(self, names: Sequence[str], at_start: bool = False) -> list[tuple[str, ...]]:
-        """Return what the server says about each file: its size, then other texts. Errors are those of `fetch`."""
+        """Return what the server says about each file, in the order of _STATED: its size first, "" if it is not known.
+
+        Errors are those of `fetch`.
+        """
         system, root = self._open()
         found: list[tuple[str, ...]] = []
         for first in range(0, len(names), AT_ONCE):
@@ -208,12 +215,12 @@ def _sleep(seconds: float) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what a file system's error was made of. Some turn every error into FileNotFoundError."""
+    """Return the original error. Some file systems of fsspec turn every error into FileNotFoundError."""
     return error.__cause__ if isinstance(error, OSError) and error.__cause__ is not None else error
 
 
 def _status(error: BaseException) -> int:
-    """Return the status of an answer over http that stands for the error, or 0 for an error that may pass."""
+    """Return the HTTP status that stands for an error, or 0 for an error that may be temporary."""
     cause = _cause(error)
     response = getattr(cause, "response", None)
     of_s3 = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None

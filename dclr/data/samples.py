@@ -72,8 +72,7 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """One clip of each of B videos (training), or all test clips of several videos, video after video (B clips in
-    total)."""
+    """One clip of each of B videos (training), or B test clips of one video; none if that video failed."""
 
     frames: Yuv420
     """Planes (B, T, H, W)."""

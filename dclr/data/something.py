@@ -140,6 +140,6 @@ def _read_list(
                 texts = "the text id" if split == "test" else "the texts id and template"
                 raise UserError(f"{file}: entry {number} must have {texts}")
         if label >= 0 and seen.setdefault(name, label) != label:
-            raise UserError(f"{file}: entry {number}: {name} has label {label}, and label {seen[name]} before")
+            raise UserError(f"{file}: entry {number}: {name} has label {label}, but label {seen[name]} earlier")
         entries.append((name, label))
     return entries

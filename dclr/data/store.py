@@ -242,8 +242,8 @@ def is_store(folder: Path) -> bool:
 def load_index(folder: Path) -> Arrays:
     """Read and validate the index. A run calls this once: `open_catalog` keeps the index in the catalog.
 
-    Raises UserError: the store is unfinished or of another version, or its index is damaged or not valid. A store on a
-    server: there is none, or it cannot be reached.
+    Raises UserError: the store is unfinished or of another version, its index is damaged or not valid, or the server
+    has no such store or cannot be reached.
     """
     if isinstance(folder, RemotePath):
         index, _ = parse_arrays(folder / INDEX, _fetch_index(folder))
@@ -277,8 +277,10 @@ def load_plan(folder: Path) -> tuple[Arrays, bytes]:
 
 
 def with_displays(index: Arrays) -> Arrays:
-    """Return a plan or an index with the arrays of `Displays`. A store from before version 1 had them lacks them: its
-    videos are shown as coded."""
+    """Return a plan or an index with the arrays of `Displays`.
+
+    Early stores of version 1 do not have these arrays. Their videos are shown as coded.
+    """
     videos = len(index.get("frames", ()))
     no = np.zeros(videos, dtype=bool)
     return {"displays": np.tile(np.array(AS_CODED, np.int64), (videos, 1)), "oblique": no, "interlaced": no, **index}
@@ -324,7 +326,7 @@ def leaves_folder(path: str) -> bool:
 
 
 def check_sizes(store: Store) -> None:
-    """Raise UserError, naming the shard, if a shard is missing or not as long as it should be.
+    """Raise UserError if a shard is missing or not as long as it should be. The message names the shard.
 
     On a server, the first video of each shard of a compact store stands for the others. They are checked when they are
     read.
@@ -411,13 +413,13 @@ def size_fault(folder: Path, compact: bool, number: int, rows: np.ndarray, sizes
 
 
 def check_plan(path: Path, plan: Arrays) -> None:
-    """Raise UserError, naming the array of `path` that is not valid."""
+    """Raise UserError if an array of the file `path` is not valid. The message names it."""
     _check_lists(path, plan)
     _check_planes(path, plan)
 
 
 def check_index(path: Path, index: Arrays) -> None:
-    """Raise UserError, naming the array of `path` that is not valid."""
+    """Raise UserError if an array of the file `path` is not valid. The message names it."""
     _check_lists(path, index)
     _check_columns(path, index, (len(index["frames"]),), uint32=["crc32"], bool=["bt709", "full_range"])
     if index["compact"]:
@@ -427,7 +429,7 @@ def check_index(path: Path, index: Arrays) -> None:
 
 
 def check_shard(path: Path, found: Arrays, sizes: np.ndarray | None, rows: int) -> None:
-    """Raise UserError, naming the array of a shard's checksums that is not valid.
+    """Raise UserError if an array of a shard's checksums is not valid. The message names it.
 
     Args:
         path: the file of checksums, which messages name.

@@ -1,7 +1,7 @@
 """The files and folders below a data folder, read in one walk. Names decide what a file is, if they say enough.
 
-Links to folders are followed, because data sets often consist of links to other disks. Every folder is read once, by
-whichever links it can be reached. So links in a circle end.
+Links to folders are followed, because data sets often consist of links to other disks. Every folder is read once, even
+if several links lead to it. So links that form a circle do no harm.
 """
 
 import errno
@@ -26,7 +26,7 @@ VIDEO_SUFFIXES = _suffixes(
     "mjpeg mjpg mk3d mkv mov mp4 mp4v mpe mpeg mpg mpv mts mxf nut ogv qt rm rmvb vob webm wmv "
     "wtv xvid y4m"
 )
-"""Suffixes of files that are taken for videos without a look into them. Verification names those that are none."""
+"""Suffixes of files that are taken for videos without opening them. Verification names those that are not videos."""
 
 PICTURE_SUFFIXES = _suffixes("avif bmp exr heic jfif jp2 jpeg jpg pgm png ppm tga tif tiff")
 
@@ -39,7 +39,7 @@ OTHER_SUFFIXES = _suffixes(
     "sbv sh sha1 sha256 sqlite srt ssa svg tar tex tfrecord tgz tmp toml torrent url vtt wav wma "
     "xls xz ytdl zip zst"
 )
-"""Suffixes of files that are no videos, besides pictures and lists."""
+"""Suffixes of files that are not videos, pictures or lists."""
 
 LIST_WORDS = ("train", "test", "val", "split", "label", "annot", "list", "fold", "class", "index")
 """A file of text or a table is taken for a list if its name has one of these words."""
@@ -191,7 +191,7 @@ def suffix_of(path: str) -> str:
 
 
 def has_video_name(file: PurePath) -> bool:
-    """Return whether a file is a video, by its name. macOS writes files like ._x.mp4, which are no videos."""
+    """Return whether a file is a video, by its name. macOS writes files like ._x.mp4, which are not videos."""
     return file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith(".")
 
 
@@ -212,7 +212,7 @@ def open_unknown(tree: Tree) -> Tree:
     """Return the tree with every unknown file among its videos or among what is not used.
 
     Each file is opened in a decoder process. If there are more than MOST_OPENED, then a sample of each suffix decides:
-    all its files are taken for videos if one of them is a video. Verification names those that are none.
+    all its files are taken for videos if one of them is a video. Verification names those that are not videos.
     """
     by_suffix: dict[str, list[str]] = {}
     for path in tree.unknown:
@@ -259,7 +259,7 @@ def open_unknown(tree: Tree) -> Tree:
 
 
 def _which_are_videos(root: Path, paths: list[str]) -> set[str]:
-    """Return the paths that hold a video. A file on which the decoder crashes or hangs is none."""
+    """Return the paths that hold a video. A file on which the decoder crashes or hangs does not count as a video."""
 
     def look(path: str) -> bool:
         report_video(0)  # any number: `answers` knows the path

@@ -142,7 +142,7 @@ def _verify(
 ) -> Iterator[tuple[str, tuple[Finding | DecoderDied, bytes]]]:
     """Yield (path, (finding, digest)) for each path, in the order in which they are finished.
 
-    The caller may append to `waiting`. `tick` is called all the time, and may raise an exception to end this.
+    The caller may append to `waiting`. `tick` is called about twice a second. It may raise an exception to end this.
 
     Raises UserError: there is too little memory.
     """
@@ -208,7 +208,7 @@ class _SharedWork:
             ended = [self._claim, *(claim for claim in self._other_claims() if not self._is_alive(claim))]
             alive = {claim.stem for claim in self._other_claims()} - {claim.stem for claim in ended}
             for file, part in zip(files, parts[1:], strict=True):
-                if file.stem not in alive and len(part):  # a file that is no part stays: somebody else wrote it
+                if file.stem not in alive and len(part):  # a file without findings may be of another program: it stays
                     file.unlink(missing_ok=True)
             # A process that was killed while it wrote leaves a file that has no final name yet.
             unfinished = [file for file in self._folder.glob("*.tmp") if file.name.partition(".")[0] not in alive]
@@ -218,7 +218,7 @@ class _SharedWork:
             self._folder.rmdir()
 
     def take(self, workers: int) -> list[str]:
-        """Return the next videos that no process has taken, and take them. Empty: other processes have all the rest.
+        """Return the next videos that no process has taken, and take them; none if other processes have all the rest.
 
         The fewer videos are left, the fewer are taken at once, so that all processes end at almost the same time.
         """
@@ -251,7 +251,7 @@ class _SharedWork:
         self._claimed.pop(path, None)
 
     def refresh_claim(self) -> None:
-        """Show the other processes that this one runs. Call this all the time."""
+        """Show the other processes that this one runs. Call this at least every few seconds."""
         if time.monotonic() - self._refreshed > REFRESH:
             with suppress(OSError):
                 os.utime(self._claim)

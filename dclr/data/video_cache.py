@@ -193,7 +193,7 @@ class VideoCache:
             os.close(counter)
 
     def _held(self, counter: int) -> int:
-        """Return the bytes in the cache, or more if a process was killed. An empty file has them counted anew."""
+        """Return the bytes in the cache, or more if a process was killed. If the file is empty, count the bytes."""
         text = os.pread(counter, 32, 0)
         return int(text) if text.isdigit() else sum(size for _, size, _ in self._files())
 

@@ -23,7 +23,7 @@ from dclr.errors import UserError
 
 
 class NoReadableVideo(UserError):
-    """Not one of the requested videos can be read.
+    """None of the requested videos can be read.
 
     Attributes:
         reasons: path of each video -> why it cannot be read.

@@ -60,7 +60,7 @@ class Workers:
         self.close = Finalize(self, _end, (self._processes, self._ended), exitpriority=1)
 
     def send(self, chunk: Chunk) -> None:
-        """Send a chunk to its worker. It waits there until the worker has read the chunks before it."""
+        """Send a chunk to its worker, which reads its chunks in the order in which they are sent."""
         self._processes[self._sent % len(self._processes)].request(chunk)
         self._sent += 1
 
