@@ -38,7 +38,7 @@ def peers(*abouts: dict[str, str]) -> list[Peer]:
         ({"torch": "2.12.0"}, "torch: 2.12.0 on rank 2 on node3, but 2.11.0 on rank 0 on node1: install the same"),
         ({"deepspeed": "not installed"}, "deepspeed: not installed on rank 2 on node3, but 0.19.8 on rank 0 on node1"),
         ({"Python": "3.12.1"}, "Python: 3.12.1 on rank 2 on node3, but 3.11.2 on rank 0 on node1"),
-        ({"device": "no GPU"}, "device: no GPU on rank 2 on node3, but a GPU on rank 0 on node1: nvidia-smi says"),
+        ({"device": "no GPU"}, "device: no GPU on rank 2 on node3, but a GPU on rank 0 on node1: on the machine"),
         ({"problem": "more processes than GPUs on node3"}, "more processes than GPUs on node3"),
     ],
 )

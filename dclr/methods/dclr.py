@@ -41,7 +41,7 @@ class Output(NamedTuple):
     queries: Tensor  # (P, B, D) embeddings of this rank's query clips, for `DCLR.nearest_key`
     alignment: Tensor | None = None  # () the alignment term before its weight
     alignment_other_form: Tensor | None = None  # () the form that is not trained: raw or relative
-    alignment_key_maps: Tensor | None = None  # () with the key clip's maps, as a name in the released code suggests
+    alignment_key_maps: Tensor | None = None  # () with the key clip's maps, as in the released code
     repel: Tensor | None = None  # () mean cosine of static and dynamic features
     further: Mapping[str, Tensor] = MappingProxyType({})  # terms () of a method that extends this one, by name
 
@@ -139,7 +139,7 @@ class DCLR(Method):
 
     @torch.no_grad()
     def fill(self, query: Views, key: Views, step: int) -> dict[str, Tensor]:
-        """Write a batch's keys into the queues, without a loss: those that `forward` would write.
+        """Write the keys of a batch into the queues, as `forward` does, without computing a loss.
 
         Returns:
             one number for each pair. It is finite if the pair's keys are: keys have length 1.

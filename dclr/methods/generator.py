@@ -99,7 +99,7 @@ def lowest(scores: Tensor) -> Tensor:
 def fill_of(clip: Tensor, fill: str) -> Tensor:
     """Return the values (B, 1, T, 1, 1) that replace the frames of a clip (B, 3, T, H, W) if they are dropped.
 
-    `fill`: "mean" for the mean of each frame, as in the released code, or "zero" for 0, as the paper is cited.
+    `fill`: "mean" for the mean of each frame, as in the released code, or "zero" for 0, as others describe the paper.
     """
     mean = clip.mean(dim=(1, 3, 4), keepdim=True, dtype=torch.promote_types(clip.dtype, torch.float32))
     return mean.to(clip.dtype) if fill == "mean" else torch.zeros_like(mean, dtype=clip.dtype)

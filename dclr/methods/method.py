@@ -44,7 +44,7 @@ class Method(nn.Module):
             refused. `method` need not be named.
         auxiliary_views: the views that rgb clips can be contrasted with: "static", "dynamic", both or none.
         has_queue: whether the first --fill-steps steps only call `fill`.
-        smallest_micro_batch: the number of clips that one process needs at once, at least. It is 2 if a head has batch
+        smallest_micro_batch: the fewest clips that one process can compute at once. It is 2 if a head has batch
             normalisation.
         in_batch_negatives: whether the negatives of a clip are the other clips of the micro-batches of all processes,
             so that there must be at least 2 clips.

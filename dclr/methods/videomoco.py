@@ -35,7 +35,7 @@ class VideoMoCo(MoCo):
     epoch on, with x the query clip, x~ the clip with dropped frames, f the query encoder and q = f(x), q~ = f(x~):
         loss of the generator  L_G = -100 * mean |q~ - q|, mean over clips and D
         loss of the encoder    L_D = InfoNCE of q~, its key and the queue, whose logits are multiplied by rate^age
-    L_G moves the generator only, and L_D moves the encoder only.
+    L_G trains only the generator, and L_D trains only the encoder.
 
     Attributes:
         generator: the generator; None with --dropping random or none.
@@ -84,7 +84,7 @@ class VideoMoCo(MoCo):
             )
 
     def begin_step(self, epoch: int, batch_size: int) -> None:
-        """Set the epoch, which decides about the phase, and the clips of an optimizer step, which ages need."""
+        """Set the epoch, which selects the phase, and the number of clips in a step, from which ages are computed."""
         self.epoch, self.batch_size = epoch, batch_size
 
     def forward(self, query: Views, key: Views, step: int) -> Output:
@@ -152,7 +152,7 @@ class VideoMoCo(MoCo):
         dropped = drop(clip, frames, fill).detach().requires_grad_(scores is not None)
         # The graph of q~ serves two backward passes. Code of torch.compile may not reuse memory of the first.
         with functorch.patch(donated_buffer=False):
-            embeddings = self._embed(dropped.view_as(dropped))  # hooks of modules may need an input that is no leaf
+            embeddings = self._embed(dropped.view_as(dropped))  # hooks of modules may need an input that is not a leaf
             with torch.no_grad():
                 whole = self._embed(clip)
             loss = -GENERATOR_WEIGHT * (embeddings - whole).abs().mean()

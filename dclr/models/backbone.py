@@ -39,7 +39,7 @@ class Backbone(nn.Module):
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether clips may also come in the layout of `dclr.kernels.space_to_depth`."""
+        """True if clips may also come in the layout of `dclr.kernels.space_to_depth`."""
         return False
 
     @abstractmethod

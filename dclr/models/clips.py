@@ -46,7 +46,10 @@ class Clips(NamedTuple):
 
 
 def as_clips(view: Tensor, frames: int) -> Clips:
-    """Return a view (B, C, D, H, W) as clips of T = `frames`: D is T, or 1 if the frame stands for all T."""
+    """Return a view (B, C, D, H, W) as clips of T = `frames`: D is T, or 1 if the frame stands for all T.
+
+    Raises ValueError: D is neither.
+    """
     if view.shape[2] not in (1, frames):
         raise ValueError(f"a view has 1 or {frames} frames, not {view.shape[2]}")
     view = view.contiguous(memory_format=torch.channels_last_3d)

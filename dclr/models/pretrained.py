@@ -28,7 +28,7 @@ from dclr.models.weights import (
 )
 
 ANY = (CLASSIFIER_FILE_NAME, FILE_NAME, EXPORT_FILE_NAME)
-"""The files of a folder, the one that holds most first."""
+"""Names of files of weights in a folder. The file that holds most comes first."""
 
 CLIP_SETTINGS = ("clip_length", "clip_stride", "crop_size")
 """Settings of a run's config.json that describe its clips. Metadata of files have the same names."""

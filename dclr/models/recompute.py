@@ -18,8 +18,8 @@ def recompute(parts: Iterable[nn.Module], compute: Callable[..., Any], *tensors:
     """Return compute(*tensors). Its inner results are not kept, but computed again in the backward pass.
 
     The second computation has the same random numbers and the same autocast as the first one, so gradients are the same
-    bit for bit. The running statistics of batch normalisation move in the first computation only. Without a gradient,
-    and in compiled code, this is an ordinary call.
+    bit for bit. The running statistics of batch normalisation are updated in the first computation only. Without a
+    gradient, and in compiled code, this is an ordinary call.
 
     Args:
         parts: the modules that `compute` uses.

@@ -57,7 +57,7 @@ _SKIPPED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Skipped, name)
     for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "argparse.Namespace")
 ]
-"""The classes and functions in place of which torch.load takes _Skipped."""
+"""The classes and functions that torch.load replaces by _Skipped."""
 
 
 def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
@@ -91,7 +91,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _other_kind(start: bytes) -> str:
-    """Return what a file is if its first bytes are those of no file of tensors, and the empty string otherwise."""
+    """Return what a file is if its first bytes show that it holds no tensors; the empty string otherwise."""
     if not start:
         return "empty: copy or download it again"
     for magic, kind in _OTHER_KINDS.items():

@@ -215,7 +215,7 @@ class VideoResNet(Backbone):
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether clips may also come in blocks: only if the weights expect ImageNet's statistics."""
+        """True if the weights expect ImageNet's statistics. Clips may then also come in blocks."""
         return self.statistics == IMAGENET
 
     def feature_map(self, x: Tensor) -> Tensor:
@@ -292,10 +292,10 @@ def _layer(
 
 
 def _in_three(x: Tensor, weight: Tensor, conv: nn.Conv3d) -> Tensor:
-    """Apply a 3-D convolution. The stem's may get blocks, see `_of_blocks`.
+    """Apply a 3-D convolution. The input of the stem may be pixels or blocks, see `_of_blocks`.
 
-    Two frames get their zeros in time before. On CPUs with bfloat16, torch 2.11 computes a wrong weight gradient for
-    exactly two frames that the convolution pads itself: 100 % off, or infinite.
+    On a CPU, clips of exactly two frames are padded with zeros in time before the convolution. If the convolution pads
+    them itself, torch 2.11 computes a wrong weight gradient on CPUs with bfloat16: 100 % off, or infinite.
     """
     stride, padding = conv.stride, cast(tuple[int, ...], conv.padding)
     if conv.in_channels == 3 and (x := _as_blocks(x)).shape[1] == CHANNELS:

@@ -110,7 +110,7 @@ def save_weights(
 
     Args:
         clips: the clips of the training; None: unknown.
-        heads: projection heads by name. Other modules are left out.
+        heads: projection heads by name. Other modules are skipped.
         fc: a linear classifier of `classes`.
 
     Raises:
@@ -119,7 +119,7 @@ def save_weights(
     metadata = {"format": FORMAT, **metadata_of(backbone, clips)}
     tensors = dict(backbone.state_dict())
     if heads is not None:
-        # A reader could not build the heads of a method of one's own that have another form.
+        # A method that a user adds may have heads of another form, which a reader could not build.
         written = {name: head for name, head in heads.named_children() if isinstance(head, ProjectionHead)}
         for pair, head in written.items():
             tensors |= {f"heads.{pair}.{name}": tensor for name, tensor in head.state_dict().items()}
@@ -298,7 +298,7 @@ def _read_checkpoint(file: Path, tensors: dict[str, Tensor], metadata: dict[str,
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     own = {name.removeprefix("backbone."): tensor for name, tensor in own.items()}
     weights = _by_use(file, own, metadata, f"the checkpoint of step {step:,}")
-    # save_weights leaves out heads of another form too.
+    # save_weights skips heads of another form too.
     return replace(weights, heads={pair: head for pair, head in weights.heads.items() if head.keys() == _OF_A_HEAD})
 
 

@@ -54,8 +54,7 @@ def write(
     """Write the checkpoint of a step, then delete checkpoints that are neither among the newest nor the best.
 
     Args:
-        state: anything that JSON can hold. The best checkpoint has the lowest state["loss"]. None
-            stands for no loss.
+        state: anything that JSON can hold. The best checkpoint has the lowest state["loss"]. None stands for no loss.
         description: metadata that tell a reader how to use the weights. See models/weights.py.
 
     Returns:
@@ -84,8 +83,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint's tensors by name, on the CPU, and its state, which includes `step`. Nothing is unpickled.
 
     Raises:
-        UserError: the file cannot be read, is damaged or has another format. The message
-            names the checkpoint before it.
+        UserError: the file cannot be read, is damaged or has another format. The message names the previous
+            checkpoint, if there is one.
     """
     try:
         with safe_open(path, framework="pt") as opened:

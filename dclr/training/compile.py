@@ -22,7 +22,7 @@ def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str]:
         The decision, and one line that says what runs and why.
 
     Raises:
-        UserError: backbones shall be compiled, but no C or C++ compiler is installed.
+        UserError: backbones are to be compiled, but the compiler for C or C++ is not installed.
     """
     if choice == "off":
         return False, "backbones are not compiled: --compile off"

@@ -95,6 +95,7 @@ def open_store(about: Mapping[str, str]) -> tuple[dist.TCPStore, Peer]:
 
     Raises:
         NotConnected: the port is in use, or this machine cannot reach rank 0.
+        UserError: see master and start_timeout.
     """
     host, port = master()
     seconds = start_timeout()
@@ -177,7 +178,7 @@ def connection_timeout() -> Deadline:
 def choose_interface(peers: list[Peer]) -> str:
     """Let gloo and NCCL use the network interface of this machine that reaches the other machines.
 
-    A variable that the user has set stays. With one machine nothing is set: the loopback interface does.
+    A variable that the user has set stays. With one machine nothing is set: its ranks use the loopback interface.
 
     Args:
         peers: all ranks, in rank order. Empty with one process.

@@ -39,7 +39,7 @@ def choose_device() -> torch.device:
     `machines.check_machines` refuses two processes on one GPU.
 
     Raises:
-        UserError: LOCAL_RANK is not set, or there are fewer GPUs.
+        UserError: LOCAL_RANK is not set, or the machine has several GPUs, but fewer than processes.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -114,8 +114,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed configuration.
 
     Raises:
-        UserError: the file is missing or not JSON; a section has a wrong type; a section sets what
-            flags of train.py set.
+        UserError: the file is missing or not JSON; a section has a wrong type, sets what flags of train.py set, or asks
+            for 16-bit parameters, float16 or ZeRO stage 3.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -69,9 +69,9 @@ def clips_of(batch: PairBatch) -> dict[str, Clips]:
 
 
 def crops_are_smaller(config: PretrainConfig, recipe: AugmentRecipe, videos: VideoSet, dtype: torch.dtype) -> bool:
-    """Return whether crops of these videos have fewer bytes than views. All ranks know all videos and answer alike.
+    """Return whether crops of these videos have fewer bytes than views, or as many. All ranks return the same.
 
-    The mean share of a frame that a crop covers is taken as the middle of the recipe's scale. It is smaller in truth,
+    The mean share of a frame that a crop covers is taken as the middle of the recipe's scale. The true mean is smaller,
     because boxes that do not fit into the frame are drawn again.
     """
     auxiliary, length = config.method.auxiliary_views, config.data.clip_length

@@ -67,6 +67,7 @@ class Heartbeat:
 
     Raises:
         NotConnected: this rank cannot connect to the others.
+        UserError: see open_store.
     """
 
     def __init__(

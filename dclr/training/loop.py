@@ -37,8 +37,8 @@ STATE_TYPES: dict[str, Any] = {
     "seconds": (int, float),
     "skipped": int,
 }
-"""What a checkpoint's state holds next to the step. The file may come from anywhere, so `load_state` checks
-each type."""
+"""What a checkpoint's state holds next to the step. The file may come from anywhere, so `load_state` checks each
+type."""
 
 
 class Task(Protocol):

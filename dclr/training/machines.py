@@ -1,6 +1,6 @@
 """What must be the same on every machine of a run: dclr, its packages, the kind of device, the settings, the videos.
 
-With a difference, the run would not end by itself. It would train with other figures, or its ranks would wait for each
+A run whose machines differ would not fail by itself. Its results would be different, or its ranks would wait for each
 other for ever. So the ranks compare what they run with before they train. A difference ends all of them with one line.
 """
 
@@ -115,7 +115,10 @@ def _difference(name: str, number: int, peer: Peer, first: Peer) -> str:
         )
         remedy = "update all copies of dclr to one commit, or use one copy on a shared disk"
     elif name == "device":
-        remedy = "nvidia-smi says there whether the driver works, python -m torch.utils.collect_env whether torch does"
+        remedy = (
+            "on the machine without a GPU, nvidia-smi shows whether the driver works, and python -m "
+            "torch.utils.collect_env shows whether torch finds it"
+        )
     return f"{name}: {here} on rank {number} on {peer.host}, but {there} on rank 0 on {first.host}: {remedy}"
 
 

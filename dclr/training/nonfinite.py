@@ -31,7 +31,7 @@ class StepValues:
 
     step: int
     terms: list[tuple[list[str], Tensor, Tensor]] = field(default_factory=list)
-    """One entry a micro-batch: names of terms, their values, indices of the samples."""
+    """One entry for each micro-batch: names of terms, their values, indices of the samples."""
     parameters: list[str] = field(default_factory=list)
     """Names of the tensors that `norms` belong to; "" for a flat tensor of ZeRO, which holds many parameters."""
     norms: Tensor | None = None
@@ -150,7 +150,7 @@ class NonfiniteGuard:
 
 
 def describe(values: StepValues) -> str:
-    """Say what was not finite in a step, and for which samples, over all ranks. Call it on all ranks.
+    """Return what was not finite in a step, and for which samples, over all ranks. Call this on all ranks.
 
     Terms are named with the samples of their micro-batch and rank. A gradient is a mean over the step, so all samples
     of the step are named with it.

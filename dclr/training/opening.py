@@ -26,8 +26,8 @@ SAME_VIDEOS = "every machine must see the same files, for example on a shared di
 def open_data_once(command: str, config: Config) -> tuple[VideoSet, Catalog | None, dict[str, Any]]:
     """Open the data set of a run. The first rank of each machine reads its lists and folders; all ranks verify videos.
 
-    The other ranks get arrays. So a million videos are a gigabyte of Python objects in one process of each machine, and
-    only until the run starts. Every rank opens a packed store itself.
+    The other ranks get arrays. A million videos are a gigabyte of Python objects. So only one process of each machine
+    holds them, and only until the run starts. Every rank opens a packed store itself.
 
     Returns:
         the readable videos of the train split, whose arrays the ranks of a machine share; the catalog, None on ranks

@@ -191,7 +191,7 @@ class Pretraining:
             self.network.update_key()
 
     def metrics(self, lr: float, done: int, skipped: int, watch: Stopwatch) -> dict[str, float]:
-        """Return the state of the queue and, once the queue is filled, losses and similarities."""
+        """Return the state of the queue and, after the --fill-steps steps, losses and similarities."""
         config, batch_size = self.config, self.config.optim.batch_size
         metrics = common_metrics(lr, batch_size, self.engine.device, watch)
         if self.network.has_queue:

@@ -25,7 +25,7 @@ def check_replicas(module: nn.Module, step: int) -> None:
     """Compare the checksums of all ranks.
 
     Raises:
-        UserError: on all ranks. It names the first tensor in which a rank differs from rank 0.
+        UserError: on all ranks, a checksum differs. The message names the first tensor that differs from rank 0's.
     """
     if distributed.world_size() == 1:
         return

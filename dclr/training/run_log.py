@@ -42,7 +42,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close. An error of the run counts, and not the error of closing that may follow from it."""
+        """Close the log. After an error of the run, an error of closing is ignored: it may only be a consequence."""
         with suppress(UserError) if kind else nullcontext():
             self.close()
 

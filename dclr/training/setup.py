@@ -72,7 +72,7 @@ class Run:
     description: dict[str, str] = field(default_factory=dict)
     """The description of the network for files of weights (models/weights.py). `prepare` sets it."""
     listed: dict[str, Any] = field(default_factory=dict)
-    """Entries of report.json about how the data set was read, and see `check_listed`."""
+    """Entries of report.json about the data set, from `check_listed` and `open_data_once`."""
 
     @property
     def main(self) -> bool:
@@ -266,7 +266,8 @@ def prepare_run(command: str, preset: str, config: Config, folder: Path, device:
         UserError: on all ranks, a setting or the data set is wrong.
     """
     ds_config = distributed.on_all_ranks(lambda: engine.read_ds_config(find_ds_config(config.run.ds_config)))
-    machines.check_same({f"--ds_config {name}": value for name, value in ds_config.items()}, "give all the same file")
+    settings = {f"--ds_config {name}": value for name, value in ds_config.items()}
+    machines.check_same(settings, "give all processes the same file")
     micro_batch = engine.micro_batch_size(ds_config, config.optim.batch_size)
     if command != "linear":  # whose BatchNorm does not use statistics of the batch
         check_batch_statistics(config, micro_batch)

@@ -89,7 +89,7 @@ def finetune_splits(
 
 
 def state_of(run: Path, epochs: int | None) -> str:
-    """Return what happens with the run on one split.
+    """Return FINISHED, CONTINUED or BEGUN: what is to be done with the run on one split.
 
     A run writes report.json at its end, and config.json when it begins or is continued.
 
