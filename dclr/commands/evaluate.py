@@ -72,7 +72,8 @@ USES: dict[str, ModuleType] = {
     "report": run_report,
 }
 """Commands that use a checkpoint or look at a run instead of measuring it. Each is a module of this package with
-DESCRIPTION, add_flags(parser) and run(flags). `flags` holds only the flags that were given."""
+DESCRIPTION, add_flags(parser) and run(flags). `flags` holds the parsed flags, but no setting of DataConfig that was not
+given."""
 
 
 RANK_WAIT_S = 30.0
@@ -343,7 +344,7 @@ def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
 def settings_of_run(source: Path) -> dict[str, Any]:
     """Return the settings that a run's folder or a file of weights states: its config.json, and the file itself.
 
-    Permissions are left out. A file that cannot be read states nothing: its use fails with an error that says why.
+    Permissions are removed. A file that cannot be read states nothing: its use fails with an error that says why.
 
     Raises UserError if the config.json is not the configuration of a run.
     """

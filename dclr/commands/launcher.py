@@ -23,8 +23,8 @@ they do not include 29400 and 29500, the default ports of torchrun and deepspeed
 def join_launch(environment: MutableMapping[str, str], at_terminal: bool) -> None:
     """Set the variables of torchrun in `environment` if srun or Open MPI started this process as one of several.
 
-    RANK wins: torchrun and deepspeed may run inside of srun or mpirun. The variables that srun and mpirun would give
-    those two are not those of their ranks.
+    If RANK is set, nothing changes: torchrun and deepspeed may run inside of srun or mpirun, whose variables then
+    describe the launcher and not its ranks.
 
     Args:
         environment: the variables of this process.

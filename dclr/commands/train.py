@@ -146,7 +146,7 @@ def add_store_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """Return name -> value of the command line. A flag that is not given is absent or None.
+    """Return name -> value of the command line. A flag that is not given is absent, None or "".
 
     Without a subcommand, the command is pretrain.
     """

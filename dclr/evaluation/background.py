@@ -205,7 +205,7 @@ def load_network(
 ) -> tuple[Backbone, tuple[Classifier, tuple[str, ...]] | None, str]:
     """Return the backbone, the classifier with its class names, and one line that says what was loaded.
 
-    The classifier is that of a finetune or linear run, which may still go or be stopped. It is None if the file that
+    The classifier is that of a finetune or linear run, which may be unfinished. It is None if the file that
     `checkpoint` names has none.
 
     Raises:

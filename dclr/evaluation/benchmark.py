@@ -15,7 +15,7 @@ from dclr.errors import printable
 
 
 class Benchmark:
-    """The open splits of a data set. Figures are computed only if almost all listed videos are there."""
+    """The splits that an evaluation uses. Figures are computed only if almost all listed videos can be read."""
 
     def __init__(self, catalog: Catalog, data: DataConfig, **videos: VideoSet) -> None:
         """`videos`: the readable videos of the splits that the evaluation uses, by the name of the split.

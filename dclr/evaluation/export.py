@@ -214,7 +214,7 @@ def _open_onnx(file: Path) -> Callable[[Tensor], Outputs]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what the exporters print and warn about. It is about their own insides, and the outputs are compared."""
+    """Hide messages and warnings of the exporters. They are about internals, and the outputs are compared anyway."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

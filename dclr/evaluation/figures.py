@@ -21,14 +21,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 QUERY, RIGHT, WRONG, UNKNOWN = "black", "tab:green", "tab:red", "tab:gray"
-"""The colours of the borders in the sheets of retrieval and search. UNKNOWN: the class of the query
-or of the video is not known."""
+"""The colours of the borders in the sheets of retrieval and search. UNKNOWN: the class of the query or of the video is
+not known."""
 
 SEARCH_COLUMNS = 5
 """Videos at the right of a query in a row of a search sheet."""
 
 LEVELS = ("chance", "plateau", "loss_plateau", "ln_K_plus_1")
-"""Last parts of the names in the log whose values are only compared with."""
+"""Log names, after the last "/", of reference values. Other curves are compared with them."""
 
 CROP = "tab:orange"
 """The colour of the outline of a crop."""
@@ -36,7 +36,7 @@ CROP = "tab:orange"
 
 @contextmanager
 def _names_as_text() -> Iterator[None]:
-    """Plot the names of classes and files as they are: a $ starts no formula.
+    """Plot the names of classes and files as they are: a $ does not start a formula.
 
     A character that matplotlib's font lacks, such as a Chinese one, becomes a box without a warning.
     """

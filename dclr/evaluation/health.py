@@ -20,7 +20,7 @@ LINES = 5
 """Log lines that are averaged. The loss of single batches of 32 clips differs by 0.1 to 0.2 nats in our runs."""
 
 PLATEAU_MARGIN = math.log(1.5)
-"""How far below its plateau, in nats, the loss of a pair must be to count as having left it.
+"""A pair has left its plateau if its loss is at least this far below the plateau, in nats.
 
 The loss is the mean of -ln(share of the positive), so this is a share 1.5 times that of a network that cannot tell
 clips apart. In docs/LOG.md ("Leaving the plateau on two cores"), the pairs of a run that had learned nothing yet are
@@ -39,12 +39,12 @@ WAIT_SHARE, MOST_WAIT_SHARE = 0.1, 0.5
 """Shares of the time in which a run waits for data: more than docs/curves.md allows, and more than it computes."""
 
 SKIPPED_SHARE = 0.01
-"""Share of the steps with a non-finite loss or gradient above which the numbers are bad, and not a rare accident."""
+"""Share of the steps with a non-finite loss or gradient above which the state is "bad" instead of "warning"."""
 
 CHANCE_ODDS = 2.0
-"""How many times the odds of chance the odds of an accuracy must be to count as above chance. Odds are p / (1 - p), so
-the rule holds for 2 and for 400 classes. With 64 test videos of 8 classes, or 500 of 100 classes, this is a little more
-than two standard deviations."""
+"""An accuracy counts as above chance if its odds are at least this many times the odds of chance. Odds are p / (1 - p),
+so the rule holds for 2 and for 400 classes. With 64 test videos of 8 classes, or 500 of 100 classes, this is a little
+more than two standard deviations."""
 
 OVERFIT_POINTS = 0.05
 """Fall of the test accuracy from its best value that counts as overfitting. The standard deviation of an accuracy on
@@ -243,7 +243,7 @@ def check_spread(run: RunRecord) -> Finding | None:
 def check_agreement(run: RunRecord) -> Finding | None:
     """Check that SimSiam's predictions from one clip resemble the projections of the other clip: the loss is below 0.
 
-    A loss of -1 is no success by itself: a collapsed network has it too, see check_spread.
+    A loss of -1 does not show success by itself: a collapsed network has it too, see check_spread.
     """
     if run.setting("method") != "simsiam" or run.command != "pretrain":
         return None

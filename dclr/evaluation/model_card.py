@@ -170,7 +170,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if it is missing or is no JSON object."""
+    """Return the content of a JSON file; empty if it is missing or is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -142,8 +142,8 @@ def knn(
 ) -> tuple[float, float]:
     """Return the accuracy of weighted k-NN and the recall at 1, as shares of the queries.
 
-    Features lose the mean of the gallery and are scaled to length 1. Each of the NEIGHBOURS nearest gallery videos
-    votes for its class with the weight exp(cosine / TEMPERATURE).
+    The mean of the gallery is subtracted from all features, and they are scaled to length 1. Each of the NEIGHBOURS
+    nearest gallery videos votes for its class with the weight exp(cosine / TEMPERATURE).
     """
     mean = gallery.mean(0)
     cosine = F.normalize(queries - mean, dim=1) @ F.normalize(gallery - mean, dim=1).T  # (Q, N)
@@ -157,7 +157,7 @@ def knn(
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode, with the buffers of rank 0. Afterwards it gets back its modes and buffers."""
+    """Put a network into evaluation mode, with the buffers of rank 0. At the end, restore its modes and buffers."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

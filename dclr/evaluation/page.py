@@ -82,7 +82,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: Collec
     Args:
         head: the names of the columns.
         rows: of texts or Html.
-        numbers: the names of the columns that are set to the right.
+        numbers: the names of the right-aligned columns.
 
     Raises:
         ValueError: a row has another number of cells than `head`.

@@ -61,7 +61,7 @@ class RunRecord:
         return [name for name in dict.fromkeys(names) if name not in NOT_PAIRS]
 
     def setting(self, name: str) -> Any:
-        """Return a setting, its default in a run of an earlier version that lacks it."""
+        """Return a setting, or its default today if the run is of an earlier version that lacks it."""
         return self.settings.get(name, configuration.FIELDS[name].default)
 
     def curve(self, name: str) -> Curve:

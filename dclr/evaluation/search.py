@@ -43,7 +43,7 @@ class Found:
     """The result of one query."""
 
     query: str
-    """As given."""
+    """The query as the user gave it."""
     own_rows: list[int]
     """The rows of the gallery that are the query itself. They are not among the neighbours."""
     neighbours: list[Neighbour]
@@ -58,8 +58,10 @@ class Gallery:
     """
 
     def __init__(self, table: FeatureTable, kind: str, root: Path | None = None) -> None:
-        """
+        """Select the embeddings of a kind and compute their mean.
+
         Args:
+            kind: the kind of embedding, a key of `table.embeddings`.
             root: the folder or store that was opened. By default it is the one that the table names, on this machine: a
                 file of features must not choose a server to connect to.
 

@@ -54,8 +54,8 @@ def plot_sample(
 
     Args:
         name: of the video, for the title.
-        frames: how many the video has.
-        read: reads the frames of these numbers, see `decode.read_planes`.
+        frames: number of frames of the video.
+        read: returns the frames with the given numbers, see `decode.read_planes`.
         same_frames: see `clips.draw_pair`.
 
     Raises:
