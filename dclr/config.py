@@ -159,7 +159,8 @@ class RunConfig(_Group):
 
 
 ALL: Any = "all"
-"""The value of --split that stands for every official split. No DataConfig has it: a command replaces it by numbers."""
+"""The value of --split that stands for every official split. A command replaces it by numbers, so no DataConfig holds
+it."""
 
 
 def split_number(text: str) -> Any:
@@ -175,9 +176,9 @@ def is_url(data: str) -> bool:
 
 
 def check_url(url: str) -> None:
-    """Raise UserError if the URL of --data holds a secret, which config.json and messages would show, or is no folder.
+    """Raise UserError unless the URL of --data is that of a folder on a server, without a user name or a password.
 
-    The message does not show the secret.
+    A user name or a password would be shown by config.json and by messages. The message of this error does not show it.
     """
     try:
         parts = urlsplit(url)
@@ -206,9 +207,10 @@ class DataConfig(_Group):
 
     data: str = option(
         "",
-        "folder of a data set, a list file, or the URL of a packed store (https://, s3:// and others). "
-        "If left out, eval.py uses the data set of the checkpoint's run (predict needs --data). If there is none, the "
-        "built-in demo videos are rendered and used",
+        "folder of a data set, a list file, or the URL of a packed store (https://, s3:// and others). If left out, "
+        "train.py uses the built-in demo videos, and eval.py the data set of the checkpoint's run, or the demo videos "
+        "if there is none. predict needs --data. features and search need it unless the network was trained on the "
+        "demo videos",
     )
     split: int = option(
         1,
@@ -416,7 +418,7 @@ class MethodConfig(_Group):
     dropped_fill: str = option(
         "mean",
         "values of a dropped frame. mean: the mean of that frame, as in the released code. Change it to zero for the "
-        "mean of all videos, as the paper is cited",
+        "mean of all videos, as others describe the paper",
         choices=("mean", "zero"),
     )
     straight_through: str = option(
@@ -428,7 +430,7 @@ class MethodConfig(_Group):
     decay: str = option(
         "steps",
         "age of a queue entry, by which its logits fade. steps: optimizer steps since it was written, as in the "
-        "released code. position: its position in the queue, as the paper is cited. "
+        "released code. position: its position in the queue, as others describe the paper. "
         "Change it to none to measure the effect",
         choices=("steps", "position", "none"),
     )
@@ -441,8 +443,9 @@ class MethodConfig(_Group):
     )
     fill_steps: int = option(
         AUTOMATIC,
-        "first steps, which only fill the queue and do not train. -1 chooses: 256 as published, and in a run of fewer "
-        "than 2560 steps a tenth of them; or what fills the queue if that is more, but at most half of the steps. "
+        "number of first steps, which only fill the queue and do not train. -1 chooses 256, as published, or a tenth "
+        "of the steps in a run of fewer than 2560 steps. If the queue needs more steps to be full, -1 chooses that "
+        "number, but at most half of the steps. "
         "Raise it if the loss jumps at the first trained steps",
         at_least=AUTOMATIC,
     )
@@ -757,14 +760,14 @@ def _add_flag(heading: Any, f: dataclasses.Field[Any], command: str) -> None:
 
 
 def as_flag(name: str, value: Any) -> str:
-    """Return a setting as one writes it on a command line: "--width 16", "--no-compact"."""
+    """Return a setting in the form of the command line: "--width 16", "--no-compact"."""
     if isinstance(value, bool):
         return flag_of(name) if value else f"--no-{flag_of(name)[2:]}"
     return f"{flag_of(name)} {show(value)}"
 
 
 def show(value: Any) -> str:
-    """Return a value as messages and help texts write it: on or off for True or False, and a tuple without brackets."""
+    """Return a value as messages and help texts show it: on or off for True or False, and a tuple without brackets."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -947,8 +950,8 @@ _OF_EARLIER_VERSIONS: dict[str, dict[str, Any]] = {
     "pretrain": {"distinct_starts": False, "jitter_form": "multiplicative"},
     "linear": {"normalised_probe": False},
 }
-"""Command -> settings whose default or preset today is not what runs did before the setting was added. A config.json of
-such a run does not name them."""
+"""Command -> settings that were added later, with the values that describe the runs before. The config.json of such a
+run does not name these settings, and today's defaults or presets have other values."""
 
 PATHS = {"data", "pretrained", "init", "ds_config"}
 """Settings that are paths of files that a run reads."""

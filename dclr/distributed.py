@@ -1,4 +1,8 @@
-"""Communication between the processes (ranks) of a run. In a run of one process, every function returns its input."""
+"""Communication between the processes (ranks) of a run.
+
+A run of one process calls neither `gloo_group` nor `all_to_all`. All other functions then return their own input or
+result, without any communication.
+"""
 
 import math
 import os
@@ -30,7 +34,7 @@ def rank() -> int:
 def launched_rank() -> int:
     """Return the rank that the launcher gave this process. It is known before and after the processes are connected.
 
-    A RANK that is no number counts as 0. `commands.launcher.check_ranks` refuses it.
+    A RANK that is not a number counts as 0. `commands.launcher.check_ranks` refuses it.
     """
     given = os.environ.get("RANK", "0")
     return int(given) if given.isdecimal() else 0
@@ -122,7 +126,7 @@ def gather_batch_with_gradient(rows: Tensor) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Return the elementwise mean over the ranks, as a new tensor."""
+    """Return the elementwise mean over the ranks. In a run of one process, this is `values` itself."""
     if world_size() == 1:
         return values
     total = values.clone()
@@ -131,7 +135,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """Replace `values` by the elementwise maximum over the ranks, in place, and return it."""
+    """Replace `values` by their elementwise maximum over the ranks, in place, and return them."""
     if world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
@@ -148,7 +152,7 @@ _patient_group: dist.ProcessGroup | None = None
 def without_timeout() -> Iterator[None]:
     """Let `gather_objects`, `gather_rows`, `on_all_ranks` and `on_rank_zero` wait up to 30 days.
 
-    Verifying a large data set takes hours. Inside, gloo exchanges the rows, also on GPUs.
+    Verifying a large data set takes hours. Inside the context, gloo exchanges the rows, also if the run is on GPUs.
     """
     global _object_group, _patient_group
     if world_size() > 1:
@@ -196,7 +200,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 
 
 def once_on_each_machine(work: Callable[[bool], T]) -> T:
-    """Call `work(True)` on one rank of each machine, and then `work(False)` on the others. Return the own result.
+    """Call `work(True)` on one rank of each machine, then `work(False)` on the others. Return this rank's result.
 
     The first call fills a cache of the machine, which the others read. If `work` raises UserError on one rank, every
     rank raises the error.
@@ -266,9 +270,9 @@ def only_on_rank_zero(work: Callable[[], T]) -> T | None:
 
 @contextmanager
 def buffers_of_rank_zero(module: torch.nn.Module) -> Iterator[None]:
-    """Let the floating-point buffers of a module, such as BatchNorm's statistics, be those of rank 0 on all ranks.
+    """Set the floating-point buffers of a module, such as BatchNorm's statistics, to those of rank 0 on all ranks.
 
-    Afterwards each rank gets back its own.
+    At the end of the context, each rank gets its own values back.
     """
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()] if world_size() > 1 else []
     own = [buffer.clone() for buffer in buffers]

@@ -15,9 +15,10 @@ def atomic_write(
     `aside` must be in the folder of `path`. By default it has a name that no other process uses. So two processes may
     write one file at the same time: `path` then has the whole content of one of them.
 
-    `before_rename` may raise an exception to prevent the rename.
+    `before_rename` may raise an exception to prevent the rename. The file `aside` then stays.
 
-    Raises OSError. `path` then still has its old content.
+    Raises OSError. `aside` is then deleted, and `path` still has its old content, unless only the last flush of the
+    folder failed.
     """
     aside = aside or _new_name(path)
     try:
@@ -35,7 +36,7 @@ def atomic_write(
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write, which becomes `path` at the end of the context. After an error it is deleted.
+    """Give the name of a file to write. It is renamed to `path` at the end of the context, or deleted after an error.
 
     Use it in place of `atomic_write` for a file that is written without holding all of it in memory. Raises OSError.
     """

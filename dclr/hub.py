@@ -31,7 +31,8 @@ def download(source: str) -> Path:
 
     Raises:
         UserError: the name is not of this form, the package huggingface_hub is not installed, there is no such
-            repository, revision or file, or there is no network and no copy in the cache.
+            repository, revision or file, the owner has not given access, or there is no network and no copy in the
+            cache.
     """
     named = _NAME.fullmatch(source)
     if named is None:

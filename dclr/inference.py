@@ -7,7 +7,7 @@
     model.predict("video.mp4")      # [("Bowling", 0.93), ...], if the weights have a classifier
     model.save_pretrained("folder")
 
-Results are numpy arrays on the CPU: scikit-learn, faiss, pandas and matplotlib take them, and torch.from_numpy costs
+Results are numpy arrays on the CPU: scikit-learn, faiss, pandas and matplotlib take them, and torch.from_numpy copies
 nothing. A video gives the same embedding here and in `eval.py features`.
 
 Letters: N videos, C = 10 clips of a video, T frames, H, W pixels of a frame, h pixels of the crop, D numbers of an
@@ -57,7 +57,7 @@ def load(source: str | os.PathLike[str], device: str | torch.device | None = Non
 
     Args:
         source: a run's folder, a file of weights (this project's, torchvision's, the released code's), a folder of
-            `save_pretrained`, or "hf:org/name" on the Hugging Face Hub, if wanted with "@revision".
+            `save_pretrained`, or "hf:org/name" on the Hugging Face Hub, optionally with "@revision".
         device: where the network runs. By default a GPU if there is one, else the CPU.
 
     Raises:
@@ -107,7 +107,7 @@ class VideoModel:
                 8.
 
         Raises:
-            UserError: the weights have no such heads; a video does not exist; not one can be read; frames are not
+            UserError: the weights have no such heads; a video does not exist; no video can be read; frames are not
                 (T, H, W, 3) uint8.
         """
         if like not in KINDS:
@@ -121,8 +121,8 @@ class VideoModel:
     ) -> list[tuple[str, float]] | list[list[tuple[str, float]]]:
         """Return the most probable classes of one video with their probabilities, or a list of them for several.
 
-        The probabilities are the softmax of the mean of the logits over the 10 clips. A video that cannot be read, one
-        of several, has an empty list.
+        The probabilities are the softmax of the mean of the logits over the 10 clips. If some videos of several cannot
+        be read, their lists are empty.
 
         Args:
             what, workers: see `embed`.
@@ -272,7 +272,7 @@ class VideoModel:
 def find_videos(what: str | os.PathLike[str]) -> list[Path]:
     """Return the videos of a folder, a data set or a list file, in the order in which `VideoModel.embed` reads them.
 
-    Raises UserError: there are none, or a list is wrong.
+    Raises UserError if there are none, or if a list is wrong.
     """
     return [Path(path) for path in _paths(open_catalog(Path(what)))]
 
@@ -314,7 +314,7 @@ def _check_frames(frames: Frames, dimensions: tuple[int, ...]) -> Tensor:
 
 
 def _check_files(what: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the paths of a sequence. Raises UserError: it has no length or holds something else."""
+    """Return the paths of a sequence. Raises UserError if `what` is not a sequence of paths."""
     if not isinstance(what, Sequence) or not all(isinstance(file, str | os.PathLike) for file in what):
         raise UserError(
             "give a video file, a folder, a list of files, or the frames of one video, (T, H, W, 3) uint8, "
@@ -325,7 +325,7 @@ def _check_files(what: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 @contextmanager
 def _evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
-    """Put modules in evaluation mode, and back to what each submodule was in at the end: the user may train them."""
+    """Put modules in evaluation mode. At the end, give each submodule its own mode back: the user may train them."""
     each = {module: module.training for root in modules if root is not None for module in root.modules()}
     try:
         for module in each:

@@ -77,7 +77,7 @@ class Lock:
     """The lock file `path`, which this process can take and release. It protects the folder that it is in.
 
     Attributes:
-        owner: what the file said about its owner when `take` last returned False. Empty: it said nothing.
+        owner: what the file said about its owner when it was last read. Empty: it said nothing.
         owner_lives: whether that owner is known to be alive.
         descriptor: the open file, while this process has the lock.
     """
@@ -173,7 +173,7 @@ class Lock:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since `take` has seen the latest change of an owner that may have ended; 0: there is none."""
+        """Seconds since `take` saw the latest change by an owner that may have ended; 0 if there is no such owner."""
         return time.monotonic() - self._since if self._seen else 0.0
 
     def describe_owner(self) -> str:
@@ -276,8 +276,8 @@ def check_lock(folder: Path) -> None:
 def _lock_of_system(descriptor: int) -> bool | None:
     """Lock an open file. Return False if another process has locked it, and None if the file system has no locks.
 
-    NFS version 4 counts as such: it locks only files that are open for writing, and keeps locks of a dead machine for
-    long.
+    NFS version 4 counts as a file system without locks: it locks only files that are open for writing, and it keeps the
+    locks of a dead machine for a long time.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,7 +297,7 @@ def _is_open(path: Path, descriptor: int) -> bool:
 
 
 def _look(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the owner in a lock file and the file's time in ns. A network disk gives them anew for every open file."""
+    """Return the owner in a lock file, and the file's time in ns. A network disk looks for changes at each opening."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -385,6 +385,6 @@ def _has_ended(owner: dict[str, Any]) -> bool:
 
 
 def _is_earlier_start(owner: dict[str, Any]) -> bool:
-    """Return whether a lock file names a process of this job from before torchrun restarted it, maybe elsewhere."""
+    """Return whether the owner is a process of this job from before a restart by torchrun, maybe on another machine."""
     restart = owner.get("restart")
     return bool(_job()) and owner.get("job") == _job() and isinstance(restart, int) and restart < _restart()

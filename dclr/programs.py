@@ -56,7 +56,7 @@ def command_of(program: str) -> str:
 
 
 def with_names(text: str) -> str:
-    """Return a text that names train.py and eval.py with the names that the user has."""
+    """Return `text` with train.py and eval.py replaced by the names of the programs that the user started."""
     if _own is not None:
         return re.sub(r"(?<![\w./-])(train|eval)\.py\b", lambda match: Path(str(_own)).name, text)
     if not _is_installed():
@@ -65,7 +65,7 @@ def with_names(text: str) -> str:
 
 
 def without_local_rank(arguments: list[str]) -> list[str]:
-    """Return the arguments without --local_rank N, --local-rank N, and both with "=".
+    """Return the arguments without --local_rank N or --local-rank N, also in the form --local_rank=N.
 
     deepspeed and torch.distributed.launch add one of them. The variable LOCAL_RANK holds the same number.
     """

@@ -75,7 +75,7 @@ def protect_output() -> None:
 def check_output() -> None:
     """Raise UserError if a part of the standard output could not be written. Call this where the output is the result.
 
-    A reader that stops early, such as `head`, is no error.
+    A reader that stops early, such as `head`, is not an error.
     """
     if isinstance(sys.stdout, SafeFile):
         sys.stdout.flush()
@@ -136,7 +136,7 @@ class ProgressBar:
         self.close()
 
     def advance(self, count: int = 1) -> None:
-        """Add `count` finished units. A call with 0 while nothing finishes keeps the lines coming."""
+        """Add `count` finished units. While nothing finishes, call this with 0, so that lines are still written."""
         self.count += count
         if self._bar is not None:
             self._bar.update(count)
@@ -168,8 +168,8 @@ def describe(count: int, total: int, start: int, seconds: float) -> str:
     """Return the progress in words.
 
     Args:
-        count: units that are done, with the first `start` of them, which were done before.
-        seconds: time that the others took.
+        count: units that are done, of `total`. They include the `start` units that were done before.
+        seconds: time that the other units took.
     """
     text = f"{count:,} of {total:,} ({100 * count // max(total, 1)} %)"
     rate = (count - start) / seconds if seconds else 0.0
@@ -181,7 +181,7 @@ def describe(count: int, total: int, start: int, seconds: float) -> str:
 
 
 def is_terminal(file: TextIO) -> bool:
-    """Return True if `file` is a terminal. A closed file is none."""
+    """Return True if `file` is a terminal. A closed file is not a terminal."""
     try:
         return file.isatty()
     except (OSError, ValueError):

@@ -32,7 +32,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def open_run(out: str, command: str, resume: Path | None = None, replace: bool = False) -> Iterator[Path]:
-    """Create the folder of a new run, or open that of the run to resume. Inside, no other process writes there.
+    """Create the folder of a new run, or open that of the run to resume. It is locked inside the context.
 
     A new run gets the folder `out`, or the next free runs/COMMAND-N if `out` is empty. A new folder in which nothing
     was written is deleted at the end. So a refused command leaves nothing behind.
@@ -149,7 +149,7 @@ def cpu_name() -> str:
 def git_commit() -> str:
     """Return the commit of the source tree, with "+" added if files differ from it.
 
-    Files that measurements write may differ. Outside a checkout it is the environment variable DCLR_COMMIT, or
+    Files that measurements write may differ. Outside a checkout, return the environment variable DCLR_COMMIT, or
     "unknown".
     """
 
