@@ -14,10 +14,13 @@ from PIL import Image
 
 from dclr.commands import evaluate as evaluation
 from dclr.config import make_config, write_config
+from dclr.data.decode import YuvFrames
 from dclr.data.encode import write_video
 from dclr.errors import UserError
-from dclr.evaluation.activation_maps import check_maps, energy_share, why_too_coarse
-from dclr.models import build_backbone, save_backbone
+from dclr.evaluation import activation_maps
+from dclr.evaluation.activation_maps import Clip, check_maps, compute_maps, energy_share, why_too_coarse
+from dclr.kernels import Views, generate_views
+from dclr.models import KINETICS, build_backbone, save_backbone
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +87,28 @@ def test_a_map_inside_the_mask_has_all_its_energy_there():
         energy_share(np.zeros((1, 2, 2)), mask)
     with pytest.raises(ValueError, match="negative"):
         energy_share(activation - 1, mask)
+
+
+def test_each_map_is_that_of_its_view_also_for_weights_with_statistics_of_their_own(monkeypatch):
+    """A frame difference has no mean to subtract, but rgb and static views have one."""
+    rng = np.random.default_rng(2)
+    planes = (rng.integers(0, 256, size, dtype=np.uint8) for size in ((8, 40, 48), (8, 20, 24), (8, 20, 24)))
+    frames = YuvFrames(*planes, bt709=False, full_range=True)
+    clip = Clip("a.mp4", "a", frames, np.zeros((8, 40, 40, 3), np.uint8), np.zeros((8, 40, 40), bool))
+    made: list[Views] = []
+
+    def generate(*arguments: Any, **options: Any) -> Views:
+        made.append(generate_views(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(activation_maps, "generate_views", generate)
+    torch.manual_seed(0)
+    backbone = build_backbone("r2plus1d_10", 4).eval()
+    backbone.statistics = KINETICS
+    found = compute_maps(backbone, clip, 32, "wrap", torch.device("cpu"))
+    for number, name in enumerate(("rgb", "static", "dynamic")):
+        maps = backbone(getattr(made[0], name), differences=name == "dynamic").detach().sum(1)[0].numpy()
+        np.testing.assert_allclose(found[number], maps, rtol=1e-3, atol=1e-3 * maps.max())
 
 
 def measured(command: list[str], out: Path) -> dict[str, Any]:

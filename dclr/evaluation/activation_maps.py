@@ -245,7 +245,8 @@ def compute_maps(backbone: Backbone, clip: Clip, size: int, boundary: Any, devic
     height, width = clip.frames.y.shape[1:]
     row = augmentation.to_augmentation([augmentation.centre_crop(height, width, clip.frames.display)])
     views = generate_views(frames, still, ViewParams(row, row, (size, size)), boundary=boundary)
-    return activation_map(backbone(torch.cat(views), len(views.dynamic)))[:, 0].cpu().numpy()
+    features = backbone.forward_views(views, views.rgb.shape[2], differences=True)
+    return activation_map(torch.cat(features))[:, 0].cpu().numpy()
 
 
 def check_maps(path: str, maps: dict[str, np.ndarray]) -> None:
