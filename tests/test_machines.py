@@ -47,7 +47,7 @@ ServerAliveInterval 10
 ServerAliveCountMax 3
 ConnectTimeout 20
 """
-"""With the options of docs/reliability.md, by which pdsh notices a machine that has vanished."""
+"""With the options of docs/clusters.md, by which pdsh notices a machine that has vanished."""
 
 SSHD_CONFIG = """HostKey {folder}/key
 AuthorizedKeysFile {folder}/key.pub
