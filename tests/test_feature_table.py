@@ -18,6 +18,7 @@ from helpers import REPOSITORY, as_flags, free_port, start_program
 
 from dclr.commands import evaluate
 from dclr.commands import features as features_command
+from dclr.config import make_config, write_config
 from dclr.data.samples import TEST_CLIPS
 from dclr.errors import UserError
 from dclr.evaluation import feature_parts, feature_table
@@ -333,6 +334,14 @@ def test_wrong_input_is_refused_before_anything_is_written(
         assert message in str(refused.value)
         assert "\n" not in str(refused.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_refusal_without_data_names_the_data_set_of_the_run(features: Features, weights: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(weights, tmp_path / "run")
+    write_config(tmp_path / "run" / "config.json", "pretrain", "demo", make_config("pretrain", {"data": "/my/videos"}))
+    with pytest.raises(UserError, match=r"^--data is needed: .* \(the run was trained on /my/videos\)$"):
+        features(checkpoint=tmp_path / "run", data="")
 
 
 def test_without_one_readable_video_nothing_is_left(features: Features, tmp_path: Path, out: Path) -> None:

@@ -112,16 +112,15 @@ def run(flags: dict[str, Any]) -> None:
 def refuse_unless_demo(checkpoint: Path) -> None:
     """Raise UserError unless the checkpoint is of a run on the built-in demo videos."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    trained_on = None
     for config in (folder / "config.json", folder.parent / "config.json"):
         if config.is_file():
             trained_on = configuration.read_config(config)[2].get("data")
-            if trained_on == "":
-                return
             break
-    raise UserError(
-        f"--data is needed: a folder of videos, a list of them, or a video file ({checkpoint} does not say that it was "
-        "trained on the built-in demo videos)"
-    )
+    if trained_on == "":
+        return
+    own = f" (the run was trained on {trained_on})" if trained_on else ""
+    raise UserError(f"--data is needed: a folder of videos, a list of them, or a video file{own}")
 
 
 def device_of_process() -> "torch.device":
