@@ -94,9 +94,7 @@ def run(flags: dict[str, Any]) -> None:
     pretrained = load_pretrained(checkpoint)
     if not data_given:
         make_demo()
-    clips = pretrained.clips
-    of_network = {"clip_length": clips.length, "clip_stride": clips.stride, "crop_size": clips.crop}
-    data = configuration.DataConfig(**{**of_network, **flags})
+    data = configuration.DataConfig(**{**pretrained.clips.settings, **flags})
     catalog = open_data(data)
     request = Request(catalog, pretrained, data, kinds, by_clip, half)
     if process == 0:

@@ -76,9 +76,7 @@ def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], 
             f"--checkpoint {checkpoint} has no classifier: give the folder of a finetune or linear run, or train one "
             f"with  {command_of('train')} finetune --pretrained {checkpoint}"
         )
-    clips = pretrained.clips
-    of_network = {"clip_length": clips.length, "clip_stride": clips.stride, "crop_size": clips.crop}
-    data = configuration.DataConfig(**{**of_network, **flags})
+    data = configuration.DataConfig(**{**pretrained.clips.settings, **flags})
     catalog = open_data(data)
     count = len(everything(catalog).videos(EVERYTHING))
     if count > MOST_PRINTED and not out:

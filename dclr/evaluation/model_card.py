@@ -12,7 +12,6 @@ from dclr.config import read_config
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.models import Pretrained
-from dclr.models.pretrained import CLIP_SETTINGS
 
 PUBLISHED = ("method", "optim")
 """The groups of a run's settings that are copied to the published config.json."""
@@ -87,13 +86,12 @@ def _run_folder(file: Path) -> Path:
 
 def make_config(pretrained: Pretrained, run: Path) -> dict[str, Any]:
     """Return the content of config.json: network, clips, and if known the method and optimization of its run."""
-    clips, backbone = pretrained.clips, pretrained.backbone
-    lengths = dict(zip(CLIP_SETTINGS, (clips.length, clips.stride, clips.crop), strict=True))
+    backbone = pretrained.backbone
     settings = _settings(run)
     return {
         "command": settings.get("command", "finetune" if pretrained.classes else "pretrain"),
         "preset": settings.get("preset", ""),
-        "data": lengths,
+        "data": pretrained.clips.settings,
         "model": {"backbone": backbone.name, "width": backbone.width},
         **{group: settings[group] for group in PUBLISHED if group in settings},
         "weights": {
