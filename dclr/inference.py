@@ -16,8 +16,7 @@ embedding.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import NoReadableVideo, open_videos
 from dclr.errors import UserError, printable
 from dclr.evaluation.embedding import KINDS, POOLED, make_embedder
-from dclr.evaluation.features import check_outputs, embed_videos
+from dclr.evaluation.features import check_outputs, embed_videos, evaluation_mode
 from dclr.evaluation.model_card import write_model_card
 from dclr.kernels import augment
 from dclr.models import Backbone, Classifier, ClipFormat, Pretrained, load_pretrained
@@ -202,7 +201,7 @@ class VideoModel:
 
     def _run(self, network: Callable[[Tensor], Tensor], what: Given, workers: int | None) -> Tensor:
         """Return the outputs for the clips of one video, (C, D), or of several, (N, C, D), on the CPU."""
-        with _evaluation_mode(self.backbone, self.heads, self.classifier):
+        with evaluation_mode(self.backbone, self.heads, self.classifier):
             if isinstance(what, np.ndarray | Tensor):
                 return self._run_on_frames(network, what)
             if isinstance(what, str | os.PathLike):
@@ -321,16 +320,3 @@ def _check_files(what: Sequence[str | os.PathLike[str]]) -> list[str]:
             f"not {type(what).__name__}"
         )
     return [os.fspath(file) for file in what]
-
-
-@contextmanager
-def _evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
-    """Put modules in evaluation mode, and back to what each submodule was in at the end: the user may train them."""
-    each = {module: module.training for root in modules if root is not None for module in root.modules()}
-    try:
-        for module in each:
-            module.training = False
-        yield
-    finally:
-        for module, training in each.items():
-            module.training = training
