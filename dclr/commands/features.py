@@ -100,7 +100,7 @@ def run(flags: dict[str, Any]) -> None:
     if process == 0:
         print(f"{pretrained.loaded}\n{catalog.root}: {count(len(request))}, {catalog.layout}", flush=True)
         print_reading(catalog)
-    table = make_features(request, out, device_of_process(), Process(process, processes), shown=process == 0)
+    table = make_features(request, out, device_of_process(), Process(process, processes))
     if table is not None:
         print_summary(table, out, checkpoint, time.monotonic() - began)
     elif process == 0:
