@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -147,15 +147,14 @@ def _merge(request: Request, out: Path, folder: Path) -> FeatureTable:
 
 def _merge_alone(request: Request, out: Path, folder: Path) -> FeatureTable | None:
     """Do what `_merge` does, unless another process does so: then return None."""
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(folder_lock(folder))
+    while True:
+        try:
+            with folder_lock(folder):
                 return _merge(request, out, folder)
-            except FolderInUse:  # process 0 ends soon, because all parts exist
-                time.sleep(0.2)
-            except FileNotFoundError:  # another process has written the file and deleted the folder
-                return None
+        except FolderInUse:  # process 0 ends soon, because all parts exist
+            time.sleep(0.2)
+        except FileNotFoundError:  # another process has written the file and deleted the folder
+            return None
 
 
 def _write_part(path: Path, rows: Rows) -> None:
