@@ -40,13 +40,17 @@ def read_lines(file: Path, keep_tabs: bool = False) -> list[tuple[str, str]]:
     return [(where, line) for where, line in lines if line.strip()]
 
 
-def read_json_list(file: Path) -> list[object]:
+def read_json(file: Path) -> object:
     with reading(file):
         text = file.read_bytes()
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def read_json_list(file: Path) -> list[object]:
+    content = read_json(file)
     if not isinstance(content, list):
         raise UserError(f"{file} must hold a JSON list")
     return content
