@@ -69,7 +69,7 @@ def run(flags: dict[str, Any]) -> None:
         raise UserError(f"--count is {count}, but must be at least 1")
     if features is not None:
         if fixed := sorted(CLIP_FLAGS.intersection(flags) - {"workers", "video_timeout"}):
-            names = ", ".join("--" + name.replace("_", "-") for name in fixed)
+            names = ", ".join(map(configuration.flag_of, fixed))
             raise UserError(f"{names} cannot be used with --features, whose file says which videos and clips it is of")
         require_one_process(os.environ, "eval.py search --features")  # there is nothing to divide among several
     elif not flags.get("data"):
