@@ -32,7 +32,7 @@ from dclr.data.given_videos import EVERYTHING, catalog_of_files, everything
 from dclr.data.own_lists import LIST_SUFFIXES
 from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import NoReadableVideo, open_videos
-from dclr.errors import UserError, printable
+from dclr.errors import UserError, first_line, printable
 from dclr.evaluation.embedding import KINDS, POOLED, make_embedder
 from dclr.evaluation.features import check_outputs, embed_videos, evaluation_mode
 from dclr.evaluation.model_card import write_model_card
@@ -297,7 +297,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without CUDA
-        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {device} cannot be used: {first_line(error)}") from None
 
 
 def _check_frames(frames: Frames, dimensions: tuple[int, ...]) -> Tensor:

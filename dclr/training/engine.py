@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dclr import distributed
 from dclr.config import OptimConfig
-from dclr.errors import UserError
+from dclr.errors import UserError, first_line
 from dclr.training import batchnorm, checkpoint, connection
 
 MOMENTUM = "momentum_buffer"
@@ -336,7 +336,7 @@ class Engine:
                 {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
             )
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"--resume: {path} holds another network ({str(error).splitlines()[0]})") from None
+            raise UserError(f"--resume: {path} holds another network ({first_line(error)})") from None
         return tensors, state
 
     @property
