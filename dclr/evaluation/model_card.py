@@ -10,6 +10,7 @@ from typing import Any
 
 from dclr.config import read_config
 from dclr.errors import UserError
+from dclr.evaluation.run_record import read_object
 from dclr.files import atomic_write
 from dclr.models import Pretrained
 
@@ -61,7 +62,7 @@ CHANGED = "The weights were changed after they were read, or their file is gone.
 """In place of the figures of a run, if the weights are not those of the run any more."""
 
 
-def write_model_card(pretrained: Pretrained, folder: Path, changed: bool = False) -> None:
+def write_model_card(pretrained: Pretrained, folder: Path, changed: bool) -> None:
     """Write config.json and README.md for weights to `folder`.
 
     The figures are those of report.json in the folder of the run that the weights are from, and in the folders of its
@@ -127,7 +128,7 @@ def make_card(pretrained: Pretrained, run: Path, config: dict[str, Any], changed
 
 def _training(run: Path, config: dict[str, Any]) -> str:
     """Return what the run's report.json and config.json say about its training."""
-    report = _read(run / "report.json")
+    report = read_object(run / "report.json")
     data = report.get("data")
     if not isinstance(data, dict) or not {"folder", "layout", "videos"} <= data.keys():
         return "The weights are from no finished run of dclr, so nothing is known about their training."
@@ -145,7 +146,7 @@ def _results(file: Path, run: Path) -> str:
     """Return a table of the figures in the reports of eval.py in the run's folder."""
     rows = []
     for path in sorted(run.glob("*/report.json")):
-        report = _read(path)
+        report = read_object(path)
         figures, clips = report.get("figures"), report.get("clips")
         # An evaluation of other weights, such as random ones, may have been written to this folder too.
         is_own = Path(str(report.get("checkpoint", ""))).name in (run.name, file.name, file.stem)
@@ -164,16 +165,7 @@ def _settings(run: Path) -> dict[str, Any]:
         read_config(run / "config.json")
     except UserError:
         return {}
-    return _read(run / "config.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if it is missing or is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(run / "config.json")
 
 
 def _numbers(values: tuple[float, ...]) -> str:
