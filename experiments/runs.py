@@ -122,9 +122,13 @@ def parse(
         raise UserError(f"--first-seed is {first}, but must be at least 0")
     parallel = given.parallel or (1 if torch.cuda.is_available() else 2)
     work = given.work or Path("runs") / ("evidence-quick" if given.quick else "evidence")
-    typed = tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
     seeds = range(first, first + given.seeds)
-    return Options(seeds=seeds, parallel=parallel, work=work, quick=given.quick, arguments=typed), given
+    return Options(seeds=seeds, parallel=parallel, work=work, quick=given.quick, arguments=published(arguments)), given
+
+
+def published(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return the arguments of a command as results name them: of a path only the last folder's name."""
+    return tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
 
 
 def add_first_seed(parser: argparse.ArgumentParser) -> None:

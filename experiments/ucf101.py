@@ -320,9 +320,9 @@ def run(plan: Plan, todo: Sequence[Planned], arguments: Sequence[str]) -> None:
     """Run the stages, write the result and the report, and publish the result of a whole run on UCF101."""
     times = plan.work / "times.json"
     runs.run_stages(todo, times)
-    typed = tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
     quick = plan.small or plan.pretrained_on.name != "UCF101"
-    options = runs.Options(seeds=plan.seeds, parallel=1, work=plan.work, quick=quick, arguments=typed)
+    named = runs.published(arguments)
+    options = runs.Options(seeds=plan.seeds, parallel=1, work=plan.work, quick=quick, arguments=named)
     result: evidence.Result = {
         "question": "does DCLR learn better features than MoCo on the data sets of the paper?",
         "recipe": {
