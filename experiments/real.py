@@ -222,8 +222,7 @@ def stores(data: Path, packs: bool, options: Options) -> dict[str, Path]:
     packed, chains = {}, []
     for name in names:
         store = folder / f"{name}-packed"
-        line = ("train.py", "pack", "--data", str(folder / name), "--short-side", str(SHORT_SIDE), "--out", str(store))
-        chains.append([Job(command=line, writes=store / "dclr-index.npz", log=store.with_suffix(".log"))])
+        chains.append([runs.pack(folder / name, store, SHORT_SIDE)])
         packed[name] = store
     runs.run(chains, parallel=1)  # one at a time, so that each uses the verifications of those before
     return packed

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dclr.data.store import INDEX
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.training import signals
@@ -146,6 +147,12 @@ def train(command: str, folder: Path, flags: Iterable[str], seed: int) -> Job:
     """Return the job of `train.py COMMAND` that writes into `folder`."""
     line = ("train.py", command, *flags, "--seed", str(seed), "--resume", "auto", "--out", str(folder))
     return Job(command=line, writes=folder / "report.json", log=folder / "train.log")
+
+
+def pack(source: Path, store: Path, short_side: int) -> Job:
+    """Return the job of `train.py pack` of a data set."""
+    line = ("train.py", "pack", "--data", str(source), "--short-side", str(short_side), "--out", str(store))
+    return Job(command=line, writes=store / INDEX, log=store.with_suffix(".log"))
 
 
 def evaluate(protocol: str, checkpoint: Path | str, data: Path, out: Path, flags: Iterable[str] = ()) -> Job:
