@@ -168,16 +168,15 @@ def embed_videos(
 
 
 def clip_batches(
-    samples: TestClips, device: torch.device, sampler: TestSampler | None = None
+    samples: TestClips, device: torch.device, sampler: TestSampler
 ) -> Iterator[tuple[Sequence[Position], ClipBatch]]:
     """Yield the positions of each test batch, as `sampler` gives them, and the batch, on `device`.
 
-    A batch is valid until the next one is requested. Without `sampler`, all clips of all videos are read.
+    A batch is valid until the next one is requested.
 
     Raises:
         UserError: the frames are too large for the memory of the machine.
     """
-    sampler = sampler or TestSampler(samples)
     ahead = batches_ahead(samples, sampler)
     yield from zip(sampler, batches_on(device, samples, sampler, samples.config.workers, ahead=ahead), strict=True)
 

@@ -460,7 +460,7 @@ def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"{file}: {faults[0]}{more}")
 
 
-def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, removed: str = "") -> None:
+def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, removed: str) -> None:
     """Raise UserError unless names and shapes of the tensors are the backbone's. The error names the likely network.
 
     `removed` says at the end of the message which prefix the names no longer have.
