@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dclr import config as configuration
+from dclr.distributed import share_cores
 from dclr.errors import UserError, printable
 from dclr.programs import command_of
 
 if TYPE_CHECKING:
-    import torch
-
     from dclr.evaluation.feature_file import FeatureTable
 
 DESCRIPTION = "embed all videos of a folder, a list or a file: a row each, as .parquet, .npz or .safetensors"
@@ -122,12 +123,8 @@ def refuse_unless_demo(checkpoint: Path) -> None:
     )
 
 
-def device_of_process() -> "torch.device":
+def device_of_process() -> torch.device:
     """Return the GPU of this process, or the CPU, whose cores the processes of a machine then share."""
-    import torch
-
-    from dclr.distributed import share_cores
-
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -9,6 +9,7 @@ from typing import Any
 from dclr import config as configuration
 from dclr.commands.features import CLIP_FLAGS, refuse_unless_demo
 from dclr.commands.launcher import require_one_process
+from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError
 
 DESCRIPTION = "find the videos nearest to a query, by motion, by scene or by both: a table, a picture and a page"
@@ -76,7 +77,6 @@ def run(flags: dict[str, Any]) -> None:
         refuse_unless_demo(checkpoint)
 
     from dclr import distributed, report
-    from dclr.commands.ranks import connected_ranks
     from dclr.data.catalog import Catalog, print_reading
     from dclr.evaluation.features import find_data
     from dclr.evaluation.search import clips_of, read_gallery, search
