@@ -211,12 +211,12 @@ def run_part(part: Part, command: list[str], limit_s: float, log: Path) -> Row:
     return {"part": part.name, **outcome, "seconds": round(time.monotonic() - began_s, 1), "limit_s": round(limit_s, 1)}
 
 
-def end_group(process: "subprocess.Popen[Any]", patience_s: float = 5.0) -> None:
-    """End what is left of a process's group: by SIGTERM, and after `patience_s` by SIGKILL."""
+def end_group(process: "subprocess.Popen[Any]") -> None:
+    """End what is left of a process's group: by SIGTERM, and after 5 seconds by SIGKILL."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
+            process.wait(5.0)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

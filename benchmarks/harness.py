@@ -319,11 +319,11 @@ class Goal:
     """the goal holds for rows with these entries; empty: for all rows"""
 
 
-def speedup(over: str, of: str = "ours", quantity: str = "median_ms") -> Callable[[Row], float | None]:
-    """Return the value of a goal: the quantity of provider `over` divided by that of provider `of`."""
+def speedup(over: str, quantity: str = "median_ms") -> Callable[[Row], float | None]:
+    """Return the value of a goal: the quantity of provider `over` divided by that of "ours"."""
 
     def value(row: Row) -> float | None:
-        theirs, own = (row["providers"].get(name, {}).get(quantity) for name in (over, of))
+        theirs, own = (row["providers"].get(name, {}).get(quantity) for name in (over, "ours"))
         return None if theirs is None or own is None else theirs / max(own, 1e-9)
 
     return value

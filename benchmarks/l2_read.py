@@ -14,6 +14,7 @@ BLOCK = 4096
 """Floats that a program reads at once: 16 KiB, four loads of 16 bytes of each of its 256 threads."""
 
 PROGRAMS_OF_A_MULTIPROCESSOR = 8
+ROUNDS = 256
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def sum_blocks(source: torch.Tensor, programs: int, rounds: int) -> torch.Tensor
     return sums
 
 
-def measure_read_rate(device: torch.device, mebibytes: int = 16, rounds: int = 256) -> float:
+def measure_read_rate(device: torch.device, mebibytes: int = 16) -> float:
     """Return the bytes per second that all multiprocessors together read from `mebibytes` MiB, which stay in L2.
 
     An H200 has 60 MB of L2 in two halves, so 16 MiB stay there whatever else is cached. The time that the first reads
@@ -46,5 +47,5 @@ def measure_read_rate(device: torch.device, mebibytes: int = 16, rounds: int = 2
     """
     source = torch.randn(mebibytes * 2**20 // 4, device=device)
     programs = PROGRAMS_OF_A_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    times = harness.time_in_turns({"read": lambda: sum_blocks(source, programs, rounds)}, device, repetitions=15)
-    return programs * rounds * BLOCK * 4 / (times["read"]["median_ms"] / 1e3)
+    times = harness.time_in_turns({"read": lambda: sum_blocks(source, programs, ROUNDS)}, device, repetitions=15)
+    return programs * ROUNDS * BLOCK * 4 / (times["read"]["median_ms"] / 1e3)

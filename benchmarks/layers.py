@@ -320,11 +320,6 @@ def measure_profile(device: torch.device, record: Record, arguments: argparse.Na
 # --------------------------------------------------------------------------------------------------------- convolutions
 
 
-def maps_of_views(backbone: Backbone, views: Sequence[Tensor], frames: int, differences: bool) -> Sequence[Tensor]:
-    """Return the maps of the views of a step, each (B, 3, frames or 1, H, W), with joint BatchNorm statistics."""
-    return backbone.forward_views(views, frames, differences)
-
-
 @dataclass(frozen=True)
 class Convolution:
     """One shape of a convolution. x: (N, C, ...), weight: (C', C, ...)."""
@@ -375,7 +370,7 @@ def convolutions_of(backbone: Backbone, views: str, cell: Cell) -> Counter[Convo
     frames = {letter: 1 if letter == "s" else cell.T for letter in views}
     with torch.device("meta"), torch.no_grad(), _Watch() as watch:
         given = [torch.empty(cell.B, 3, frames[letter], cell.side, cell.side) for letter in views]
-        maps_of_views(backbone, given, cell.T, differences="d" in views)
+        backbone.forward_views(given, cell.T, differences="d" in views)
     return Counter(watch.found)
 
 
@@ -569,7 +564,7 @@ def measure_equal_frames(device: torch.device, record: Record, arguments: argpar
 
     def maps(static: Tensor) -> Sequence[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
-            return maps_of_views(backbone, [rgb, static, dynamic], cell.T, differences=True)
+            return backbone.forward_views([rgb, static, dynamic], cell.T, differences=True)
 
     def forward(static: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():

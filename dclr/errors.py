@@ -6,6 +6,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's name if it has no message."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 class UserError(Exception):
     """Wrong input from the user. The message says in one line what is wrong and what would be right.
 

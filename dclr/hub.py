@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from dclr.errors import UserError
+from dclr.errors import UserError, first_line
 
 PREFIX = "hf:"
 FILE_NAME = "model.safetensors"
@@ -61,9 +61,9 @@ def download(source: str) -> Path:
             "their file and give its path"
         ) from None
     except errors.HFValidationError as error:
-        raise UserError(f"{source} is not a name of the hub: {_first_line(error)}") from None
+        raise UserError(f"{source} is not a name of the hub: {first_line(error)}") from None
     except Exception as error:  # there is no base class of all errors of the network
-        reason = _first_line(error)
+        reason = first_line(error)
     try:
         cached = hf_hub_download(repository, FILE_NAME, revision=revision, local_files_only=True)
     except errors.LocalEntryNotFoundError:
@@ -72,7 +72,3 @@ def download(source: str) -> Path:
         ) from None
     print(f"warning: {source}: no network ({reason}); the copy in the cache is used", file=sys.stderr)
     return Path(cached)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

@@ -16,8 +16,7 @@ embedding.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +32,9 @@ from dclr.data.given_videos import EVERYTHING, catalog_of_files, everything
 from dclr.data.own_lists import LIST_SUFFIXES
 from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import NoReadableVideo, open_videos
-from dclr.errors import UserError, printable
+from dclr.errors import UserError, first_line, printable
 from dclr.evaluation.embedding import KINDS, POOLED, make_embedder
-from dclr.evaluation.features import check_outputs, embed_videos
+from dclr.evaluation.features import check_outputs, embed_videos, evaluation_mode
 from dclr.evaluation.model_card import write_model_card
 from dclr.kernels import augment
 from dclr.models import Backbone, Classifier, ClipFormat, Pretrained, load_pretrained
@@ -202,7 +201,7 @@ class VideoModel:
 
     def _run(self, network: Callable[[Tensor], Tensor], what: Given, workers: int | None) -> Tensor:
         """Return the outputs for the clips of one video, (C, D), or of several, (N, C, D), on the CPU."""
-        with _evaluation_mode(self.backbone, self.heads, self.classifier):
+        with evaluation_mode(self.backbone, self.heads, self.classifier):
             if isinstance(what, np.ndarray | Tensor):
                 return self._run_on_frames(network, what)
             if isinstance(what, str | os.PathLike):
@@ -298,7 +297,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without CUDA
-        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {device} cannot be used: {first_line(error)}") from None
 
 
 def _check_frames(frames: Frames, dimensions: tuple[int, ...]) -> Tensor:
@@ -321,16 +320,3 @@ def _check_files(what: Sequence[str | os.PathLike[str]]) -> list[str]:
             f"not {type(what).__name__}"
         )
     return [os.fspath(file) for file in what]
-
-
-@contextmanager
-def _evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
-    """Put modules in evaluation mode. At the end, give each submodule its own mode back: the user may train them."""
-    each = {module: module.training for root in modules if root is not None for module in root.modules()}
-    try:
-        for module in each:
-            module.training = False
-        yield
-    finally:
-        for module, training in each.items():
-            module.training = training

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from dclr.data.demo import render_demo
 from experiments import evidence, runs
-from experiments.runs import Chain, Job, Options
+from experiments.runs import Chain, Options
 
 TRAIN, TEST = 96, 32
 """Videos of each motion in the two splits."""
@@ -65,8 +65,7 @@ def stores(options: Options) -> tuple[Path, Path]:
     chains, packed = [], []
     for source in (videos, by_scene):
         store = source.with_name(source.name + "-packed")
-        line = ("train.py", "pack", "--data", str(source), "--short-side", str(SHORT_SIDE), "--out", str(store))
-        chains.append([Job(command=line, writes=store / "dclr-index.npz", log=store.with_suffix(".log"))])
+        chains.append([runs.pack(source, store, SHORT_SIDE)])
         packed.append(store)
     runs.run(chains, parallel=1)  # one at a time, so that the second uses the verification of the first
     return packed[0], packed[1]

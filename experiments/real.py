@@ -191,7 +191,8 @@ def list_sets(data: Path, folder: Path, options: Options) -> list[str]:
         source, every = data / name, slice(None, None, QUICK_STRIDE[name] if options.quick else 1)
         classes = [line[0] for line in read_list(source / "splits" / "classes.txt")]
         splits = {split: read_list(source / "splits" / f"{split}.txt")[every] for split in union}
-        links = {each: source / each for each in sorted({line[0].split("/")[0] for line in [*splits["train"]]})}
+        folders = {line[0].split("/")[0] for lines in splits.values() for line in lines}
+        links = {each: source / each for each in sorted(folders)}
         write_set(folder / name, links, classes, **splits)
         for split, lines in splits.items():
             union[split] += [[f"{name}/{line[0]}", "0"] for line in lines]
@@ -222,8 +223,7 @@ def stores(data: Path, packs: bool, options: Options) -> dict[str, Path]:
     packed, chains = {}, []
     for name in names:
         store = folder / f"{name}-packed"
-        line = ("train.py", "pack", "--data", str(folder / name), "--short-side", str(SHORT_SIDE), "--out", str(store))
-        chains.append([Job(command=line, writes=store / "dclr-index.npz", log=store.with_suffix(".log"))])
+        chains.append([runs.pack(folder / name, store, SHORT_SIDE)])
         packed[name] = store
     runs.run(chains, parallel=1)  # one at a time, so that each uses the verifications of those before
     return packed

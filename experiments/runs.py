@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from dclr.data.store import INDEX
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.training import signals
@@ -123,9 +124,13 @@ def parse(
         raise UserError(f"--first-seed is {first}, but must be at least 0")
     parallel = given.parallel or (1 if torch.cuda.is_available() else 2)
     work = given.work or Path("runs") / ("evidence-quick" if given.quick else "evidence")
-    typed = tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
     seeds = range(first, first + given.seeds)
-    return Options(seeds=seeds, parallel=parallel, work=work, quick=given.quick, arguments=typed), given
+    return Options(seeds=seeds, parallel=parallel, work=work, quick=given.quick, arguments=published(arguments)), given
+
+
+def published(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return the arguments of a command as results name them: of a path only the last folder's name."""
+    return tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
 
 
 def add_first_seed(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +148,12 @@ def train(command: str, folder: Path, flags: Iterable[str], seed: int) -> Job:
     """Return the job of `train.py COMMAND` that writes into `folder`."""
     line = ("train.py", command, *flags, "--seed", str(seed), "--resume", "auto", "--out", str(folder))
     return Job(command=line, writes=folder / "report.json", log=folder / "train.log")
+
+
+def pack(source: Path, store: Path, short_side: int) -> Job:
+    """Return the job of `train.py pack` of a data set."""
+    line = ("train.py", "pack", "--data", str(source), "--short-side", str(short_side), "--out", str(store))
+    return Job(command=line, writes=store / INDEX, log=store.with_suffix(".log"))
 
 
 def evaluate(protocol: str, checkpoint: Path | str, data: Path, out: Path, flags: Iterable[str] = ()) -> Job:

@@ -232,7 +232,7 @@ def test_the_convolutions_of_a_step_have_the_flop_of_its_backbone():
     backbone.pad_channels(8)
     views = [torch.randn(1, 3, frames, CELL.side, CELL.side) for frames in (4, 1, 4)]
     with FlopCounterMode(display=False) as counter:
-        maps = layers.maps_of_views(backbone, views, 4, differences=True)
+        maps = backbone.forward_views(views, 4, differences=True)
     query = sum(count * conv.flops for conv, (_, count) in found.items())
     assert query == counter.get_total_flops()
     # The key encoder passes three views and two: more than once again and less than twice.

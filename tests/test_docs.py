@@ -79,7 +79,7 @@ def test_the_evidence_is_that_of_the_committed_results():
         assert (ROOT / "docs" / pictures[0]).is_file(), file
 
 
-OF_UCF101 = ("ucf101_report", "hours", "published")
+OF_UCF101 = ("ucf101_plan", "ucf101_report", "hours", "published")
 
 
 def test_every_experiment_has_a_section_of_the_evidence_and_says_how_it_is_run():

@@ -78,7 +78,7 @@ def results(run: Path, folder: Path) -> dict[str, Any]:
     train, test = (open_split(catalog, split, data) for split in ("train", "test"))
     found["maps"] = distributed.gather_on_rank_zero(maps_of_share({"": backbone}, test, data, "wrap", CPU)[0])
     found["maps"] = [(clip.path, clip.shares, clip.size) for share in found["maps"] for clip in share]
-    table = feature_table_of_ranks(Request(catalog, pretrained, data), CPU, "")
+    table = feature_table_of_ranks(Request(catalog, pretrained, data), CPU)
     found["table"] = (table.paths, table.embeddings["pooled"], table.skipped) if table else None
     if distributed.rank() == 1:  # its own statistics, as ranks have in training
         for buffer in backbone.buffers():

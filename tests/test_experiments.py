@@ -1030,6 +1030,14 @@ def test_other_methods_are_compared_at_a_probe_of_the_comparison_with_a_constant
     assert calls == []
 
 
+def test_folders_that_only_the_test_list_names_are_linked_too(root):
+    list_real_sets(root / "data")
+    (root / "data" / "hockey" / "splits" / "test.txt").write_text("other/1.mp4 0 scene1\n")
+    options = runs.Options(seeds=range(1), parallel=1, work=root, quick=False)
+    real.list_sets(root / "data", root / "sets", options)
+    assert {"0", "1", "other"} <= {path.name for path in (root / "sets" / "hockey").iterdir() if path.is_symlink()}
+
+
 def test_seeds_are_added_to_the_published_result(root, calls):
     methods.main(["--seeds", "3", "--work", str(root / "at-once")])
     (file,) = (root / "results").glob("*/methods.json")

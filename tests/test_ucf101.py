@@ -25,10 +25,10 @@ from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.methods import METHODS
 from dclr.training import signals
-from experiments import hours, published, runs, ucf101, ucf101_report
+from experiments import hours, published, runs, ucf101, ucf101_plan, ucf101_report
 from experiments.hours import MACHINES, Work
 from experiments.runs import Job, Stage
-from experiments.ucf101 import RANDOM
+from experiments.ucf101_plan import RANDOM
 
 H200, CARD, EIGHT = MACHINES
 
@@ -90,7 +90,7 @@ def arguments(whole: dict[str, Path], work: Path, *more: str) -> list[str]:
     return ["--data", str(whole["ucf"]), "--hmdb51", str(whole["hmdb"]), "--work", str(work), *more]
 
 
-def plan_of(given: list[str]) -> ucf101.Plan:
+def plan_of(given: list[str]) -> ucf101_plan.Plan:
     return ucf101.make_plan(ucf101.make_parser().parse_args(given))
 
 
@@ -118,7 +118,7 @@ def test_train_and_eval_understand_every_command(whole, tmp_path, budget):
     plan = plan_of(
         arguments(whole, tmp_path, "--dry-run", "--seeds", "2", "--budget", budget, "--methods", *METHODS)
     )  # fmt: skip
-    jobs = [job for stage in ucf101.stages(plan) for job in stage.jobs]
+    jobs = [job for stage in ucf101_plan.stages(plan) for job in stage.jobs]
     assert len({job.log for job in jobs}) == len({job.writes for job in jobs}) == len(jobs)
     for job in jobs:
         entry, *words = [*job.command, *job.machine_flags]
@@ -139,7 +139,7 @@ def test_kinetics_is_pretrained_on_and_not_evaluated(whole, tmp_path):
         )
         touch(kinetics / "videos", *(f"{line.split(',')[1]}.mp4" for line in lines))
     plan = plan_of([*arguments(whole, tmp_path / "work"), "--kinetics400", str(kinetics), "--dry-run"])
-    stages = ucf101.stages(plan)
+    stages = ucf101_plan.stages(plan)
     assert {stage.title for stage in stages if stage.kind == "pretrain dclr"} == {
         f"pretrain DCLR on Kinetics-400, seed {seed}" for seed in range(3)
     }
@@ -150,7 +150,7 @@ def test_kinetics_is_pretrained_on_and_not_evaluated(whole, tmp_path):
 
 
 def test_every_method_has_a_label_and_the_arithmetic_of_the_page():
-    assert ucf101.LABELS.keys() == hours.GFLOP.keys() == METHODS.keys()
+    assert ucf101_plan.LABELS.keys() == hours.GFLOP.keys() == METHODS.keys()
     page = (REPOSITORY / "docs" / "methods.md").read_text()
     cells = [[cell.strip(" `") for cell in line.split("|")] for line in page.splitlines() if line.startswith("| `")]
     assert {row[1]: int(row[4]) for row in cells if row[1] in METHODS} == hours.GFLOP
@@ -178,9 +178,9 @@ def test_hours_are_those_of_the_measured_run_on_its_machine():
     assert hours.seconds(clips, H200) - 30 == pytest.approx(8 * (hours.seconds(clips, EIGHT) - 30))
 
 
-def whole_set(name: str, splits: dict[int, tuple[int, int]]) -> ucf101.DataSet:
+def whole_set(name: str, splits: dict[int, tuple[int, int]]) -> ucf101_plan.DataSet:
     """Return a data set with the numbers of videos of its official lists."""
-    return ucf101.DataSet(name=name, folder=Path(name), splits=splits, videos=sum(splits[1]), digest="")
+    return ucf101_plan.DataSet(name=name, folder=Path(name), splits=splits, videos=sum(splits[1]), digest="")
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,11 @@ def whole_set(name: str, splits: dict[int, tuple[int, int]]) -> ucf101.DataSet:
 def test_the_page_has_the_expected_hours(methods, seeds, kinetics, row):
     ucf = whole_set("UCF101", {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)})
     hmdb = replace(whole_set("HMDB51", dict.fromkeys((1, 2, 3), (3570, 1530))), videos=6766)
-    plan = ucf101.Plan(
+    plan = ucf101_plan.Plan(
         work=Path("work"), pretrained_on=whole_set("Kinetics-400", {1: (240_000, 20_000)}) if kinetics else ucf,
         evaluated_on=(ucf, hmdb), methods=methods, seeds=range(seeds), small=False, gpus=1, workers=2,
     )  # fmt: skip
-    stages = ucf101.stages(plan)
+    stages = ucf101_plan.stages(plan)
     expected = [f"{sum(hours.hours(stage.works, machine) for stage in stages):.1f}" for machine in MACHINES]
     assert f"| {row} | {' | '.join(expected)} |" in (REPOSITORY / "docs" / "reproduce.md").read_text()
 

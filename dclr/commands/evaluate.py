@@ -40,7 +40,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from dclr import config as configuration
 from dclr import hub, programs, progress
@@ -50,9 +52,6 @@ from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError
 from dclr.models.pretrained import stated_settings
 from dclr.training.split_folders import begun_splits, split_folder
-
-if TYPE_CHECKING:
-    import torch
 
 RANDOM = "random"
 """The word that --checkpoint takes for an untrained network."""
@@ -175,7 +174,7 @@ def main(arguments: list[str]) -> None:
         evaluate_checkpoint(command, flags, device)
 
 
-def evaluate_checkpoint(command: str, flags: dict[str, Any], device: "torch.device") -> None:
+def evaluate_checkpoint(command: str, flags: dict[str, Any], device: torch.device) -> None:
     """Run a command of DESCRIPTIONS, on all ranks. Raises UserError for wrong input, see `evaluate`."""
     checkpoint, out = Path(flags.pop("checkpoint")), flags.pop("out", None)
     special = {name: flags.pop(name) for name in ("foreground", "normalise_clips") if name in flags}
@@ -196,7 +195,7 @@ def evaluate_checkpoint(command: str, flags: dict[str, Any], device: "torch.devi
 
 
 def evaluate(
-    command: str, checkpoint: Path, flags: dict[str, Any], device: "torch.device", folder: Path, **special: bool
+    command: str, checkpoint: Path, flags: dict[str, Any], device: torch.device, folder: Path, **special: bool
 ) -> dict[str, Any]:
     """Run one evaluation and return the content of its report.json, which is in `folder`, on all ranks.
 
@@ -242,7 +241,7 @@ def evaluate(
 
 
 def evaluate_splits(
-    command: str, checkpoint: Path, flags: dict[str, Any], device: "torch.device", folder: Path, **special: bool
+    command: str, checkpoint: Path, flags: dict[str, Any], device: torch.device, folder: Path, **special: bool
 ) -> None:
     """Evaluate on every official split. Print mean and standard deviation and write them to report.json.
 

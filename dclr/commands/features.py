@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dclr import config as configuration
+from dclr.distributed import share_cores
 from dclr.errors import UserError, printable
 from dclr.programs import command_of
 
 if TYPE_CHECKING:
-    import torch
-
     from dclr.evaluation.feature_file import FeatureTable
 
 DESCRIPTION = "embed all videos of a folder, a list or a file: a row each, as .parquet, .npz or .safetensors"
@@ -94,15 +95,13 @@ def run(flags: dict[str, Any]) -> None:
     pretrained = load_pretrained(checkpoint)
     if not data_given:
         make_demo()
-    clips = pretrained.clips
-    of_network = {"clip_length": clips.length, "clip_stride": clips.stride, "crop_size": clips.crop}
-    data = configuration.DataConfig(**{**of_network, **flags})
+    data = configuration.DataConfig(**{**pretrained.clips.settings, **flags})
     catalog = open_data(data)
     request = Request(catalog, pretrained, data, kinds, by_clip, half)
     if process == 0:
         print(f"{pretrained.loaded}\n{catalog.root}: {count(len(request))}, {catalog.layout}", flush=True)
         print_reading(catalog)
-    table = make_features(request, out, device_of_process(), Process(process, processes), shown=process == 0)
+    table = make_features(request, out, device_of_process(), Process(process, processes))
     if table is not None:
         print_summary(table, out, checkpoint, time.monotonic() - began)
     elif process == 0:
@@ -123,12 +122,8 @@ def refuse_unless_demo(checkpoint: Path) -> None:
     raise UserError(f"--data is needed: a folder of videos, a list of them, or a video file{own}")
 
 
-def device_of_process() -> "torch.device":
+def device_of_process() -> torch.device:
     """Return the GPU of this process, or the CPU, whose cores the processes of a machine then share."""
-    import torch
-
-    from dclr.distributed import share_cores
-
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)

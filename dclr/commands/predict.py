@@ -4,14 +4,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dclr import config as configuration
 from dclr.commands.features import CLIP_FLAGS
+from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError
 from dclr.programs import command_of
 
 if TYPE_CHECKING:
-    import torch
-
     from dclr.evaluation.predictions import Predictions
 
 DESCRIPTION = "the most probable classes of each video of a folder, a list or a file, with their probabilities"
@@ -52,13 +53,11 @@ def run(flags: dict[str, Any]) -> None:
     if not flags.get("data"):
         raise UserError("--data is needed: a folder of videos, a list of them, or a video file")
 
-    from dclr.commands.ranks import connected_ranks
-
     with connected_ranks() as device:
         predict(checkpoint, out, top, flags, device)
 
 
-def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], device: "torch.device") -> None:
+def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], device: torch.device) -> None:
     """Predict on all ranks, and print or write on rank 0. Raises UserError: see `run`."""
     from dclr import distributed, report
     from dclr.data.catalog import print_reading
@@ -76,9 +75,7 @@ def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], 
             f"--checkpoint {checkpoint} has no classifier: give the folder of a finetune or linear run, or train one "
             f"with  {command_of('train')} finetune --pretrained {checkpoint}"
         )
-    clips = pretrained.clips
-    of_network = {"clip_length": clips.length, "clip_stride": clips.stride, "crop_size": clips.crop}
-    data = configuration.DataConfig(**{**of_network, **flags})
+    data = configuration.DataConfig(**{**pretrained.clips.settings, **flags})
     catalog = open_data(data)
     count = len(everything(catalog).videos(EVERYTHING))
     if count > MOST_PRINTED and not out:

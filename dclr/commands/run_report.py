@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dclr import config as configuration
 from dclr.commands.launcher import require_one_process
+from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError, printable
 from dclr.training.split_folders import begun_splits
 
@@ -85,7 +86,6 @@ def measure(folder: Path, config: configuration.Config, data_given: bool, pictur
         data_given: the user has named the data set.
         pictures: a folder for temporary files.
     """
-    from dclr.commands.ranks import connected_ranks
     from dclr.data.datasets import make_demo
     from dclr.evaluation.run_sections import Measured
     from dclr.methods import METHODS

@@ -9,6 +9,7 @@ from typing import Any
 from dclr import config as configuration
 from dclr.commands.features import CLIP_FLAGS, refuse_unless_demo
 from dclr.commands.launcher import require_one_process
+from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError
 
 DESCRIPTION = "find the videos nearest to a query, by motion, by scene or by both: a table, a picture and a page"
@@ -69,14 +70,13 @@ def run(flags: dict[str, Any]) -> None:
         raise UserError(f"--count is {count}, but must be at least 1")
     if features is not None:
         if fixed := sorted(CLIP_FLAGS.intersection(flags) - {"workers", "video_timeout"}):
-            names = ", ".join("--" + name.replace("_", "-") for name in fixed)
+            names = ", ".join(map(configuration.flag_of, fixed))
             raise UserError(f"{names} cannot be used with --features, whose file says which videos and clips it is of")
         require_one_process(os.environ, "eval.py search --features")  # there is nothing to divide among several
     elif not flags.get("data"):
         refuse_unless_demo(checkpoint)
 
     from dclr import distributed, report
-    from dclr.commands.ranks import connected_ranks
     from dclr.data.catalog import Catalog, print_reading
     from dclr.evaluation.features import find_data
     from dclr.evaluation.search import clips_of, read_gallery, search

@@ -25,6 +25,12 @@ _VERSION = 6
 _FULL_TIMESTAMPS = 5
 """The previous version, which can still be read. It has a difference for each timestamp, and no digests."""
 
+_COLUMNS = ("paths", "stamps", "readable", "reasons", "digests")
+"""The arrays of Findings."""
+
+_RECORD_COLUMNS = ("frames", "declared", "sizes", "seekable", "skippable", "video_streams", "cut_from", "damages")
+"""The arrays of Records. The other attributes of Records are made of two or three arrays each."""
+
 Finding = VideoRecord | str
 """The record of a video, or the reason why it cannot be read."""
 
@@ -119,8 +125,7 @@ def merge_findings(parts: Sequence[Findings]) -> Findings:
     parts = [part for part in parts if len(part)] or list(parts[:1])
     if len(parts) == 1:
         return parts[0]
-    names = [name for name in parts[0].__dataclass_fields__ if name != "records"]
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
     arrays = [_record_arrays(part.records) for part in parts]
     records = _records({name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]})
     last = {path: row for row, path in enumerate(unpack_strings(joined["paths"]))}
@@ -132,7 +137,7 @@ def merge_findings(parts: Sequence[Findings]) -> Findings:
 
 def save_findings(file: Path, findings: Findings) -> None:
     """Write a file of findings. A reader never sees half of it. Raises OSError."""
-    arrays = {name: getattr(findings, name) for name in ("paths", "stamps", "readable", "reasons", "digests")}
+    arrays = {name: getattr(findings, name) for name in _COLUMNS}
     arrays |= {"version": np.array(_VERSION), **_record_arrays(findings.records)}
     with atomic_file(file) as aside, aside.open("wb") as opened:
         # Not compressed: a million findings take 0.2 GB on disk, and compressing them would take half a minute.
@@ -153,8 +158,7 @@ def load_findings(file: Path, warn: bool = True) -> Findings:
         elif version != _VERSION:
             raise ValueError(f"it is of version {version}, not {_VERSION}")
         _check_numbers(arrays)
-        names = ("paths", "stamps", "readable", "reasons", "digests")
-        return Findings(**{name: arrays[name] for name in names}, records=_records(arrays))
+        return Findings(**{name: arrays[name] for name in _COLUMNS}, records=_records(arrays))
     except FileNotFoundError:
         pass
     except Exception as error:  # readers raise many kinds of errors on a damaged file
@@ -165,9 +169,8 @@ def load_findings(file: Path, warn: bool = True) -> Findings:
 
 def _record_arrays(records: Records) -> Arrays:
     """Return records as the arrays of a file."""
-    names = ("frames", "declared", "sizes", "seekable", "skippable", "video_streams", "cut_from", "damages")
     return {
-        **{name: getattr(records, name) for name in names},
+        **{name: getattr(records, name) for name in _RECORD_COLUMNS},
         "displays": records.displays.values,
         "oblique": records.displays.oblique,
         "interlaced": records.displays.interlaced,
@@ -179,9 +182,8 @@ def _record_arrays(records: Records) -> Arrays:
 
 
 def _records(arrays: Arrays) -> Records:
-    names = ("frames", "declared", "sizes", "seekable", "skippable", "video_streams", "cut_from", "damages")
     return Records(
-        **{name: arrays[name] for name in names},
+        **{name: arrays[name] for name in _RECORD_COLUMNS},
         displays=Displays(arrays["displays"], arrays["oblique"], arrays["interlaced"]),
         pts_runs=RaggedArray(arrays["pts_runs"], arrays["pts_run_counts"]),
         keyframes=RaggedArray(arrays["keyframes"], arrays["keyframe_counts"]),

@@ -42,14 +42,19 @@ def read_lines(file: Path, keep_tabs: bool = False) -> list[tuple[str, str]]:
     return [(where, line) for where, line in lines if line.strip()]
 
 
-def read_json_list(file: Path) -> list[object]:
-    """Return the entries of a file with a JSON list. Raises UserError: see `reading`; it is not a JSON list."""
+def read_json(file: Path) -> object:
+    """Return the content of a JSON file. Raises UserError: see `reading`; it is not JSON."""
     with reading(file):
         text = file.read_bytes()
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def read_json_list(file: Path) -> list[object]:
+    """Return the entries of a file with a JSON list. Raises UserError: see `read_json`; it is not a list."""
+    content = read_json(file)
     if not isinstance(content, list):
         raise UserError(f"{file} must hold a JSON list")
     return content

@@ -8,7 +8,7 @@ from dclr.data.catalog import Catalog, Video, make_catalog
 from dclr.data.folders import videos_by_stem
 from dclr.data.layout import DataFolder
 from dclr.data.listed_paths import describe_equal_names
-from dclr.data.lists import label_number, read_json_list, reading
+from dclr.data.lists import label_number, read_json, read_json_list
 from dclr.errors import UserError
 
 FOLDERS = ("", "labels", "label", "annotations", "lists")
@@ -105,12 +105,7 @@ def _number(value: Any) -> int | None:
 
 def _read_labels(file: Path) -> dict[str, int]:
     """Return class name -> number, in the order of the numbers."""
-    with reading(file):
-        text = file.read_bytes()
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+    content = read_json(file)
     names = {name: _number(value) for name, value in content.items()} if isinstance(content, dict) else {}
     numbers = {number: name for name, number in names.items() if number is not None}
     if not names or sorted(numbers) != list(range(len(names))):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dclr.data.string_array import pack_strings, unpack_strings
-from dclr.errors import UserError
+from dclr.errors import UserError, first_line
 from dclr.files import atomic_file
 
 VERSION = 1
@@ -197,7 +197,7 @@ def read_features(path: Path) -> FeatureTable:
     except MemoryError:
         raise UserError(f"{path} does not fit into memory") from None
     except Exception as error:  # readers raise many kinds of errors on a damaged or foreign file
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} is not a file of features, as eval.py features writes it: {reason}") from None
     return table
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -50,16 +50,10 @@ class Process:
     count: int
 
 
-ALONE = Process(rank=0, count=1)
-
-
-def make_features(
-    request: Request, out: Path, device: torch.device, process: Process = ALONE, shown: bool = True
-) -> FeatureTable | None:
+def make_features(request: Request, out: Path, device: torch.device, process: Process) -> FeatureTable | None:
     """Make this process's parts of the file `out`. Return the table if this process has written the file, else None.
 
-    Args:
-        shown: whether this process shows its progress.
+    Process 0 shows its progress.
 
     Raises:
         UserError: another command writes the same file; the parts are those of another command; no video can be read;
@@ -72,7 +66,7 @@ def make_features(
         # Process 0 keeps other commands away. The other processes of this command write to the same folder.
         with folder_lock(folder) if process.rank == 0 else nullcontext():
             try:
-                complete = _make_parts(request, folder, device, process, shown)
+                complete = _make_parts(request, folder, device, process)
             except UserError:
                 if process.rank == 0 and not any(folder.glob("part-*.npz")):
                     shutil.rmtree(folder)
@@ -84,15 +78,15 @@ def make_features(
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
-def _make_parts(request: Request, folder: Path, device: torch.device, process: Process, shown: bool) -> bool:
+def _make_parts(request: Request, folder: Path, device: torch.device, process: Process) -> bool:
     """Make the parts of this process that do not exist. Return whether this process is to write the file."""
     chunk = max(1, min(LARGEST_CHUNK, len(request) // PARTS))
     _check_plan(request, folder, chunk)
     parts = [_part(folder, number) for number in range(-(-len(request) // chunk))]
     own = [position for position in range(len(request)) if position // chunk % process.count == process.rank]
     todo = [position for position in own if not parts[position // chunk].exists()]
-    title = "embedding videos" + (f" (process {process.rank} of {process.count})" if process.count > 1 else "")
-    results = embed_listed(request, todo, device, title if shown else "", done=len(own) - len(todo))
+    title = "embedding videos" + (f" (process 0 of {process.count})" if process.count > 1 else "")
+    results = embed_listed(request, todo, device, "" if process.rank else title, done=len(own) - len(todo))
     for number, of_part in groupby(results, key=lambda result: result[0] // chunk):
         _write_part(parts[number], collect(of_part))
     # If no part was missing, only process 0 writes the file.
@@ -153,15 +147,14 @@ def _merge(request: Request, out: Path, folder: Path) -> FeatureTable:
 
 def _merge_alone(request: Request, out: Path, folder: Path) -> FeatureTable | None:
     """Do what `_merge` does, unless another process does so: then return None."""
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(folder_lock(folder))
+    while True:
+        try:
+            with folder_lock(folder):
                 return _merge(request, out, folder)
-            except FolderInUse:  # process 0 ends soon, because all parts exist
-                time.sleep(0.2)
-            except FileNotFoundError:  # another process has written the file and deleted the folder
-                return None
+        except FolderInUse:  # process 0 ends soon, because all parts exist
+            time.sleep(0.2)
+        except FileNotFoundError:  # another process has written the file and deleted the folder
+            return None
 
 
 def _write_part(path: Path, rows: Rows) -> None:

@@ -89,23 +89,25 @@ class Rows:
     """Position -> reason, of the videos that have no rows."""
 
 
-def feature_table(request: Request, device: torch.device, title: str = "embedding videos") -> FeatureTable:
-    """Embed all videos, and hold the table in memory. `title` labels the progress bar; empty: there is none.
+def feature_table(request: Request, device: torch.device) -> FeatureTable:
+    """Embed all videos without a progress bar, and hold the table in memory.
 
     Raises:
         UserError: no video can be read, the network has no such embedding, or an embedding is not finite.
     """
-    return join(request, [collect(embed_listed(request, range(len(request)), device, title))])
+    return join(request, [collect(embed_listed(request, range(len(request)), device, ""))])
 
 
-def feature_table_of_ranks(request: Request, device: torch.device, title: str) -> FeatureTable | None:
+def feature_table_of_ranks(request: Request, device: torch.device) -> FeatureTable | None:
     """Do what `feature_table` does, with a share of the videos on each rank. Rank 0 gets the table, the others None.
+
+    Rank 0 shows a progress bar.
 
     Raises:
         UserError: on all ranks, no video can be read; on one rank, an embedding is not finite.
     """
-    shown = title if distributed.rank() == 0 else ""
-    own = collect(embed_listed(request, distributed.own_share(len(request)), device, shown))
+    title = "embedding videos" if distributed.rank() == 0 else ""
+    own = collect(embed_listed(request, distributed.own_share(len(request)), device, title))
     everyone = distributed.gather_objects((own.positions, own.skipped))
     embeddings = {}
     for kind in request.kinds:

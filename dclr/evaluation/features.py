@@ -11,12 +11,13 @@ are kept of a video.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
@@ -167,16 +168,15 @@ def embed_videos(
 
 
 def clip_batches(
-    samples: TestClips, device: torch.device, sampler: TestSampler | None = None
+    samples: TestClips, device: torch.device, sampler: TestSampler
 ) -> Iterator[tuple[Sequence[Position], ClipBatch]]:
     """Yield the positions of each test batch, as `sampler` gives them, and the batch, on `device`.
 
-    A batch is valid until the next one is requested. Without `sampler`, all clips of all videos are read.
+    A batch is valid until the next one is requested.
 
     Raises:
         UserError: the frames are too large for the memory of the machine.
     """
-    sampler = sampler or TestSampler(samples)
     ahead = batches_ahead(samples, sampler)
     yield from zip(sampler, batches_on(device, samples, sampler, samples.config.workers, ahead=ahead), strict=True)
 
@@ -192,6 +192,19 @@ def augment_slices(frames: Yuv420, augmentation: Augmentation, size: tuple[int, 
         return augment(frames, augmentation, size)
     slices = [augment(frames.select(np.s_[:, t : t + at_once]), augmentation, size) for t in range(0, T, at_once)]
     return torch.cat(slices, 2).contiguous(memory_format=torch.channels_last_3d)
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module | None) -> Iterator[None]:
+    """Put modules in evaluation mode. At the end, give each submodule its own mode back: a training may continue."""
+    modes = {module: module.training for root in modules if root is not None for module in root.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def check_outputs(outputs: Tensor, paths: Sequence[str]) -> None:

@@ -90,9 +90,7 @@ def plot_retrieval_sheet(
         cells = [(frame, name, QUERY), *((frame, name, RIGHT if same else WRONG) for frame, name, same in nearest)]
         for axes, (picture, caption, colour) in zip(line, cells, strict=False):
             _bordered(axes, picture, caption, colour)
-    meanings = {QUERY: "query", RIGHT: "same class as the query", WRONG: "another class"}
-    legend = [Patch(fill=False, edgecolor=colour, linewidth=3, label=words) for colour, words in meanings.items()]
-    _finish(figure, title, path, legend)
+    _finish(figure, title, path, _meanings_of({QUERY, RIGHT, WRONG}))
 
 
 @_names_as_text()
@@ -117,14 +115,7 @@ def plot_search_sheet(
         for axes, (picture, words, colour) in zip(right, nearest, strict=False):
             _bordered(axes, picture, words, colour)
         row += height
-    colours = {colour for _, nearest in blocks for _, _, colour in nearest}
-    meanings = {QUERY: "query", RIGHT: "same class as the query", WRONG: "another class", UNKNOWN: "class not known"}
-    legend = [
-        Patch(fill=False, edgecolor=colour, linewidth=3, label=words)
-        for colour, words in meanings.items()
-        if colour in {QUERY, *colours}
-    ]
-    _finish(figure, title, path, legend)
+    _finish(figure, title, path, _meanings_of({QUERY, *(colour for _, nearest in blocks for _, _, colour in nearest)}))
 
 
 @_names_as_text()
@@ -147,6 +138,16 @@ def plot_curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, 
     axes.legend(fontsize=7, ncols=1 + (len(lines) > 5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _meanings_of(colours: set[str]) -> list[Patch]:
+    """Return the legend of borders."""
+    meanings = {QUERY: "query", RIGHT: "same class as the query", WRONG: "another class", UNKNOWN: "class not known"}
+    return [
+        Patch(fill=False, edgecolor=colour, linewidth=3, label=words)
+        for colour, words in meanings.items()
+        if colour in colours
+    ]
 
 
 def _bordered(axes: plt.Axes, frame: np.ndarray | None, caption: str, colour: str) -> None:

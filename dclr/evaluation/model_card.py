@@ -10,9 +10,9 @@ from typing import Any
 
 from dclr.config import read_config
 from dclr.errors import UserError
+from dclr.evaluation.run_record import read_object
 from dclr.files import atomic_write
 from dclr.models import Pretrained
-from dclr.models.pretrained import CLIP_SETTINGS
 
 PUBLISHED = ("method", "optim")
 """The groups of a run's settings that are copied to the published config.json."""
@@ -62,7 +62,7 @@ CHANGED = "The weights were changed after they were read, or their file is gone.
 """In place of the figures of a run, if the weights are not those of the run any more."""
 
 
-def write_model_card(pretrained: Pretrained, folder: Path, changed: bool = False) -> None:
+def write_model_card(pretrained: Pretrained, folder: Path, changed: bool) -> None:
     """Write config.json and README.md for weights to `folder`.
 
     The figures are those of report.json in the folder of the run that the weights are from, and in the folders of its
@@ -87,13 +87,12 @@ def _run_folder(file: Path) -> Path:
 
 def make_config(pretrained: Pretrained, run: Path) -> dict[str, Any]:
     """Return the content of config.json: network, clips, and if known the method and optimization of its run."""
-    clips, backbone = pretrained.clips, pretrained.backbone
-    lengths = dict(zip(CLIP_SETTINGS, (clips.length, clips.stride, clips.crop), strict=True))
+    backbone = pretrained.backbone
     settings = _settings(run)
     return {
         "command": settings.get("command", "finetune" if pretrained.classes else "pretrain"),
         "preset": settings.get("preset", ""),
-        "data": lengths,
+        "data": pretrained.clips.settings,
         "model": {"backbone": backbone.name, "width": backbone.width},
         **{group: settings[group] for group in PUBLISHED if group in settings},
         "weights": {
@@ -129,7 +128,7 @@ def make_card(pretrained: Pretrained, run: Path, config: dict[str, Any], changed
 
 def _training(run: Path, config: dict[str, Any]) -> str:
     """Return what the run's report.json and config.json say about its training."""
-    report = _read(run / "report.json")
+    report = read_object(run / "report.json")
     data = report.get("data")
     if not isinstance(data, dict) or not {"folder", "layout", "videos"} <= data.keys():
         return "The weights are from no finished run of dclr, so nothing is known about their training."
@@ -147,7 +146,7 @@ def _results(file: Path, run: Path) -> str:
     """Return a table of the figures in the reports of eval.py in the run's folder."""
     rows = []
     for path in sorted(run.glob("*/report.json")):
-        report = _read(path)
+        report = read_object(path)
         figures, clips = report.get("figures"), report.get("clips")
         # An evaluation of other weights, such as random ones, may have been written to this folder too.
         is_own = Path(str(report.get("checkpoint", ""))).name in (run.name, file.name, file.stem)
@@ -166,16 +165,7 @@ def _settings(run: Path) -> dict[str, Any]:
         read_config(run / "config.json")
     except UserError:
         return {}
-    return _read(run / "config.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if it is missing or is not a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(run / "config.json")
 
 
 def _numbers(values: tuple[float, ...]) -> str:

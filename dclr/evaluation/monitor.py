@@ -24,7 +24,14 @@ from dclr.data.datasets import open_data
 from dclr.data.loader import TestSampler
 from dclr.data.samples import TEST_CLIPS, TestClips, merge_failures
 from dclr.errors import UserError
-from dclr.evaluation.features import ClipOutputs, augment_slices, check_outputs, clip_batches, open_split
+from dclr.evaluation.features import (
+    ClipOutputs,
+    augment_slices,
+    check_outputs,
+    clip_batches,
+    evaluation_mode,
+    open_split,
+)
 from dclr.models import pool
 
 TRAIN_VIDEOS, TEST_VIDEOS = 1000, 500
@@ -158,11 +165,5 @@ def knn(
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Put a network into evaluation mode, with the buffers of rank 0. At the end, restore its modes and buffers."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with distributed.buffers_of_rank_zero(network):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(network), distributed.buffers_of_rank_zero(network):
+        yield

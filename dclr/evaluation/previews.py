@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +53,13 @@ def make_previews(root: Path, paths: Sequence[str], play: bool, timeout: float) 
         play: also encode the frames, and not only the middle one.
         timeout: seconds without a frame after which a decoder process is killed.
     """
-    listed = everything(open_catalog(root)) if is_store(root) else None
-    if listed is None:
+    if is_store(root):
+        stored, wanted = everything(open_catalog(root)), set(paths)
+        chosen = tuple(video for video in stored.videos(EVERYTHING) if video.path in wanted)
+        listed = replace(stored, splits={EVERYTHING: chosen})
+    else:
         videos = tuple(Video(path=path, label=-1) for path in dict.fromkeys(paths))
         listed = Catalog(root=root, layout="video files", classes=(), splits={EVERYTHING: videos})
-    else:
-        wanted = set(paths)
-        chosen = tuple(video for video in listed.videos(EVERYTHING) if video.path in wanted)
-        listed = Catalog(
-            root=root, layout=listed.layout, classes=listed.classes, splits={EVERYTHING: chosen}, index=listed.index
-        )
     previews: dict[str, Preview | str] = dict.fromkeys(paths, "it is not in the data set any more")
     try:
         opened = open_videos(listed, EVERYTHING, 1, progress=False, timeout=timeout)

@@ -113,9 +113,14 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _read_report(path: Path) -> dict[str, Any]:
     """Return report.json; empty if there is none, or if it cannot be read."""
+    content = read_object(path)
+    return content if all(isinstance(content.get(n), dict) for n in ("data", "environment")) else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; empty if it is missing or is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    is_report = isinstance(content, dict) and all(isinstance(content.get(n), dict) for n in ("data", "environment"))
-    return content if is_report else {}
+    return content if isinstance(content, dict) else {}

@@ -183,7 +183,7 @@ def search(
     if isinstance(source, FeatureTable):
         table = source
     else:
-        table = feature_table_of_ranks(Request(source, pretrained, data, (kind,)), device, "embedding videos")
+        table = feature_table_of_ranks(Request(source, pretrained, data, (kind,)), device)
 
     def look_up() -> tuple[list[Found], Gallery]:
         assert table is not None  # on rank 0
@@ -231,7 +231,7 @@ def embed_files(
     """Return the embedding (D,) of each file. Raises UserError: a file cannot be read."""
     catalog = catalog_of_files([Path(file) for file in files])
     try:
-        table = feature_table(Request(catalog, pretrained, data, (kind,)), device, "")
+        table = feature_table(Request(catalog, pretrained, data, (kind,)), device)
         skipped = table.skipped
     except NoReadableVideo as error:
         skipped = error.reasons

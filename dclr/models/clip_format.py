@@ -64,3 +64,8 @@ class ClipFormat:
     @property
     def statistics(self) -> Statistics:
         return Statistics(self.mean, self.std)
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """The sizes, under the names of the settings of a run. Files of weights state them under the same names."""
+        return {"clip_length": self.length, "clip_stride": self.stride, "crop_size": self.crop}

@@ -91,8 +91,7 @@ def stated_settings(source: Path) -> dict[str, Any]:
     """
     weights = read_weights(find_file(source, ANY))
     name, width, clips, _ = _check(weights)
-    sizes = dict(zip(CLIP_SETTINGS, (clips.length, clips.stride, clips.crop), strict=True))
-    stated = {setting: size for setting, size in sizes.items() if setting in weights.metadata}
+    stated = {setting: size for setting, size in clips.settings.items() if setting in weights.metadata}
     return {"backbone": name, "width": width, **stated}
 
 

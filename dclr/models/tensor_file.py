@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dclr.errors import UserError
+from dclr.errors import UserError, first_line
 from dclr.files import atomic_write
 
 START_BYTES = 1024
@@ -131,7 +131,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = opened.metadata() or {}
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118  (not a dict)
     except Exception as error:  # a damaged file can cause any error in the reader
-        raise UserError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
+        raise UserError(f"{file} cannot be read as safetensors: {first_line(error)}") from error
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -140,7 +140,7 @@ def read_metadata(file: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as opened:
             return opened.metadata() or {}
     except Exception as error:  # a damaged file can cause any error in the reader
-        raise UserError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
+        raise UserError(f"{file} cannot be read as safetensors: {first_line(error)}") from error
 
 
 def _check_zip(file: Path) -> None:
@@ -175,7 +175,7 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged file can cause any error in the reader
         raise UserError(
-            f"{file} cannot be read by torch.load, perhaps because it is incomplete: {_first_line(error)}"
+            f"{file} cannot be read by torch.load, perhaps because it is incomplete: {first_line(error)}"
         ) from error
     tensors = _flattened(content)
     if not tensors:
@@ -214,7 +214,3 @@ def _is_plain(tensor: Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_nested
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

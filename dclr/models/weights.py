@@ -87,8 +87,7 @@ def metadata_of(backbone: Backbone, clips: ClipFormat | None) -> dict[str, str]:
     """Return the metadata that describe a network. Statistics are those that the backbone's weights expect."""
     metadata = {"backbone": backbone.name, "width": str(backbone.width)}
     if clips is not None:
-        lengths = {"clip_length": clips.length, "clip_stride": clips.stride, "crop_size": clips.crop}
-        metadata |= {name: str(value) for name, value in lengths.items()}
+        metadata |= {name: str(value) for name, value in clips.settings.items()}
     mean, std = backbone.statistics
     return {**metadata, "mean": json.dumps(mean), "std": json.dumps(std)}
 
@@ -461,7 +460,7 @@ def check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"{file}: {faults[0]}{more}")
 
 
-def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, removed: str = "") -> None:
+def check_fits(file: Path, tensors: dict[str, Tensor], backbone: Backbone, removed: str) -> None:
     """Raise UserError unless names and shapes of the tensors are the backbone's. The error names the likely network.
 
     `removed` says at the end of the message which prefix the names no longer have.

@@ -18,7 +18,7 @@ import psutil
 import torch.distributed as dist
 
 from dclr.distributed import launched_rank
-from dclr.errors import NotConnected, UserError
+from dclr.errors import NotConnected, UserError, first_line
 from dclr.programs import running
 from dclr.training.deadline import Deadline
 
@@ -149,7 +149,7 @@ def reach(host: str, port: int, seconds: float) -> str:
 def connection_error(error: RuntimeError) -> NotConnected:
     """Return the error in one line that replaces an error of torch, raised when the processes connect."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    reason, program = str(error).splitlines()[0][:160], f"{running()}.py"
+    reason, program = first_line(error)[:160], f"{running()}.py"
     if "EADDRINUSE" in str(error):
         return NotConnected(
             f"the processes of this run cannot connect at {host}:{port}: the port is in use (EADDRINUSE). An earlier "

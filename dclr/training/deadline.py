@@ -5,7 +5,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from dclr.distributed import launched_rank
 from dclr.programs import name_of, running
@@ -34,9 +33,7 @@ class Deadline:
         threading.Thread(target=self._wait, name="deadline", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._left.set()
 
     def extend(self, seconds: float = 0.0) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dclr import distributed
 from dclr.config import OptimConfig
-from dclr.errors import UserError
+from dclr.errors import UserError, first_line
 from dclr.training import batchnorm, checkpoint, connection
 
 MOMENTUM = "momentum_buffer"
@@ -311,8 +311,7 @@ class Engine:
         if path is None:
             raise UserError(f"--resume: {folder} holds no complete checkpoint to continue from")
         tensors, state = distributed.on_all_ranks(lambda: self._read(path, check))
-        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        for name, parameter in trained.items():
+        for name, parameter in self._trained.items():
             self._set_momentum(parameter, tensors[f"momentum/{name}"].to(self.device))
         if state["processes"] == distributed.world_size():
             batchnorm.set_statistics(self.module, tensors[RANKS][distributed.rank()].to(self.device))
@@ -325,7 +324,7 @@ class Engine:
         tensors, state = checkpoint.read(path)
         if check is not None:
             check(state)
-        expected = {f"momentum/{name}": p.shape for name, p in self.module.named_parameters() if p.requires_grad}
+        expected = {f"momentum/{name}": p.shape for name, p in self._trained.items()}
         found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("momentum/")}
         try:
             if found != expected:
@@ -336,8 +335,12 @@ class Engine:
                 {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
             )
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"--resume: {path} holds another network ({str(error).splitlines()[0]})") from None
+            raise UserError(f"--resume: {path} holds another network ({first_line(error)})") from None
         return tensors, state
+
+    @property
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     @property
     def _sharded(self) -> bool:
@@ -347,10 +350,9 @@ class Engine:
         """Return the whole momentum by parameter name, on all ranks."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if self._sharded:
-            return {name: safe_get_full_optimizer_state(p, MOMENTUM) for name, p in trained.items()}
-        return {name: self.sgd.state[p][MOMENTUM] for name, p in trained.items()}
+            return {name: safe_get_full_optimizer_state(p, MOMENTUM) for name, p in self._trained.items()}
+        return {name: self.sgd.state[p][MOMENTUM] for name, p in self._trained.items()}
 
     def _set_momentum(self, parameter: nn.Parameter, momentum: Tensor) -> None:
         """Set a parameter's momentum, and its value in the copy that ZeRO keeps."""

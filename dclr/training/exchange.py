@@ -29,15 +29,14 @@ from torch import Tensor
 
 from dclr.config import PretrainConfig
 from dclr.data.augmentation import AugmentRecipe, to_augmentation
+from dclr.data.display import Box
 from dclr.data.samples import PairBatch
+from dclr.data.store import frame_bytes
 from dclr.data.videos import VideoSet
 from dclr.kernels import Augmentation, ViewParams, Views, Yuv420
 from dclr.kernels.backend import to_device
 from dclr.kernels.types import AUGMENTATION
 from dclr.methods.shuffle import Shuffle
-
-Box = tuple[int, int, int, int]
-"""Top, left, height and width in pixels."""
 
 PARAMETERS = np.dtype([("clip", AUGMENTATION), ("still", AUGMENTATION), ("bt709", "?"), ("full_range", "?")])
 """What a clip needs next to its pixels to become views."""
@@ -171,8 +170,7 @@ def _even_box(box: np.ndarray, moved: bool) -> Box:
 
 def _bytes(region: Region) -> int:
     """Return the bytes of a region in planes of YUV 4:2:0."""
-    height, width = region.box[2:]
-    return region.frames * (height * width + 2 * ((height + 1) // 2) * ((width + 1) // 2))
+    return region.frames * frame_bytes(*region.box[2:])
 
 
 class _Layout:

@@ -110,9 +110,7 @@ class Finetuning:
 
     first_trained_step = 0
 
-    def __init__(
-        self, engine: Engine, config: FinetuneConfig, samples: ClipSamples, test: Monitor | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, config: FinetuneConfig, samples: ClipSamples, test: Monitor | None) -> None:
         self.engine, self.config, self._test = engine, config, test
         self._measured: dict[str, float] = {}
         self.samples: TrainSamples = samples
