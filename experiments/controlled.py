@@ -268,6 +268,8 @@ def main(arguments: Sequence[str]) -> None:
     if more_seeds and given.with_published:
         raise UserError("--with-published is for the seeds of the published result; leave it out with --first-seed")
     taken = published(options) if given.with_published or more_seeds else None
+    if taken and more_seeds:
+        evidence.check_has_all_seeds(taken, [RANDOM, *methods])
     by_motion, by_scene = controlled_set.stores(options)
     folder = options.work / "controlled"
     chains: list[Chain] = []

@@ -181,16 +181,16 @@ def with_more_seeds(before: Result, result: Result) -> Result:
     return result | ({"panels": panels_with_more_seeds(before, result["panels"])} if "panels" in result else {})
 
 
-def rows_with_more_seeds(before: Result, rows: Rows) -> Rows:
-    """Return the rows of `before`, and to those that are also in `rows` add the values of the new seeds.
-
-    Raises:
-        UserError: a row that gets new seeds does not have all seeds of `before`.
-    """
+def check_has_all_seeds(before: Result, rows: Sequence[str]) -> None:
+    """Raise UserError if one of these rows does not have all seeds of `before`, so that no seeds can be added to it."""
     seeds = len(before["seeds"])
     for row in rows:
-        if 0 < (own := plots.seeds_of(before["rows"].get(row, {}))) < seeds:
+        if (own := plots.seeds_of(before["rows"].get(row, {}))) < seeds:
             raise UserError(f"--first-seed: the published {row} has {own} of {seeds} seeds: run the others first")
+
+
+def rows_with_more_seeds(before: Result, rows: Rows) -> Rows:
+    """Return the rows of `before`, and to those that are also in `rows` add the values of the new seeds."""
     added = {
         row: {
             figure: before["rows"][row][figure] + value if isinstance(value, list) else value

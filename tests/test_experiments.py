@@ -702,8 +702,11 @@ def test_seeds_of_some_methods_are_added_next_to_rows_with_fewer_seeds(root, cal
     )
 
     last = ["--first-seed", "5", "--seeds", "1", "--work", str(root / "last")]
-    with pytest.raises(UserError, match="the published without mining has 2 of 5 seeds: run the others first"):
-        controlled.main([*last, "--methods", "without mining"])
+    calls.clear()
+    for method, own in (("without mining", 2), ("without alignment", 0)):
+        with pytest.raises(UserError, match=f"the published {method} has {own} of 5 seeds: run the others first"):
+            controlled.main([*last, "--methods", method])
+    assert calls == []  # refused before hours of training
 
 
 def test_differences_of_groups_with_different_numbers_of_seeds():
