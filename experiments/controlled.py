@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-from dclr.errors import UserError
 from experiments import controlled_set, evidence, runs
 from experiments.runs import Chain, Options
 
@@ -242,9 +241,8 @@ def published(options: Options) -> evidence.Result:
     first = options.seeds.start
     seeds, flag = (range(first), "--first-seed") if first else (options.seeds, "--with-published")
     result = evidence.published("controlled", recipe(options), seeds, flag)
-    for method, flags in result["recipe"]["methods"].items():
-        if METHODS.get(method) != new_spelling(flags):
-            raise UserError(f"{flag}: the published {method} was run with {flags}, but no method here has these flags")
+    before = {method: new_spelling(flags) for method, flags in result["recipe"]["methods"].items()}
+    evidence.check_flags(before, METHODS, flag)
     return result
 
 
@@ -255,18 +253,13 @@ def more_flags(parser: ArgumentParser) -> None:
         help=f"{', '.join(names)} (default: all); random always runs",
     )  # fmt: skip
     runs.add_first_seed(parser)
-    parser.add_argument(
-        "--with-published", action="store_true",
-        help="run only --methods; take the other rows from the published result with the same recipe, seeds and device",
-    )  # fmt: skip
+    runs.add_with_published(parser)
 
 
 def main(arguments: Sequence[str]) -> None:
     options, given = runs.parse(__doc__, arguments, more_flags)
     methods = [method for method in METHODS if method in given.methods]
     more_seeds = options.seeds.start > 0
-    if more_seeds and given.with_published:
-        raise UserError("--with-published is for the seeds of the published result; leave it out with --first-seed")
     taken = published(options) if given.with_published or more_seeds else None
     if taken and more_seeds:
         evidence.check_has_all_seeds(taken, [RANDOM, *methods])

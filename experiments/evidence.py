@@ -181,6 +181,16 @@ def with_more_seeds(before: Result, result: Result) -> Result:
     return result | ({"panels": panels_with_more_seeds(before, result["panels"])} if "panels" in result else {})
 
 
+def check_flags(before: dict[str, list[str]], now: dict[str, list[str]], flag: str) -> None:
+    """Raise UserError if a published method, in `before`, was run with other flags than the method has now.
+
+    `flag`: the flag of the command line that asks for the published result.
+    """
+    for method, flags in before.items():
+        if now.get(method) != flags:
+            raise UserError(f"{flag}: the published {method} was run with {flags}, but no method here has these flags")
+
+
 def check_has_all_seeds(before: Result, rows: Sequence[str]) -> None:
     """Raise UserError if one of these rows does not have all seeds of `before`, so that no seeds can be added to it."""
     seeds = len(before["seeds"])

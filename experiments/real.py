@@ -1,7 +1,8 @@
 """Do features from real videos follow the movement? Fights on surveillance cameras, ice hockey, and Weizmann actions.
 
-    python -m experiments.real --data DIR                                five methods, three seeds: about 10 hours (*)
+    python -m experiments.real --data DIR                                six methods, three seeds: about 12 hours (*)
     python -m experiments.real --data DIR --methods MoCo DCLR            the main comparison: about 4 hours (*)
+    python -m experiments.real --data DIR --with-published --methods VideoMoCo   adds a method to the published result
     python -m experiments.real --data DIR --first-seed 3 --seeds 2       adds two seeds to the published result
     python -m experiments.real --data DIR --quick                        checks that it runs: about 10 minutes (*)
     python -m experiments.real --data DIR --large --methods MoCo DCLR --seeds 1     on a GPU (`make gpu-evidence`)
@@ -45,6 +46,11 @@ most 5 % (evidence.permutation_share). With three seeds, each value must be abov
 - hockey: the probe of MoCo is not above that of DCLR.
 - surv: the full clip is better than one frame for DCLR by more than for MoCo.
 - surv and weizmann: DCLR recognises a moving foreground better than MoCo.
+
+Added on 2026-11-30, after two seeds of MoCo and DCLR and before any run of the new method. "DCLR without mining" has no
+mined positives, because with one, the motion pairs stop to recognise their own keys (docs/LOG.md, 2026-11-30).
+
+- surv: the probe of DCLR without mining is above that of DCLR, and above that of MoCo.
 """
 
 import os
@@ -106,14 +112,17 @@ LARGE = Size(
 QUICK: dict[str, Any] = {"epochs": 4, "milestones": ("2", "3"), "finetune_epochs": dict.fromkeys(SETS, 1)}
 """Of a quick run of either size. An epoch of its pretraining has 3 steps."""
 
+WITHOUT_MINING = "DCLR without mining"
 METHODS: dict[str, list[str]] = {
     "MoCo": controlled.METHODS["MoCo"],
     "DCLR": controlled.METHODS["DCLR"],
+    WITHOUT_MINING: controlled.METHODS["without mining"],
     "VideoMoCo": methods.METHODS[methods.BOTH],
     methods.SIMSIAM: methods.METHODS[methods.SIMSIAM],
     methods.SIMCLR: methods.METHODS[methods.SIMCLR],
 }
 RANDOM, SUPERVISED, CHANCE = "random weights", "trained on labels from scratch", "chance"
+ROWS = tuple(f"{name}: {row}" for name in SETS for row in (RANDOM, *METHODS, SUPERVISED, CHANCE))
 
 FIGURES = {
     "full_probe": ["linear probe", "%"],
@@ -279,10 +288,10 @@ def transfers(
     ]
 
 
-def plan(
+def plan_of_methods(
     work: Path, names: Sequence[str], seed: int, data: dict[str, Path], size: Size, options: Options
 ) -> tuple[list[Chain], list[Chain]]:
-    """Return the chains of one seed: those that need no other run, and those that need one of the first.
+    """Return the chains of one seed of the methods: those that need no other run, and those that need one of the first.
 
     Long chains come first, so that short ones fill the cores at the end.
     """
@@ -295,14 +304,22 @@ def plan(
         first.insert(0, [runs.train("pretrain", run, flags, seed)])  # DCLR takes longer than MoCo
         then += transfers(work, f"{folder}-finetune", seed, data, size, options, ("--pretrained", str(run)))
         then += [[features(run, run, data, name), foreground(run, run, data, name)] for name in SETS]
-    first += transfers(work, "scratch", seed, data, size, options, ())
+    return first, then
+
+
+def plan_of_references(
+    work: Path, seed: int, data: dict[str, Path], size: Size, options: Options
+) -> tuple[list[Chain], list[Chain]]:
+    """Return the chains of one seed of training from scratch and of random weights, as plan_of_methods does."""
+    then: list[Chain] = []
     for name in SETS:
         parts = parts_of(name, options)
         of = {part: work / f"scratch-{part}-{seed}" for part in parts}
         then += [[features(run, run, data, part)] for part, run in of.items()]
         then.append([foreground(of[parts[0]], of[parts[0]], data, name)])
     like = ("--like", str(work / f"scratch-{SETS[-1]}-{seed}"), "--seed", str(seed))
-    return first, [*then, *([features("random", work / f"random-{seed}", data, name, like)] for name in SETS)]
+    then += [[features("random", work / f"random-{seed}", data, name, like)] for name in SETS]
+    return transfers(work, "scratch", seed, data, size, options, ()), then
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -313,41 +330,47 @@ def mean(columns: Iterable[Sequence[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*columns, strict=True)]
 
 
-def rows_of(work: Path, name: str, names: Sequence[str], options: Options) -> evidence.Rows:
-    """Return the rows of one set."""
-    seeds = options.seeds
+def accuracy(work: Path, run: str, name: str, options: Options) -> list[float]:
+    """Return the mean accuracy over the parts of a set, for each seed."""
+    return mean(
+        runs.figure_by_seed(work, f"{run}-{part}", options.seeds, "accuracy", "top1_video")
+        for part in parts_of(name, options)
+    )
 
-    def figure(run: str, evaluation: str, what: str) -> list[float]:
-        return runs.figure_by_seed(work, run, seeds, evaluation, what)
 
-    def accuracy(run: str) -> list[float]:
-        return mean(figure(f"{run}-{part}", "accuracy", "top1_video") for part in parts_of(name, options))
-
-    scratch = f"scratch-{parts_of(name, options)[0]}"
-    rows: evidence.Rows = {
-        RANDOM: {
-            "finetuned": accuracy("scratch"),
-            **{what: figure("random", f"inputs-{name}", what) for what in FROM_INPUTS},
-        }
-    }
+def rows_of_methods(work: Path, name: str, names: Sequence[str], options: Options) -> evidence.Rows:
+    """Return the rows of the methods for one set."""
+    rows: evidence.Rows = {}
     for method in names:
         run = controlled.folder_of(method)
-        rows[method] = {
-            "finetuned": accuracy(f"{run}-finetune"),
-            **{what: figure(run, f"inputs-{name}", what) for what in FROM_INPUTS},
-            **{what: figure(run, f"bias-{name}", what) for what in FROM_BIAS},
+        rows[f"{name}: {method}"] = {
+            "finetuned": accuracy(work, f"{run}-finetune", name, options),
+            **{what: runs.figure_by_seed(work, run, options.seeds, f"inputs-{name}", what) for what in FROM_INPUTS},
+            **{what: runs.figure_by_seed(work, run, options.seeds, f"bias-{name}", what) for what in FROM_BIAS},
         }
-    rows[SUPERVISED] = {
+    return rows
+
+
+def rows_of_references(work: Path, name: str, options: Options) -> evidence.Rows:
+    """Return the rows of random weights, training from scratch and chance for one set."""
+    seeds, parts = options.seeds, parts_of(name, options)
+    random: dict[str, evidence.Values] = {
+        what: runs.figure_by_seed(work, "random", seeds, f"inputs-{name}", what) for what in FROM_INPUTS
+    }
+    scratch: dict[str, evidence.Values] = {
         **{
-            what: mean(figure(f"scratch-{part}", f"inputs-{part}", what) for part in parts_of(name, options))
+            what: mean(runs.figure_by_seed(work, f"scratch-{part}", seeds, f"inputs-{part}", what) for part in parts)
             for what in FROM_INPUTS
         },
-        **{what: figure(scratch, f"bias-{name}", what) for what in FROM_BIAS},
+        **{what: runs.figure_by_seed(work, f"scratch-{parts[0]}", seeds, f"bias-{name}", what) for what in FROM_BIAS},
     }
     chance = runs.figure(work / f"random-{seeds[0]}" / f"inputs-{name}", "chance")
-    # "Contrasted" has no chance level: a guess that ignores the clip is right on both composites or wrong on both.
-    rows[CHANCE] = {what: chance for what in FIGURES if what != "foreground_contrasted"}
-    return {f"{name}: {row}": values for row, values in rows.items()}
+    return {
+        f"{name}: {RANDOM}": {"finetuned": accuracy(work, "scratch", name, options), **random},
+        f"{name}: {SUPERVISED}": scratch,
+        # "Contrasted" has no chance level: a guess that ignores the clip is right on both composites or wrong on both.
+        f"{name}: {CHANCE}": {what: chance for what in FIGURES if what != "foreground_contrasted"},
+    }
 
 
 def findings(result: evidence.Result) -> list[evidence.Finding]:
@@ -356,8 +379,10 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
     if not {f"{FOLDED}: MoCo", f"{FOLDED}: DCLR"} <= rows.keys():
         return []
 
-    def compare(claim: str, name: str, figure: str, other: str = "MoCo", above: bool = True) -> None:
-        pair = rows[f"{name}: DCLR"][figure], rows[f"{name}: {other}"][figure]
+    def compare(
+        claim: str, name: str, figure: str, other: str = "MoCo", above: bool = True, method: str = "DCLR"
+    ) -> None:
+        pair = rows[f"{name}: {method}"][figure], rows[f"{name}: {other}"][figure]
         found.extend(evidence.above_exact(claim, *pair) if above else evidence.not_above_exact(claim, *reversed(pair)))
 
     compare("surv: the probe of DCLR is above that of MoCo", "surv", "full_probe")
@@ -372,11 +397,31 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
     found += evidence.above_exact("surv: the full clip is better than one frame, for DCLR more than for MoCo", *gains)
     for name in ("surv", "weizmann"):
         compare(f"{name}: DCLR recognises a moving foreground better than MoCo", name, "foreground_moving")
+    if f"surv: {WITHOUT_MINING}" in rows:
+        for other in ("DCLR", "MoCo"):
+            claim = f"surv: the probe of {WITHOUT_MINING} is above that of {other}"
+            compare(claim, "surv", "full_probe", other, method=WITHOUT_MINING)
     return found
+
+
+def published(options: Options, recipe: dict[str, Any], flags: dict[str, list[str]]) -> evidence.Result:
+    """Return the published result, to which this run adds methods or seeds.
+
+    It must have all seeds below the first one of `options`. If that is 0, it must have the same seeds.
+
+    Raises:
+        UserError: as evidence.published does, and if a published method had other flags than `flags` has now.
+    """
+    first = options.seeds.start
+    seeds, flag = (range(first), "--first-seed") if first else (options.seeds, "--with-published")
+    result = evidence.published("real", recipe, seeds, flag)
+    evidence.check_flags(result["recipe"]["pretraining"], flags, flag)
+    return result
 
 
 def more_flags(parser: ArgumentParser) -> None:
     runs.add_first_seed(parser)
+    runs.add_with_published(parser)
     parser.add_argument("--large", action="store_true", help="clips of 16 x 112 x 112, for a GPU")
     parser.add_argument("--data", type=Path, required=True, help=f"the folder with {', '.join(SETS)}")
     parser.add_argument(
@@ -389,32 +434,40 @@ def main(arguments: Sequence[str]) -> None:
     options, given = runs.parse(__doc__, arguments, more_flags)
     names = [method for method in METHODS if method in given.methods]
     size = replace(LARGE if given.large else SMALL, **(QUICK if options.quick else {}))
-    recipe: dict[str, Any] = {
-        "pretraining": {method: flags_of(method, size, options.quick) for method in names},
-        "epochs": size.epochs,
-        "finetuning": FINETUNE,
-        "finetuning epochs": size.finetune_epochs,
-    }
-    before = options.seeds.start
-    taken = evidence.published("real", recipe, range(before), "--first-seed") if before else None
+    flags = {method: flags_of(method, size, options.quick) for method in METHODS}
+    recipe = {"epochs": size.epochs, "finetuning": FINETUNE, "finetuning epochs": size.finetune_epochs}
+    more_seeds = options.seeds.start > 0
+    taken = published(options, recipe, flags) if given.with_published or more_seeds else None
+    if taken and more_seeds:
+        evidence.check_has_all_seeds(taken, [row for row in ROWS if row.split(": ")[1] in (RANDOM, SUPERVISED, *names)])
     data, work = stores(given.data.resolve(), size.packs, options), options.work / "real"
-    by_seed = [plan(work, names, seed, data, size, options) for seed in options.seeds]
-    first, then = ([chain for pair in by_seed for chain in pair[number]] for number in range(2))
+
+    plans = []
+    for seed in options.seeds:
+        plans.append(plan_of_methods(work, names, seed, data, size, options))
+        if not given.with_published:
+            plans.append(plan_of_references(work, seed, data, size, options))
+    first, then = ([chain for plan in plans for chain in plan[number]] for number in range(2))
     runs.run(first, options.parallel)
     runs.run(then, options.parallel)
-    chains = [*first, *then]
-    rows = {row: values for name in SETS for row, values in rows_of(work, name, names, options).items()}
+
+    own: evidence.Rows = {}
+    for name in SETS:
+        own |= rows_of_methods(work, name, names, options)
+        if not given.with_published:
+            own |= rows_of_references(work, name, options)
+    if taken:
+        own = evidence.rows_with_more_seeds(taken, own) if more_seeds else taken["rows"] | own
+    rows = evidence.in_order(own, ROWS)
     result: evidence.Result = {
         "question": "do features that are learned from real videos follow the movement?",
-        "recipe": recipe,
+        "recipe": {"pretraining": {name: flags[name] for name in METHODS if f"{SETS[0]}: {name}" in rows}} | recipe,
         "figures": FIGURES,
         "rows": rows,
         "groups": list(SETS),
     }
-    if taken:
-        result = evidence.with_more_seeds(taken, result)
     result["findings"] = findings(result)
-    evidence.publish("real", result, chains, options, taken)
+    evidence.publish("real", result, [*first, *then], options, taken)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def parse(
     """Return the common flags, and all parsed flags. `more` adds an experiment's own flags to the parser.
 
     Raises:
-        UserError: --seeds or --parallel is below 1, or --first-seed is negative.
+        UserError: --seeds or --parallel is below 1, --first-seed is negative, or it is given with --with-published.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -122,6 +122,8 @@ def parse(
             raise UserError(f"--{flag} is {value}, but must be at least 1")
     if (first := getattr(given, "first_seed", 0)) < 0:
         raise UserError(f"--first-seed is {first}, but must be at least 0")
+    if first and getattr(given, "with_published", False):
+        raise UserError("--with-published is for the seeds of the published result; leave it out with --first-seed")
     parallel = given.parallel or (1 if torch.cuda.is_available() else 2)
     work = given.work or Path("runs") / ("evidence-quick" if given.quick else "evidence")
     seeds = range(first, first + given.seeds)
@@ -141,6 +143,15 @@ def add_first_seed(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="the first seed that runs (default: 0). If it is above 0, the new seeds are added to the published "
         "result, which must have all seeds below it",
+    )
+
+
+def add_with_published(parser: argparse.ArgumentParser) -> None:
+    """Add --with-published, for experiments that can add methods to their published result."""
+    parser.add_argument(
+        "--with-published",
+        action="store_true",
+        help="run only --methods; take the other rows from the published result with the same recipe, seeds and device",
     )
 
 

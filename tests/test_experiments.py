@@ -819,6 +819,7 @@ def test_real_videos_are_compared_on_three_sets_and_seeds_can_be_added(root, cal
     assert result["rows"]["surv: DCLR"]["full_probe"] == [0.75, 0.76, 0.77]
     # DCLR 75 %, MoCo 25 %, from scratch 97 %; all inputs alike, and foregrounds 50 %.
     assert [each["holds"] for each in result["findings"]] == [True, True, False, True, True, False, False, False]
+    assert list(result["recipe"]["pretraining"]) == ["MoCo", "DCLR"]
     (root / "data" / "surv" / "folds.txt").write_text("0/0.mp4 0 scene0 1\n")
     with pytest.raises(UserError, match=r"folds.txt has folds \['1'\], but must have \['1', '2', '3', '4', '5'\]"):
         real.main([*flags, "--work", str(root / "third")])
@@ -826,6 +827,44 @@ def test_real_videos_are_compared_on_three_sets_and_seeds_can_be_added(root, cal
         UserError, match=r"surv/splits/classes.txt cannot be read .*; the folder must have surv, hockey"
     ):
         real.main(["--data", str(root), "--work", str(root / "fourth")])
+
+
+def test_methods_can_be_added_to_the_published_result_on_real_videos(root, calls):
+    list_real_sets(root / "data")
+    flags = ["--data", str(root / "data"), "--work"]
+    real.main([*flags, str(root / "work"), "--seeds", "3", "--methods", "MoCo", "DCLR"])
+    (file,) = (root / "results").glob("*/real.json")
+    before = json.loads(file.read_text())
+    before["rows"]["surv: DCLR"]["full_probe"] = [0.5, 0.51, 0.52]  # another value than a run here would give
+    file.write_text(json.dumps(before))
+    calls.clear()
+
+    added = ["--methods", real.WITHOUT_MINING]
+    real.main([*flags, str(root / "added"), "--seeds", "3", "--with-published", *added])
+    pretrained = [line for line in calls if line.startswith("train.py pretrain")]
+    assert ["--mined-positives 0 " in line for line in pretrained] == [True] * 3
+    assert sum(line.startswith("train.py finetune") for line in calls) == 3 * 7
+    assert not any("scratch" in line or "--checkpoint random" in line for line in calls)
+    after = json.loads(file.read_text())
+    names = ["random weights", "MoCo", "DCLR", "DCLR without mining", "trained on labels from scratch", "chance"]
+    assert list(after["rows"]) == [f"{name}: {row}" for name in real.SETS for row in names]
+    assert {row: after["rows"][row] for row in before["rows"]} == before["rows"]
+    assert list(after["recipe"]["pretraining"]) == ["MoCo", "DCLR", "DCLR without mining"]
+    claims = [each["claim"] for each in after["findings"]]
+    assert claims[:-2] == [each["claim"] for each in before["findings"]]
+    assert claims[-2:] == [
+        f"surv: the probe of DCLR without mining is above that of {other}" for other in ("DCLR", "MoCo")
+    ]
+
+    with pytest.raises(UserError, match=r"--with-published: .* has seeds \[0, 1, 2\], but this run needs \[0, 1\]"):
+        real.main([*flags, str(root / "fewer"), "--seeds", "2", "--with-published", *added])
+    with pytest.raises(UserError, match="--first-seed: the published surv: VideoMoCo has 0 of 3 seeds"):
+        real.main([*flags, str(root / "later"), "--first-seed", "3", "--methods", "VideoMoCo"])
+    file.write_text(json.dumps(after).replace('"0.999"', '"0.99"'))
+    with pytest.raises(
+        UserError, match=r"the published MoCo was run with .*0\.99.*, but no method here has these flags"
+    ):
+        real.main([*flags, str(root / "other"), "--seeds", "3", "--with-published", *added])
 
 
 def test_the_sets_of_a_work_folder_are_not_those_of_other_videos(tmp_path):
