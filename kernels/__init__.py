@@ -2,8 +2,8 @@
 
 Each function has two implementations. The reference uses plain torch and kornia, so that a reader can check it against
 the formula. The Triton kernels compute the same values faster. By default CUDA tensors use the kernels and all other
-tensors use the reference. `set_backend` forces one implementation. This package imports nothing from the rest of the
-project.
+tensors use the reference. `set_backend` chooses one implementation for all tensors. This package imports nothing from
+the rest of the project.
 """
 
 from dclr.kernels.backend import BACKENDS, describe, set_backend

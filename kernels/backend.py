@@ -1,4 +1,4 @@
-"""The choice between the Triton kernels of a function and its plain reference.
+"""The choice between the Triton kernels of a function and its reference in plain torch and kornia.
 
 By default CUDA tensors use the kernels, and all other tensors use the reference.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 BACKENDS = ("auto", "reference", "triton")
 
 HAS_TRITON = find_spec("triton") is not None
-"""Triton has wheels for Linux only."""
+"""True if Triton is installed. It has wheels for Linux only."""
 
 if HAS_TRITON:
     import triton
@@ -34,8 +34,9 @@ def set_backend(backend: str) -> None:
 
     Args:
         backend: "auto" uses the kernels for CUDA tensors and the reference for others. "reference" always uses the
-            reference. "triton" always uses the kernels. On CPU tensors the kernels need Triton's interpreter: set the
-            environment variable TRITON_INTERPRET=1 before `kernels` is imported.
+            reference. "triton" always uses the kernels, except that `convolve` uses the reference for weights and
+            dtypes without a kernel. On CPU tensors the kernels need Triton's interpreter: set the environment variable
+            TRITON_INTERPRET=1 before `kernels` is imported.
 
     Raises:
         ValueError: The name is unknown, or it is "triton" and Triton is not installed.
@@ -80,9 +81,9 @@ def describe(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a device.
+    """Return the number of multiprocessors of a GPU.
 
-    Under the interpreter it is 16, so that small inputs are split too.
+    On other devices and under the interpreter it is 16, so that small inputs are split too.
     """
     return (
         16 if INTERPRETED or device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
@@ -90,7 +91,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def compute_capability(device: torch.device) -> int:
-    """Return the compute capability of a GPU, 90 for 9.0. For a device that is no GPU it is 90."""
+    """Return the compute capability of a GPU, 90 for 9.0. On other devices it is 90."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -98,9 +99,9 @@ def compute_capability(device: torch.device) -> int:
 
 
 def float32_precision() -> Literal["ieee", "tf32"]:
-    """Return the precision that torch allows for float32 products on the matrix units.
+    """Return the precision that torch allows for float32 products on a GPU.
 
-    The setting is torch.set_float32_matmul_precision ("highest" means ieee) or
+    It is set by torch.set_float32_matmul_precision ("highest" means ieee) or
     torch.backends.cuda.matmul.fp32_precision.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -113,7 +114,7 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on `device`, without a wait for the device.
+    """Return the tensor on `device`, without waiting for the device.
 
     A copy from memory that is not pinned would make the host wait, so the tensor is pinned first.
     """

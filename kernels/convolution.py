@@ -1,15 +1,15 @@
-"""Convolutions of stride 1 in space or in time that carry batch normalisation with them.
+"""Convolutions of stride 1 in space or in time, fused with batch normalisation and ReLU.
 
 A (2+1)D network computes convolution, batch normalisation, ReLU, convolution, and so on. With a library, batch
 normalisation reads each convolution's output twice and writes it once more. Here the convolution normalises its input
 while it reads it, and sums its output's statistics while it writes it. With the mean m, scale s and shift b of each
-channel, the convolution w and the number c of frames that a frame stands for,
+channel, the weight w and the number c of frames that a frame stands for,
 
-    z = relu((x - m) * s + b),   y = w * z,   mean = sum c y / sum c,   variance = sum c (y - mean)^2 / sum c.
+    z = relu((x - m) s + b),   y = conv(z, w),   mean = sum c y / sum c,   variance = sum c (y - mean)^2 / sum c.
 
-The padding is zero after ReLU. Batch normalisation (Ioffe and Szegedy, ICML 2015, arXiv 1502.03167) has the mean and
-the variance of the convolution before, s = weight / sqrt(variance + eps) and b = bias. Its whole gradient follows from
-these formulas: `convolve` is differentiable in x, w, m, s and b, through y, mean and variance.
+The padding is zero after ReLU. For batch normalisation (Ioffe and Szegedy, ICML 2015, arXiv 1502.03167), m is the mean
+that the convolution before computed, s = weight / sqrt(variance + eps) with its variance, and b = bias. The whole
+gradient follows from these formulas: `convolve` is differentiable in x, w, m, s and b, through y, mean and variance.
 
 Letters: B clips, C and C' channels, D frames, H, W pixels.
 """
@@ -35,12 +35,14 @@ def convolve(
     Args:
         x: (B, C, D, H, W). With bfloat16 the arithmetic is float32, and z and y are rounded.
         weight: (C', C, 3, 1, 1) for a convolution in time, (C', C, 1, 3, 3) for one in space. The dtype of x.
-        normalisation: of the input; None convolves x itself.
-        repeated: number of the frame in the result that stands for `times` equal frames in the statistics.
-        times: how many equal frames it stands for, at least 1.
+        normalisation: m, s and b, each (C,) float32. None convolves x itself.
+        repeated: the frame of the result that counts as `times` equal frames in the statistics.
+        times: how many equal frames it counts as, at least 1.
 
     Raises:
-        ValueError: a tensor's shape or device does not fit, or the weight is of neither kind.
+        ValueError: Shapes or devices do not match, the weight is of neither kind, or `repeated` or `times` is out of
+            range.
+        RuntimeError: The backend is "triton", and it cannot run on this device.
     """
     kind_of(weight)
     if x.dim() != 5 or x.shape[1] != weight.shape[1]:
@@ -63,7 +65,7 @@ def convolve(
 def supports(weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the Triton kernels take this weight for clips of this dtype.
 
-    They take bfloat16, both kinds, and multiples of 16 channels up to MOST_CHANNELS.
+    They take bfloat16, both kinds of convolution, and multiples of 16 channels up to MOST_CHANNELS.
     """
     return (
         dtype == torch.bfloat16
@@ -82,7 +84,7 @@ def reference(
         mean, scale, shift = (values.view(-1, 1, 1, 1) for values in normalisation)
         x = F.relu((x.to(precise) - mean) * scale + shift).to(x.dtype)
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    # As a convolution of images, which libraries compute faster: every frame, or time by pixels.
+    # Libraries convolve images faster than clips. An image is one frame, or it has time as height and pixels as width.
     if kind_of(weight) == "spatial":
         images = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight[:, :, 0], padding=1)
         y = images.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)

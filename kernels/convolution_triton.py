@@ -5,8 +5,8 @@ convolution multiplies rows at a fixed distance with a matrix (C, C'): H * W row
 next line. Both kinds of convolution are one kernel. The input gradient is a convolution of the same kind with flipped
 taps, so it is the same kernel too. A second kernel computes the weight gradient.
 
-Numbers of channels are sums of powers of two. A kernel takes them in two sections, for example 144 = 128 + 16. If the
-rest is no power of two, the second section is filled up with zeros (240 = 128 + 112 takes 128 + 128).
+Tiles in Triton have powers of two as sizes. A kernel therefore takes the channels in two sections, for example
+144 = 128 + 16. If the rest is not a power of two, the second section is filled up with zeros (240 takes 128 + 128).
 
 Letters: B clips, C and C' channels, D frames, H, W pixels.
 """
@@ -50,7 +50,7 @@ def _shifted(i, rows, tap, D, H, W, TEMPORAL: tl.constexpr):
 
 @triton.jit
 def _vectors(mean, scale, shift, channels, C):
-    """Return three values of each channel."""
+    """Return mean, scale and shift of these channels, 0 from channel C on."""
     known = channels < C
     return (
         tl.load(mean + channels, mask=known, other=0.0),
@@ -61,7 +61,7 @@ def _vectors(mean, scale, shift, channels, C):
 
 @triton.jit
 def _tile(matrix, i, inside, channels, C: tl.constexpr):
-    """Return rows i of a matrix (rows, C), 0 outside."""
+    """Return rows i of a matrix (rows, C), 0 where `inside` is false and from channel C on."""
     known = inside[:, None] & (channels < C)[None, :]
     return tl.load(matrix + i.to(tl.int64)[:, None] * C + channels[None, :], mask=known, other=0.0)
 
@@ -70,7 +70,7 @@ def _tile(matrix, i, inside, channels, C: tl.constexpr):
 def _input(
     x, i, inside, channels, C: tl.constexpr, mean, scale, shift, NORMALISE: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """Return rows of a convolution's input in bfloat16: normalised with ReLU if asked, 0 outside of the clip."""
+    """Return rows of a convolution's input as an operand, 0 outside of the clip. NORMALISE applies `Normalisation`."""
     tile = _tile(x, i, inside, channels, C)
     if NORMALISE:
         z = tl.maximum((tile.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :], 0.0)
@@ -80,13 +80,13 @@ def _input(
 
 @triton.jit
 def _operand(tile, INTERPRETED: tl.constexpr):
-    """Return what `tl.dot` multiplies. The interpreter of Triton 3.6 would multiply the bit patterns of bfloat16."""
+    """Return an operand of `tl.dot`. The interpreter of Triton 3.6 would multiply the bit patterns of bfloat16."""
     return tile.to(tl.float32) if INTERPRETED else tile
 
 
 @triton.jit
 def _weights(weight, tap, k, n, K: tl.constexpr, N: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return a part of one tap's matrix, from (taps, K, N)."""
+    """Return rows k and columns n of one tap's matrix, from weight (taps, K, N)."""
     known = (k < K)[:, None] & (n < N)[None, :]
     return _operand(tl.load(weight + (tap * K + k)[:, None] * N + n[None, :], mask=known, other=0.0), INTERPRETED)
 
@@ -95,7 +95,7 @@ def _weights(weight, tap, k, n, K: tl.constexpr, N: tl.constexpr, INTERPRETED: t
 def _write_statistics(acc, target, means, squares, i, n, share, N: tl.constexpr, INTERPRETED: tl.constexpr):
     """Write one section of a result, and the mean and the sum of squared deviations of its rows.
 
-    share: (ROWS,) how many frames each row's frame stands for, 0 for rows outside.
+    share: (ROWS,) how many equal frames each row's frame stands for, 0 for rows outside.
     """
     y = rounded(acc, tl.bfloat16, INTERPRETED)
     known = n < N
@@ -113,7 +113,7 @@ def _write_gradient(
     acc, target, raw, mean, scale, shift, sums, products, i, n, inside,
     N: tl.constexpr, NORMALISE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write one section of an input gradient. With NORMALISE also the sums of g and of g (x - mean) over its rows.
+    """Write one section of an input gradient, and with NORMALISE the sums of g and of g (x - mean) over its rows.
 
     g is the gradient of (x - mean) * scale + shift: `acc` where ReLU passed this value, else 0.
     """
@@ -138,17 +138,17 @@ def _convolution_kernel(
     raw,  # (rows, N) bfloat16: the convolution's input, for an input gradient
     mean, scale, shift,  # (C,) float32: the normalisation of the convolution's input
     first, second,  # (programs, N) float32: means and squares, or sums and products
-    totals,  # (programs,) float32: rows of each program, weighted
+    totals,  # (programs,) float32: sum of the shares of a program's rows
     rows, D, H, W, repeated, times,
     TEMPORAL: tl.constexpr, GRADIENT: tl.constexpr, NORMALISE: tl.constexpr,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     N: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Convolve ROWS rows.
+    """Compute ROWS rows of a convolution or, with GRADIENT, of its input gradient.
 
-    Forward, NORMALISE normalises the input, and the statistics of the result are written. With GRADIENT the result is
-    an input gradient, and NORMALISE takes the mask of ReLU from `raw`.
+    In a convolution, NORMALISE normalises the input, and the statistics of the result are written. In an input
+    gradient, NORMALISE applies the mask of ReLU, computed from `raw`, and writes two sums for the normalisation.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k0 = tl.arange(0, K0)
@@ -203,7 +203,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """Merge the statistics of `group` programs, for BLOCK channels. LAST writes the variance instead of squares.
 
-    Differences from the first program's mean are averaged, so that a large mean does not cancel.
+    Differences from the first program's mean are averaged, because averaging large means would lose digits.
     """
     start = tl.program_id(0) * group
     end = tl.minimum(start + group, programs)
@@ -211,23 +211,23 @@ def _merge_kernel(
     known = n < N
     pivot = tl.load(means + start.to(tl.int64) * N + n, mask=known, other=0.0)
     count = 0.0
-    moved = tl.zeros((BLOCK,), tl.float32)
+    offset = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, ROWS):
         i = first + tl.arange(0, ROWS)
         weight = tl.load(totals + i, mask=i < end, other=0.0)
         at = i.to(tl.int64)[:, None] * N + n[None, :]
-        there = (i < end)[:, None] & known[None, :]
+        valid = (i < end)[:, None] & known[None, :]
         count += tl.sum(weight, 0)
-        moved += tl.sum(tl.where(there, tl.load(means + at, mask=there, other=0.0) - pivot, 0.0) * weight[:, None], 0)
-    merged = pivot + moved / count
+        offset += tl.sum(tl.where(valid, tl.load(means + at, mask=valid, other=0.0) - pivot, 0.0) * weight[:, None], 0)
+    merged = pivot + offset / count
     squared = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, ROWS):
         i = first + tl.arange(0, ROWS)
         weight = tl.load(totals + i, mask=i < end, other=0.0)
         at = i.to(tl.int64)[:, None] * N + n[None, :]
-        there = (i < end)[:, None] & known[None, :]
-        away = tl.where(there, tl.load(means + at, mask=there, other=0.0) - merged, 0.0)
-        squared += tl.sum(tl.load(squares + at, mask=there, other=0.0) + weight[:, None] * away * away, 0)
+        valid = (i < end)[:, None] & known[None, :]
+        deviation = tl.where(valid, tl.load(means + at, mask=valid, other=0.0) - merged, 0.0)
+        squared += tl.sum(tl.load(squares + at, mask=valid, other=0.0) + weight[:, None] * deviation * deviation, 0)
     out = tl.program_id(0).to(tl.int64) * N + n
     tl.store(mean + out, merged, mask=known)
     tl.store(square + out, squared / count if LAST else squared, mask=known)
@@ -280,8 +280,8 @@ def _weight_gradient_kernel(
 ):  # fmt: skip
     """Sum the products of the input, shifted by a tap, and of the upstream gradient over `tiles` blocks of ROWS rows.
 
-    A program computes TAPS taps, 1 or 3. One side of the product, the output's channels if BY_OUTPUT, is filled up to
-    EVEN channels. The other side has two sections of channels.
+    A program computes TAPS taps, 1 or 3. One side of the product, the output's channels if BY_OUTPUT, is one section e
+    of EVEN channels. The other side has two sections, v0 and v1. E and V are their numbers of channels.
     """
     E: tl.constexpr = N if BY_OUTPUT else K
     V: tl.constexpr = K if BY_OUTPUT else N
@@ -330,16 +330,16 @@ def _weight_gradient_kernel(
 
 
 class Settings(NamedTuple):
-    """How a kernel is cut into programs."""
+    """How a kernel is divided into programs, and how a program is compiled."""
 
-    rows: int  # rows of a program, or of one step of its loop for the weight gradient
+    rows: int  # rows of a program, in the weight gradient of one iteration of its loop
     warps: int
-    stages: int
-    taps: int = 1  # of a program, for the weight gradient: 1 or 3
+    stages: int  # of Triton's software pipeline
+    taps: int = 1  # of a program, in the weight gradient: 1 or 3
 
 
 def sections(channels: int) -> tuple[int, int]:
-    """Return two sections of channels, powers of two: the largest that fits, and what takes the rest, or 0."""
+    """Return the sizes of two sections, powers of two: the largest that fits, and one that holds the rest, or 0."""
     first = 1 << (channels.bit_length() - 1)
     rest = channels - first
     return first, max(16, triton.next_power_of_2(rest)) if rest else 0
@@ -348,12 +348,12 @@ def sections(channels: int) -> tuple[int, int]:
 def settings_for(kernel: str, weight: Tensor, normalised: bool, capability: int) -> Settings:
     """Return the settings of a kernel for a weight (C', C, ...).
 
-    They are the largest tiles that spill no register on a GPU of this compute capability (benchmarks/resources.py).
-    A larger tile reads the weights from the cache for more rows.
+    The tiles are large but spill no register on a GPU of this compute capability (benchmarks/resources.py). A larger
+    tile uses the weights that it reads for more rows.
 
     Args:
         kernel: "forward", "input gradient" or "weight gradient".
-        normalised: whether the convolution normalises its input.
+        normalised: True if the convolution normalises its input.
         capability: 80 for 8.0. From 90 on, matrix units read one operand from shared memory, which frees registers.
     """
     large = max(weight.shape[:2]) > 144
@@ -403,7 +403,7 @@ def forward_launch(
 def input_gradient_launch(
     upstream: Tensor, weight: Tensor, x: Tensor, normalisation: Normalisation | None, settings: Settings | None = None
 ) -> tuple[Launch, Tensor, Partials]:
-    """Return the launch of an input gradient, the gradient and its partial sums, which need a normalisation."""
+    """Return the launch of an input gradient, the gradient and, with a normalisation, its partial sums."""
     matrices = weight.flatten(2).flip(2).permute(2, 0, 1).contiguous()  # (taps, C', C)
     settings = settings or settings_for(
         "input gradient", weight, normalisation is not None, compute_capability(x.device)
@@ -424,7 +424,7 @@ def _convolution_launch(
     """Return the launch of `_convolution_kernel`, its target and the partial results.
 
     Args:
-        raw: the convolution's input, if the launch is of an input gradient.
+        raw: The convolution's input if the launch computes an input gradient, else None.
     """
     B, K, D, H, W = x.shape
     N = matrices.shape[2]
@@ -459,7 +459,7 @@ def merge_launch(partials: Partials, group: int, last: bool) -> tuple[Launch, Pa
     """Return the launch that merges the statistics of each `group` programs, and its results.
 
     Args:
-        last: one group holds all programs; its `second` becomes the variance.
+        last: One group holds all programs, and its `second` becomes the variance.
     """
     programs, N = partials.first.shape
     groups = triton.cdiv(programs, group)
@@ -525,7 +525,7 @@ def merge(partials: Partials, group: int = 256) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance (C',) float32 of all rows, merged in the order of the programs.
 
     Args:
-        group: how many programs are merged at once, first. Then the groups are merged.
+        group: Number of programs that a first launch merges into one. A second launch merges the results.
     """
     launch, groups = merge_launch(partials, group, last=False)
     launch()
@@ -613,9 +613,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, of_mean, of_variance):
-    """Add the gradient that the statistics send to y, then compute those of the inputs.
+    """Return the gradients of the inputs. The gradient of y includes that of its statistics.
 
-    With the share c / sum c of a row's frame, mean and variance send share * (dmean + 2 dvariance (y - mean)).
+    With share = c / sum c of a row's frame, the statistics add share * (dmean + 2 dvariance (y - mean)).
     """
     x, weight, mean, scale, shift, y, y_mean = ctx.saved_tensors
     if upstream is None:
@@ -646,14 +646,15 @@ LAYERS = (
     ("spatial", 128, 240, (8, 28, 28)),  # second stage
     ("temporal", 240, 128, (8, 28, 28)),
 )
-"""Kind, channels before and after, and D, H, W of the convolutions of stride 1 of r2plus1d_10 that the kernels take.
-The clips have 16 frames of 112 x 112 pixels. Channels inside (2+1)D convolutions are padded to a multiple of 16."""
+"""Kind, channels before and after, and D, H, W of the convolutions of r2plus1d_10 that the kernels take, for clips of
+16 x 112 x 112. Channels inside (2+1)D convolutions are padded to a multiple of 16."""
 
 
 def launches_to_compile() -> list[tuple[str, Launch]]:
     """Return every kernel for each of LAYERS with the settings for capabilities 8.0 and 9.0, with a label.
 
-    The tensors are on the meta device, so they have no memory. The first convolution of a block gets normalised clips.
+    The tensors are on the meta device, so they have no memory. The first convolution of a block gets clips that are
+    normalised already, so spatial convolutions are also compiled without normalisation.
     """
 
     def meta(*shape: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The contrastive loss of DCLR (MIL-NCE over a queue) and the search for its extra positives.
+"""The contrastive loss of DCLR (MIL-NCE over a queue) and the mining of its positives.
 
 The functions that end in `_reference` are plain torch, so that a reader can check them against the formula.
-info_nce_triton.py computes the same values in one pass over the queue. `kernels.backend` chooses between the two.
+info_nce_triton.py computes the same values without storing the logits. `kernels.backend` chooses between the two.
 
 Letters: B clips in a batch, D embedding size, K queue entries, P contrastive pairs, M mined positives of a query,
 S similarities that rank queue entries together.
@@ -39,24 +39,23 @@ def info_nce(
 
     Args:
         queries: float32 or bfloat16, L2-normalised. The only argument that receives a gradient.
-        keys: Same dtypes as queries. Key i belongs to query i.
-        queue: Same dtypes as queries; any K >= 1. The queue may be overwritten in place between this call and the
+        keys: float32 or bfloat16. Key i belongs to query i.
+        queue: float32 or bfloat16; any K >= 1. The queue may be overwritten in place between this call and the
             backward pass.
-        positives: int64 row numbers of queue entries. A repeated number counts once. A negative number is not a
-            positive.
+        positives: int64 indices of queue entries. A repeated index counts once. A negative index is ignored.
         temperature: Greater than 0.
         logit_scale: float32, one number for each queue entry, the same for all pairs. None scales nothing.
-        check_rows: True raises an error for a row number of K or more. By default only CPU tensors outside
-            torch.compile are checked, because a check on a GPU makes the host wait for the device. Without a check,
-            such a number is not a positive.
+        check_rows: True raises an error for an index of K or more. By default only CPU tensors outside torch.compile
+            are checked, because a check on a GPU makes the host wait for the device. Without a check, such an index is
+            ignored.
 
     Returns:
         (P,) float32.
 
     Raises:
         TypeError: An argument has another dtype.
-        ValueError: Shapes or devices do not match, a checked row number is K or more, the temperature is not above 0,
-            or the Triton kernels do not support the embedding size (they support 32, 64, 128 and 256).
+        ValueError: Shapes or devices do not match, a tensor is empty, a checked index is K or more, the temperature is
+            not above 0, or the Triton kernels do not support the embedding size (they support 32, 64, 128 and 256).
         RuntimeError: The backend is "triton", and it cannot run on this device.
     """
     _check_info_nce(queries, keys, queue, positives, temperature, logit_scale, check_rows)
@@ -130,16 +129,16 @@ def mine_positives(
     queue: Tensor,  # (K, D) or (S, K, D)
     m: int,
 ) -> Tensor:  # (B, m)
-    """Return the row numbers of the m queue entries most similar to each feature, best first.
+    """Return the indices of the m queue entries most similar to each feature, best first.
 
-    The paper of DCLR calls this the cross-video search.
-    Similarity is the dot product of L2-normalised vectors. With a leading dimension S, several similarities rank the
-    queue entries together. A softmax over the queue is computed from each similarity (temperature 1, like the released
-    code), and the sum of the S softmaxes is ranked. The vv pair uses this with static and dynamic similarity, S = 2.
+    The paper of DCLR calls this the cross-video search. Similarity is the dot product of L2-normalised vectors. With a
+    leading dimension S, several similarities rank the queue entries together: the entries are ranked by the sum of the
+    S softmaxes over the queue (temperature 1, like the released code). The vv pair uses this with static and dynamic
+    similarity, S = 2.
 
     Args:
         features: float32 or bfloat16, L2-normalised. They are compared in float32, also under autocast.
-        queue: Same dtypes as features. Entry j must be the same past clip in each of the S queues.
+        queue: float32 or bfloat16. Entry j must be the same past clip in each of the S queues.
         m: Between 0 and K.
 
     Returns:
@@ -226,9 +225,9 @@ def _fused(
 def _entry_mask(positives: Tensor, entries: int) -> Tensor:
     """Return a (P, B, K) bool mask of the queue entries that `positives` (P, B, M) names.
 
-    Numbers outside the queue are ignored.
+    Indices outside the queue are ignored.
     """
-    # Numbers outside the queue mark one extra column, which is then cut off.
+    # Indices outside the queue mark one extra column, which is then cut off.
     mask = torch.zeros(*positives.shape[:2], entries + 1, dtype=torch.bool, device=positives.device)
     inside = (positives >= 0) & (positives < entries)
     return mask.scatter(2, positives.where(inside, entries), True)[:, :, :entries]

@@ -1,4 +1,4 @@
-"""The contrastive loss and the search for positives in Triton: no logits in memory.
+"""The contrastive loss and the mining of positives in Triton, without logits in memory.
 
 The loss. Keys and queue receive no gradient, so the forward pass can compute the queries' gradient too. With logits
 l_ij = q_i . x_j / temperature, where x_0 is the query's key and x_1 .. x_K are the queue entries,
@@ -10,17 +10,18 @@ where p_i is the softmax over all j and r_i is the softmax over the positives. W
 entry, l_ij is s_j times as large, and x_j in both sums becomes s_j x_j. The first sum is attention with the queue as
 both keys and values. The online softmax of FlashAttention (Dao et al., arXiv 2205.14135) therefore computes this sum
 together with the loss. One launch reads the queue once and leaves one partial result for each split of the queue. The
-last of its programs merges the losses. The backward launch merges the gradient and multiplies it by the upstream
-gradient. It does not read the queue, so the queue may be overwritten between the two passes.
+last program of each pair merges the loss of the pair. The backward launch merges the gradient and multiplies it by the
+upstream gradient. It does not read the queue, so the queue may be overwritten between the two passes.
 
-The search. One launch computes the softmax normalisers and a floor for each ranking: a score that at least m queue
-entries reach. The next launch reads the queue once more, ranks it by all similarities at once, and keeps the few
-entries that reach the floor. `_rank_kernel` explains why the result is exact.
+Mining. One launch computes the softmax normalisers and a floor for each ranking: a score that at least m queue entries
+reach. The next launch reads the queue once more, ranks it by all similarities at once, and keeps the few entries that
+reach the floor. `_rank_kernel` explains why the result is exact.
 
-Letters: P pairs, B clips, D embedding size, K queue entries, M positives of a query, m positives to find,
+Letters: P pairs, B clips, D embedding size, K queue entries, M positives of a query, m positives to mine,
 S similarities ranked together, R rankings (S, and one more for the sum of the softmaxes),
 N splits (consecutive ranges of queue entries that different programs read).
-Logits are stored in units of log 2, called bits, because a GPU has an instruction for exp2.
+A query has N + 1 slots for partial results: one for each split, and the last one for its key.
+Logits are divided by log 2 and then called bits, because a GPU has an instruction for exp2.
 """
 
 import math
@@ -38,17 +39,17 @@ from dclr.kernels.rounding_triton import rounded
 from dclr.kernels.types import EMBEDDING_SIZES
 
 _BITS = math.log2(math.e)  # exp(x) = exp2(x * _BITS)
-# Register limit of a thread; a program of 8 warps cannot have more. Without a limit, ptxas (CUDA 12.8) tries to run
-# more programs at once. It then moves 8 to 24 bytes that a loop does not use to local memory, even in kernels of 40
-# registers. With this limit it does not.
+# The most registers that a thread can have. Without a limit, ptxas (CUDA 12.8) tries to run more programs at once. It
+# then moves 8 to 24 bytes that a loop does not use to local memory, even in kernels of 40 registers. With this limit it
+# does not.
 _REGISTERS = 255
-_MOST_SLOTS = 64  # one tile merges the partial results of a query
-_MOST_PEAKS = 128  # the same for the search, which merges two numbers of each split and not an embedding
+_MOST_SLOTS = 64  # of a query, because one tile merges them
+_MOST_PEAKS = 128  # splits in mining, which merges two numbers of each split, and no embedding
 _POSITIVES = 8  # positives of a query that are loaded at once
 _LOWEST = tl.constexpr(-(2**63))  # marks a missing candidate: lower than every candidate
 _BITS_IN = tl.constexpr(_BITS)
 _LN2 = tl.constexpr(math.log(2))
-_SLACK = tl.constexpr(1e-4)
+_SLACK = tl.constexpr(1e-4)  # by which _merge_floors lowers a floor
 
 
 # ---------------------------------------------------------------- kernels: products and arrivals
@@ -56,7 +57,7 @@ _SLACK = tl.constexpr(1e-4)
 
 @triton.jit
 def _operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """Convert a tile that was read from memory, once, to what `tl.dot` multiplies.
+    """Convert a tile that was read from memory to an operand of `tl.dot`.
 
     WIDEN converts bfloat16 to float32, because the interpreter of Triton 3.6 multiplies the bit patterns of bfloat16.
     The result is the same, because a product of two bfloat16 numbers is exact in float32. The interpreter does not
@@ -107,7 +108,7 @@ def _terms(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr)
 def _add_product(a, b, acc, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + a b in float32, or acc + a b^T with TRANSPOSED. a and b are tuples from `_terms`.
 
-    Precision "bf16x3" omits the product of the two small terms, which is at most 2^-18 of the whole.
+    Precision "bf16x3" omits the product of the two small terms, which is at most 2^-16 of the whole.
     """
     if PRECISION == "bf16x3":
         acc = tl.dot(a[1], tl.trans(b[0]) if TRANSPOSED else b[0], acc)
@@ -128,9 +129,9 @@ def _similarities(q, x, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION:
 def _arrives_last(arrivals, programs):
     """Count this program as arrived. Return True in the last of `programs` programs, and set the counter to 0 there.
 
-    The last program sees what every other program has written before it arrived. Reasons: the barrier orders the writes
-    of this program's threads before its atomic operation. That operation releases them to the device and acquires
-    what earlier arrivals released. The next launch on the stream finds the counter at 0 again.
+    The last program sees what every other program wrote before it arrived. Reasons: the barrier orders the writes of
+    this program's threads before its atomic operation. That operation releases these writes to the device and acquires
+    those of earlier arrivals. The next launch on the stream finds the counter at 0 again.
     """
     tl.debug_barrier()
     last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == programs - 1
@@ -247,9 +248,9 @@ def _gather_positives(
 
 @triton.jit
 def _is_among(j, others, compared):
-    """Return 1 for each number of j (R, M) that one of the `others` (R, M) of its row equals, or else 0.
+    """Return 1 for each number of j (R, M) that is among the `others` (R, M) of its row, and 0 for the rest.
 
-    compared (M, M) or (1, M): False for pairs of positions that do not count.
+    compared (M, M) or (1, M): False for pairs of positions that are not compared.
     """
     equal = (j[:, :, None] == others[:, None, :]) & compared[None, :, :]
     return tl.max(equal.to(tl.int32), 2)
@@ -260,7 +261,10 @@ def _merge_losses(
     peaks, masses, positive_bits, losses, similarities, pair, pairs, scale, B, slots,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Merge the slots of one pair into its loss and its two similarities. Pointers as in `_loss_kernel`."""
+    """Merge the slots of all queries of one pair into the loss and the two similarities of the pair.
+
+    Pointers as in `_loss_kernel`.
+    """
     n = tl.arange(0, BLOCK_N)
     loss = tl.zeros((BLOCK_R,), tl.float32)
     similar = tl.zeros((BLOCK_R,), tl.float32)
@@ -362,7 +366,7 @@ def _gradient_kernel(
     tl.store(gradient + row * D + d, own * tl.load(upstream + pair * stride))
 
 
-# ---------------------------------------------------------------- kernels: the search for positives
+# ---------------------------------------------------------------- kernels: mining
 
 
 @triton.jit
@@ -401,8 +405,8 @@ def _floor_kernel(
     splits.
 
     The splits have different greatest entries. At least m entries therefore reach the m-th greatest of the N peaks,
-    which is the floor of a similarity. If N < m, the floor is minus infinity. For the sum of softmaxes,
-    with L_s the logarithm of the sum of exp(similarity s) over the queue, the inequality of means says
+    which is the floor of a similarity. If N < m, the floor is minus infinity. For the sum of softmaxes, with L_s the
+    logarithm of the sum of exp(similarity_s) over the queue, the inequality of arithmetic and geometric means says
 
         sum_s exp(similarity_s - L_s)  >=  S exp(sum_s (similarity_s - L_s) / S)
 
@@ -483,7 +487,7 @@ def _merge_floors(
 def _mth_greatest(peaks, m, splits):
     """Return the m-th greatest number of each row of peaks (BLOCK_B, BLOCK_N). Equal numbers count once.
 
-    Returns minus infinity for a row of fewer numbers.
+    It is minus infinity for a row of fewer different numbers.
     """
     floor = tl.max(peaks, 1)
     for _ in range(1, tl.minimum(m, splits + 1)):
@@ -498,7 +502,7 @@ def _rank_kernel(
     tops, shares, floors,  # outputs of _floor_kernel
     candidates,  # scratch (R, B, most) int64: entries that reach the floor, in any order
     counts,  # scratch (R, B) int32: 0 before; number of candidates
-    rows_found,  # output (R, B, m) int64: row numbers of queue entries, best first
+    rows_found,  # output (R, B, m) int64: indices of queue entries, best first
     arrivals,  # (row_blocks,) int32: 0 before and after
     stride_pair, stride_row, B, K, m, row_blocks, splits, rows_per_split, kept, most,
     TOGETHER: tl.constexpr, AHEAD: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
@@ -517,8 +521,8 @@ def _rank_kernel(
     splits and m = 5, 5.2 of 65,536 random entries reach the floor of a similarity on average. So most tiles of a query
     add no candidate.
 
-    With AHEAD, the tiles of the next turn are read before the current ones are used. The compiler does not do this in
-    a loop that contains another loop.
+    With AHEAD, the tiles of the next iteration are read before the current ones are used. The compiler does not do this
+    in a loop that contains another loop.
     """
     block = tl.program_id(0) % row_blocks  # neighbouring programs read the same queue entries
     split = tl.program_id(0) // row_blocks
@@ -555,14 +559,14 @@ def _rank_kernel(
 
 @triton.jit
 def _append_candidates(score, ranking, floors, candidates, counts, b, rows, B, K, kept, most):
-    """Append the entries of a tile whose score (BLOCK_B, BLOCK_K) reaches the floor, at most the `kept` best of a row.
+    """Append the entries of a tile whose score (BLOCK_B, BLOCK_K) reaches the floor: the `kept` best of each feature.
 
-    A candidate is an int64. Its upper half has the order of the scores. Its lower half is the row number, reversed, so
-    that of two equal scores the lower row number is the greater candidate. No two candidates are equal. The next best
-    is therefore the greatest candidate below the last one, without sorting. Pointers as in `_rank_kernel`.
+    A candidate is an int64. Its upper half orders candidates by score. Its lower half is the index of the entry,
+    reversed, so that of two equal scores the lower index is the greater candidate. No two candidates are equal. The
+    next best is therefore the greatest candidate below the last one, without sorting. Pointers as in `_rank_kernel`.
     """
     floor = tl.load(floors + ranking * B + b, mask=b < B, other=float("inf"))
-    # NaN reaches every floor, so that a diverged network does not leave rows without candidates.
+    # NaN reaches every floor, so that with a diverged network every feature has candidates.
     reaches = ((score < floor[:, None]) == 0) & (b < B)[:, None] & (rows < K)[None, :]
     if tl.max(tl.max(reaches.to(tl.int32), 1), 0) > 0:
         pattern = score.to(tl.int32, bitcast=True)
@@ -604,7 +608,7 @@ def _select_candidates(ranking, candidates, counts, rows_found, b, B, m, most, B
         last = best
 
 
-# ---------------------------------------------------------------- launchers
+# ---------------------------------------------------------------- launches
 
 
 @dataclass(frozen=True)
@@ -644,17 +648,17 @@ def choose_blocks(
     if dtype == torch.float32:  # rounding to tf32 needs registers, and 64 queries of 256 numbers would spill
         return Blocks(b, 32 if scaled else 64, 8, 2) if fits else Blocks(min(b, 32), 32, 8, 2)
     if fits and not scaled and P * triton.cdiv(B, b) * triton.cdiv(K, 64) <= 2 * multiprocessors(device):
-        return Blocks(b, 128, 8, 2)  # every program has one tile; larger tiles leave half as many partial results
+        return Blocks(b, 128, 8, 2)  # with one tile a program, larger tiles leave half as many partial results
     return Blocks(b, 64 if fits else 32, 8 if b == 16 or D == 256 else 4, 3)
 
 
-def choose_search_blocks(
+def choose_mining_blocks(
     S: int, B: int, K: int, D: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> tuple[Blocks, Blocks]:
     """Return the blocks of `_floor_kernel` and of `_rank_kernel`, which own equally many features.
 
-    Large blocks read the queue less often. Small blocks let a small search use more multiprocessors. For one or two
-    similarities they spill no register on sm_80 and sm_90.
+    Large blocks read the queue less often. Small blocks let a small input use more multiprocessors. For one or two
+    similarities the blocks spill no register on sm_80 and sm_90.
     """
     fits = D <= 128  # D = 256 leaves registers and shared memory for half as many queue entries
     if INTERPRETED:  # as in `choose_blocks`
@@ -876,7 +880,7 @@ def gradient_launch(
 
 @dataclass(frozen=True)
 class Floors:
-    """The outputs of `_floor_kernel`, with the shapes given there. Without the last ranking, some are not written."""
+    """The outputs of `_floor_kernel`, with the shapes given there. Only the ranking by the sum uses tops and shares."""
 
     tops: Tensor
     shares: Tensor
@@ -895,7 +899,7 @@ def floor_launch(
     S, B, D = features.shape
     K, R = queue.shape[1], S + int(together)
     device = features.device
-    blocks, _ = choose_search_blocks(S, B, K, D, _dtype(features, queue), precision, device)
+    blocks, _ = choose_mining_blocks(S, B, K, D, _dtype(features, queue), precision, device)
     row_blocks = triton.cdiv(B, blocks.b)
     # Two programs for each multiprocessor, and enough peaks for a high floor.
     wanted = max(2 * multiprocessors(device) // row_blocks, 2 * m)
@@ -934,11 +938,11 @@ def rank_launch(
     together: bool,  # rank by the sum of all softmaxes too
     precision: str,
 ) -> tuple[Launch, Tensor]:
-    """Return the launch of `_rank_kernel`, and its row numbers (R, B, m)."""
+    """Return the launch of `_rank_kernel`, and the indices (R, B, m) that it writes."""
     S, B, D = features.shape
     K, R = queue.shape[1], S + int(together)
     device = features.device
-    _, blocks = choose_search_blocks(S, B, K, D, _dtype(features, queue), precision, device)
+    _, blocks = choose_mining_blocks(S, B, K, D, _dtype(features, queue), precision, device)
     row_blocks, tiles = triton.cdiv(B, blocks.b), triton.cdiv(K, blocks.k)
     # Two programs for each multiprocessor, so that one computes while the other waits for memory.
     splits, tiles_per_split = _split(tiles, 2 * multiprocessors(device) // row_blocks)
@@ -1053,9 +1057,9 @@ info_nce_op.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("dclr::mine_positives", mutates_args=())
 def mine_positives_op(features: Tensor, queue: Tensor, m: int, together: bool) -> Tensor:
-    """Return the row numbers (R, B, m) of the m >= 1 queue entries most similar to each feature.
+    """Return the indices (R, B, m) of the m >= 1 queue entries most similar to each feature, best first.
 
-    features are (S, B, D) and queue is (S, K, D). The R rankings are one for each similarity, then one for all
+    features is (S, B, D) and queue is (S, K, D). The R rankings are one for each similarity, then one for all
     similarities together if `together` is True.
     """
     features, queue = features.contiguous(), _rows_contiguous(queue)
@@ -1088,7 +1092,7 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
     def meta(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def search(features: Tensor, queue: Tensor, m: int, together: bool, precision: str) -> list[Launch]:
+    def mining(features: Tensor, queue: Tensor, m: int, together: bool, precision: str) -> list[Launch]:
         launch, floors = floor_launch(features, queue, m, together, precision)
         return [launch, rank_launch(features, queue, floors, m, together, precision)[0]]
 
@@ -1119,7 +1123,7 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
                 for S in (1, 2) if D == 256 else (2,):
                     features = meta(S, 1024 if size == "large" else 16, D, dtype=dtype)
                     label = f"D {D}, {name}, {size} blocks, S {S}"
-                    for launch in search(features, queue[:S, :entries], M, S > 1, precision):
+                    for launch in mining(features, queue[:S, :entries], M, S > 1, precision):
                         launches.append((label, launch))
         # The middle number of slots makes the largest tile of 4 warps.
         for slots in sorted({2, min(4096 // D, _MOST_SLOTS), _MOST_SLOTS}):
@@ -1134,5 +1138,5 @@ def launches_to_compile() -> list[tuple[str, Launch]]:
         label = f"D 32, {name}, all sizes 1"
         launch, losses, _, partials = loss_launch(one, one, one, rows, 0.07, True, precision)
         launches += [(label, launch), (label, gradient_launch(partials, losses, 0.07, dtype)[0])]
-        launches += [(label, launch) for launch in search(one, one, 1, True, precision)]
+        launches += [(label, launch) for launch in mining(one, one, 1, True, precision)]
     return launches

@@ -1,7 +1,7 @@
-"""One launch of a Triton kernel as a value. It can be run, or compiled ahead of time for a GPU that this machine does
-not have.
+"""The launch of a Triton kernel as a value: it can be run, or compiled for a GPU that this machine does not have.
 
-So benchmarks/resources.py and the tests compile exactly what runs: the same kernel, argument types and constants.
+benchmarks/resources.py and the tests therefore compile exactly what runs: the same kernel, argument types and
+constants.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None  # for one thread; None lets ptxas choose
-    capability: int | None = None  # the compute capability that the options are for; None if for all
+    capability: int | None = None  # the compute capability that this launch is chosen for; None if for all
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -46,7 +46,7 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
     def __call__(self) -> None:
-        """Start the kernel on the current stream. Under the interpreter, run it to its end."""
+        """Start the kernel on the current stream. Under the interpreter, run it to the end."""
         tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(tensor):  # Triton starts kernels on the current device, not on the tensors' device
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
@@ -54,9 +54,8 @@ class Launch:
     def compile(self, capability: int) -> "CompiledKernel":
         """Compile for an NVIDIA GPU of this compute capability (80 for 8.0, 90 for 9.0). This needs no GPU.
 
-        Arguments are specialised like in Triton's launcher: the compiler knows which pointers and integers are
-        multiples of 16, and an integer argument of 1 becomes a constant. Tensors may be on any device, including the
-        meta device.
+        Arguments are specialised as in Triton's launcher: the compiler knows which pointers and integers are multiples
+        of 16, and an integer argument of 1 becomes a constant. Tensors may be on any device, including the meta device.
         """
         import triton
         from triton.backends.compiler import GPUTarget
@@ -78,7 +77,7 @@ class Launch:
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if value < 2**31 else "i64"
-                # The launcher gives other integers an empty list. With the same list it finds this in Triton's cache.
+                # The launcher gives other integers an empty list. With the same list, it finds this in Triton's cache.
                 attributes[(position,)] = _DIVISIBLE if value % 16 == 0 else []
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)

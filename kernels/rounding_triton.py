@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, BY_BITS: tl.constexpr):
-    """Round x to the nearest value of DTYPE.
+    """Round x, float32, to the nearest value of DTYPE.
 
-    BY_BITS rounds the bits to bfloat16 explicitly, because the interpreter of Triton 3.6 would cut them off.
+    BY_BITS rounds to bfloat16 by integer operations, because the interpreter of Triton 3.6 truncates instead.
     """
     if BY_BITS:
         bits = x.to(tl.uint32, bitcast=True)

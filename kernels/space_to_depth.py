@@ -1,4 +1,4 @@
-"""The layout of a view that makes a stem's 7 x 7 convolution of stride 2 a 4 x 4 convolution of stride 1, and back.
+"""The layout of a view in which a stem's 7 x 7 convolution of stride 2 becomes a 4 x 4 convolution of stride 1.
 
 Letters: B clips, T frames, h, w pixels of a view.
 """
@@ -13,7 +13,7 @@ CHANNELS = 16
 """Channels of a block: 2 x 2 pixels of 3 channels, and 4 channels of zeros. Matrix units need a multiple of 8."""
 
 BORDER = (2, 1)
-"""Blocks of zeros before and after those of the view along height and width. They are the convolution's padding."""
+"""Blocks of zeros before and after the view, along height and along width. They are the convolution's padding."""
 
 
 def blocks_shape(h: int, w: int) -> tuple[int, int]:

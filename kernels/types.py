@@ -1,6 +1,7 @@
 """The constants and tensor records that the kernels, their references and their callers share.
 
-Letters: B clips in a batch, T frames, H, W pixels of the padded buffer, h, w pixels of a view, P contrastive pairs.
+Letters: B clips in a batch, T frames, H, W pixels of the padded buffer that clips of different sizes share, h, w pixels
+of a view, P contrastive pairs. For a convolution: C and C' channels before and after, D frames, H, W pixels.
 """
 
 from dataclasses import dataclass, field, fields
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 EMBEDDING_SIZES = (32, 64, 128, 256)
-"""Embedding sizes D that the Triton kernels support. The reference supports any size."""
+"""Embedding sizes that the Triton kernels support. The reference supports any size."""
 
 # Means and standard deviations of ImageNet's RGB channels, for values between 0 and 1.
 MEAN = (0.485, 0.456, 0.406)
@@ -28,7 +29,7 @@ Boundary = Literal["wrap", "zero", "replicate"]
 
 
 class Contrast(NamedTuple):
-    """Contrastive losses of P pairs, with the mean similarities that show how training develops.
+    """Contrastive losses of P pairs, with two mean similarities that show how training develops.
 
     All fields are float32. Only the losses carry a gradient.
     """
@@ -71,7 +72,7 @@ class Yuv420:
         return Yuv420(self.y[index], self.u[index], self.v[index], self.bt709, self.full_range)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Yuv420":
-        """Return a copy on another device."""
+        """Return these frames on `device`."""
         return Yuv420(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
 
@@ -110,14 +111,14 @@ class Augmentation:
     additive: Tensor = field(metadata=_row(np.bool_))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Augmentation":
-        """Return a copy on another device."""
+        """Return these parameters on `device`."""
         return Augmentation(
             *(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
         )
 
 
 AUGMENTATION = np.dtype([(f.name, f.metadata["dtype"], f.metadata["shape"]) for f in fields(Augmentation)])
-"""One clip's row of `Augmentation` as a NumPy record, under the same names. Data workers draw such records."""
+"""The NumPy dtype of one clip's row of `Augmentation`, with the same field names. Data workers draw such records."""
 
 
 def _table_columns() -> dict[str, int]:
@@ -146,16 +147,16 @@ class ViewParams:
     size: tuple[int, int]  # h, w of every view
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewParams":
-        """Return a copy on another device."""
+        """Return these parameters on `device`."""
         return ViewParams(self.clip.to(device, non_blocking), self.still.to(device, non_blocking), self.size)
 
 
 CONVOLUTIONS = {"temporal": (3, 1, 1), "spatial": (1, 3, 3)}
-"""The size of a convolution's kernel along D, H and W, by its kind."""
+"""The size of a convolution's kernel along time, height and width, by kind."""
 
 
 class Normalisation(NamedTuple):
-    """What a convolution does to its input first: z = relu((x - mean) * scale + shift). Each is (C,) float32."""
+    """What a convolution first does to its input x: relu((x - mean) * scale + shift). Each is (C,) float32."""
 
     mean: Tensor
     scale: Tensor

@@ -54,14 +54,14 @@ def generate_views(
         dtype: Dtype of the views. The arithmetic, including the frame difference, is in float32 and rounded once at the
             end.
         check_rows: Same as in `augment`.
-        blocks: True returns the views in the layout of `space_to_depth`, which the stem of a backbone reads.
+        blocks: True returns the views in the layout of `space_to_depth`, which a backbone's stem can read directly.
 
     Returns:
         Views, each (B, 3, T, h, w), or with `blocks` (B, 16, T, ceil(h / 2) + 3, ceil(w / 2) + 3), without gradient.
         The static view is one frame in memory, expanded over time: its stride along T is 0, and it cannot be written.
 
     Raises:
-        TypeError: Same as in `augment`.
+        TypeError, RuntimeError: Same as in `augment`.
         ValueError: Same as in `augment`, or the boundary is unknown.
     """
     _check_boundary(boundary)
@@ -106,8 +106,8 @@ def augment(
         saturation   luma + factor * (pixel - luma)           factor * the saturation of HSV
         hue          shift by `factor` turns of the circle    the same
 
-    The mean is that of the frame's luma, and luma is that of the pixel. The multiplicative form is that of kornia's
-    ColorJitter since version 0.6.4 and of torchvision. The additive form is that of kornia's ColorJitter before.
+    The mean is that of the frame's luma, and luma is that of the pixel. The multiplicative form is that of torchvision,
+    and of kornia's ColorJitter since version 0.6.4. The additive form is that of kornia's ColorJitter before.
 
     The blur mirrors pixels at the border, like kornia's RandomGaussianBlur. A view with a side of 5 pixels or fewer has
     too few pixels to mirror, so the border pixels are repeated instead.
@@ -118,15 +118,16 @@ def augment(
         size: Height and width of the view.
         dtype: Dtype of the view. The arithmetic is in float32, also under autocast.
         check_rows: True raises an error for a row that cannot be applied. By default only rows on the CPU outside
-            torch.compile are checked, because a check on a GPU makes the host wait for the device. An
-            unchecked row whose box is outside the buffer reads pixels within the buffer.
+            torch.compile are checked, because a check on a GPU makes the host wait for the device. The kernels clamp
+            the box of an unchecked row to the buffer.
 
     Returns:
         (B, 3, T, h, w) in channels_last_3d memory, without gradient.
 
     Raises:
         TypeError: The frames are not uint8.
-        ValueError: Shapes do not match, or a checked row cannot be applied. The message names the row.
+        ValueError: Shapes or devices do not match, or a checked row cannot be applied. The message names the row.
+        RuntimeError: The backend is "triton", and it cannot run on this device.
     """
     _check_augment(frames, augmentation, size, check_rows)
     if not runs_triton(_luma(frames).device):
@@ -208,7 +209,7 @@ def augment_reference(
 def _where(
     applies: Tensor,  # (B,) bool, on the CPU
     images: Tensor,  # (B, T, 3, h, w)
-    operation: Callable[[Tensor, Tensor], Tensor],  # takes the images of some clips and these clips' numbers
+    operation: Callable[[Tensor, Tensor], Tensor],  # takes the images of some clips and the indices of these clips
 ) -> Tensor:
     """Overwrite the clips that `operation` applies to with its result. The other clips stay exactly as they are."""
     numbers = applies.nonzero()[:, 0]
@@ -241,7 +242,7 @@ def _crop(
 
 
 def _jitter_clips(rows: Augmentation, form: tuple[str, str, str, str], images: Tensor, numbers: Tensor) -> Tensor:
-    """Jitter the clips with these numbers, each by its own row."""
+    """Jitter the colours of the clips with the indices `numbers`, each by its own row."""
     return colour_jitter(images, rows.factors[numbers], rows.order[numbers], form)
 
 
@@ -269,7 +270,7 @@ def colour_jitter(
 
 
 def _by_factor(operation: Callable[..., Tensor], factors: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
-    """Apply `operation` with each clip's own factor."""
+    """Apply `operation` to the clips with the indices `numbers`, each with its own factor."""
     return operation(images, factors[numbers])
 
 

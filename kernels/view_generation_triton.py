@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """Generation of the three views in Triton: from uint8 frames to finished views in three launches.
 
-    1. _means    computes the mean luma of each frame, which the contrast step needs; it writes no pixels
+    1. _means    sums the luma of each frame, whose mean the contrast step needs; it writes no pixels
     2. _columns  crops, resizes and colours each frame of a blurred clip, and blurs it along its columns
-    3. _finish   blurs each clip along its rows, or crops, resizes and colours a clip without blur; then it normalises
+    3. _finish   blurs these clips along their rows, and crops, resizes and colours the other clips; then it normalises
                  the pixels, computes the frame difference and writes the views
 
 The kernels treat the B stills as B more clips of one frame. Row r < B of the table of parameters belongs to clip r, and
@@ -16,10 +16,9 @@ which `generate_views` expands over time without a copy.
 
 The memory traffic for a clip of T frames and views of h x w pixels is as follows. The box in the frames is read once (3
 bytes a source pixel, 1.5 for YUV 4:2:0), and once more by `_means`. Two views of T * 3 * h * w values and one still of
-3 * h * w values are written.
-For a blurred clip, the intermediate result is written once and read once: 2 * T * 3 * h * (w + 10) * 4 bytes. The blur
-reads each intermediate value 11 times, but 10 of these reads come from the L1 cache. A blur within a tile would save
-these bytes but compute a border of 10 more rows and columns for each tile.
+3 * h * w values are written. For a blurred clip, the intermediate result is written once and read once:
+2 * T * 3 * h * (w + 10) * 4 bytes. The blur reads each intermediate value 11 times, but 10 of these reads come from the
+L1 cache. A blur within a tile would save these bytes but compute a border of 10 more rows and columns for each tile.
 
 Letters: B clips, T frames, H, W source pixels, h, w pixels of a view, C columns of the table.
 """
@@ -51,8 +50,8 @@ _RADIUS = tl.constexpr(BLUR_KERNEL // 2)
 _MEAN_R, _MEAN_G, _MEAN_B = (tl.constexpr(mean) for mean in MEAN)
 _PER_STD_R, _PER_STD_G, _PER_STD_B = (tl.constexpr(1 / std) for std in STD)
 
-# Number of partial sums of a frame's luma: one for each 16 rows of 112. They are always added in the same order, so the
-# mean is the same in every run.
+# Partial sums of a frame's luma: one for each 16 of 112 rows. They are always added in the same order, so the mean is
+# the same in every run.
 _SPLITS = 7
 _MEANS_COLUMNS = 16  # width of the tiles of _means, which divide 112 x 112
 _MEANS_ROWS = {False: 16, True: 8}  # their height for RGB and for YUV, which would need 137 registers with 16 rows
@@ -420,7 +419,7 @@ def _means(
     B, T, H, W, still_H, still_W, h, w,
     YUV: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute partial sums of each frame's luma before its contrast step. Without a contrast step they are 0.
+    """Compute partial sums of each frame's luma before its contrast step. They are 0 if contrast needs no mean.
 
     Inputs:
         RGB frames: luma (B, T, H, W, 3) and still_luma (B, still_H, still_W, 3), uint8. u and v are unused.
@@ -789,7 +788,7 @@ def _launches(
 ) -> list[Launch]:
     """Return the launches in the order in which they must run.
 
-    Raises ValueError: the table has another shape. The kernels would read memory behind it.
+    Raises ValueError if the table has another shape, because the kernels would read beyond its memory.
     """
     rgb, static, dynamic = views if stills is not None else views * 3
     (B, channels, T), (h, w) = rgb.shape[:3], size
@@ -909,7 +908,7 @@ def _launches_without_memory(
     return _launches(planes(B, T), None if alone else planes(B), table, views, (h, w), boundary)
 
 
-# ---------------------------------------------------------------- registered
+# ---------------------------------------------------------------- registered ops
 
 
 def _empty_view(B: int, T: int, h: int, w: int, dtype: torch.dtype, device: torch.device, blocks: bool) -> Tensor:
