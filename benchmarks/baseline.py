@@ -5,8 +5,8 @@
     python -m benchmarks.baseline --commit 22c1ddd    compare with another commit
     python -m benchmarks.baseline --fill              only write the older commit's files to .baseline/COMMIT
 
-Time to expect: 6 minutes on two cores. The older commit's files lie in .baseline/COMMIT. `git archive` writes them
-there once. A copy of the project without git needs this folder from a checkout.
+Time to expect: 6 minutes on two cores. `git archive` writes the older commit's files to .baseline/COMMIT once. A copy
+of the project without git needs this folder from a checkout.
 
 Each of the two trees has its own process (benchmarks/baseline_worker.py), which builds the provider "ours" or
 "ours, float32" of the tree's benchmarks/step_providers.py. Both begin with the same weights, queue, frames and seeds.
@@ -42,8 +42,8 @@ from dclr import report
 from dclr.errors import UserError
 
 COMMIT = "64aabb1"
-"""The last commit before the step was changed. On a GPU its step is that of 22c1ddd and of results/nvidia-h200. On a
-CPU in float32 22c1ddd sums batch statistics in float32 and 64aabb1 in float64, so their times differ."""
+"""The last commit before the step was made faster. On a GPU its step is that of 22c1ddd and of results/nvidia-h200. On
+a CPU in float32, 22c1ddd sums batch statistics in float32 and 64aabb1 in float64, so their times differ."""
 
 FOLDER = harness.ROOT / ".baseline"
 PATHS = ("benchmarks", "dclr", "ds_configs", "kernels")
@@ -56,8 +56,8 @@ PROVIDERS = {"cuda": ("ours",), "cpu": ("ours, float32", "ours")}
 ROUNDS = {"cuda": (5, 4), "cpu": (5, 2)}  # rounds, measured steps a turn
 
 ALLOWED = {"ieee": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
-"""Greatest relative difference of the first step's losses. The two steps add in another order, so their rounding errors
-differ."""
+"""Greatest allowed relative difference of the first steps' losses. The two steps sum in different orders, so their
+rounding errors differ."""
 
 GOAL = 1.15
 """The least speedup in float32 on a CPU, in every cell."""
@@ -97,13 +97,13 @@ def fill(commit: str, folder: Path | None = None) -> Path:
 
 
 class Tree:
-    """The process of one source tree. Messages call the tree by its `name`."""
+    """The process of one source tree. Error messages contain the tree's `name`."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
         self.name, self.process, self.log = name, process, log
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request to the process and return its answer. Raises RuntimeError if it failed."""
+        """Send a request to the process and return its answer. Raises RuntimeError if the process failed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -148,13 +148,13 @@ def start(name: str, tree: Path) -> Iterator[Tree]:
 def measure(
     cell: Cell, provider: str, rounds: int, steps: int, commit: str = COMMIT, folder: Path | None = None
 ) -> Row:
-    """Return what was measured in one cell: milliseconds, peak memory and first losses of both, and the speedup.
+    """Return what was measured in one cell: milliseconds, peak memory and first loss of both trees, and the speedup.
 
     Args:
         provider: "ours" or "ours, float32".
         steps: measured steps of a turn.
         commit: the older commit.
-        folder: where the older commits' files lie, .baseline if not given.
+        folder: the folder of the older commits' files. None: .baseline.
 
     Raises:
         UserError: the older commit's files are missing.
@@ -205,7 +205,7 @@ def judge(rows: Sequence[Row], kind: str) -> dict[str, Any]:
         return verdict | {"verdict": "not measured in this run"}
     worst = min(row["speedup_median"] for row in these)
     if not all(row["same"] for row in these):
-        return verdict | {"worst": worst, "verdict": "not met: the two steps compute something else"}
+        return verdict | {"worst": worst, "verdict": "not met: the two steps have different losses"}
     return verdict | {"worst": worst, "verdict": "met" if worst >= GOAL else "not met"}
 
 
@@ -234,7 +234,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS["cpu"], help="measure only these")
     parser.add_argument("--rounds", type=int, help="turns of each tree")
     parser.add_argument("--steps", type=int, help="measured steps of a turn")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of one folder for each device")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder that holds one folder a device")
     return parser
 
 

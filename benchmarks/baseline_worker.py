@@ -2,13 +2,13 @@
 
     cd TREE; PYTHONPATH=TREE python -P .../baseline_worker.py
 
-It imports the code of TREE, an older commit or today's. So this file uses only what all these commits have. It reads
-one request for each line of standard input and answers with one line on standard output, both in JSON:
+It imports the code of TREE, an older commit or today's. So this file uses only what all these commits have. Each line
+of standard input is a request, and each request is answered with one line on standard output, both in JSON:
 
     {"do": "build", "cell": {...}, "provider": NAME}  ->  {"first_loss": ..., "precision": ..., "first_step_s": ...}
     {"do": "turn", "steps": N}                        ->  {"ms": [...], "peak_bytes": ...}
 
-An error is answered by {"error": TEXT}. The process ends with its standard input.
+An error is answered with {"error": TEXT}. The process ends at the end of its standard input.
 """
 
 import importlib
@@ -29,8 +29,8 @@ def untimed(name: str) -> AbstractContextManager[None]:
 
 
 def start_processes() -> torch.device:
-    """Join the process group as a program of the tree does. The module's place changed between commits."""
-    # An import would not tell: a tree that lacks a module gets it from an installed dclr.
+    """Join the process group as a program of the tree does. The module has another name in older commits."""
+    # To try an import is not enough: in a tree without the module, it would find that of an installed dclr.
     name = "dclr.engine" if Path("dclr/engine.py").is_file() else "dclr.training.engine"
     return importlib.import_module(name).start_processes()
 
@@ -85,7 +85,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             answer = getattr(worker, request.pop("do"))(**request)
-        except Exception as error:  # the other process asks for one line, whatever it is
+        except Exception as error:  # of any kind, because the other process waits for an answer
             answer = {"error": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"}
         print(json.dumps(answer), file=answers)
 

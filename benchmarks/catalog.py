@@ -6,13 +6,14 @@
 Makes a data set with lists, names and folders like those of Kinetics in a temporary folder, and removes it at the end.
 Every video is a file of its own, with a size like those of Kinetics. But only the videos of the first batches have
 content: copies of the videos of DIR. The cache of verified videos is made from the findings about the videos of DIR,
-because verifying a million videos takes hours. The verification of DIR is timed instead, and the time of a cold start
-is computed from its rate.
+because verifying a million videos takes hours. The verification of DIR is timed instead, and the time to verify all
+videos is computed from its rate.
 
 Then two ranks start a pretraining run with a small network, up to its first batch (benchmarks/catalog_worker.py). The
-reference is a run on 64 videos. Goals: 60 s to the first batch, and 300 MB for a rank more than the reference.
+reference is a run on 64 videos. Goals: at most 60 s to the first batch, and at most 300 MB more for a rank than in the
+reference.
 
-Prints a table, and writes catalog.json and catalog.png into results/DEVICE. Exit status 1: a goal is not reached.
+Prints a table, and writes catalog.json and catalog.png into results/cpu. Exit status 1: a goal is not reached.
 """
 
 import json
@@ -45,10 +46,12 @@ from dclr.data.tree import read_tree
 from dclr.errors import UserError
 
 REFERENCE = 64
+"""Videos of the reference."""
 RANKS = 2
 REAL = 64
 """Videos at the start of the first epoch that have content."""
 SECONDS, MEGABYTES = 60.0, 300.0
+"""The goals."""
 CLASSES = 400
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
@@ -132,7 +135,7 @@ def measure(count: int, sources: Sequence[Path], records: Sequence[VideoRecord],
 
 
 def verification_rate(sources: Sequence[Path], work: Path) -> float:
-    """Return the videos a second that one worker verifies: each source three times."""
+    """Return how many videos a second one worker verifies. Each source is verified three times."""
     folder = work / "sources"
     folder.mkdir()
     for number, source in enumerate([*sources] * 3):
@@ -144,7 +147,7 @@ def verification_rate(sources: Sequence[Path], work: Path) -> float:
 
 
 def summarise(row: Row, reference: Row, rate: float) -> Row:
-    """Return the figures of the table: of the rank that needs most, and what it needs more than in the reference."""
+    """Return the figures of the table: those of the rank that needs most, and by how much they exceed the reference."""
 
     def most(found: Row, group: str, kind: str) -> float:
         return max(rank[group][kind] for rank in found["ranks"]) * 2**20 / 1e6

@@ -1,10 +1,10 @@
-"""One rank of benchmarks/catalog.py: starts a run on a data set, waits for its first batch and looks at the memory.
+"""One rank of benchmarks/catalog.py: starts a run on a data set, waits for its first batch and reads the memory in use.
 
     python -m benchmarks.catalog_worker DATA RESULT STARTED
 
 Writes a JSON file: seconds since STARTED (time.time() of the parent), MiB of the rank before it starts its data worker,
-and MiB of the rank, its worker and the worker's decoder process together after the first batch. The environment names
-the rank, as a launcher would.
+and MiB of the rank, its worker and the worker's decoder process together after the first batch. Environment variables
+give the rank, as a launcher sets them.
 """
 
 import json
@@ -28,10 +28,10 @@ FLAGS = {
 
 
 def memory(processes: Sequence[int | str]) -> dict[str, float]:
-    """Return MiB of processes together. A page that n processes have counts as 1/n for each.
+    """Return the MiB that processes have together. A page that n processes share counts as 1/n for each.
 
-    `own`: pages that are no part of a file, which the system cannot drop. `pss`: all pages, with those of libraries and
-    of the file that the ranks share.
+    `own`: pages that are not part of a file, so the system cannot drop them. `pss`: all pages, including those of
+    libraries and of the file that the ranks share.
     """
     found = {"own": 0.0, "pss": 0.0}
     for process in processes:

@@ -6,13 +6,13 @@
 
 Time to expect: 10 minutes on two cores. See benchmarks/baseline.py for the older commit's files.
 
-The bytes are counted, by the kernel and for each connection (benchmarks/communication_worker.py). Ranks are processes
-of one machine that talk by gloo. The clips have their true size: 16 frames of 171 x 128, views of 112 x 112. The
-network is narrow, because only gradients and parameters depend on its width. Each count stands next to the bytes of the
-model, `sent_bytes`. The difference is gloo's headers.
+The operating system counts the bytes of each connection (benchmarks/communication_worker.py). Ranks are processes on
+one machine that communicate by gloo. The clips have their true size: 16 frames of 171 x 128, views of 112 x 112. The
+network is narrow, because only gradients and parameters depend on its width. The tables show next to each count the
+bytes of the model, `sent_bytes`. The difference is gloo's headers.
 
-The time of a step on many GPUs is a MODEL, `model_step`. Nothing of it was measured but the compute time of a step on
-one H200. Its assumptions are the constants below.
+The time of a step on many GPUs is a MODEL, `model_step`. Only the compute time of a step on one H200 was measured. The
+assumptions are the constants below.
 
 Prints both tables and writes communication.json and communication.png into results/cpu.
 """
@@ -64,7 +64,7 @@ VARIANTS: dict[str, list[tuple[str, str, str | None]]] = {
 
 KINDS = ("clips", "keys", "maps", "gradients", "parameters", "exchange")
 PARAMETER_BYTES = 226
-"""Bytes of the parameters that travel with a clip's crops."""
+"""Bytes of the augmentation's parameters, which are sent with a clip's crops."""
 
 # --------------------------------------------------------------------------------------------- assumptions of the model
 
@@ -75,7 +75,7 @@ NETWORKS = {"InfiniBand": 50e9, "Ethernet": 100e9 / 8 / GPUS_A_MACHINE}
 """Bytes a second of one GPU to other machines. InfiniBand: 400 Gb/s for each GPU, as in NVIDIA's data sheet of the DGX
 H200. Ethernet: one card of 100 Gb/s, which the 8 GPUs of a machine share (an assumption about a plain cluster)."""
 REACHED = 0.8
-"""Share of these rates that a collective operation reaches (an assumption)."""
+"""Share of both rates that a collective operation reaches (an assumption)."""
 LATENCY = 20e-6
 """Seconds for each doubling of the ranks in a collective operation (an assumption)."""
 BACKWARD = 0.5
@@ -83,8 +83,8 @@ BACKWARD = 0.5
 RATES = {"measured": 301, "goal": 530}
 """Samples a second of one H200 at 128 clips: as measured (results/nvidia-h200/step.json), and the goal."""
 CLIPS = 128
-"""Clips of a GPU. The batch grows with the number of GPUs. At 512 GPUs it is 65,536, the length of a large queue, so
-each step then replaces the whole queue."""
+"""Clips of a GPU. The batch grows with the number of GPUs. At 512 GPUs it is 65,536, so each step replaces the whole
+queue even if the queue has 65,536 entries."""
 GPUS = (8, 64, 512)
 
 
@@ -96,7 +96,7 @@ def crop_bytes(boxes: Sequence[Sequence[int]], frames: Sequence[int]) -> int:
 
     Args:
         boxes: top, left, height and width. A crop begins at an even row and column.
-        frames: the frames that each box has.
+        frames: how many frames each box crops.
     """
     total = 0
     for (top, left, height, width), count in zip(boxes, frames, strict=True):
@@ -117,16 +117,17 @@ def sent_bytes(
     """Return the bytes that a rank sends in a step, by kind, as a mean over ranks and shuffles. It receives as many.
 
         clips, maps     all-to-all: a clip stays on its rank with probability 1 / R    B b (R - 1) / R
-        keys            all-gather: all ranks get all rows                             B b (R - 1)
+        keys            all-gather: all ranks get all keys                             B b (R - 1)
         gradients       ring all-reduce of N float32                                   4 N 2 (R - 1) / R
         parameters      ring all-gather of N float32 under ZeRO-1                      4 N (R - 1) / R
 
     Args:
+        ranks: R.
         batch: B, clips of a rank.
-        clip, key, maps: b, bytes of one clip.
+        clip, key, maps: b, bytes of one clip, of its keys and of its maps.
         parameters: N.
-        zero: ZeRO-1 shards the optimizer's state.
-        gathers: clips and maps are all-gathered like keys, as before.
+        zero: True if ZeRO-1 shards the optimizer's state.
+        gathers: True if clips and maps are all-gathered like keys, as in the older commit.
     """
     leaving = (ranks - 1) / ranks
     to_all = (ranks - 1) if gathers else leaving
@@ -140,7 +141,7 @@ def sent_bytes(
 
 
 def modelled(task: dict[str, Any], variant: dict[str, Any], ranks: int, before: bool) -> dict[str, float]:
-    """Return the model's bytes for what was counted. The shuffles of the counted steps are known, so they are used."""
+    """Return the model's bytes for a counted variant, with the shuffles of the counted steps."""
     found = variant["ranks"][0]
     views = view_bytes(task, "dclr" if before else variant["method"], found["view_itemsize"])
     if variant["form"] == "crops":
@@ -156,18 +157,18 @@ def modelled(task: dict[str, Any], variant: dict[str, Any], ranks: int, before: 
         parameters=found["parameters"], zero="zero" in variant["ds_config"], gathers=before,
     )  # fmt: skip
     if not before:
-        leaving = [list(left(sizes, task["batch"], step)) for step in range(1, 1 + task["steps"])]
+        leaving = [list(leaving_sizes(sizes, task["batch"], step)) for step in range(1, 1 + task["steps"])]
         model["clips"] = sum(map(sum, leaving)) / ranks / task["steps"]
         share = sum(map(len, leaving)) / task["steps"] / len(sizes)
         model["maps"] = task["batch"] * rows.get("maps", 0) * share
     return model
 
 
-def left(sizes: Sequence[int], batch: int, step: int) -> Iterator[int]:
+def leaving_sizes(sizes: Sequence[int], batch: int, step: int) -> Iterator[int]:
     """Yield the sizes of the clips that leave their rank in a step of a run with the seed 0."""
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(step)).tolist()
-    for place, clip in enumerate(order):
-        if place // batch != clip // batch:
+    for position, clip in enumerate(order):
+        if position // batch != clip // batch:
             yield sizes[clip]
 
 
@@ -175,11 +176,15 @@ def left(sizes: Sequence[int], batch: int, step: int) -> Iterator[int]:
 
 
 def transfer_seconds(kind: str, sent: float, ranks: int, network: float) -> float:
-    """Return the seconds of a collective operation in which each rank sends so many bytes.
+    """Return the seconds of a collective operation in which each rank sends `sent` bytes.
 
-    All-to-all (clips and maps): a GPU sends to each other GPU its own bytes, over NVLink or over its share of the
-    network. Rings (all others): the GPUs of a machine pass on the same bytes, so each crosses the network once for the
-    whole machine, which uses the network of all its GPUs. The slower of NVLink and network counts.
+    All-to-all (clips and maps): a GPU sends different bytes to each other GPU, over NVLink or over its share of the
+    network. Rings (all others): the GPUs of a machine pass on the same bytes, so each byte crosses the network once for
+    the whole machine, which uses the network of all its GPUs. The slower of NVLink and network counts.
+
+    Args:
+        kind: one of KINDS.
+        network: bytes a second of one GPU to other machines.
     """
     machine = min(ranks, GPUS_A_MACHINE)
     if kind in ("clips", "maps"):
@@ -205,7 +210,7 @@ def model_step(gpus: int, network: str, rate: str, clip: dict[str, float], param
             gathers=tree == "before",
         )  # fmt: skip
         seconds = {kind: transfer_seconds(kind, size, gpus, NETWORKS[network]) for kind, size in sent.items()}
-        if tree == "before":  # a ring, and not an all-to-all
+        if tree == "before":  # a ring instead of an all-to-all
             seconds |= {k: transfer_seconds("keys", sent[k], gpus, NETWORKS[network]) for k in ("clips", "maps")}
         total = compute + sum(seconds.values())
         hidden = min(seconds["gradients"], BACKWARD * compute)
@@ -255,7 +260,7 @@ def model(clip: dict[str, float], parameters: int) -> list[Row]:
 
 
 def launch(tree: Path, ranks: int, variants: Sequence[tuple[str, str, str | None]]) -> dict[str, Any]:
-    """Count the bytes of a source tree with so many ranks. Raises SystemExit with the error of a failed rank."""
+    """Count the bytes that `ranks` ranks of a source tree send. Raises SystemExit with the error of a failed rank."""
     task = TASK | {"variants": [dict(zip(("method", "ds_config", "form"), each, strict=True)) for each in variants]}
     worker = Path(__file__).with_name("communication_worker.py")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
@@ -361,7 +366,7 @@ def model_table(rows: Sequence[Row]) -> str:
 def plot(rows: Sequence[Row], caption: str) -> Figure:
     """Plot the bytes of clips, keys and maps by the number of ranks."""
     figure, panel = plt.subplots(figsize=(9, 3.8))
-    # Lines with equal values lie on each other, so each has another mark, and the first ones are larger.
+    # Lines with equal values cover each other, so each has another mark, and the first marks are larger.
     for name, mark, size in zip(dict.fromkeys(map(name_of, rows)), "osD^vx", (14, 11, 9, 8, 7, 6), strict=False):
         own = [row for row in rows if name_of(row) == name]
         sent = [sum(row["counted"][kind] for kind in ("clips", "keys", "maps")) / 1e6 for row in own]
@@ -408,7 +413,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> None:
         "parameters": parameters,
         "model": modelled_steps,
     }
-    measured.publish(plot(measured.rows, measured.caption("gloo on one machine, bytes counted by the kernel")), content)
+    caption = measured.caption("gloo on one machine, bytes counted by the operating system")
+    measured.publish(plot(measured.rows, caption), content)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

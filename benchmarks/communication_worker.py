@@ -1,12 +1,12 @@
-"""A rank that counts the bytes it sends and receives in training steps, for benchmarks/communication.py.
+"""A rank that counts the bytes it sends in training steps, for benchmarks/communication.py.
 
     cd TREE; RANK=... PYTHONPATH=TREE python -P .../communication_worker.py TASK OUT
 
 It imports the code of TREE, an older commit or today's. So this file uses only what both have. TASK is JSON, see
 communication.py. Rank 0 writes what all ranks counted to OUT, in JSON.
 
-The kernel counts the bytes of each TCP connection (TCP_INFO). A section of a step is what the process sends between two
-moments at which its connections are silent. So the counts include gloo's headers, and nothing is left out.
+Linux counts the bytes of each TCP connection (TCP_INFO). The count of a section of a step is taken between two moments
+at which the connections are silent. So the counts include gloo's headers, and no byte is missing.
 """
 
 import json
@@ -41,28 +41,27 @@ BEATS = 4
 """Heartbeats in the measurement of a heartbeat."""
 
 
-def socket_bytes() -> tuple[int, int]:
-    """Return the bytes that this process has sent and received over its open TCP connections."""
-    sent = received = 0
+def socket_bytes() -> int:
+    """Return the bytes that this process has sent over its open TCP connections."""
+    sent = 0
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # not a socket, not TCP, or closed by now
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as one:
                 info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-            (incoming,) = struct.unpack_from("Q", info, 128)  # tcpi_bytes_received, linux/tcp.h
-            total, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
-            sent, received = sent + total - again, received + incoming
-    return sent, received
+            total, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans in linux/tcp.h
+            sent += total - again
+    return sent
 
 
-def silent() -> tuple[int, int]:
-    """Return `socket_bytes` once it has not changed for 30 ms: what was written may still be on its way."""
+def silent_socket_bytes() -> int:
+    """Return `socket_bytes` once nothing has been sent for 30 ms, because written bytes are sent with a delay."""
     before = socket_bytes()
     while True:
         time.sleep(0.03)
         now = socket_bytes()
-        if now[0] == before[0]:
+        if now == before:
             return now
         before = now
 
@@ -72,15 +71,15 @@ class Counter:
 
     def __init__(self) -> None:
         self.sent: dict[str, int] = defaultdict(int)
-        self.row_bytes: dict[str, float] = {}  # of one clip, in the newest call
+        self.row_bytes: dict[str, float] = {}  # of one clip, in the last call
         self._inner = 0
 
     @contextmanager
     def section(self, kind: str) -> Iterator[None]:
-        """Count what is sent inside under `kind`, except what inner sections count."""
-        begin, inner = silent()[0], self._inner
+        """Count under `kind` what is sent inside the context, except in inner sections."""
+        begin, inner = silent_socket_bytes(), self._inner
         yield
-        sent = silent()[0] - begin
+        sent = silent_socket_bytes() - begin
         self.sent[kind] += sent - (self._inner - inner)
         self._inner = inner + sent
 
@@ -106,7 +105,7 @@ def kind_of_rows(rows: Tensor) -> str:
 
 
 def make_batch(task: dict[str, Any]) -> PairBatch:
-    """Return a micro-batch of random pixels of frames of one size, with random augmentations."""
+    """Return a micro-batch of frames of one size with random pixels, with random augmentations."""
     rng = np.random.default_rng(distributed.rank())
     B, T, H, W = (task[name] for name in ("batch", "T", "H", "W"))
     planes = [(H, W), *[((H + 1) // 2, (W + 1) // 2)] * 2]
@@ -126,7 +125,7 @@ def key_boxes(batch: PairBatch) -> list[list[list[int]]]:
 
 
 def count(task: dict[str, Any], variant: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Make training steps of one variant and return the bytes a step, means over the steps."""
+    """Make training steps of one variant and return the bytes that this rank sends in a step, means over the steps."""
     torch.manual_seed(0)
     config = PretrainConfig(
         data=DataConfig(clip_length=task["T"], crop_size=task["side"]),
@@ -172,7 +171,7 @@ def count(task: dict[str, Any], variant: dict[str, Any], device: torch.device) -
 
 @contextmanager
 def counting(counter: Counter) -> Iterator[None]:
-    """Count the functions that move clips, keys and maps."""
+    """Count what is sent inside the context by the functions that exchange clips, keys and maps."""
     names = ("gather_batch", "all_to_all")
     real = {name: getattr(distributed, name) for name in names if hasattr(distributed, name)}
     for name in real:
@@ -184,14 +183,14 @@ def counting(counter: Counter) -> Iterator[None]:
             setattr(distributed, name, function)
 
 
-def count_heartbeat(device: Callable[[], torch.device]) -> tuple[torch.device, float]:
-    """Connect the ranks by `device` and return this rank's device, and the bytes that it sends for a heartbeat."""
+def count_heartbeat(start: Callable[[], torch.device]) -> tuple[torch.device, float]:
+    """Connect the ranks by `start` and return this rank's device, and the bytes that it sends for a heartbeat."""
     with Heartbeat(interval=0.5):
-        connected = device()
-        time.sleep(1)  # until the connections are silent but for the heartbeat
-        begin = socket_bytes()[0]
+        device = start()
+        time.sleep(1)  # until only heartbeats are sent
+        begin = socket_bytes()
         time.sleep(0.5 * BEATS)
-        return connected, (socket_bytes()[0] - begin) / BEATS
+        return device, (socket_bytes() - begin) / BEATS
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How long should each convolution kernel take on an H200, and a whole step with them? It needs no GPU.
+"""How long should each convolution kernel take on an H200, and a whole step with the kernels? It needs no GPU.
 
     python -m benchmarks.convolution_model     write results/convolutions_predicted.json: about 3 minutes on one core
 
@@ -7,24 +7,23 @@ of time for sm_90, for one view of 128 clips of 16 x 112 x 112. Its time is the 
 
     arithmetic    FLOP of whole tiles, with the channels that fill up a section, at 80 % of 790 TFLOP/s
     memory        bytes of each operand read once and each result written once, at 3.9 TB/s
-    L2            bytes of the operands' tiles that all programs read, at 5.5 TB/s. This rate is an assumption
+    L2            bytes of all tiles that the programs read, at 5.5 TB/s. This rate is an assumption
     issue         instructions of all threads, at 29.6 * 10^12 a second: 132 multiprocessors x 128 x 1.755 GHz
 
 Instructions are those of the machine code. A loop's body counts as often as the loop runs: once for each tap, or for
-each block of rows of a weight gradient. Each instruction counts one slot, also a matrix product's. Not modelled: time
-that programs wait for memory or barriers, bank conflicts, the last wave of programs, and matrix products with 16
-columns, which run at half rate.
+each block of rows of a weight gradient. Every instruction counts one slot, a matrix product too. Not modelled: waiting
+for memory or barriers, bank conflicts, the last wave of programs, and the half rate of matrix products with 16 columns.
 
-The library's time is that of its convolution by the model of L2 traffic (benchmarks/layers.py), and of the passes over
-memory that the kernel replaces, at 3.9 TB/s. For each row of the convolution's input and output, in bytes:
+The library's time is that of its convolution by the model of L2 traffic (benchmarks/layers.py), plus that of the passes
+over memory that the kernel replaces, at 3.9 TB/s. The bytes of these passes for each row of the convolution:
 
     forward           4 C to normalise the input (if it is normalised), 2 C' for the output's statistics
     input gradient    4 C for the two sums of batch normalisation's gradient (if the input is normalised)
     weight gradient   none
 
-The step is the sum over all convolutions, of batch normalisation's other passes (6 bytes an element forward and 10
-backward without own kernels), and of 6 ms for the views, the loss and the optimizer (measured). Residual sums are not
-counted. They are the same with every choice of kernels.
+The time of a step is the sum of all convolutions, of batch normalisation's other passes (6 bytes an element forward and
+10 backward without own kernels), and of 6 ms for the views, the loss and the optimizer (measured). Residual sums are
+not counted, because they are the same with every choice of kernels.
 """
 
 import argparse
@@ -76,19 +75,20 @@ OTHER_MS = 6.0
 """Views, loss and optimizer of a step: 4 + 1 + 1 ms, measured on an H200."""
 
 FEW_SPILLS = 64
-"""Bytes of a thread in local memory. A kernel that spills so few may still be the fastest, so it is timed."""
+"""Bytes that a thread may spill to local memory. Such a kernel may still be the fastest, so it is timed."""
 
 KERNELS = ("forward", "input gradient", "weight gradient")
 LIBRARY_CHANNELS = {240: 232}
-"""The library pads the channels inside a (2+1)D convolution to a multiple of 8, the kernels need one of 16."""
+"""Channels of a kernel -> of the library, which pads those inside (2+1)D convolutions to a multiple of 8, not of 16."""
 KERNEL_CHANNELS = {232: 240}
+"""The inverse."""
 
 PASSES = {"forward": "forward", "input gradient": "dgrad", "weight gradient": "wgrad"}
 """Kernel -> its name in benchmarks/layers.py."""
 
 
 class Layer(NamedTuple):
-    """A convolution of stride 1 whose input is normalised by its kernels, or not."""
+    """A convolution of stride 1. `normalised`: its kernels normalise its input."""
 
     kind: str
     C: int
@@ -108,7 +108,10 @@ class Layer(NamedTuple):
 
 
 def all_layers() -> list[Layer]:
-    """Return the layers of r2plus1d_10 that the kernels take. The first spatial one of a block is not normalised."""
+    """Return the layers of r2plus1d_10 that the kernels take, spatial ones with and without normalisation.
+
+    The first spatial convolution of a block gets clips that are normalised already.
+    """
     return [
         Layer(*each, normalised)
         for each in LAYERS
@@ -128,11 +131,11 @@ class Work:
     l2_bytes: float
     programs: int
     trips: int
-    """how often the loop of a program runs"""
+    """Iterations of a program's loop."""
 
 
 def work_of(kernel: str, layer: Layer, rows: int, settings: Settings) -> Work:
-    """Return the work of a kernel for so many rows of the result."""
+    """Return the work of a kernel for `rows` rows of the result."""
     if kernel == "weight gradient":
         return _weight_gradient_work(layer, rows, settings)
     K, N = (layer.C, layer.out) if kernel == "forward" else (layer.out, layer.C)
@@ -174,11 +177,11 @@ class Code:
 
     registers: int
     local: int
-    """bytes of a thread in local memory: spilled registers"""
+    """Bytes of a thread in local memory: spilled registers."""
     shared: int
     wgmma: bool
     once: int
-    """instructions outside of the loop"""
+    """Instructions outside of the loop."""
     in_loop: int
 
     def faults(self) -> list[str]:
@@ -244,7 +247,7 @@ def disassemble(cubin: bytes) -> str:
 def count_instructions(sass: str) -> tuple[int, int]:
     """Return the numbers of instructions outside and inside of the only loop, (n, 0) without a loop.
 
-    A loop is a jump backwards. The code ends with a jump to itself, which never runs, and what fills the last line.
+    A loop is a jump backwards. The code ends with a jump to itself, which never runs, and padding.
 
     Raises:
         RuntimeError: there are several loops.
@@ -269,7 +272,7 @@ def count_instructions(sass: str) -> tuple[int, int]:
 
 
 def kernel_ms(work: Work, code: Code, settings: Settings) -> dict[str, float]:
-    """Return the milliseconds of the four parts."""
+    """Return the milliseconds of the four parts of a kernel's time."""
     issued = work.programs * 32 * settings.warps * (code.once + work.trips * code.in_loop)
     return {
         "arithmetic": work.flops / (0.8 * RATES.flops) * 1e3,
@@ -294,7 +297,7 @@ def library_ms(kernel: str, layer: Layer, clips: int) -> dict[str, float]:
 
 
 def replaced_bytes(kernel: str, layer: Layer) -> int:
-    """Return the bytes, for each row, of the passes over memory that a kernel replaces."""
+    """Return the bytes for each row of the passes over memory that a kernel replaces, as the top of the file says."""
     if kernel == "forward":
         return 4 * layer.C * layer.normalised + 2 * layer.out
     return 4 * layer.C * layer.normalised if kernel == "input gradient" else 0
@@ -315,7 +318,7 @@ def predict(case: tuple[str, Layer, Settings]) -> Row:
     }
     try:
         code = compile_kernel(make_launch(kernel, layer, CELL.B, settings))
-    except Exception as error:  # the compiler's own kinds: this setting is not possible
+    except Exception as error:  # of any kind: the compiler does not accept this setting
         return row | {"skipped": harness.reason(error)}
     parts = kernel_ms(work, code, settings)
     return row | {"code": asdict(code), "faults": code.faults(), "parts_ms": parts, "ms": max(parts.values())}
@@ -332,7 +335,7 @@ def settings_to_try(kernel: str, layer: Layer) -> list[Settings]:
 
 
 def settings_to_time(kernel: str, layer: Layer) -> list[Settings]:
-    """Return the chosen settings and up to four others with the least predicted time that can run on an H200.
+    """Return the chosen settings, and up to four others that can run on an H200, the fastest by prediction.
 
     Layers without a prediction get two settings.
     """
@@ -363,8 +366,8 @@ def layer_of(row: Row) -> Layer:
 def layers_of(conv: Convolution) -> list[Layer]:
     """Return the layers that a convolution of a step may be, none if the kernels do not take it.
 
-    The two convolutions in space of the first stage have one shape. The first gets a block's output, the second gets
-    clips to normalise. Of the second stage, only the second has stride 1.
+    The two spatial convolutions of the first stage have the same shape. The first gets the output of a block, and the
+    second gets clips to normalise. In the second stage, only the second one has stride 1.
     """
     out, C = (KERNEL_CHANNELS.get(channels, channels) for channels in conv.weight[:2])
     size = {"spatial": (3, 3), "temporal": (3, 1)}
@@ -378,7 +381,7 @@ def layers_of(conv: Convolution) -> list[Layer]:
 
 
 Choice = tuple[str, int, int]
-"""Kind and channels of the convolutions that the kernels compute."""
+"""Kind, and channels before and after, of a convolution that own kernels compute."""
 
 
 def step_ms(
@@ -389,14 +392,14 @@ def step_ms(
     Args:
         counts: the convolutions of the step, from `layers.convolutions_of_step`.
         fused: the convolutions that own kernels compute.
-        kernel: returns the milliseconds of a kernel for so many rows.
+        kernel: returns the milliseconds of a kernel, given its name, the layer and the number of rows.
     """
     total = OTHER_MS
     for conv, (forwards, backwards) in counts.items():
         out, channels = conv.weight[:2]
         rows = math.prod(conv.result) // out
         of_library = layers.models(conv, RATES)["model_ms"]
-        # Bytes of the passes of batch normalisation. A kernel's own passes may be those of another convolution.
+        # Bytes of the passes of batch normalisation. A kernel can also replace passes of another convolution.
         moved: dict[str, float] = {"forward": 6 * out * rows, "input gradient": 10 * out * rows, "weight gradient": 0}
         own = [layer for layer in layers_of(conv) if layer[:3] in fused]
         for name in KERNELS:
@@ -412,7 +415,7 @@ def step_ms(
 
 
 def predict_steps(rows: Sequence[Row]) -> list[Row]:
-    """Return the predicted step with the library, with all own kernels, and with the kernels of one convolution."""
+    """Return the predicted step with the library, all own kernels, those of each convolution, and those that win."""
     codes = {(row["kernel"], layer_of(row)): Code(**row["code"]) for row in rows if row["chosen"]}
 
     def kernel(name: str, layer: Layer, count: int) -> float:

@@ -8,17 +8,17 @@
 
 The convolutions are those of r2plus1d_10 that `dclr.kernels.convolution_triton` takes, for one view of 128 clips of
 16 x 112 x 112. "library" is what a kernel replaces: the convolution of cuDNN, and the passes of batch normalisation
-with ReLU as torch.compile makes them (see benchmarks/convolution_model.py). Both sides of an input gradient leave the
-last pass of batch normalisation's gradient to another kernel.
+with ReLU as torch.compile makes them (see benchmarks/convolution_model.py). For an input gradient, neither side
+includes the last pass of batch normalisation's gradient.
 
 A kernel wins if the 80 % quantile of its times is below the 20 % quantile of the library's. The kernels of a
 convolution win in a step if the median gain over the library is larger than the difference between the largest and the
-smallest gain of a round. `step` writes the winners to convolution_choices.json in the form of
-kernels/convolution_choices.json. Nothing is switched on before that file is copied.
+smallest gain of a round. `step` writes the winners to convolution_choices.json in results/DEVICE. They are only
+switched on if the entry is copied to kernels/convolution_choices.json.
 
 Writes layers-convolution-PART.json into results/DEVICE after each row, so a killed program keeps what it has measured.
-Without a GPU it runs tiny sizes, to test the program: its times mean nothing. With TRITON_INTERPRET=1 the kernels run
-in Triton's interpreter, otherwise they are skipped.
+Without a GPU it runs tiny sizes, to test the program: its times mean nothing. With TRITON_INTERPRET=1, `check` and
+`kernels` run the kernels in Triton's interpreter. Without it, `check` runs plain torch, and `kernels` skips them.
 """
 
 import argparse
@@ -67,21 +67,20 @@ TINY = (
 """Layers for a machine without a GPU."""
 
 TOLERANCE = 2.0**-7
-"""Greatest error that is allowed, relative to the greatest value. Rounding a result to bfloat16 makes up to 2^-8."""
+"""Greatest allowed error, relative to the greatest value. Rounding a result to bfloat16 has an error of up to 2^-8."""
 
 DIFFERENCE = 0.02
-"""Results of kernels may differ from the library's by less, relative to their norm. Both round to bfloat16."""
+"""Greatest allowed difference from the library's results, relative to their norm. Both round to bfloat16."""
 
 CHECKED = 2
-"""Clips that are compared with float64. With more clips they are the last."""
+"""Clips that are compared with float64: the last ones."""
 
 ROUNDS = {"cuda": 8, "cpu": 2}
 STEPS = {"cuda": 3, "cpu": 1}
 """Rounds of two variants of a step, and the steps of a variant in a round."""
 
-
 COMPILED_VERSIONS = 256
-"""Versions of a piece of code that torch.compile may keep."""
+"""Compiled versions of a function that torch.compile may keep."""
 
 
 def layers_on(device: torch.device) -> Sequence[Layer]:
@@ -113,7 +112,7 @@ class Inputs:
 def make_inputs(layer: Layer, clips: int, device: torch.device) -> Inputs:
     """Return random inputs. The scales are powers of two.
 
-    Then a fused multiplication and addition rounds like two operations, and ReLU masks the same values everywhere.
+    So a fused multiplication and addition rounds like two operations, and ReLU masks the same values everywhere.
     """
 
     def randn(*shape: int) -> Tensor:
@@ -143,7 +142,7 @@ def normalised(x: Tensor, normalisation: Normalisation | None) -> Tensor:
 
 
 def as_images(clips: Tensor, layer: Layer) -> Tensor:
-    """Return clips as images, without a copy: every frame is one, or time is the height and all pixels the width."""
+    """Return clips as images, without a copy. An image is a frame, or it has time as height and pixels as width."""
     return clips.transpose(1, 2).flatten(0, 1) if layer.kind == "spatial" else clips.flatten(3)
 
 
@@ -183,8 +182,9 @@ NAMES = ("y", "mean", "variance", "gradient of x", "of the weight", "of the mean
 def check_layer(layer: Layer, clips: int, device: torch.device) -> Row:
     """Return the errors of a convolution and its gradients, relative to the greatest value of each.
 
-    The gradient arrives in the last CHECKED clips, so that these alone determine the gradients of the parameters.
-    Frame 0 stands for three equal frames and differs in size from the others, so that statistics without it are wrong.
+    The upstream gradient is 0 except in the last CHECKED clips, so these alone determine the gradients of the
+    parameters. Frame 0 stands for three equal frames, and its values are twice as large. So wrong shares of the frames
+    give wrong statistics.
     """
     given = make_inputs(layer, clips, device)
     given.x[:, :, 0] *= 2
@@ -195,7 +195,7 @@ def check_layer(layer: Layer, clips: int, device: torch.device) -> Row:
     elements = max(y.numel(), given.x.numel())
     with torch.no_grad():
         outside = found[0][:-CHECKED]
-        others = float(outside.abs().max()) if len(outside) else 0.0  # exactly 0, without an upstream gradient
+        others = float(outside.abs().max()) if len(outside) else 0.0  # must be 0, as the upstream gradient is
         results = [y[-CHECKED:], mean, variance, found[0][-CHECKED:], *found[1:]]
         errors = {
             name: float((result.double() - truth).abs().max() / truth.abs().max())
@@ -205,7 +205,7 @@ def check_layer(layer: Layer, clips: int, device: torch.device) -> Row:
 
 
 def truths(layer: Layer, given: Inputs, y: Tensor) -> list[Tensor]:
-    """Return the true values of NAMES in float64, of the last CHECKED clips. Statistics are those of all of y."""
+    """Return the float64 values of NAMES for the last CHECKED clips. The statistics are those of all clips."""
     x, upstream = given.x[-CHECKED:], given.upstream[-CHECKED:].double()
     z, weight = normalised(x, given.normalisation).double(), given.weight.double()
     images = F.conv2d(as_images(z, layer), image_weight(weight, layer), padding=tuple(padding(layer)))
@@ -247,7 +247,7 @@ def measure_check(device: torch.device, record: layers.Record) -> None:
                 row |= check_layer(layer, clips, device)
                 row["greatest_error"] = max(row["errors"].values())
                 row["right"] = row["greatest_error"] <= TOLERANCE
-            except RuntimeError as error:  # such as no memory: the other layers are still worth checking
+            except RuntimeError as error:  # such as too little memory: the other layers are still worth checking
                 row |= {"right": False, "skipped": harness.reason(error)}
             if not row["right"]:
                 wrong.append(row["what"])
@@ -317,7 +317,7 @@ def kernel_call(kernel: str, given: Inputs, settings: Settings) -> Call:
 
 
 def expected(kernel: str, given: Inputs, found: list[Tensor]) -> list[Tensor]:
-    """Return what a kernel should return, from the library's results: its input gradient has passed ReLU already."""
+    """Return what a kernel should return, from the library's results, which lack the mask of ReLU and the scale."""
     if kernel != "input gradient" or given.normalisation is None:
         return found
     scale = given.normalisation.scale.view(-1, 1, 1, 1)
@@ -332,7 +332,7 @@ def name_of(settings: Settings) -> str:
 def time_kernel(kernel: str, layer: Layer, given: Inputs, device: torch.device) -> Row:
     """Return the times of a kernel with several settings and of the library, taken in turns.
 
-    The results of each are compared with the library's: `difference` is relative to their norm.
+    `difference` is the greatest difference from the library's results, relative to their norm.
     """
     settings = {name_of(each): each for each in settings_to_time(kernel, layer)}
     of_library = library_call(kernel, layer, given, device)
@@ -361,7 +361,7 @@ def time_kernel(kernel: str, layer: Layer, given: Inputs, device: torch.device) 
 
 
 def compile_ahead(kernels: Sequence[tuple[str, Layer]], device: torch.device) -> None:
-    """Compile all kernels at once, on all cores. Triton finds them in its cache when they are launched."""
+    """Compile all kernels on all cores. Triton finds them in its cache when they are launched."""
     if device.type != "cuda":
         return
     cases = [(kernel, layer, settings) for kernel, layer in kernels for settings in settings_to_time(kernel, layer)]
@@ -375,7 +375,7 @@ def compiles(case: tuple[str, Layer, Settings]) -> bool:
     kernel, layer, settings = case
     try:
         make_launch(kernel, layer, CLIPS["cuda"], settings).compile(CAPABILITY)
-    except Exception:  # the launch will say why
+    except Exception:  # the launch will report the reason
         return False
     return True
 
@@ -406,7 +406,7 @@ def measure_kernels(device: torch.device, record: layers.Record) -> None:
 
 def measure_step(device: torch.device, record: layers.Record) -> None:
     """Time a step with each choice of kernels, in turns with the library, and write the proposal."""
-    # All networks share the code of their class, and torch.compile keeps 8 versions of a piece of code by default.
+    # All networks share the code of their class, and torch.compile keeps 8 versions of a function by default.
     torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
     torch._dynamo.config.accumulated_recompile_limit = COMPILED_VERSIONS
     cell = layers.CELLS[device.type]
@@ -443,7 +443,7 @@ def time_step(name: str, fused: Sequence[Choice], library: Call, device: torch.d
         samples: dict[str, list[float]] = {name: [] for name in calls}
         for turn in harness.turns(list(calls), ROUNDS[device.type]):
             samples[turn].append(statistics.median(harness.time_consecutive(calls[turn], device, STEPS[device.type])))
-    except RuntimeError as error:  # such as a compiler's: the other variants are still worth measuring
+    except RuntimeError as error:  # such as the compiler's: the other variants are still worth measuring
         return row | {"skipped": harness.reason(error)}
     gains = [theirs - ours for theirs, ours in zip(samples["library"], samples["own"], strict=True)]
     gain, ms = statistics.median(gains), statistics.median(samples["own"])

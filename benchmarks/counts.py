@@ -1,14 +1,14 @@
-"""How much arithmetic and memory traffic does a training step take, before and after the changes of issue 23?
+"""How much arithmetic and memory traffic does a training step take, in an older commit and today?
 
     python -m benchmarks.counts            r2plus1d_10 and r2plus1d_18, 128 clips of 16 x 112 x 112
     python -m benchmarks.counts --quick    small sizes, to try the command
 
 Time to expect: 5 minutes on one core. No GPU is needed: tensors have shapes and no memory.
 
-Every count is made twice: in the files of an older commit (benchmarks/baseline.py) and in today's tree. For each pass
-of a backbone, benchmarks/counts_worker.py counts FLOP and bytes by part (stem, layer1 to layer4) and kind. Kinds are
-convolutions, copies, and the rest, which is batch normalisation with ReLU and the residual sums. There are two counts
-of bytes:
+Every count is made twice: in the files of an older commit ("before", see benchmarks/baseline.py) and in today's tree
+("after"). For each pass of a backbone, benchmarks/counts_worker.py counts FLOP and bytes by part (stem, layer1 to
+layer4) and kind. Kinds are convolutions, copies, and the rest, which is batch normalisation with ReLU and the residual
+sums. There are two counts of bytes:
 
     eager       each aten operation reads its arguments and writes its results once
     compiled    each kernel that torch.compile plans for an H200 reads and writes its buffers once
@@ -56,9 +56,11 @@ Convolution = tuple[str, list[int], list[int], list[int]]
 
 
 def count_tree(tree: Path, cell: Cell, static_once: bool) -> dict[str, Any]:
-    """Return the counts of a source tree, by pass. Raises RuntimeError with its last line if the process failed.
+    """Return the counts of a source tree, by pass.
 
-    static_once: the tree takes a static view of one frame, expanded.
+    static_once: True if the tree takes a static view of one frame, expanded.
+
+    Raises RuntimeError with the last line of the process's errors if it failed.
     """
     worker = Path(__file__).with_name("counts_worker.py")
     question = json.dumps(asdict(cell) | {"static_once": static_once})
@@ -85,7 +87,7 @@ def summarise(passes: dict[str, Any]) -> dict[str, Any]:
         found[name] = {where: sum(count for other, count in cells if other == where) for where, _ in cells}
         found[f"{name}_total"] = sum(count for _, count in cells)
         found[f"{name}_by_pass"] = {each: sum(passes[each][mode][key].values()) for each in passes}
-    # The largest of both: torch.compile can add a tensor, and remove one.
+    # Both are needed, because torch.compile can add tensors and remove them.
     found["largest_eager"] = max(each["eager"]["largest"] for each in passes.values())
     found["largest_compiled"] = max(each["compiled"]["largest"] for each in passes.values())
     return found
@@ -111,13 +113,13 @@ def loss_bytes() -> dict[str, int]:
 
 
 def frames_computed(convolutions: Sequence[Convolution], T: int, last: str | None) -> list[tuple[int, int, int, int]]:
-    """Return for each convolution how many frames of a static view it reads and writes, and how many there are.
+    """Return for each convolution how many frames of a static view it reads and writes, and how many the view has.
 
     Frames are equal if all that they were computed from is equal. A convolution in time pads with zeros, so its outputs
     at both ends differ from those in the middle.
 
     Args:
-        convolutions: in the order of a forward pass: of a block, both factored convolutions, then the shortcut.
+        convolutions: in the order of a forward pass; in a block, both factored convolutions, then the shortcut.
         T: frames of the view.
         last: the last part that computes equal frames once. None: no part does.
 
@@ -164,10 +166,10 @@ def canonical(values: Sequence[Any]) -> list[int]:
 def static_view_cost(convolutions: Sequence[Convolution], cell: Cell, last: str | None) -> dict[str, float]:
     """Return FLOP and bytes of the static view in a step: three forward passes and one backward pass.
 
-    A convolution reads its input and writes its output in bfloat16, twice backward. Batch normalisation with ReLU moves
-    6 bytes an element forward and 10 backward.
+    A convolution moves its input and its output in bfloat16, once forward and twice backward. Batch normalisation with
+    ReLU moves 6 bytes an element forward and 10 backward.
 
-    convolutions: of a pass with three views.
+    convolutions: those of a pass with three views.
     """
     flops = size = 0.0
     for (_, given, weight, made), (read, written, all_in, all_out) in zip(
@@ -199,8 +201,8 @@ def stem_layouts(cell: Cell) -> dict[str, dict[str, float]]:
     plain     view kernels write 3 channels; before each pass a kernel rearranges them to 16 channels of blocks
     blocks    view kernels write the blocks
 
-    The rgb and the dynamic view have T frames, the static view has one. The query clip's auxiliary views go through
-    two passes. The query encoder's first convolution reads its input again for its weight's gradient.
+    The rgb and the dynamic view have T frames, the static view has one. The auxiliary views of the query clip pass
+    through both encoders. The query encoder's first convolution reads its input again for the gradient of its weight.
     """
     side = math.ceil(cell.side / 2) + 3
     plain, blocks = 2 * 3 * cell.side**2, 2 * 16 * side**2  # bytes of a frame
@@ -246,7 +248,7 @@ def by_part(row: harness.Row) -> list[list[str]]:
 
 
 def kind_of(key: str) -> str:
-    """Return the kind of a key "part, kind". Copies count with normalisation, whose tensors they move."""
+    """Return the kind of a key "part, kind". Copies count as normalisation, because they copy its tensors."""
     kind = key.split(", ")[1]
     return "normalisation" if kind == "copy" else kind
 

@@ -3,15 +3,15 @@
     cd TREE; PYTHONPATH=TREE python -P .../counts_worker.py '{"backbone": "r2plus1d_10", "B": 128, ...}'
 
 It imports the code of TREE, an older commit or today's, and prints the counts as JSON on the last line. Tensors are
-torch's FakeTensors, which have shapes and no memory. So no GPU is needed.
+torch's FakeTensors, which have shapes and no memory, so no GPU is needed.
 
 Two counts of bytes:
     eager       a hook on every aten operation: the bytes of its arguments and its results. Each is read or written once
     compiled    the kernels that torch.compile plans for an H200: the bytes that each kernel reads and writes. The
-                backbone is compiled as `compile_backbone` compiles it, up to the plan of kernels. No code is made
+                backbone is compiled as `compile_backbone` compiles it, up to the plan of kernels. No code is generated
 
-A part is the stem or a stage, found by data flow: an operation belongs to the last stage whose weights or activations
-it uses. A kind is a convolution, a copy (the kernel only moves data) or the rest, batch normalisation with ReLU.
+A part is the stem or a stage, found by data flow: an operation belongs to the last part whose weights or activations
+it uses. A kind is a convolution, a copy (the kernel only copies data) or the rest, batch normalisation with ReLU.
 """
 
 import importlib
@@ -44,7 +44,7 @@ aten = torch.ops.aten
 COPIES = {"clone", "copy", "copy_", "_to_copy", "cat", "contiguous", "pixel_unshuffle", "constant_pad_nd", "fill_"}
 MOVES = {"permute", "view", "clone", "transpose", "getitem", "cat", "slice", "expand", "unsqueeze", "squeeze", "select"}
 MOVES |= {"convolution", "convolution_backward", "_unsafe_view", "constant_pad_nd", "as_strided", "alias", "full"}
-"""Operations that compute nothing by themselves in a kernel. A kernel that feeds a convolution names it as well."""
+"""Operations that compute nothing in a kernel. Inductor also names the convolution that a kernel prepares data for."""
 
 
 def part_of(name: str) -> int | None:
@@ -170,14 +170,14 @@ class Hook(TorchDispatchMode):
 
 def find_run_backbone() -> Any:
     """Return `run_backbone` of the tree that is counted. The older commit has it in another module."""
-    # An import would not tell: a tree that lacks a module gets it from an installed dclr.
+    # To try an import is not enough: in a tree without the module, it would find that of an installed dclr.
     name = "dclr.methods.encoder" if Path("dclr/methods").is_dir() else "dclr.method"
     return importlib.import_module(name).run_backbone
 
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Let the stem convolve blocks, as on a GPU. Backbones of older commits have no such choice."""
+    """Let the stem convolve blocks inside the context, as on a GPU. Backbones of older commits cannot."""
     from dclr.models import video_resnet
 
     if not hasattr(video_resnet, "_as_blocks"):
@@ -193,7 +193,6 @@ def as_on_a_gpu() -> Iterator[None]:
 def count_eager(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, Any]:
     """Return the counts of a pass without torch.compile."""
     run_backbone = find_run_backbone()
-
     mode = FakeTensorMode()
 
     def fake(tensor: Tensor) -> Tensor:
@@ -228,7 +227,7 @@ RNG_STATE = torch.zeros(16, dtype=torch.uint8)
 
 
 class Counted(Exception):
-    """All graphs of a pass are counted."""
+    """All graphs of a pass are counted, so compiling ends here."""
 
 
 class H200:
@@ -243,7 +242,7 @@ class H200:
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Let torch.compile find an H200. Nothing may run on it."""
+    """Let torch.compile find an H200 inside the context. Nothing may run on it."""
     none, zero, props = (lambda value: lambda *a, **k: value)(None), (lambda *a, **k: 0), (lambda *a, **k: H200())
     answers: dict[str, Any] = {
         "torch.cuda.is_available": lambda: True,
@@ -263,7 +262,7 @@ def pretended_gpu() -> Iterator[None]:
         "torch._inductor.scheduler.has_triton": lambda *a, **k: True,
         "torch.utils._triton.has_triton": lambda *a, **k: True,
     }
-    # torch asks cuDNN, which answers with the format of the input. Without a GPU torch would choose the default format.
+    # cuDNN, if asked, keeps the memory format of the input. Without a GPU, torch would choose the default format.
     answers["torch._C._conv_determine_backend_memory_format"] = lambda x, *a, **k: (
         torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     )
@@ -330,7 +329,7 @@ def kernel_bytes(node: Any, graph: GraphLowering) -> tuple[dict[str, int], dict[
 def graph_labels(graph: GraphLowering, inputs: Sequence[str], forward: dict[str, int | None]) -> dict[str, Any]:
     """Return the label of every node of a graph by its name: see `combine`.
 
-    inputs: names of the forward graph's inputs. forward: labels of the forward graph's nodes, for the backward graph.
+    inputs: names of the forward graph's inputs. forward: parts of the forward graph's nodes, for the backward graph.
     """
     labels: dict[str, tuple[int | None, bool]] = {}
     module: Any = graph.module
@@ -349,7 +348,7 @@ def graph_labels(graph: GraphLowering, inputs: Sequence[str], forward: dict[str,
 
 
 class Compiler:
-    """Stands in for the end of torch.compile, and counts what it planned.
+    """Replaces the code generation of torch.compile, and counts the planned kernels.
 
     Attributes:
         kernels: one for each planned kernel: its graph, part, kind, and bytes read and written by buffer.
@@ -393,7 +392,7 @@ class Compiler:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let torch.compile call `plan` in place of its code generation, with tensors of a GPU."""
+        """Let torch.compile call `plan` inside the context instead of generating code, with tensors of a GPU."""
         codegen, compile_all = compile_fx.fx_codegen_and_compile, compile_fx.compile_fx
 
         def on_gpu(tensor: Any) -> Any:
@@ -438,7 +437,7 @@ def kernel_kind(node: Any, origins: Any) -> str:
 
 
 def count_compiled(function: Callable[[], Any], backward: bool) -> dict[str, Any]:
-    """Return the counts of a compiled function of fake tensors, which is called once."""
+    """Compile a function of fake tensors by calling it once. Return the counts and the kernels."""
     torch.compiler.reset()
     compiler = Compiler(backward)
     with compiler.installed():
@@ -460,7 +459,7 @@ def is_counted(error: BaseException | None) -> bool:
 
 @as_on_a_gpu()
 def count_pass(cell: dict[str, Any], letters: str, backward: bool) -> dict[str, Any]:
-    """Return the counts of a pass with torch.compile, without the kernels themselves."""
+    """Return the counts of a pass with torch.compile, and its kernels."""
     run_backbone = find_run_backbone()
     from dclr.training.compile import compile_backbone
 
@@ -485,8 +484,7 @@ def main() -> None:
     found = {}
     for name, (letters, backward) in PASSES.items():
         compiled = count_pass(cell, letters, backward)
-        if not cell.get("kernels"):
-            del compiled["kernels"]
+        del compiled["kernels"]
         found[name] = {"eager": count_eager(cell, letters, backward), "compiled": compiled}
     print(json.dumps(found))
 

@@ -5,16 +5,16 @@
     python -m benchmarks.gpu_layers --list                           print the parts, their minutes and commands
 
 Each part is a process of its own with a time limit. A part that fails or takes too long does not stop the next, and
-what it had measured is kept. Each part writes its own JSON file into results/DEVICE at once. `layers.json` there lists
+its results so far are kept. Each part writes its own JSON file into results/DEVICE at once. `layers.json` there lists
 the parts with their outcome and seconds. The exit status is 1 if a part failed or was stopped, and 0 if parts were only
-skipped. It needs no git and no installation: PYTHON=python3 and a copy of the project are enough. Parts that need
-DeepSpeed, an older commit or a data set are skipped without it, and say so.
+skipped. It needs no git and no installation: PYTHON=python3 and a copy of the project are enough. A part that needs
+DeepSpeed, an older commit or a data set is skipped without it, and the reason is printed.
 
 Run `make gpu-baseline` in a checkout first. It writes the older commit's files to .baseline/, for the part "baseline".
 In a copy without git, set DCLR_COMMIT to the commit of the copy, so that results name it.
 
 If the environment variable OUT names a folder, gpu-layers.tar.gz is written there after each part. It holds all results
-and logs of the run, for machines from which only a few files come back. Logs are in runs/gpu-layers.
+and logs of the run, for machines that keep only this folder. Logs are in runs/gpu-layers.
 """
 
 import argparse
@@ -48,17 +48,17 @@ LEAST_S = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One process. `{results}` and `{data}` in its arguments stand for the folders."""
+    """One measurement in a process of its own. `{results}` and `{data}` in its arguments stand for the folders."""
 
     name: str
     minutes: float
     module: str
     arguments: tuple[str, ...] = ()
     on_cpu: tuple[str, ...] = ()
-    """further arguments without a GPU, where the command is only tried"""
+    """Further arguments without a GPU, where the command is only tried."""
     variables: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    """packages, or "data" or "baseline" """
+    """Packages, "data" or "baseline"."""
 
     def command(self, results: Path, data: Path | None, kind: str) -> list[str]:
         words = [*self.arguments, *(self.on_cpu if kind == "cpu" else ())]
@@ -66,7 +66,7 @@ class Part:
         return [sys.executable, "-m", self.module, *(given.get(word, word) for word in words)]
 
     def missing(self, data: Path | None) -> str | None:
-        """Return why the part cannot run, None if it can."""
+        """Return why the part cannot run, or None if it can."""
         for need in self.needs:
             if need == "data":
                 if data is None:
@@ -113,7 +113,7 @@ def own_convolutions(what: str, minutes: float) -> Part:
 
 
 def kernels(name: str, minutes: float, other: str) -> Part:
-    """Return a part that runs a benchmark of kernels for 1 minute. other: the provider next to ours on a CPU."""
+    """Return a part that runs a benchmark of kernels for 1 minute. other: the provider to compare with on a CPU."""
     return Part(
         name=name,
         minutes=minutes,
@@ -176,11 +176,11 @@ PARTS = (
     layer("convolutions", 1.5, "convolutions-heuristic-b", **HEURISTIC_B),
     layer("convolutions", 3, "convolutions-search", ("--search",)),
 )
-"""In the order of their value. A part that needs the results of another comes after it."""
+"""The parts, the most valuable first. A part that needs the results of another comes after it."""
 
 
 FAST_L2 = 7e12
-"""Bytes per second. Above it the model of L2 traffic (benchmarks/layers.py) has the wrong cause."""
+"""Bytes per second. If L2 is faster, the model of L2 traffic (benchmarks/layers.py) does not explain the times."""
 
 
 class Stop(Exception):
@@ -188,14 +188,14 @@ class Stop(Exception):
 
 
 def run_part(part: Part, command: list[str], limit_s: float, log: Path) -> Row:
-    """Run a part's process and return its outcome. The process and its children end after `limit_s` seconds."""
+    """Run a part's process and return its outcome. After `limit_s` seconds the process and its children are ended."""
     log.parent.mkdir(parents=True, exist_ok=True)
     variables = {name: value for name, value in os.environ.items() if name != "OUT"} | part.variables
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables["PYTHONUNBUFFERED"] = "1"
     began_s, status = time.monotonic(), None
     with log.open("w") as file:
-        # A group of its own in this session, so that it ends as a whole, and ends with this session.
+        # A process group of its own can be ended as a whole. It stays in this session, so it ends with the session.
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
         )
@@ -212,7 +212,7 @@ def run_part(part: Part, command: list[str], limit_s: float, log: Path) -> Row:
 
 
 def end_group(process: "subprocess.Popen[Any]") -> None:
-    """End what is left of a process's group: by SIGTERM, and after 5 seconds by SIGKILL."""
+    """End the processes that are left in a process's group: by SIGTERM, and after 5 seconds by SIGKILL."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -264,7 +264,7 @@ def run(
 
 
 def note_about_l2(folder: Path) -> str | None:
-    """Return what to do if reads from L2 are so fast that they cannot be what convolutions wait for."""
+    """Return what to do if reads from L2 are too fast to limit the convolutions, else None."""
     file = folder / "layers-ceilings.json"
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
     rate = max((row["bytes_per_second"] for row in rows if row["what"].startswith("L2 read")), default=0.0)

@@ -21,7 +21,7 @@ from dclr.report import environment, write_json
 
 
 class Outcomes:
-    """A pytest plugin that writes each test's outcome, seconds and first line of the error."""
+    """A pytest plugin that writes each test's outcome, its seconds and the first line of its error."""
 
     def __init__(self, path: Path, environment: dict[str, Any]) -> None:
         self.path, self.environment = path, environment
@@ -37,7 +37,7 @@ class Outcomes:
         if report.when == "call" or report.outcome != "passed":
             found["outcome"] = report.outcome
             if report.outcome != "passed":
-                found["reason"] = _last_line(report)
+                found["reason"] = _reason(report)
             self.write()
 
     def write(self) -> None:
@@ -53,8 +53,8 @@ class Outcomes:
         write_json(self.path, content)
 
 
-def _last_line(report: pytest.TestReport) -> str:
-    """Return one line: the error of a failed test, or why a test was skipped."""
+def _reason(report: pytest.TestReport) -> str:
+    """Return in one line the error of a failed test, or why a test was skipped."""
     if isinstance(report.longrepr, tuple):  # of a skipped test: file, line, reason
         return str(report.longrepr[2])
     crash = getattr(report.longrepr, "reprcrash", None)

@@ -1,7 +1,7 @@
 """The harness of all benchmarks: command line, grid, times taken in turns, goals, results files, captions and tables.
 
 This module is not run by itself. A benchmark supplies its question, its providers and its grid. A provider is one
-implementation of what is measured. A cell is one point of the grid, a row is what was measured in one cell.
+implementation of what is measured. A cell is one point of the grid, and a row is what was measured in one cell.
 
 Every results file holds the question, the command, the device, the versions, the commit and the date. Files lie in
 results/DEVICE, for example results/nvidia-h200 or results/cpu.
@@ -46,7 +46,7 @@ Precision = Literal["ieee", "tf32", "bf16"]
 """Arithmetic of a matrix product: float32, float32 rounded to tf32 first, or bfloat16."""
 
 COPIED_FLOATS = 300_000_000
-"""Size of the copies that measure the bandwidth."""
+"""Number of float32 values in the copies that measure the bandwidth: 1.2 GB."""
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -65,11 +65,11 @@ class Ceilings:
     """The highest rates that the device reached in this run."""
 
     bytes_per_second: float
-    """of a large copy by a kernel, bytes read plus bytes written"""
+    """Rate of a large copy by a kernel: bytes read plus bytes written."""
     flops_per_second: dict[Precision, float]
-    """of a large matrix product"""
+    """Rate of a large matrix product."""
     memcpy_bytes_per_second: float | None = None
-    """of the same copy by the driver (cudaMemcpy in a CUDA graph), which older results give as bytes_per_second"""
+    """Rate of the same copy by the driver (cudaMemcpy in a CUDA graph), which is bytes_per_second in older results."""
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float]:
@@ -79,7 +79,7 @@ def quantiles(values: Iterable[float]) -> dict[str, float]:
 
 
 def milliseconds(values: Iterable[float]) -> dict[str, float]:
-    """Return the quantiles of times, as results files name them."""
+    """Return the quantiles of times in milliseconds, under the names of results files."""
     return {f"{name}_ms": value for name, value in quantiles(values).items()}
 
 
@@ -90,7 +90,7 @@ def turn(names: Sequence[T], number: int) -> list[T]:
 
 
 def turns(names: Sequence[T], rounds: int) -> Iterator[T]:
-    """Yield whose turn it is in all rounds."""
+    """Yield the names in the order of all rounds."""
     for number in range(rounds):
         yield from turn(names, number)
 
@@ -101,11 +101,11 @@ def time_in_turns(
     """Measure all `providers` in one loop of rounds, so that a changing clock rate affects all of them alike.
 
     On CUDA each provider is captured in a CUDA graph if possible (a warning says if not), and events time its replays.
-    A buffer of several times the L2 cache is written before each replay. So inputs come from memory, as in training,
-    and the device is busy while the host launches what follows. The loop never waits for the device before its end.
+    A buffer larger than the L2 cache is written before each replay. So inputs come from memory, as in training, and the
+    device is busy while the host launches what follows. The loop never waits for the device before its end.
 
     Args:
-        providers: functions without arguments. One that computes a gradient calls torch.autograd.grad itself.
+        providers: functions without arguments, by name. A function that measures a gradient computes it itself.
         repetitions: measured rounds.
         warmup: calls of each provider before the first round.
 
@@ -127,10 +127,10 @@ def time_in_turns(
 
 
 def time_consecutive(call: Call, device: torch.device, count: int) -> list[float]:
-    """Return the milliseconds of each of `count` calls, made one right after the other.
+    """Return the milliseconds of each of `count` consecutive calls.
 
-    On CUDA these are the distances of events on the stream. Nothing waits before the end, and time of the host counts
-    where the device waits for the host.
+    On CUDA these are the distances of events on the stream. The host does not wait before the end. Its time counts only
+    where the device waits for it.
     """
     if device.type == "cuda":
         borders = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -148,7 +148,7 @@ def time_consecutive(call: Call, device: torch.device, count: int) -> list[float
 
 
 def peak_extra_memory(call: Call, device: torch.device) -> int | None:
-    """Return the most bytes that one call holds beyond what was allocated before, with its result. None on a CPU."""
+    """Return the most bytes that one call, with its result, adds to what was allocated before. None on a CPU."""
     if device.type != "cuda":
         return None
     call()  # a first call also allocates what later calls reuse, such as cuBLAS's workspace
@@ -161,11 +161,11 @@ def peak_extra_memory(call: Call, device: torch.device) -> int | None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings | None:
-    """Measure copies of 1.2 GB and products of 8192 x 8192 random matrices (zeros are faster). None on a CPU.
+    """Measure copies of 1.2 GB and products of 8192 x 8192 random matrices (zeros are faster). Return None on a CPU.
 
     The copy is an elementwise kernel, as the memory-bound kernels of a step are. A memcpy node of a CUDA graph is up to
-    twice as slow (pytorch/pytorch#191284). The size is no power of two, because such sizes can load some memory
-    channels more than others.
+    twice as slow (pytorch/pytorch#191284). The size is not a power of two, which could load some memory channels more
+    than others.
     """
     if device.type != "cuda":
         return None
@@ -196,7 +196,7 @@ def measure_ceilings(device: torch.device) -> Ceilings | None:
 
 @contextmanager
 def float32_products(precision: Precision) -> Iterator[None]:
-    """Round float32 matrix products inside as `precision` says.
+    """Compute float32 matrix products inside the context with the given precision.
 
     "bf16" allows tf32 as well. A bfloat16 number fits into tf32, so code that widens its arguments loses nothing.
     """
@@ -278,7 +278,7 @@ def check_and_time(
             call, check = prepare(name)
             found[name] = check | {"peak_extra_bytes": peak_extra_memory(call, device)}
             calls[name] = call
-        except Exception as error:  # whatever it is: the other providers are still worth measuring
+        except Exception as error:  # of any kind, because the other providers are still worth measuring
             found[name] = {"skipped": reason(error)}
     try:
         times = time_in_turns(calls, device, repetitions, warmup) if calls else {}
@@ -288,7 +288,7 @@ def check_and_time(
 
 
 def reason(error: Exception) -> str:
-    """Return one line for a table: why a provider was skipped."""
+    """Return in one line, for a table, why a provider was skipped."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, NotAvailable | UserError):
@@ -314,9 +314,9 @@ class Goal:
     text: str
     least: float
     value: Callable[[Row], float | None]
-    """computes the value of a row; None where it was not measured"""
+    """Computes the value of a row, or None where it was not measured."""
     size: dict[str, int] = field(default_factory=dict)
-    """the goal holds for rows with these entries; empty: for all rows"""
+    """The goal is for rows with these entries. If empty, it is for all rows."""
 
 
 def speedup(over: str, quantity: str = "median_ms") -> Callable[[Row], float | None]:
@@ -349,12 +349,12 @@ def judge_kernels(
     genuine: bool,
     typical: tuple[str, Callable[[Row], bool]],
 ) -> list[dict[str, Any]]:
-    """Judge each goal in each precision, by its worst row. The worst of the typical rows stands next to it.
+    """Judge each goal in each precision by its worst row. Return also the worst value of the typical rows.
 
     Args:
         where: names the cell of a row.
-        genuine: ours ran its Triton kernels on a GPU. Otherwise no goal is judged.
-        typical: the entry's name in the results, and which rows are typical.
+        genuine: True if ours ran its Triton kernels on a GPU. Otherwise no goal is judged.
+        typical: the name of this value in the results, and a function that says which rows are typical.
     """
     name, is_typical = typical
     verdicts = []
@@ -387,13 +387,13 @@ def goal_table(verdicts: Sequence[dict[str, Any]], columns: dict[str, str]) -> s
 
 
 def make_parser(description: str | None, providers: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """Return a parser with the options that benchmarks share; --quick and --providers where there are `providers`."""
+    """Return a parser with the options that benchmarks share, with --quick and --providers if there are `providers`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if providers:
         parser.add_argument("--providers", nargs="+", choices=list(providers), help="measure only these")
         parser.add_argument("--quick", action="store_true", help="measure the first cell only, with fewer repetitions")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no new cell, or no new round, after this time"
+        "--minutes", type=float, default=float("inf"), help="begin no new cell or round after this time"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that holds one folder for each device")
     return parser
@@ -410,7 +410,7 @@ def add_kernel_options(parser: argparse.ArgumentParser, precisions: Iterable[str
 def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
 ) -> None:
-    """Run a command. It ends with one line and exit status 2 at a UserError, and 1 at a RuntimeError."""
+    """Run a command. A UserError ends it with one line and exit status 2, a RuntimeError with exit status 1."""
     try:
         run(parser.parse_args(argv))
     except UserError as error:
@@ -424,11 +424,11 @@ class Run:
 
     Attributes:
         environment: device, versions, commit and date.
-        implementation: what "ours" is, after `show_device`.
-        ceilings: the device's ceilings, after `show_device`; None on a CPU.
+        implementation: what "ours" is. None before `show_device`.
+        ceilings: the device's ceilings. None before `show_device`, and on a CPU.
         rows: one for each measured cell.
-        stopped: why the grid was not finished; None if it was.
-        failed: an error stopped the run.
+        stopped: why the grid was not finished. None if it was.
+        failed: True if an error stopped the run.
         not_reached: names of the cells that were not measured.
     """
 
@@ -449,7 +449,7 @@ class Run:
         self._begin = time.monotonic()
 
     def show_device(self, also: str = "") -> None:
-        """Measure the device's ceilings. Print them, the device, and which implementation is "ours"."""
+        """Measure the device's ceilings. Print them, the device, and what "ours" is, followed by `also`."""
         self.implementation = f"ours is: {describe(self.device)}{also}"
         print(f"{self.environment['device']}, torch {self.environment['versions']['torch']}; {self.implementation}")
         self.ceilings = measure_ceilings(self.device)
@@ -464,17 +464,17 @@ class Run:
 
     @property
     def genuine(self) -> bool:
-        """Ours runs its Triton kernels on a GPU."""
+        """True if ours runs its Triton kernels on a GPU."""
         return self.device.type == "cuda" and runs_triton(self.device)
 
     def out_of_time(self) -> bool:
-        """Return whether --minutes are over, and record it."""
+        """Return whether --minutes are over. If so, set `stopped`."""
         if time.monotonic() - self._begin > 60 * self.minutes:
             self.stopped = f"{self.minutes:g} minutes were over"
         return self.stopped is not None
 
     def measure(self, cells: Sequence[T], measure: Callable[[T], Row], show: Callable[[Row], str]) -> None:
-        """Measure the cells in their order and print each row. The first cell is measured whatever the time.
+        """Measure the cells in their order and print each row. The first cell is always measured.
 
         Raises SystemExit if nothing was measured.
         """
@@ -483,7 +483,7 @@ class Run:
                 break
             try:
                 self.rows.append(measure(cell))
-            except RuntimeError as error:  # after some errors a GPU does nothing more in this process
+            except RuntimeError as error:  # after some errors a process can no longer use the GPU
                 self.stopped, self.failed = f"{cell}: {reason(error)}", True
                 break
             print(show(self.rows[-1]), flush=True)
@@ -516,7 +516,7 @@ class Run:
         print(f"Wrote {self.folder / self.name}.json and .png")
 
     def refuse_failures(self, names: Iterable[str], allowed: str | None = None) -> None:
-        """Raise SystemExit if an error ended the run, or a provider of `names` was skipped, but for `allowed`."""
+        """Raise SystemExit if an error ended the run, or one of `names` was skipped, unless the reason is `allowed`."""
         for row in self.rows:
             for name in names:
                 why = row["providers"].get(name, {}).get("skipped", allowed)
@@ -527,12 +527,12 @@ class Run:
 
 
 def from_row(kind: type[T], row: Row) -> T:
-    """Return the cell (a dataclass) that a row was measured in. Older rows lack fields that have a default."""
+    """Return the cell, a dataclass, of a row. Older rows may lack fields that have a default."""
     return kind(**{each.name: row[each.name] for each in fields(kind) if each.name in row})  # type: ignore[arg-type]
 
 
 def command(script: str, arguments: Sequence[str]) -> str:
-    """Return the command line. Of a path only the last folder's name is kept: results are published."""
+    """Return the command line. Only the last name of each path is kept, because results are published."""
     named = [Path(argument).resolve().name if "/" in argument else argument for argument in arguments]
     return " ".join([f"python -m benchmarks.{script}", *named])
 
@@ -549,7 +549,7 @@ def results_folder(device: torch.device, results: Path = RESULTS) -> Path:
 def write(folder: Path, name: str, content: dict[str, Any], figure: Figure) -> None:
     """Write NAME.json and NAME.png into `folder`.
 
-    If the environment variable OUT names a folder, write copies there. On a borrowed machine only that folder is kept.
+    If the environment variable OUT names a folder, write copies there, for machines that keep only this folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", content)

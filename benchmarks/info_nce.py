@@ -1,12 +1,12 @@
-"""How fast is the contrastive loss over a queue, with the search for its positives? Four implementations in one run.
+"""How fast is the contrastive loss over a queue, with the mining of its positives? Four implementations in one run.
 
     python -m benchmarks.info_nce                     bfloat16 on the whole grid, tf32 at the sizes of the goals
     python -m benchmarks.info_nce --quick             both at the sizes of the goals only, fewer repetitions
     python -m benchmarks.info_nce --precision tf32    one precision on the whole grid; also bf16, ieee, or several
     python -m benchmarks.info_nce --minutes 8         begin no new cell after 8 minutes; the goals' sizes come first
 
-Time to expect: on an H200, 39 of the 72 cells took 73 seconds, most of it torch.compile, which compiles anew for every
-cell (a precision, with mining or not, forward only or with backward, B, K). Without a GPU the grid is small and in
+Time to expect: on an H200, 39 of today's 78 cells took 73 seconds, most of it torch.compile, which compiles anew for
+each cell (a precision, with mining or not, forward only or with backward, B, K). Without a GPU the grid is small and in
 float32: 30 seconds on two cores. There "ours" is the reference, and the output says so. Result to expect on an H200 in
 bfloat16, with mining, forward and backward: 12.3 times the released code at B 40, K 2048.
 
@@ -16,12 +16,12 @@ Providers:
     torch.compile   the eager provider, compiled for fixed sizes
     ours            info_nce and mine_positives_by_each of `kernels`
 
-With mining, positives are found as in training (dclr/methods/dclr.py): three searches serve five pairs. "Forward and
+With mining, positives are found as in training (dclr/methods/dclr.py): three rankings serve five pairs. "Forward and
 backward" includes the gradient of the queries, which is the only one. Errors are those of the measured call, compared
-with float64. The float64 loss takes the positives that this call mined, so two equally similar queue entries are no
-error. "With decay" multiplies the logits of each queue entry by a number of its own, as VideoMoCo does
-(dclr/methods/videomoco.py). It is measured at the sizes of the goals, which do not count it. "Same rows" is the share
-of searches that mined the same queue entries as float64.
+with float64. The float64 loss takes the positives that this call mined, so another choice between equally similar queue
+entries is not an error. "With decay" multiplies the logits of each queue entry by a number of its own, as VideoMoCo
+does (dclr/methods/videomoco.py). It is measured at the sizes of the goals, and no goal counts it. "Same rows" is the
+share of queries for which the same queue entries are mined as in float64, over all pairs.
 
 Prints tables and writes info_nce.json and info_nce.png into results/DEVICE. --precision and --quick add to the file
 names.
@@ -84,6 +84,8 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Te
 
 
 class Inputs(NamedTuple):
+    """The arguments of a provider."""
+
     queries: Tensor  # (P, B, D)
     keys: Tensor  # (P, B, D)
     queue: Tensor  # (P, K, D)
@@ -131,9 +133,9 @@ def as_released(
                 (feature @ past.clone().T).softmax(dim=1, dtype=torch.float32)
                 for feature, past in zip(features, queue[1:3], strict=True)
             )
-            searches = [similarity.topk(M, dim=1).indices for similarity in (static, dynamic, static + dynamic)]
-            mined = by_pair(*searches)
-            static_label, dynamic_label, both_label = (_label(entries, K) for entries in searches)
+            rankings = [similarity.topk(M, dim=1).indices for similarity in (static, dynamic, static + dynamic)]
+            mined = by_pair(*rankings)
+            static_label, dynamic_label, both_label = (_label(entries, K) for entries in rankings)
             labels = [both_label, static_label, dynamic_label, static_label, dynamic_label]
     losses = []
     for pair in range(P):
@@ -162,9 +164,9 @@ def ours(
 
 
 def by_pair(static: Tensor, dynamic: Tensor, both: Tensor) -> Tensor:
-    """Return the mined entries (P, B, M) of three searches (B, M), in the order vv, vs, vd, sv, dv of dclr.methods.
+    """Return the mined entries (P, B, M) from three rankings (B, M), in the order vv, vs, vd, sv, dv of dclr.methods.
 
-    The queues of vs and vd hold past static and dynamic views.
+    The queues of vs and vd hold past sv and dv keys, which mining compares with.
     """
     return torch.stack([both, static, dynamic, static, dynamic])
 
@@ -189,7 +191,7 @@ def _label(entries: Tensor, K: int) -> Tensor:
 def float64_loss(inputs: Inputs, mined: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return losses (P,) and the gradient (P, B, D) of their sum with respect to the queries, in float64.
 
-    Queries are taken in blocks, so that the logits of all queries are never in memory at once.
+    Queries are taken in blocks, because the logits of all queries may not fit into memory.
     """
     B, K = inputs.queries.shape[1], inputs.queue.shape[1]
     losses = torch.zeros(P, dtype=torch.float64, device=inputs.queue.device)
@@ -257,7 +259,7 @@ def floor_flops(cell: Cell) -> int:
 
 
 def floor_ms(cell: Cell, ceilings: Ceilings) -> float:
-    """Return the larger of the times that memory alone and the matrix units alone need."""
+    """Return the milliseconds that memory alone or the matrix units alone need, whichever is more."""
     moving = floor_bytes(cell) / ceilings.bytes_per_second
     computing = floor_flops(cell) / ceilings.flops_per_second[cell.precision]
     return max(moving, computing) * 1e3
@@ -267,7 +269,7 @@ def floor_ms(cell: Cell, ceilings: Ceilings) -> float:
 
 
 def make_inputs(cell: Cell, device: torch.device) -> Inputs:
-    """Return queries near their keys, as after training, and features near queries, so that mined entries matter."""
+    """Return queries near their keys, as after training, and features near queries, so mined logits are high."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
 
@@ -296,7 +298,7 @@ def run(step: Step, inputs: Inputs, backward: bool) -> tuple[Tensor, Tensor | No
 
 
 def accuracy(inputs: Inputs, losses: Tensor, mined: Tensor | None, gradient: Tensor | None) -> dict[str, float | None]:
-    """Return the greatest errors against float64. The gradient's error is relative to its greatest component.
+    """Return the greatest differences from float64. The gradient's is relative to its greatest component.
 
     Raises ArithmeticError if a result is not finite.
     """
@@ -353,7 +355,7 @@ def judge(rows: Sequence[Row], genuine: bool) -> list[dict[str, Any]]:
 
 
 def cell_table(row: Row) -> str:
-    """Return what was measured in one cell, one provider a line."""
+    """Return what was measured in one cell as a table, one provider a line."""
     lines = []
     for name, found in row["providers"].items():
         if "skipped" in found:
@@ -459,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns |= {"worst_at": "where", "verdict": "verdict"}
     print(f"\nGoals for an H200: speedup of ours over the other\n\n{harness.goal_table(verdicts, columns)}\n")
     content = {
-        "question": "how fast is the contrastive loss over a queue, with the search for its positives?",
+        "question": "how fast is the contrastive loss over a queue, with the mining of its positives?",
         "sizes": {"P": P, "D": D, "M": M, "temperature": TEMPERATURE},
         "goals": verdicts,
     }

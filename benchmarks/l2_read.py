@@ -1,7 +1,7 @@
 """The rate at which all multiprocessors read from the L2 cache, measured by a Triton kernel.
 
-benchmarks/layers.py uses it for the ceiling that convolutions with narrow tiles run into: they read each operand
-several times from L2. This module is not run by itself.
+benchmarks/layers.py uses it as the ceiling of convolutions with narrow tiles, which read each operand several times
+from L2. This module is not run by itself.
 """
 
 import torch
@@ -19,7 +19,7 @@ ROUNDS = 256
 
 @triton.jit
 def _sum_blocks(source, sums, rounds, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum `rounds` blocks, one after another; each program begins elsewhere. `.cg` loads do not stay in L1."""
+    """Sum `rounds` blocks, one after another. Each program begins at another block. `.cg` loads do not stay in L1."""
     program = tl.program_id(0)
     within = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -42,8 +42,8 @@ def sum_blocks(source: torch.Tensor, programs: int, rounds: int) -> torch.Tensor
 def measure_read_rate(device: torch.device, mebibytes: int = 16) -> float:
     """Return the bytes per second that all multiprocessors together read from `mebibytes` MiB, which stay in L2.
 
-    An H200 has 60 MB of L2 in two halves, so 16 MiB stay there whatever else is cached. The time that the first reads
-    take from memory is less than 1 % of the whole.
+    An H200 has 60 MB of L2 in two halves, so 16 MiB fit into one. The first reads, which come from memory, take less
+    than 1 % of the time.
     """
     source = torch.randn(mebibytes * 2**20 // 4, device=device)
     programs = PROGRAMS_OF_A_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""What do the layers of a training step cost, next to the least that the device's ceilings allow?
+"""What do the layers of a training step cost, compared with the least that the device's ceilings allow?
 
     python -m benchmarks.layers ceilings        copy, memcpy, read and write rate, L2 read rate, matrix products
     python -m benchmarks.layers step            a whole step at 128 and 64 clips
@@ -16,10 +16,10 @@ The steps and the convolutions are those of r2plus1d_10 at 16 x 112 x 112 in bfl
 and `profile` time a plain step that needs no DeepSpeed: autocast, compiled backbones and torch's SGD. `step` also times
 "ours" of benchmarks/step.py if DeepSpeed is installed.
 
-The roofline of a convolution is the larger of its FLOP over the rate of a matrix product and its bytes (operands read
-once, result written once) over the rate of a copy. The L2 model chooses the best of eight tile sizes, and takes the
-largest of three times: FLOP of whole tiles at 80 % of the product's rate, bytes over the copy's rate, and bytes of all
-tiles' operands over the L2 read rate. Source: the model's comparison with the first H200 run, docs/LOG.md.
+The roofline of a convolution is the larger of two times: its FLOP at the rate of a matrix product, and its bytes
+(operands read once, result written once) at the rate of a copy. The L2 model takes, for the best of eight tile sizes,
+the largest of three times: FLOP of whole tiles at 80 % of the product's rate, bytes at the copy's rate, and bytes of
+all tiles' operands at the L2 read rate. docs/LOG.md compares this model with the first run on an H200.
 
 Prints one line a row and writes layers-NAME.json into results/DEVICE after each row, so a killed program keeps what it
 has measured. --save-as NAME changes the name.
@@ -59,11 +59,11 @@ BATCH_SIZES = {"cuda": (128, 64), "cpu": (2, 1)}
 TIMED_STEPS = {"cuda": 12, "cpu": 1}
 REPETITIONS = {"cuda": 10, "cpu": 1}
 PROFILED_SHAPES = {"cuda": 20, "cpu": 1}
-"""Of so many convolutions, those with the most work, the names of the kernels are recorded: a profile takes time."""
+"""Number of convolutions, those with the most work, whose kernels are recorded by name. A profile takes time."""
 
 
 class Record:
-    """The results file of one measurement, written anew at every change."""
+    """The results file of one measurement, which is rewritten at every change."""
 
     def __init__(self, name: str, device: torch.device, results: Path) -> None:
         self.path = harness.results_folder(device, results) / f"layers-{name}.json"
@@ -114,7 +114,7 @@ class Rates:
 
 
 ASSUMED = Rates(flops=790e12, bytes=4.3e12, l2_bytes=5.5e12)
-"""An H200's ceilings, of which the L2 rate is an assumption. Only used without a GPU, where nothing is measured."""
+"""An H200's ceilings, used without a GPU. The L2 rate is an assumption."""
 
 
 def measure_rates(device: torch.device) -> Rates:
@@ -166,7 +166,7 @@ class PlainStep:
     """The step of `train.py pretrain` without DeepSpeed: autocast on a GPU, compiled backbones, torch's SGD.
 
     Args:
-        fused: kind and channels before and after the convolutions that own kernels compute.
+        fused: kind, and channels before and after, of the convolutions that own kernels compute.
     """
 
     def __init__(self, cell: Cell, device: torch.device, fused: Collection[tuple[str, int, int]] = ()) -> None:
@@ -278,7 +278,7 @@ def group_of(kernel: str) -> str:
 
 
 def kernel_times(call: Call, device: torch.device) -> list[Row]:
-    """Return name, milliseconds and number of launches of each kernel of one call, the longest first."""
+    """Return name, milliseconds and number of launches of each kernel of one call, the slowest first."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -322,7 +322,7 @@ def measure_profile(device: torch.device, record: Record, arguments: argparse.Na
 
 @dataclass(frozen=True)
 class Convolution:
-    """One shape of a convolution. x: (N, C, ...), weight: (C', C, ...)."""
+    """The shapes of a convolution. x: (N, C, ...), weight: (C', C, ...)."""
 
     x: tuple[int, ...]
     weight: tuple[int, ...]
@@ -350,7 +350,7 @@ class Convolution:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the convolutions that run inside."""
+    """Records the convolutions that run inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,7 +395,7 @@ K_TILE = 64
 def gemm_ms(M: int, N: int, K: int, taps: int, moved: int, rates: Rates) -> float:
     """Return the milliseconds of a matrix product (M, K) x (K, N) by the model of L2 traffic.
 
-    taps: K consists of so many parts, each padded to a multiple of the tile. moved: bytes of operands and result.
+    taps: number of equal sections of K, each padded to a multiple of the tile. moved: bytes of operands and result.
     """
     depth = taps * math.ceil(K / taps / K_TILE) * K_TILE
     best = math.inf
@@ -471,7 +471,7 @@ def measure_convolutions(device: torch.device, record: Record, arguments: argpar
             row |= {f"{name}_ms": found["median_ms"] for name, found in times.items()} | {"times": times}
             if number < PROFILED_SHAPES[device.type]:
                 row["kernels"] = kernel_times(partial(_call_all, list(calls.values())), device)[:8]
-        except RuntimeError as error:  # such as no memory: the other shapes are still worth measuring
+        except RuntimeError as error:  # such as too little memory: the other shapes are still worth measuring
             row["skipped"] = harness.reason(error)
         forward_ms = {
             "measured": row.get("forward_ms", 0.0),
@@ -498,10 +498,11 @@ def measure_convolutions(device: torch.device, record: Record, arguments: argpar
 
 
 def as_blocks_weight(weight: Tensor) -> Tensor:
-    """Return the weight (C', 16, 4, 4) on 2 x 2 blocks of pixels that does what (C', 3, 7, 7) with stride 2 does.
+    """Return the weight (C', 16, 4, 4) on 2 x 2 blocks of pixels that is equivalent to (C', 3, 7, 7) with stride 2.
 
-    The kernel of 8 x 8 whose first row and column are zero reaches from pixel 2 o - 4 to 2 o + 3: four blocks. The
-    channels of a block are ordered by row, column and colour, and channels 12 to 15 are zero.
+    With a zero row and a zero column in front, the kernel has 8 x 8 pixels. For output o it reads the pixels 2 o - 4 to
+    2 o + 3, which are four blocks. The channels of a block are ordered by row, column and colour, and channels 12 to 15
+    are zero.
     """
     wide = F.pad(weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))  # (C', 3, 4, 2, 4, 2)
     return F.pad(wide.permute(0, 3, 5, 1, 2, 4).flatten(1, 3), (0, 0) * 2 + (0, 4)).contiguous()
@@ -518,7 +519,7 @@ def measure_stem(device: torch.device, record: Record, arguments: argparse.Names
     blocks = space_to_depth(view)
 
     def flat(clips: Tensor) -> Tensor:
-        return clips.transpose(1, 2).flatten(0, 1)  # (B * T, 16, h, w): a view of channels_last_3d memory
+        return clips.transpose(1, 2).flatten(0, 1)  # (B * T, 16, h, w), without a copy of channels_last_3d memory
 
     plain_weight, block_weight = (
         w.contiguous(memory_format=torch.channels_last).requires_grad_() for w in (weight, as_blocks_weight(weight))
@@ -605,7 +606,7 @@ MEASUREMENTS: dict[str, Callable[[torch.device, Record, argparse.Namespace], Non
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(MEASUREMENTS))
-    parser.add_argument("--plain", action="store_true", help="of `step`: only the plain step, at the first batch size")
+    parser.add_argument("--plain", action="store_true", help="for `step`: only the plain step, at the first batch size")
     parser.add_argument("--search", action="store_true", help="let cuDNN try all algorithms on each new size")
     parser.add_argument("--save-as", metavar="NAME", help="write layers-NAME.json (default: what is measured)")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder that holds one folder a device")

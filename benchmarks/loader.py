@@ -4,7 +4,7 @@
     python -m benchmarks.loader --data UCF-101 --quick      a trial with 1 worker and one short round
     python -m benchmarks.loader --data UCF-101 --minutes 5  begin no new cell (data set and workers) after 5 minutes
 
-Time to expect: 2 minutes a cell. It needs no GPU. --data takes the folders that train.py takes; the videos of the train
+Time to expect: 2 minutes a cell. It needs no GPU. --data takes the same folders as train.py. The videos of the train
 split are read. Result to expect on UCF101's clips: from videos 8 times the released code, from a store of planes 140
 times.
 
@@ -20,15 +20,16 @@ Providers (benchmarks/loader_providers.py):
     torchcodec      its exact mode, all 34 frames of a sample in one call, RGB in uint8, default_collate. Skipped if not
                     installed (the wheel must match torch: 0.11 for 2.11) or if it does not find FFmpeg's libraries
     ours, videos    the loader of training: planes in uint8, and drawn augmentations
-    ours, ... store the same from a store made by `train.py pack`: small videos (compact) or planes; files are cached
+    ours, ... store the same from a store made by `train.py pack`: small videos (compact) or planes, from a warm disk
+                    cache
 
-Each provider hands over what its training loop takes. The released loader crops; ours leaves cropping to the GPU.
+Each provider returns what its training loop takes. The released loader crops, and ours leaves cropping to the GPU.
 
 A core's samples/s divides the samples by the processor time of workers and main process, including the start and the
 end of the workers. Other programs on the machine hardly change it. Samples/s by the clock is the rate of a loop that
 only reads. Providers take turns in rounds of about 4 seconds. A speedup is the median of the rounds' ratios.
 
-Before the rounds, each provider must read the right frames. In up to 20 videos, two samples are compared with a decode
+Before the rounds, the frames of each provider are checked. In up to 20 videos, two samples are compared with a decode
 of the whole video, as small pictures. No other frame may be nearer than the wanted one. A row says in how many videos a
 provider read a wrong frame.
 
@@ -77,13 +78,13 @@ THUMBNAIL = (24, 32)  # height, width
 TIE = 0.2
 """Grey levels by which another frame may be nearer, in a still scene or after re-encoding.
 
-On 11 genuine videos right frames stayed within 0.01 and re-encoded ones within 0.09. Of frames shifted by one, at least
-one was off by 0.8 in every video.
+On 11 genuine videos, another frame was nearer than a right one by at most 0.01, and by at most 0.09 after re-encoding.
+When the frames were shifted by one, at least one frame of every video was off by 0.8.
 """
 
 
 def over_released(provider: str) -> Callable[[Row], float | None]:
-    """Return the value of a goal: how many times the released code's samples a core reads by `provider`."""
+    """Return the value of a goal: the samples that a core reads by `provider`, divided by the released code's."""
     return lambda row: row["providers"].get(provider, {}).get("times_released")
 
 
@@ -149,7 +150,7 @@ def match(found: Tensor, wanted: np.ndarray, truth: Tensor) -> bool:
 def true_thumbnails(path: Path) -> tuple[Tensor, Tensor]:
     """Decode a video from its first to its last frame. Return (frames, h, w) pictures from RGB and from the luma plane.
 
-    Their brightness differs by more than that of neighbouring frames in a still scene, so like is compared with like.
+    The two differ in brightness by more than neighbouring frames of a still scene, so RGB is compared with RGB.
     """
     rgb, luma = [], []
     with av.open(str(path), metadata_errors="ignore") as container:
@@ -189,14 +190,14 @@ class Round:
 def open_checked(
     folder: Path, names: tuple[str, ...]
 ) -> tuple[Source, dict[str, Reader], dict[str, str], dict[str, int]]:
-    """Return a data set, its readers, why others are skipped, and in how many videos each reads wrong frames."""
+    """Return a data set, its readers, why providers are skipped, and in how many videos each reads wrong frames."""
     source = open_source(folder)
     readers, skipped = open_readers(source, names)
     return source, readers, skipped, count_wrong_videos(source, readers)
 
 
 def read_epochs(source: Source, reader: Reader, workers: int, epochs: int) -> Round:
-    """Read whole epochs. Workers start and end inside, because only ended ones are in the children's processor time."""
+    """Read whole epochs. Workers start and end inside, because only ended processes count in `processor_seconds`."""
     sampler = BatchSampler(len(source.paths), source.batch_size, epochs)
     begin, processor_begin, batches = time.perf_counter(), processor_seconds(), 0
     for _ in reader.batches(sampler, workers):
@@ -213,7 +214,7 @@ def processor_seconds() -> float:
 
 
 def measure(cell: Cell, names: Sequence[str], rounds: int, seconds: float) -> Row:
-    """Return one row of the results, from rounds of about so many seconds."""
+    """Return one row of the results. `seconds`: about the length of a round."""
     source, readers, skipped, wrong = open_checked(cell.folder, tuple(names))
     epochs = {name: find_epochs(source, reader, cell.workers, seconds) for name, reader in readers.items()}
     found: dict[str, list[Round]] = {name: [] for name in readers}
@@ -233,7 +234,7 @@ def measure(cell: Cell, names: Sequence[str], rounds: int, seconds: float) -> Ro
 def find_epochs(source: Source, reader: Reader, workers: int, seconds: float) -> int:
     """Return how many epochs the provider reads in about that time.
 
-    It is tried, which also warms the provider up, in runs so long that starting the workers does not matter.
+    Trial runs measure it and also warm the provider up. They are long compared with the start of the workers.
     """
     epochs = 1
     while (taken := read_epochs(source, reader, workers, epochs).seconds) < seconds / 4:
@@ -242,7 +243,7 @@ def find_epochs(source: Source, reader: Reader, workers: int, seconds: float) ->
 
 
 def figures(rounds: list[Round], released: list[Round] | None) -> dict[str, Any]:
-    """Return medians and quantiles of a provider over its rounds, and its speedups over the released code."""
+    """Return the quantiles of a provider over its rounds, and its speedups over the released code."""
     per_core = np.array([each.samples / each.processor_seconds for each in rounds])
     by_clock = np.array([each.samples / each.seconds for each in rounds])
     found: dict[str, Any] = {
@@ -275,7 +276,7 @@ def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def cell_table(row: Row) -> str:
-    """Return what was measured in one cell, one provider a line."""
+    """Return what was measured in one cell as a table, one provider a line."""
     columns = ["provider", "a core's samples/s (20 % to 80 %)", "speedup over released code", "processor ms a sample"]
     columns += ["samples/s by the clock", "videos with wrong frames"]
     lines = []

@@ -1,6 +1,6 @@
 """The ways to read training samples from a data set.
 
-benchmarks/loader.py measures them; this module is not run by itself.
+benchmarks/loader.py describes and measures them. This module is not run by itself.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,15 +83,15 @@ class Reader:
     frames: Callable[[int, ClipPair], np.ndarray | YuvFrames]
     """Reads a sample of video `index`: query clip, key clip and their stills, RGB (2 T + 2, H, W, 3) or planes."""
     batches: Callable[[BatchSampler, int], Iterable[Any]]
-    """Yields the sampler's batches, read by that many workers: what is measured."""
+    """Yields the sampler's batches, read by a number of workers. This is measured."""
     folder: TemporaryDirectory[str] | None = None
     """The reader's own store, deleted with it."""
 
 
 def as_released(source: Source) -> Reader:
-    """Read clips as windows of the sorted timestamps, which is the order of decoding in plain files only."""
+    """Read windows of the sorted timestamps, as the released code does. In some files this is not the frames' order."""
     if short := sum(record.frames < WINDOW for record in source.records):
-        raise NotAvailable(f"it has no clips of videos of fewer than {WINDOW} frames, of which there are {short}")
+        raise NotAvailable(f"it cannot read videos of fewer than {WINDOW} frames, of which there are {short}")
     if untimed := sum(NO_PTS in record.pts for record in source.records):
         raise NotAvailable(f"it finds no frame without a timestamp, and {untimed} videos have such frames")
     timestamps = [np.sort(record.pts).tolist() for record in source.records]
@@ -127,7 +127,7 @@ def as_released(source: Source) -> Reader:
 
 
 def read_by_time(path: Path, first: int, last: int) -> np.ndarray:  # (N, H, W, 3) uint8
-    """Read the frames from timestamp `first` to `last`, both included, sorted by time, as torchvision.io used to."""
+    """Read the frames from timestamp `first` to `last`, both included, sorted by time, as torchvision.io did."""
     found = {}
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.video[0]

@@ -7,18 +7,18 @@ Time to expect: 5 minutes on one core.
 
 A step runs with torch's FakeTensors, which have shapes and no memory: the query encoder's forward pass, the key
 encoder's pass over the key clip, and the backward pass, in bfloat16 with float32 parameters. A hook on every operation
-counts the bytes of all tensors that live at the same time. A sample is a video: the views of two clips in pretraining,
+counts the bytes of all tensors that exist at the same time. A sample is a video: the views of two clips in pretraining,
 of one clip in finetuning. A step holds at most
 
     parameters (with gradient, momentum, a copy for the exchange, and the key encoder) and queue
     + batch x (views and frames + the peak of the passes)
 
 Not counted: memory that cuDNN takes while it convolves, gaps between tensors, the heads, and the loss. The passes are
-uncompiled. torch.compile keeps nearly as much for the backward pass of r2plus1d_10 (docs/LOG.md). One step has been
-measured, on an H200: r2plus1d_10 with DCLR at 128 clips. `measured` in the results is its peak. The table divides the
-memory of a GPU by the count times measured / counted.
+not compiled. torch.compile keeps nearly as much for the backward pass of r2plus1d_10 (docs/LOG.md). One step has been
+measured, on an H200: r2plus1d_10 with DCLR at 128 clips. `measured` in the results is its peak. The table multiplies
+every count by measured / counted of this step.
 
-The same hook counts real passes on this CPU, each in a process of its own, next to the growth of the process.
+The same hook counts real passes on this CPU, each in a process of its own. The growth of the process is also measured.
 
 Writes results/memory.json, from which benchmarks/tables.py makes a table.
 """
@@ -50,10 +50,10 @@ from dclr.methods.encoder import PAIRS, Encoder, run_backbone
 from dclr.models import build_backbone
 
 METHODS = {"DCLR": "vsd", "MoCo": "v", "finetune": "v"}
-"""Letters of the views that pass through the query encoder. Pretraining passes as many of the key clip."""
+"""Letters of a clip's views that pass through the query encoder and, in pretraining, through the key encoder."""
 
 BATCH = 8
-"""Clips of the counted passes. What is counted grows with the batch."""
+"""Clips of the counted passes. Nearly all of their bytes are proportional to the number of clips."""
 
 GPU_GB = (24, 40, 80, 140)
 USABLE = 0.9
@@ -64,7 +64,7 @@ H200 = harness.RESULTS / "nvidia-h200" / "step.json"
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations have made and that still live.
+    """Counts the bytes of all tensors that operations have made and that still exist.
 
     Attributes:
         now, peak: bytes. Tensors that share memory count once.
@@ -102,7 +102,7 @@ class LiveBytes(TorchDispatchMode):
 def count_passes(cell: Cell, letters: str, key: bool, recompute: bool) -> dict[str, int]:
     """Return the bytes that a step's passes with views of `cell.B` clips keep for the backward pass, and their peak.
 
-    key: whether the key encoder passes as many views.
+    key: True if as many views also pass through the key encoder.
     """
     mode = FakeTensorMode()
 
@@ -131,7 +131,7 @@ def passes(encoder: Encoder, views: Any, letters: str, key: bool, live: LiveByte
 
 
 def fixed_bytes(cell: Cell, method: str) -> int:
-    """Return the bytes that do not grow with the batch: see the top of the file. Parameters are float32."""
+    """Return the bytes that do not grow with the batch. The top of the file lists them. Parameters are float32."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_backbone(cell.backbone, cell.width).parameters())
     if method == "finetune":
@@ -141,7 +141,7 @@ def fixed_bytes(cell: Cell, method: str) -> int:
 
 
 def inputs_bytes(cell: Cell, method: str) -> int:
-    """Return the bytes of a sample's views in bfloat16, and of its frames, which are on the GPU twice."""
+    """Return the bytes of a sample's views in bfloat16, and twice those of its frames: one batch is prefetched."""
     views = counts.views_bytes(cell, static_once=True)
     both = 2 * views["read"] + views["written"]
     # Without auxiliary views there are T frames a clip, of 2 T + 1.
@@ -150,7 +150,7 @@ def inputs_bytes(cell: Cell, method: str) -> int:
 
 
 def count(cell: Cell, method: str, recompute: bool) -> harness.Row:
-    """Return the memory of a step: of a sample, and what does not grow with the batch."""
+    """Return the memory of a step: that of a sample, and that which does not grow with the batch."""
     found = count_passes(cell, METHODS[method], method != "finetune", recompute)
     inputs = inputs_bytes(cell, method)
     return {
@@ -166,7 +166,7 @@ def count(cell: Cell, method: str, recompute: bool) -> harness.Row:
 
 
 def largest_batch(row: harness.Row, gigabytes: int, margin: float) -> int:
-    """Return the largest multiple of 8 clips that fits, or a number below 8. `margin`: measured by counted memory."""
+    """Return the largest multiple of 8 clips that fits, or a number below 8. margin: measured / counted memory."""
     room = (USABLE * gigabytes * 1e9 - row["fixed_bytes"]) / (margin * row["sample_bytes"])
     return int(room) // 8 * 8 or int(room)
 
@@ -189,7 +189,7 @@ def margin(result: dict[str, Any]) -> float:
 
 
 def pass_on_cpu(cell: Cell, recompute: bool, results: Any) -> None:
-    """Put the counted peak of an uncompiled step in float32, and the growth of this process, into a queue."""
+    """Put the counted peak of an eager step in float32, and the growth of this process, into the queue `results`."""
     torch.manual_seed(0)
     encoder: Any = types.SimpleNamespace(backbone=build_backbone(cell.backbone, cell.width).train())
     if recompute:
@@ -204,7 +204,7 @@ def pass_on_cpu(cell: Cell, recompute: bool, results: Any) -> None:
 
 
 def measure_on_cpu(cell: Cell) -> list[harness.Row]:
-    """Return the counted peak and the measured growth of a process for a step, without recomputing and with it."""
+    """Return the counted peak of a step and the measured growth of its process, without and with recomputing."""
     context, rows = multiprocessing.get_context("spawn"), []
     for recompute in (False, True):
         results = context.Queue()

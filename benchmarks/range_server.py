@@ -19,11 +19,11 @@ from dclr.data.decoder_process import shared_array
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD like a web server for files: ranges, sizes, and an ETag from size and time of the file."""
+    """Answers GET and HEAD like a web server for files: ranges, sizes, and an ETag from a file's size and time."""
 
     server: "RangeServer"
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else the body waits for the acknowledgement of the header
+    disable_nagle_algorithm = True  # otherwise the body waits for the acknowledgement of the header
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class RangeServer(ThreadingHTTPServer):
-    """The server. `latency_s`: seconds that an answer waits before its first byte."""
+    """The server of one folder. `latency_s`: seconds that an answer waits before its first byte."""
 
     daemon_threads = True
 

@@ -1,22 +1,22 @@
-"""What does reading from a server cost? A packed store by ranges and WebDataset's shards, next to a local store.
+"""What does reading from a server cost? A packed store and WebDataset's shards are compared with a local store.
 
     python -m benchmarks.remote --data UCF101            both latencies
     python -m benchmarks.remote --data UCF101 --quick    a trial: the first latency, one short round
 
 Time to expect: 1 minute to pack, then 3 minutes for each latency. It needs no GPU. Result to expect: from the cache, a
-store on a server is read at 0.8 of the speed of a local one. WebDataset fetches 2.7 times the bytes of a sample from
-planes.
+store on a server is read at 0.8 of the speed of a local one. From planes, WebDataset fetches 2.7 times the bytes of the
+wanted frames.
 
-Videos of the train split of DATA are linked again and again until there are VIDEOS of them. The links are packed into a
+Videos of the train split of DATA are linked again and again until there are VIDEOS links. The links are packed into a
 store of planes and a compact store. The videos of each store are also written into tar files of TAR videos each, as
 WebDataset takes them. A web server on this machine, in a process of its own, serves all of them. Each answer waits for
-the latency before its first byte. The bandwidth of a real network is not part of this measurement: multiply the bytes.
+the latency before its first byte. The bandwidth of a network is not modelled, but the tables give a sample's bytes.
 
 A sample is what pretraining takes: two windows of 16 frames at stride 2, and a still of each. Two worker processes read
 batches of 8. A round of the first epoch starts with an empty cache and reads every video once. Other rounds read
 epochs for some seconds. Providers take turns. A ratio is the median of the rounds' ratios. The rate by the clock is
-counted from the second batch on, when the workers have started. The processor time is that of this process and of the
-workers, with their start and end, and without the server.
+counted from the arrival of the second batch on, when both workers have started. The processor time is that of this
+process and of the workers, with their start and end, and without the server.
 
     store, ...           ours: the loader of training, its batches in shared memory
     ... local            the store's folder
@@ -27,7 +27,7 @@ workers, with their start and end, and without the server.
                          samples; the same frames are taken from each video, and torch's DataLoader collates them.
                          Skipped if not installed
 
-Prints tables and writes remote.json and remote.png into results/DEVICE. --quick adds to the file names.
+Prints tables and writes remote.json and remote.png into results/cpu. --quick adds to the file names.
 """
 
 import argparse
@@ -71,7 +71,7 @@ from dclr.report import cpu_name
 
 VIDEOS, TAR, SHUFFLE = 96, 8, 16
 WORKERS, BATCH_SIZE = 2, 8
-STARTING = 2  # batches: their time is that of the start of the workers
+STARTING = 2  # batches whose time is not counted, because the workers start
 LATENCIES_MS = (0, 20)
 ROUNDS, QUICK_ROUNDS = 5, 1
 SECONDS, QUICK_SECONDS = 3.0, 0.5
@@ -84,11 +84,11 @@ class Reader:
     """A provider at one latency."""
 
     batches: Callable[[int], Iterable[Any]]
-    """Yields the batches of so many epochs."""
+    """Yields the batches of a number of epochs."""
     before: Callable[[], None] = lambda: None
     """Called before each round."""
     one_epoch: bool = False
-    """A round is one epoch."""
+    """True if a round is always one epoch."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,10 @@ class Place:
     """Where the providers of one latency read."""
 
     root: Path
-    """Has the folders planes, compact, planes-tars and compact-tars."""
+    """The folder of planes, compact, planes-tars and compact-tars."""
     server: RangeServer
     caches: Path
+    """The folder of the providers' caches."""
 
 
 def ours(place: Place, kind: str, how: str) -> Reader:
@@ -182,7 +183,7 @@ def make_data(data: Path, folder: Path) -> None:
 
 
 def write_tars(videos: VideoSet, folder: Path) -> None:
-    """Write the videos of a store into tar files of TAR videos each: a .json and the bytes that the store has."""
+    """Write the videos of a store into tar files of TAR videos each: of each video a .json and its stored bytes."""
     folder.mkdir()
     source = videos.source
     assert isinstance(source, Selection)
@@ -288,7 +289,7 @@ def figures(rounds: Sequence[Round], local: Sequence[Round] | None) -> dict[str,
 
 
 def cell_table(row: Row) -> str:
-    """Return what was measured at one latency, one provider a line."""
+    """Return what was measured at one latency as a table, one provider a line."""
     columns = ["read from", "samples/s (20 % to 80 %)", "relative to local", "processor ms a sample"]
     columns += ["MB a sample", "requests a sample"]
     lines = []
@@ -309,7 +310,7 @@ def cell_table(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], caption: str) -> Figure:
-    """Plot the median speed of each provider with its range over rounds, one colour for each latency."""
+    """Plot the speed of each provider, one colour for each latency: median, and 20 % to 80 % quantile of the rounds."""
     names = list(rows[0]["providers"])
     figure, panel = plt.subplots(figsize=(9, 1.5 + 0.5 * len(names)))
     for number, row in enumerate(rows):
@@ -329,7 +330,7 @@ def plot(rows: Sequence[Row], caption: str) -> Figure:
     panel.invert_yaxis()
     panel.set_xscale("log")
     harness.label_log_axis(panel.xaxis)
-    panel.set_xlabel("samples a second: median, lowest and highest round")
+    panel.set_xlabel("samples a second: median of the rounds, line: 20 % to 80 %")
     panel.grid(True, axis="x", alpha=0.3)
     panel.legend(title="latency of the server", fontsize=8)
     harness.add_titles(figure, "Training samples that two workers read from a server on this machine", caption)

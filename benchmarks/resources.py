@@ -1,4 +1,4 @@
-"""How many registers, how much shared memory and how many spills does each Triton kernel have? It needs no GPU.
+"""How many registers, how much shared memory and how many spills does each Triton kernel have? This needs no GPU.
 
     python -m benchmarks.resources            print a table, write results/resources.json: a minute on two cores
     python -m benchmarks.resources --check    print only
@@ -8,7 +8,7 @@ choose. cuobjdump, which comes with Triton, reads the numbers from the binary. T
 or takes too much shared memory. Result to expect: no kernel spills.
 
 The result has a fingerprint of the code and the compilers. tests/test_resources.py reads the committed result if its
-fingerprint is still right, and else compiles everything again.
+fingerprint is still right. Otherwise the test compiles everything again.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Usage:
     registers: int  # of a thread
     local: int  # bytes of a thread in local memory: spilled registers and arrays
     shared: int  # bytes of a program
-    matrix_units: str  # the instruction its products use: wgmma, mma or none
+    matrix_units: str  # the instruction of its products: wgmma, mma or none
 
     def faults(self) -> list[str]:
         """Return a line for each limit that the kernel exceeds."""
@@ -63,7 +63,7 @@ class Usage:
 
 
 def fingerprint() -> str:
-    """Return a hash of the code that is compiled, of Triton and of ptxas. Comments and line numbers do not count."""
+    """Return a hash of the compiled code and of the versions of Triton and ptxas. Comments do not change it."""
     import triton
 
     sources = [ROOT / "benchmarks" / "resources.py", *sorted((ROOT / "kernels").glob("*.py"))]
@@ -73,7 +73,7 @@ def fingerprint() -> str:
 
 
 def measure(step: int = 1) -> list[Usage]:
-    """Compile every kernel in every configuration, on all cores. With `step`, compile every step-th case only.
+    """Compile every kernel in every configuration, or every `step`-th of these cases, on all cores.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set.

@@ -1,10 +1,10 @@
-"""What does retrieval cost in time and memory? Ours next to a full sort, to torch.topk of chunks, and to faiss.
+"""What does retrieval cost in time and memory? Ours is compared with a full sort, torch.topk of chunks, and faiss.
 
     python -m benchmarks.retrieval                                   all cells on one core: 11 minutes
     python -m benchmarks.retrieval --quick                           the first cell only, one round: half a minute
     python -m benchmarks.retrieval --faiss-python VENV/bin/python    another environment's Python for faiss
 
-faiss (pip install faiss-cpu) is no dependency of dclr. Without it, its rows say that it is not installed.
+faiss (pip install faiss-cpu) is not a dependency of dclr. Without it, its rows say that it is not installed.
 
 Providers:
     ours               dclr.evaluation.retrieval: exact sums in float64, chunks, ties in the order of the gallery
@@ -13,13 +13,14 @@ Providers:
     faiss IndexFlatIP  the exact index of faiss, in float32
 
 Each finds the 50 nearest of G gallery videos for each of Q queries, from features of 512 numbers. The features are
-made: a mean for each of 400 classes plus noise, in the order of the classes. Subtracting the mean and scaling to length
-1 are part of the time. Every turn is a process of its own with one thread. A round is one turn of each provider, and
-the order rotates. A ratio compares turns of one round. Peak memory is the most that the process held, with libraries,
-features and results.
+synthetic: a mean for each of 400 classes plus noise, in the order of the classes. Subtracting the mean and scaling to
+length 1 are part of the time. Every turn is a process of its own with one thread. A round is one turn of each provider,
+and the order rotates. A ratio compares turns of one round. Peak memory is the most that the process held, with
+libraries, features and results.
 
 The sizes are those of UCF101, split 1, of a tenth of Kinetics-400's validation videos, and of 20,000 of them. In the
-last cell only ours runs, once: the others' times grow with the number of queries. The goal is a peak below 4 GiB there.
+last cell only ours runs, once, because the others would take ten times as long as in the second cell. The goal there is
+a peak below 4 GiB.
 
 Prints a table, and writes retrieval.json and retrieval.png into results/cpu.
 """
@@ -49,16 +50,16 @@ FEATURES, DEPTH = 512, 50
 ROUNDS = 3
 GOAL_GIB = 4.0
 LARGEST_SORT_GIB = 8.0
-"""Memory of cosines and indices above which the full sort is skipped. It needs 20 bytes for each pair."""
+"""Memory above which the full sort is skipped. It needs 20 bytes for each pair of a query and a gallery video."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One size."""
 
-    Q: int
-    G: int
-    alone: bool = False  # only ours, once
+    Q: int  # queries
+    G: int  # gallery videos
+    alone: bool = False  # True: only ours runs, once
 
     def __str__(self) -> str:
         return f"{self.Q:,} queries, {self.G:,} gallery videos"
@@ -83,7 +84,7 @@ def turn(provider: str, cell: Cell, python: str, folder: Path) -> dict[str, Any]
 
 
 def measure(cell: Cell, rounds: int, pythons: dict[str, str]) -> Row:
-    """Return the row of a cell: by provider its seconds by round, its peak memory, and its agreement with ours."""
+    """Return the row of a cell. It has each provider's seconds by round, peak memory and agreement with ours."""
     names = ["ours"] if cell.alone else list(PROVIDERS)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     skipped: dict[str, str] = {}

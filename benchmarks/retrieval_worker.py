@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 CLASSES = 400
-"""Classes of the made features, as Kinetics-400 has."""
+"""Classes of the synthetic features, as many as Kinetics-400 has."""
 
 ROWS_AT_ONCE = 1024, 4096
-"""Queries and gallery rows of a chunk, for `topk of chunks`. They are those of ours."""
+"""Queries and gallery videos of a chunk in `topk of chunks`, as in ours."""
 
 
 def make_features(rows: int, features: int, seed: int) -> np.ndarray:
-    """Return made features (N, D) float32: a mean for each class plus noise. Rows are in the order of the classes."""
+    """Return synthetic features (N, D) float32: a mean for each class plus noise, in the order of the classes."""
     centres = np.random.default_rng(0).standard_normal((CLASSES, features), dtype=np.float32)
     made = np.random.default_rng(seed).standard_normal((rows, features), dtype=np.float32)
     made *= 3
@@ -31,7 +31,7 @@ def make_features(rows: int, features: int, seed: int) -> np.ndarray:
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Subtract the mean and scale to length 1, in place."""
+    """Subtract the mean from features and scale them to length 1, in place."""
     features -= features.mean(0)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     return features
@@ -53,7 +53,7 @@ def ours(queries: np.ndarray, gallery: np.ndarray, depth: int) -> np.ndarray:
 
 
 def full_sort(queries: np.ndarray, gallery: np.ndarray, depth: int) -> np.ndarray:
-    """The whole matrix of cosines, sorted: what retrieval did before it worked by chunks."""
+    """Sort the whole matrix of cosines, as retrieval did before it worked by chunks."""
     import torch
 
     cosines = torch.from_numpy(unit(queries)) @ torch.from_numpy(unit(gallery)).T
@@ -61,7 +61,7 @@ def full_sort(queries: np.ndarray, gallery: np.ndarray, depth: int) -> np.ndarra
 
 
 def topk_of_chunks(queries: np.ndarray, gallery: np.ndarray, depth: int) -> np.ndarray:
-    """float32 products of chunks, torch.topk of each, and topk of what was found so far. Ties have no order."""
+    """Take torch.topk of each chunk of float32 products, then of all that was found so far. Ties have no order."""
     import torch
 
     at_once, rows = ROWS_AT_ONCE

@@ -1,4 +1,4 @@
-"""What does DeepSpeed cost or save? Its stages 0, 1 and 2 next to torch's DistributedDataParallel, on the same steps.
+"""What does DeepSpeed cost or save? Its stages 0, 1 and 2 are compared with torch's DistributedDataParallel.
 
     python -m benchmarks.sharding                   one process for each GPU; on a CPU two, with a small network
     python -m benchmarks.sharding --processes 4     another number; at most one for each GPU
@@ -17,9 +17,9 @@ Providers:
 
 A step is the exchange of key views between processes, forward, backward, SGD and the update of the key encoder. Views
 are on the device before it, the same for all providers. Backbones are not compiled. Every turn of a provider is a
-launch of its own (torchrun), so that nothing that DeepSpeed changes in a process stays. A round is one turn of each,
-and the order rotates. A ratio compares turns of one round. Peak memory is the most that any process held: allocated on
-a GPU; on a CPU resident, libraries included.
+launch of its own (torchrun), so what DeepSpeed changes in a process does not affect another turn. A round is one turn
+of each provider, and the order rotates. A ratio compares turns of one round. Peak memory is the most that any process
+held: allocated memory on a GPU, resident memory with libraries on a CPU.
 
 All providers must learn the same. Their losses, means over processes, are compared step by step in float32. If steps
 are timed in bfloat16, each provider is launched once more for that.
@@ -64,7 +64,7 @@ DS_CONFIGS = {"DDP": "ddp.json", "stage 0": "ddp.json", "ZeRO-1": "zero1.json", 
 ROUNDS = 3
 WARMUP, CHECKED_STEPS = 3, 8
 LOSS_TOLERANCE = 1e-4
-"""Relative, in float32. Providers sum gradients in different orders, and rounding errors grow from step to step."""
+"""Greatest relative difference in float32. The orders of sums differ, and rounding errors grow from step to step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Task:
     batch: int = 40  # of one process
     queue_length: int = 2048
     steps: int = 30  # of a turn, without the warm-up
-    float32: bool = False  # whatever the DeepSpeed configuration says
+    float32: bool = False  # True overrides the DeepSpeed configuration
 
 
 TASKS = {"cuda": Task(), "cpu": Task(width=16, T=8, side=32, batch=16, queue_length=512, steps=20)}
@@ -88,7 +88,7 @@ TASKS = {"cuda": Task(), "cpu": Task(width=16, T=8, side=32, batch=16, queue_len
 
 
 def train(provider: str, task: Task, device: torch.device) -> dict[str, Any]:
-    """Make a turn on this process's share. Return milliseconds, losses (means over processes) and peak memory."""
+    """Make this process's steps of a turn. Return milliseconds, losses (means over processes) and peak memory."""
     torch.manual_seed(0)
     network = DCLR(ModelConfig(backbone=task.backbone, width=task.width), MethodConfig(queue_length=task.queue_length))
     config = read_ds_config(ROOT / "ds_configs" / DS_CONFIGS[provider])
@@ -158,7 +158,7 @@ def engine_step(network: DCLR, config: dict[str, Any], optim: OptimConfig, devic
 
 
 def make_views(task: Task, device: torch.device, dtype: torch.dtype) -> tuple[Views, Views]:
-    """Return noise that differs between processes. A key clip is its query clip with noise of half the size added."""
+    """Return noise that differs between processes. A key clip is its query clip plus half as much noise."""
     generator = torch.Generator(device).manual_seed(distributed.rank())
     shape = (3, task.batch, 3, task.T, task.side, task.side)
     query = torch.randn(shape, generator=generator, device=device)
@@ -198,7 +198,7 @@ def launch(provider: str, task: Task, processes: int) -> dict[str, Any]:
 
 
 def find_error(stderr: str) -> str:
-    """Return the line of the error itself. torchrun prints many lines after it."""
+    """Return the line of the error. torchrun prints many lines after it."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
     return (errors or lines or ["no message"])[-1][:300]
@@ -208,7 +208,7 @@ def find_error(stderr: str) -> str:
 
 
 def summarise(turns: dict[str, list[dict[str, Any]]], task: Task, processes: int) -> dict[str, Row]:
-    """Return a row for each provider, from its turns, one a round."""
+    """Return a row for each provider. turns: one for each round."""
     medians = {name: [statistics.median(turn["ms"]) for turn in own] for name, own in turns.items()}
     rows = {}
     for name, own in turns.items():
@@ -241,7 +241,7 @@ def compare_losses(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def judge(rows: dict[str, Row]) -> str:
-    """Return in words which provider is fastest, by how clear a difference, and how fast the default is."""
+    """Return in words which provider and stage are fastest, how clearly, and how the default compares."""
     default = next(name for name, file in reversed(DS_CONFIGS.items()) if file == Path(RunConfig().ds_config).name)
     stages = {name: row for name, row in rows.items() if name != "DDP"}  # a run can choose among these
     order = sorted(stages, key=lambda name: stages[name]["median_ms"])

@@ -1,14 +1,14 @@
-"""Does a long run stay as small as it began: memory, open files and threads of every process?
+"""Do memory, open files and threads of a long run's processes stay constant?
 
     python -m benchmarks.soak --data WEIZMANN              an hour on two cores: two ranks with two workers each
     python -m benchmarks.soak --data WEIZMANN --minutes 3  a short trial
 
 Pretrains the demo's network through the deepspeed launcher, with a checkpoint every ten epochs, and inspects all its
-processes every ten seconds. What they hold in the last quarter of the time is compared with the quarter after the first
-tenth. At the end the run gets SIGTERM, as from a scheduler, and must leave a checkpoint.
+processes every ten seconds. The last quarter of the time ("late") is compared with the quarter after the first tenth
+("early"). At the end the run gets SIGTERM, as from a scheduler, and must write a checkpoint.
 
-Prints a table and writes soak.json and soak.png into results/DEVICE. Exit status 1: something grew by more than is
-allowed, or the run did not stop as it should. Result to expect: a rank holds 217 MiB of its own early and late.
+Prints a table and writes soak.json and soak.png into results/cpu. Exit status 1: something grew by more than is
+allowed, or the run did not stop as it should. Result to expect: a rank has 217 MiB of its own, early and late.
 """
 
 import json
@@ -37,8 +37,8 @@ RANKS, WORKERS = 2, 2
 STOPPED = "asked to stop"  # in the message of a run that wrote a checkpoint after SIGTERM
 KINDS = ("rank", "worker", "decoder")  # each worker is a child of a rank and has one decoder process
 
-# Allowed growth of a process. Memory may grow a little, because allocators spread it over pages. A leak of 1 KB a
-# sample would be 40 MB in an hour.
+# Allowed growth of a process. Memory may grow a little, because allocators fragment it. A leak of 1 KB a sample would
+# be 40 MB in an hour.
 ALLOWED = {"mib": 16.0, "files": 0, "threads": 0}
 
 Usage = dict[str, dict[str, float]]
@@ -61,7 +61,7 @@ def children(process: int) -> list[int]:
 
 
 def ranks(launcher: int) -> list[int]:
-    """Return the training processes among the launcher's descendants: they run train.py and their parents do not."""
+    """Return the ranks among the launcher's descendants. Their children, with the same command, are not searched."""
     found, waiting = [], [launcher]
     while waiting:
         process = waiting.pop()
@@ -88,7 +88,7 @@ def inspect(process: int) -> dict[str, float]:
 
 
 def inspect_all(launcher: int) -> Usage:
-    """Return what all kinds of processes hold."""
+    """Return the usage of each kind of process."""
     by_kind: dict[str, list[int]] = {kind: [] for kind in KINDS}
     by_kind["rank"] = ranks(launcher)
     for rank in by_kind["rank"]:
@@ -106,7 +106,7 @@ def inspect_all(launcher: int) -> Usage:
 def summarise(usages: Sequence[tuple[float, Usage]], seconds: float) -> list[Row]:
     """Return a row for each kind: medians early (10 to 35 % of the time) and late (the last quarter).
 
-    usages: with the second at which each was taken.
+    usages: each with its time in seconds, of `seconds` in all.
     """
     values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for at, usage in usages:
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             usages.append((at, inspect_all(process.pid)))
             time.sleep(EVERY)
         if process.poll() is not None:
-            raise SystemExit(f"the run ended by itself with {process.returncode}: {log.read_text()[-1500:]}")
+            raise SystemExit(f"the run ended early with exit status {process.returncode}: {log.read_text()[-1500:]}")
         stopping = time.monotonic()
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()

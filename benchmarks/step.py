@@ -9,7 +9,7 @@ Time to expect: on an H200, 143 seconds for r2plus1d_10 at 128 clips, most of it
 2 clips of that size and at smaller clips, 5 minutes on two cores. Result to expect on an H200 at 128 clips: 301
 samples/s, 4.0 times the released code, 2.6 times eager bf16.
 
-A sample is a video: two clips, and all views of both. A step makes the views, passes them through the query encoder and
+A sample is a video: two clips with all their views. A step makes the views, passes them through the query encoder and
 the key encoder, computes the loss and its gradient, takes a step of SGD, updates the key encoder and enqueues the keys.
 Frames are on the device before the step.
 
@@ -17,8 +17,8 @@ Providers (benchmarks/step_providers.py):
     as released      our own plain version of the released code: float32 (tf32 on a GPU), three passes of the key
                      encoder over three views, kornia's VideoSequential over the batch, concatenated logits,
                      convolutions in their default memory format. Its loader crops and converts on the CPU, which is
-                     done before the step here and costs it nothing. Faults that cost no time are fixed. Its two unused
-                     queues and its meters are not computed
+                     done before the step here and not timed. Errors that cost no time are fixed. Its two queues for
+                     mining and its meters are omitted
     eager bf16       our method, with two passes of the key encoder, in plain torch: autocast, the reference loss, and
                      the reference views, clip by clip
     ours             what `train.py pretrain` runs: DeepSpeed with the default configuration; on a GPU Triton kernels
@@ -27,16 +27,16 @@ Providers (benchmarks/step_providers.py):
     ours, recomputed ours with --recompute; on a GPU only if --providers names it
 
 FLOP are those of the method's convolutions, counted by torch on one view, without padding. A forward pass counts 1 and
-a backward pass 2. Ours costs 14 passes of a view: 9 for the three views of the query clip and 2 + 3 for the keys. The
-released code costs 18: 9 + 3 x 3. The share of the peak compares the rate with a large matrix product of this run in
-the same precision; it is measured on a GPU only. Peak memory is the most that a step holds, with weights, without
-inputs.
+a backward pass 2. Ours costs 14 passes of a view: 9 in the query encoder and 2 + 3 in the key encoder. The released
+code costs 18: 9 + 3 x 3. The share of the peak compares the rate with that of a large matrix product of this run in the
+same precision. It is measured on a GPU only. Peak memory is the most that a step holds, with weights, without inputs.
 
-The first step of each provider is checked while the queue counts as empty, because which of two equal queue entries is
-mined is arbitrary. Its keys are compared with a float32 step without tf32, and its loss where the method is the same.
-Then all providers stay in memory and take turns of a few steps. On a GPU each turn begins with a step that is not
-measured, because cached memory of the turn before is released first. Times are the distances of events on the stream,
-so waiting for the host counts. Milliseconds by section come from further steps, with events between the sections.
+The first step of each provider is checked. Nothing is mined in it, because the choice between two equally similar queue
+entries is arbitrary. Its keys are compared with those of a float32 step without tf32, and so is its loss if the method
+is the same. Then all providers stay in memory and take turns of a few steps. On a GPU each turn begins with a step that
+is not measured, because cached memory of the turn before is released first. Times are the distances of events on the
+stream, so waiting for the host counts. Milliseconds by section come from further steps, with events between the
+sections.
 
 Prints tables and writes step.json and step.png into results/DEVICE. --quick adds to the file names.
 """
@@ -94,7 +94,7 @@ QUICK_ROUNDS = (2, 1)
 PROFILED_STEPS = {"cuda": 5, "cpu": 1}
 
 ALLOWED = {"ieee": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
-"""Greatest difference from float32 of the first step's loss (relative) and of its keys' components (unit vectors)."""
+"""Greatest allowed difference from float32: of the first loss (relative) and of keys' components (unit vectors)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +149,9 @@ def view_flops(cell: Cell) -> int:
 def start(
     name: str, cell: Cell, inputs: Inputs, truth: Truth | None, device: torch.device
 ) -> tuple[Provider, dict[str, Any]]:
-    """Return a provider after its first steps, with a full queue, and the check of its first step.
+    """Return a provider after its first steps, with a queue that counts as full, and the check of its first step.
 
-    Raises ArithmeticError if its loss is not finite.
+    Raises ArithmeticError if the loss is not finite.
     """
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     provider = PROVIDERS[name](cell, inputs, device)
@@ -170,7 +170,7 @@ def start(
         found["right"] = max(found["key_error"], found["loss_error"] or 0.0) <= ALLOWED[provider.precision]
     provider.network.enqueued.fill_(METHOD.queue_length)  # from here on queue entries are mined
     if device.type == "cuda":
-        provider.step(untimed)  # makes what is allocated once
+        provider.step(untimed)  # allocates what later steps reuse
         torch.cuda.reset_peak_memory_stats(device)
         provider.step(untimed)
         torch.cuda.synchronize(device)
@@ -185,7 +185,7 @@ def time_turn(provider: Provider, device: torch.device, steps: int) -> list[floa
 
 
 def warm_up(provider: Provider, device: torch.device) -> None:
-    """Release the memory that another provider's turn left cached, and make one step, which allocates its own."""
+    """Release the memory that another provider has left cached, and make one step, which allocates its own."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         provider.step(untimed)
@@ -195,7 +195,7 @@ def warm_up(provider: Provider, device: torch.device) -> None:
 def time_sections(provider: Provider, device: torch.device, steps: int) -> dict[str, float]:
     """Return the mean milliseconds of a step by SECTIONS.
 
-    "loss" is the forward pass without the encoders. "other" is the time between all sections.
+    "loss" is the forward pass without the encoders. "other" is the time outside of all sections.
     """
     warm_up(provider, device)
     outer, inner = Stopwatch(device), Stopwatch(device)
@@ -231,7 +231,7 @@ def measure(
     steps: int,  # a turn
     ceilings: Ceilings | None,
 ) -> Row:
-    """Return one row of the results. A provider that fails has the reason instead of figures."""
+    """Return one row of the results. It has the reason instead of figures for a provider that fails."""
     # Each cell compiles for its own sizes. Without a reset torch would reach its recompilation limit.
     torch.compiler.reset()
     inputs = make_inputs(cell, device)
@@ -248,7 +248,7 @@ def measure(
         try:
             work(name)
             return
-        except Exception as error:  # whatever it is: the other providers and cells are still worth measuring
+        except Exception as error:  # of any kind, because the other providers and cells are still worth measuring
             found[name] = {"skipped": harness.reason(error)}
         providers.pop(name, None)
         gc.collect()  # frees the failed step's memory, which the handler above still referred to
@@ -281,7 +281,7 @@ def measure(
 def figures(
     times: list[list[float]], found: dict[str, Any], cell: Cell, flops: int, ceilings: Ceilings | None
 ) -> dict[str, Any]:
-    """Return medians and rates of milliseconds by round. flops: those of a view."""
+    """Return the quantiles of the milliseconds, and the rates that follow. times: by round. flops: those of a view."""
     every = [value for turn in times for value in turn]
     times_ms = harness.milliseconds(every)
     median_s = times_ms["median_ms"] / 1e3
@@ -339,14 +339,14 @@ def judge_goal(goal: StepGoal, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def compare(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return the speedup over `other`: its median, by round, and without the time of either's views."""
+    """Return the speedup over `other`: the median over rounds, by round, and without the time of the views."""
     by_round = [theirs / mine for theirs, mine in zip(other["ms_by_round"], own["ms_by_round"], strict=True)]
     rests = [found["median_ms"] - found["parts"]["views"] for found in (other, own)]
     return {"value": statistics.median(by_round), "by_round": by_round, "without_views": rests[0] / rests[1]}
 
 
 def cell_table(row: Row) -> str:
-    """Return what was measured in one cell, one provider a line, and the sections of a step."""
+    """Return two tables of one cell, one provider a line: what was measured, and the sections of a step."""
     columns = ["provider", "products", "samples/s", "ms (20 % to 80 %)", "TFLOP/s", "of the peak", "peak memory"]
     columns += ["first step", "loss error", "key error", "check"]
     lines, sections = [], []
@@ -393,7 +393,7 @@ COLOURS["ours, recomputed"] = "tab:orange"
 
 
 def plot(rows: Sequence[Row], caption: str) -> Figure:
-    """Plot samples a second in every cell, and next to them the sections of a step in the first cell."""
+    """Plot samples a second in every cell, and the sections of a step in the first cell."""
     names = list(rows[0]["providers"])
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(14, 1.8 + 0.3 * max(len(names) * (len(rows) + 0.7), 8)), width_ratios=(1, 1.1)
@@ -484,7 +484,7 @@ def goal_milliseconds(rows: Sequence[Row], device: torch.device) -> float | None
 
 
 def convolutions(device: torch.device) -> dict[str, Any]:
-    """Return the settings of convolutions. "as released" and "eager bf16" always let cuDNN search."""
+    """Return the settings of convolutions. "as released" and "eager bf16" always set cudnn.benchmark."""
     return {
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,

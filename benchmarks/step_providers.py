@@ -1,8 +1,7 @@
 """The ways to make a training step, and the float32 step that their first step is compared with.
 
-benchmarks/step.py measures them; this module is not run by itself. All begin with the same weights, the same queue and
-the same frames on the device. `Provider.step` makes views, passes them through both encoders, computes the loss and its
-gradient, takes an optimizer step, updates the key encoder and enqueues the keys.
+benchmarks/step.py describes and measures them. This module is not run by itself. All ways begin with the same weights,
+the same queue and the same frames on the device.
 """
 
 from collections import OrderedDict
@@ -32,10 +31,10 @@ from dclr.training.engine import Engine, read_ds_config, resolve_precision
 
 METHOD, OPTIM = MethodConfig(), OptimConfig()
 DS_CONFIG = harness.ROOT / RunConfig().ds_config
-"""the default of a run"""
+"""The DeepSpeed configuration that a run has by default."""
 
 Section = Callable[[str], AbstractContextManager[None]]
-"""Times what is done inside under a name, as `Stopwatch` does."""
+"""Returns a context that times its content as the section of this name, as `Stopwatch.section` does."""
 
 
 def untimed(name: str) -> AbstractContextManager[None]:
@@ -68,7 +67,7 @@ class Clips(NamedTuple):
     planes: Yuv420  # (B, T, H, W), the output of a decoder
     stills: Yuv420
     params: ViewParams
-    host_params: ViewParams  # a copy on the CPU
+    host_params: ViewParams  # params on the CPU
     cropped: Tensor  # (B, 3, T, h, w) float32 in 0 to 1: the output of the released loader
     cropped_stills: Tensor  # the same for the still, repeated T times
 
@@ -81,7 +80,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(cell: Cell, device: torch.device) -> Inputs:
-    """Return moving smooth noise. A key clip shows another video than its query clip, which costs the same time."""
+    """Return moving smooth noise. A key clip shows another video than its query clip. This does not change the time."""
     shape = view_providers.Cell(precision="bf16", B=2 * cell.B, T=cell.T, H=cell.H, W=cell.W, side=cell.side)
     whole = view_providers.make_inputs(shape, device)
     crop = v2.RandomResizedCrop((cell.side, cell.side), PRETRAIN.scale, PRETRAIN.ratio, antialias=False)
@@ -121,7 +120,7 @@ def configure(network: DCLR, device: torch.device, recompute: bool = False) -> N
     """Pad and compile the backbones as pretraining does by default, before DeepSpeed gets the network."""
     defaults = RunConfig()
     compiles = resolve_compile(defaults.compile, device)[0]
-    functorch.activation_memory_budget = RECOMPUTED_BUDGET if recompute else 1.0  # read at the provider's first step
+    functorch.activation_memory_budget = RECOMPUTED_BUDGET if recompute else 1.0  # read in the provider's first step
     for encoder in (network.query, network.key):
         encoder.backbone.pad_channels(defaults.pad_channels)
         if compiles:
@@ -160,7 +159,7 @@ class Provider:
         network: holds the encoders, the queue and its pointer.
         precision: arithmetic of the matrix products, for the share of the peak.
         passes: cost of a sample, in forward passes of one view.
-        own_draw: the provider draws the views by itself, like the released code.
+        own_draw: True if the provider draws its own augmentations, like the released code.
     """
 
     network: DCLR
@@ -169,12 +168,12 @@ class Provider:
     own_draw = False
 
     def step(self, section: Section, given: tuple[Views, Views] | None = None) -> Tensor:
-        """Make a training step and return its loss. given: views to take instead of making them."""
+        """Make a training step and return its loss. given: views of query and key clips. None: make them."""
         raise NotImplementedError
 
     @contextmanager
     def encoders_timed(self, section: Section) -> Iterator[None]:
-        """Time the encoders of a step inside as sections "query forward" and "keys", which lie within "forward"."""
+        """Time the encoders inside the context as the sections "query forward" and "keys", within "forward"."""
 
         def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any) -> Any:
@@ -284,7 +283,7 @@ class Eager(Provider):
 
 
 class Released(Provider):
-    """The steps of the released code, written out here. Encoders and queue are those of `DCLR`."""
+    """The released code's step, written out. Encoders and queue are those of `DCLR`."""
 
     passes = 18
     own_draw = True
@@ -341,7 +340,7 @@ class Released(Provider):
         return losses.sum() + METHOD.alignment_weight * alignment
 
     def key_pass(self, clips: Views) -> tuple[dict[str, Tensor], ByLetter]:
-        """Pass three views through the key encoder. Return five embeddings and two activation maps."""
+        """Pass three views through the key encoder. Return the embeddings and the two activation maps by name."""
         rgb, static, dynamic = self.network.key.backbone(torch.cat(clips)).chunk(3)
         maps = {"s": activation_map(static), "d": activation_map(dynamic)}
         return self.network.key.embed({"v": rgb, "s": static, "d": dynamic}, maps), maps
@@ -375,7 +374,7 @@ def reference_kernels() -> Iterator[None]:
 
 @contextmanager
 def cudnn(setting: str, value: bool) -> Iterator[None]:
-    """Set an attribute of torch.backends.cudnn inside. "benchmark" tries all algorithms on each new size."""
+    """Set an attribute of torch.backends.cudnn inside the context. "benchmark" tries the algorithms on new sizes."""
     before = getattr(torch.backends.cudnn, setting)
     setattr(torch.backends.cudnn, setting, value)
     try:
@@ -388,7 +387,7 @@ def cudnn(setting: str, value: bool) -> Iterator[None]:
 
 
 class Truth(NamedTuple):
-    """A first step in float32."""
+    """The results of a first step in float32."""
 
     query: Views
     key: Views
@@ -398,7 +397,7 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def find_truth(cell: Cell, inputs: Inputs, device: torch.device) -> Truth:
-    """Make a first step in float32 without tf32, in torch's default memory format, with reference kernels."""
+    """Compute a first step in float32 without tf32, in torch's default memory format, with the reference."""
     network = as_torchvision(make_network(cell)).to(device)
     with reference_kernels(), harness.float32_products("ieee"), cudnn("allow_tf32", False):
         query, key = (

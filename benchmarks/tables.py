@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables      run it after committing new results
 
-Each folder of results/ is one device. Tables of a device without a GPU hold ratios only, except for the start of a run.
-A ratio is measured in one run, in turns, and so it holds on other machines far better than times do.
+Each folder of results/ is one device. Tables of a device without a GPU give speeds as ratios, because a ratio is
+measured in one run, in turns. It holds on other machines far better than a time.
 """
 
 import json
@@ -46,12 +46,9 @@ def step_table(result: Result, gpu: bool) -> str:
 GPU_GIB = (24, 40, 80, 139)
 """The memory of common GPUs in GiB. An H200, sold with 141 GB, has 139."""
 
-USABLE = 0.9
-"""The share of a GPU's memory that tensors may take. CUDA itself and gaps between tensors need the rest."""
-
 
 def memory_table(result: Result, gpu: bool) -> str:
-    """Return the largest batch by the memory of a GPU, computed from the measured peak of the largest measured batch.
+    """Return the largest batch by the memory of a GPU, computed from the measured peak of each measured batch.
 
     Nearly all memory holds activations, which grow with the batch. So peak / batch is taken as the memory of a sample,
     and batches are rounded down to multiples of 8.
@@ -63,14 +60,14 @@ def memory_table(result: Result, gpu: bool) -> str:
         if (peak := row["providers"].get("ours", {}).get("peak_bytes")) is None:
             continue
         sample = peak / row["B"]
-        largest = [int(USABLE * memory * 2**30 / sample) // 8 * 8 for memory in GPU_GIB]
+        largest = [int(memory.USABLE * gib * 2**30 / sample) // 8 * 8 for gib in GPU_GIB]
         clip = f"{row['T']} x {row['side']} x {row['side']}"
         lines.append([f"{row['backbone']}, {clip}", f"{sample / 2**30:.2f} GiB", *map(str, largest)])
-    return harness.table(["network, clip", "memory of a sample", *(f"{memory} GiB" for memory in GPU_GIB)], lines)
+    return harness.table(["network, clip", "memory of a sample", *(f"{gib} GiB" for gib in GPU_GIB)], lines)
 
 
 def _speedup(found: Result, ours: str, other: str) -> str:
-    """Return the median of the rounds' ratios, or why one of the two was skipped."""
+    """Return the speedup of `ours` over `other`, the median of the rounds' ratios, or why one of them was skipped."""
     rows = [found.get(name, {}) for name in (other, ours)]
     if not all("ms_by_round" in row for row in rows):
         return next((row["skipped"][:40] for row in rows if "skipped" in row), "")
@@ -93,7 +90,7 @@ def loader_table(result: Result, gpu: bool) -> str:
 
 
 def remote_table(result: Result, gpu: bool) -> str:
-    """Return the speed relative to the local store by latency, and what a sample costs, of each way of reading."""
+    """Return a row for each way of reading: its speed relative to the local store, and what a sample costs."""
     rows = result["rows"]
     lines = []
     for name, found in rows[0]["providers"].items():
@@ -171,7 +168,7 @@ def ceilings_table(result: Result, gpu: bool) -> str:
 
 
 def convolutions_table(result: Result, gpu: bool) -> str:
-    """Return the measured milliseconds of each convolution, next to the L2 model's and to the roofline's."""
+    """Return the milliseconds of each convolution: measured, by the model of L2 traffic, and by the roofline."""
     if not gpu:
         return ""
     passes = ("forward", "dgrad", "wgrad")
@@ -189,7 +186,7 @@ def convolutions_table(result: Result, gpu: bool) -> str:
 
 
 def goals_table(result: Result, gpu: bool) -> str:
-    """Return the kernels' goals. On a CPU "ours" is the reference, so there are none."""
+    """Return the kernels' goals. On a CPU there are none, because "ours" is the reference there."""
     if not gpu:
         return ""
     # Older results say "as released" in their goals.
@@ -334,7 +331,7 @@ def predicted_tables(result: Result) -> list[str]:
     ]
 
 
-# file, title of the table, function that makes it
+# file, title of the table, function that makes it from the results and whether the device is a GPU
 TABLES: list[tuple[str, str, Callable[[Result, bool], str]]] = [
     ("step", "A training step: speedup of ours over the others", step_table),
     ("step", "Largest batch on one GPU by its memory, computed from the measured peak", memory_table),

@@ -3,17 +3,17 @@
     python -m benchmarks.train --data UCF101              on a GPU: r2plus1d_10, 128 clips a step
     python -m benchmarks.train --data UCF101 --rounds 3   each run three times; the median counts
     python -m benchmarks.train --data UCF101 --sources store --epoch-steps 64 --frames 64
-                                                          from a store only, epochs of 64 steps. A store of so many
+                                                          from a store only, epochs of 64 steps. A store of that many
                                                           whole videos would take 48 GB, so each is cut to 64 frames
 
 Time to expect: 2 minutes for 32 steps on an H200. Without a GPU it trains the demo's small network on the same videos:
 80 seconds a round on two cores. Result to expect on an H200 with 16 cores: 207 samples/s from videos, 212 from a store.
 
-Videos of DATA are linked again and again until there are enough of them for some epochs, so that a few genuine files
-make a data set. Every sample opens, seeks and decodes as it would in a whole data set, but from a warm disk cache. The
-store is packed from the same links. Every run is `train.py pretrain` through the deepspeed launcher, as a user starts
-it. Rounds rotate the order. Figures are those of metrics.jsonl in the second half of the steps, after compiling,
-filling the queue and starting the workers.
+Videos of DATA are linked again and again until there are enough of them for an epoch, so that a few genuine files make
+a data set. Every sample opens, seeks and decodes as it would in a whole data set, but from a warm disk cache. The store
+is packed from the same links. Every run is `train.py pretrain` through the deepspeed launcher, as a user starts it.
+Rounds rotate the order. Figures are those of metrics.jsonl in the second half of the steps, after compiling, filling
+the queue and starting the workers.
 
 Prints a table and writes train.json and train.png into results/DEVICE, or train_store.json if only the store is read.
 """
@@ -41,8 +41,8 @@ from dclr.data.encode import write_video
 
 WAIT_GOAL = 0.02  # share of the time, with 16 cores
 
-# On a GPU the published recipe at a batch that fills it, on a CPU the demo's network, which two cores can feed. The
-# links have no test split, so the k nearest neighbours are not searched.
+# On a GPU the published recipe at a batch that fills it, on a CPU the demo's network, which two cores can train. The
+# links have no test split, so the accuracy of the k nearest neighbours cannot be computed.
 SETTINGS = {
     "cuda": ["--preset", "ucf101", "--batch-size", "128", "--fill-steps", "2", "--log-every", "4", "--knn-every", "0"],
     "cpu": [
@@ -65,7 +65,7 @@ STEPS = {"cuda": 64, "cpu": 32}
 # Each epoch ends with a picture of its views, 0.4 s of a core. With epochs of 4 steps of 0.43 s, pictures took a
 # quarter of a run on an H200. With the 74 steps of UCF101 they take 1 to 2 % (docs/LOG.md).
 STEPS_AN_EPOCH = {"cuda": 16, "cpu": 4}
-MOST_SHORTENED = 32  # videos: encoding takes about a second each
+MOST_SHORTENED = 32  # videos, because encoding one takes about a second
 SOURCES = ("videos", "store")
 
 
@@ -101,7 +101,7 @@ def shorten_videos(data: Path, frames: int, folder: Path) -> Path:
         source = catalog.root / video.path
         record = verify_video(source)
         rgb = rgb_of(read_planes(source, record, range(min(frames, record.frames))))
-        height, width = (size // 2 * 2 for size in rgb.shape[1:3])  # h264 has half as many colours in each direction
+        height, width = (size // 2 * 2 for size in rgb.shape[1:3])  # h264 needs even sizes, for its chroma planes
         target = folder / name / f"{number:02d}.mp4"
         target.parent.mkdir(parents=True, exist_ok=True)
         write_video(target, rgb[:, :height, :width])
@@ -111,7 +111,7 @@ def shorten_videos(data: Path, frames: int, folder: Path) -> Path:
 def training_command(
     case: Case, data: Path, out: Path, settings: Sequence[str], epochs: int, workers: int
 ) -> list[str]:
-    # The module behind the script `deepspeed`, which need not lie next to the interpreter.
+    # The module behind the script `deepspeed`, because the script may not be in the interpreter's folder.
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(case.processes)]
     what = ["--data", str(data), "--out", str(out), *settings, "--epochs", str(epochs), "--workers", str(workers)]
     return [*launcher, "train.py", "pretrain", *what]
@@ -175,7 +175,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row], kind: str, cores: int) -> str:
-    """Return the verdict on the goal, in words. kind: "cuda" or "cpu"."""
+    """Return the verdict on the goal of waiting, in words. kind: "cuda" or "cpu"."""
     worst = max(row["data_wait_share"] for row in rows if row["processes"] == 1)
     measured = f"at most {worst:.1%} of the time waiting for data in one process, with {cores} cores"
     if kind != "cuda":

@@ -1,6 +1,6 @@
 """Nine ways to make the three views from decoded frames, their inputs, and the float64 views to compare them with.
 
-benchmarks/views.py describes and measures them; this module is not run by itself.
+benchmarks/views.py describes and measures them. This module is not run by itself.
 """
 
 import os
@@ -26,7 +26,7 @@ Output = Literal["bf16", "float32"]
 """Precision of the finished views."""
 
 Call = Callable[[], Views]
-"""A provider for some inputs and a precision: the call that is measured."""
+"""What a provider returns for its inputs and a precision: the call that is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
     planes: Yuv420  # the frames as planes
     still_planes: Yuv420
     params: ViewParams
-    host_params: ViewParams  # a copy on the CPU
+    host_params: ViewParams  # params on the CPU
 
 
 def make_inputs(cell: Cell, device: torch.device) -> Inputs:
@@ -86,7 +86,7 @@ def make_inputs(cell: Cell, device: torch.device) -> Inputs:
 
 
 def to_yuv(frames: Tensor) -> Yuv420:  # (B, ..., H, W, 3) uint8
-    """Return planes of BT.601 in full range. Chroma is that of every second pixel."""
+    """Return planes of BT.601 in full range. Chroma is that of every second pixel of every second line."""
     y = torch.empty_like(frames[..., 0])
     u, v = (torch.empty_like(frames[..., ::2, ::2, 0]) for _ in range(2))
     for b, clip in enumerate(frames):
@@ -153,7 +153,7 @@ def reference(inputs: Inputs, dtype: torch.dtype) -> Call:
 
 
 def torchvision_v2(inputs: Inputs, dtype: torch.dtype) -> Call:
-    """Make views by torchvision's functionals, which differ from kornia's only in the weights of the luma."""
+    """Make views by torchvision's functionals, which differ from kornia's only in the weights of luma."""
     functional = v2.functional
 
     def view(frames: Tensor, rows: Augmentation, b: int) -> Tensor:  # (T, H, W, 3) uint8 -> (3, T, h, w)
@@ -212,14 +212,14 @@ def triton_augment(inputs: Inputs, dtype: torch.dtype) -> Call:
         return images.reshape(*frames.shape[:2], 3, *inputs.params.size).transpose(1, 2)
 
     def call() -> Views:
-        _refuse_capture(inputs.frames.device)  # it waits for the device to see which steps apply
+        _refuse_capture(inputs.frames.device)  # the host waits for the device to know which steps apply
         return _finished(view(inputs.frames), view(inputs.stills[:, None]), dtype)
 
     return call
 
 
 def batched_views(frames: Tensor, stills: Tensor, params: ViewParams, dtype: torch.dtype) -> Views:
-    """Compute `generate_views_reference` for all clips at once, without branches, for views of more than 5 pixels."""
+    """Compute `generate_views_reference` for all clips at once, without branches. Sides must have over 5 pixels."""
     rgb = batched_augment(frames, params.clip, params.size)
     static = batched_augment(stills[:, None], params.still, params.size)
     return _finished(rgb, static, dtype)
@@ -231,7 +231,7 @@ def batched_augment(
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (B, 3, T, h, w) in channels_last_3d memory
-    """Compute every step for every clip in `dtype`. Where a step does not apply, its factors change nothing."""
+    """Augment all clips at once in `dtype`. Where a step does not apply, its factors are neutral."""
     top, left, height, width = rows.box.unbind(1)  # (B,) each
     above, below, down = _taps(top, height, size[0], dtype)  # (B, h)
     before, after, right = (
@@ -300,13 +300,13 @@ OWN_DRAW = (RELEASED, "kornia, all on device", "triton-augment")
 
 
 def _refuse_capture(device: torch.device) -> None:
-    """Raise RuntimeError while a CUDA graph is captured. It would repeat one draw, from host memory that is freed."""
+    """Raise RuntimeError while a CUDA graph is captured. A graph would repeat one draw, from freed host memory."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the host draws, or reads, the augmentation")
 
 
 def kornia_steps(sigma: tuple[float, float]) -> list[torch.nn.Module]:
-    """Return the steps after the crop, by kornia's modules. sigma: range of the blur's standard deviation in pixels."""
+    """Return kornia's modules for the steps after the crop. sigma: range of the blur's standard deviation in pixels."""
     from kornia import augmentation as K
 
     recipe = PRETRAIN
@@ -320,7 +320,7 @@ def kornia_steps(sigma: tuple[float, float]) -> list[torch.nn.Module]:
 
 
 def _finished(rgb: Tensor, static: Tensor, dtype: torch.dtype) -> Views:
-    """Return views in `dtype` from rgb (B, 3, T, h, w) and static (B, 3, 1, h, w), both float32."""
+    """Return views in `dtype` from rgb (B, 3, T, h, w) and static (B, 3, 1, h, w), which are float32."""
     dynamic = rgb - torch.roll(rgb, 1, 2)
     repeated = static.to(dtype).expand(-1, -1, rgb.shape[2], -1, -1)
     rgb, dynamic = (view.to(dtype).contiguous(memory_format=torch.channels_last_3d) for view in (rgb, dynamic))
@@ -408,7 +408,7 @@ def to_rgb(planes: Yuv420, b: int) -> Tensor:  # (..., H, W, 3) float64, 0 to 25
 
 
 def greatest_error(views: Views, truth: Views) -> float:
-    """Return the greatest difference of any value. Raises ArithmeticError if a value is not finite."""
+    """Return the greatest difference of any value of the views. Raises ArithmeticError if a value is not finite."""
     greatest = 0.0
     for view, true_view in zip(views, truth, strict=True):
         for b in range(view.shape[0]):  # clip by clip, because in float64 the views are large

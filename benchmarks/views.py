@@ -1,4 +1,4 @@
-"""How fast are the three views made from decoded frames? Nine implementations of one chain of steps, in one run.
+"""How fast are the three views made from decoded frames? Nine implementations of the same steps, in one run.
 
     python -m benchmarks.views                        bfloat16 at 128, 40 and 8 clips, from 240 x 320 and 128 x 171;
                                                       float32 at 40 clips
@@ -6,8 +6,8 @@
     python -m benchmarks.views --precision float32    one precision on the whole grid; also bf16, or both
     python -m benchmarks.views --minutes 4            begin no new cell after 4 minutes; 128 clips come first
 
-Time to expect: on an H200, 62 seconds for the first of 8 cells, most of it torch.compile and the providers that go clip
-by clip. Without a GPU the grid is one small cell: 20 seconds on two cores. There "ours" is the reference, and the
+Time to expect: on an H200, 62 seconds for the first of 8 cells, most of it torch.compile and the providers that work
+clip by clip. Without a GPU the grid is one small cell: 20 seconds on two cores. There "ours" is the reference, and the
 output says so. Result to expect on an H200, 128 clips from 240 x 320 in bfloat16: 0.93 ms, 24.6 times kornia on the
 device.
 
@@ -30,19 +30,19 @@ whose first frame is the difference from the last ("wrap"):
     ours, from YUV          the same from planes of YUV 4:2:0, which have half the bytes
 
 Frames are uint8 on the device, those of "as released" on the CPU. A provider that draws, or reads the draw, on the host
-is not replayed from a CUDA graph ("no graph" in the tables). Providers that go clip by clip are timed in a loop of
+is not replayed from a CUDA graph ("no graph" in the tables). Providers that work clip by clip are timed in a loop of
 their own, with a fifth of the repetitions. Arithmetic is in float32, and views are rounded to the cell's precision at
 the end.
 
 The error is the greatest difference of any value of the three views from the same formula in float64. "Rounding" is the
-error of the float64 views rounded to the cell's precision. Providers that draw by themselves do as much work on other
-numbers, so they have no error.
+error of the float64 views rounded to the cell's precision. Providers that draw their own augmentations do as much work
+on other numbers, so they have no error.
 
-Bytes that must move: each pixel of the crop boxes is read once (3 bytes, 1.5 as YUV), and three views are written, of
-the static view one frame. If a box is more than twice as high as the view, bilinear resizing skips rows, which are
-counted all the same. The share of the bandwidth is the rate of those bytes divided by the rate of a large copy. The
-share of the limit also counts instructions: it is the larger of the time of those bytes and the time of the
-instructions, divided by the measured time. Both are measured on a GPU only.
+The least bytes to move: each pixel of the crop boxes is read once (3 bytes, 1.5 as YUV), and three views are written,
+of the static view one frame. If a box is more than twice as high as the view, bilinear resizing skips rows, which are
+counted all the same. The share of the bandwidth is the rate of these bytes divided by the rate of a large copy. The
+share of the limit also counts instructions: it is the larger of the time of these bytes and the time of the
+instructions, divided by the measured time. Both shares are measured on a GPU only.
 
 Prints tables and writes views.json and views.png into results/DEVICE. --precision and --quick add to the file names.
 The share of a training step (two calls of 128 clips) is judged if that folder holds step.json.
@@ -87,8 +87,8 @@ SECOND_BATCH = 40  # the only batch of the second precision, unless --precision 
 
 
 INSTRUCTIONS_OF_A_PIXEL = 805
-"""Lane instructions of the view kernels of commit 64aabb1 for each pixel of a clip, with all three of its views. They
-are an estimate from the machine code for sm_90, and stay as they are, so that a goal means the same time."""
+"""Lane instructions of the view kernels of commit 64aabb1 for each pixel of a clip, with all three of its views. The
+number is an estimate from the machine code for sm_90. It does not change, so that a goal means the same time."""
 
 LANE_RATE = 132 * 128 * 1.755e9
 """Lane instructions per second that an H200 can issue: multiprocessors, lanes of each, clock rate."""
@@ -118,7 +118,7 @@ def bytes_to_move(params: ViewParams, T: int, dtype: torch.dtype, yuv: bool = Fa
 
 
 def shares(moved: float, pixels: int, found: dict[str, Any], ceilings: Ceilings | None) -> dict[str, float | None]:
-    """Return the shares of the bandwidth and of the limit. moved: bytes; pixels: of the clips, in all frames."""
+    """Return the shares of the bandwidth and of the limit. moved: bytes. pixels: those of all frames of the clips."""
     if ceilings is None:
         return {"share_of_bandwidth": None, "share_of_limit": None}
     median_s, of_bytes_s = found["median_ms"] / 1e3, moved / ceilings.bytes_per_second
@@ -202,7 +202,7 @@ def step_milliseconds(folder: Path) -> float | None:
 
 
 def cell_table(row: Row) -> str:
-    """Return what was measured in one cell, one provider a line."""
+    """Return what was measured in one cell as a table, one provider a line."""
     moved = f"{row['bytes'] / 1e6:.1f} MB must move, {row['bytes_from_yuv'] / 1e6:.1f} MB from YUV"
     lines = []
     for name, found in row["providers"].items():

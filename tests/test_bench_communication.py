@@ -25,7 +25,7 @@ def test_the_clips_that_leave_their_rank_are_those_of_the_shuffle(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         expected += [int(clip) for clip in Shuffle(4, seed=5).arrived if clip // 4 != rank]
-    assert sorted(communication.left(range(12), 4, step=5)) == sorted(expected)
+    assert sorted(communication.leaving_sizes(range(12), 4, step=5)) == sorted(expected)
 
 
 def test_the_times_of_a_step_by_hand(monkeypatch):
