@@ -77,10 +77,11 @@ def fill(commit: str, folder: Path | None = None) -> Path:
         return target
     try:
         made = subprocess.run(["git", "-C", str(harness.ROOT), "archive", commit, *PATHS], capture_output=True)
-        why = made.stderr.decode().strip().splitlines()[-1:] if made.returncode else []
+        why = made.stderr.decode().strip().splitlines()[-1:] or [f"status {made.returncode}"]
+        failed = made.returncode != 0
     except OSError as error:
-        why = [str(error)]
-    if why:
+        why, failed = [str(error)], True
+    if failed:
         raise UserError(
             f"{target} does not exist, and git cannot write it ({why[0]}): "
             f"run `python -m benchmarks.baseline --fill --commit {commit}` in a git checkout, and copy .baseline"

@@ -40,6 +40,7 @@ def convolve(
         times: how many equal frames it counts as, at least 1.
 
     Raises:
+        TypeError: The weight has another dtype than x.
         ValueError: Shapes or devices do not match, the weight is of neither kind, or `repeated` or `times` is out of
             range.
         RuntimeError: The backend is "triton", and it cannot run on this device.
@@ -50,6 +51,8 @@ def convolve(
     if not (0 <= repeated < x.shape[2] and times >= 1):
         raise ValueError(f"frame {repeated} cannot stand for {times} frames in clips of {x.shape[2]} frames")
     check_same_device("weight", weight, "x", x)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must be {x.dtype} like x, not {weight.dtype}")
     for name, values in zip(Normalisation._fields, normalisation or (), strict=False):
         check_same_device(name, values, "x", x)
         if values.shape != (x.shape[1],):

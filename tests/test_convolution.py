@@ -307,3 +307,9 @@ def test_sections_hold_all_channels(channels: int) -> None:
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convolve(**{"x": torch.zeros(1, 16, 2, 4, 4), "weight": torch.zeros(16, 16, 3, 1, 1), **change})
+
+
+def test_a_weight_of_another_dtype_is_refused() -> None:
+    x = torch.zeros(1, 16, 2, 4, 4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"weight must be torch.bfloat16 like x, not torch.float32"):
+        convolve(x, torch.zeros(16, 16, 3, 1, 1))
