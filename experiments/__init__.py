@@ -1,1 +1,1 @@
-"""One experiment a file: question, command, seeds and duration. `python -m experiments.NAME` runs it."""
+"""One experiment in each file, with its question and commands at the top. `python -m experiments.NAME` runs it."""

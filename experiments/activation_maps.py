@@ -3,14 +3,16 @@
     python -m experiments.activation_maps --data WEIZMANN            three seeds: about an hour on two cores
     python -m experiments.activation_maps --data WEIZMANN --quick    checks that it runs: about 5 minutes
 
-DCLR and MoCo are pretrained as in weizmann.py, but on frames twice as wide. With 48 pixels, a map has 3 x 3 cells, and
-a person fills one cell. `eval.py maps` then computes A_v, A_s and A_d of the 30 test clips, and the share of each map
-inside the moving region. A uniform map has the moving region's own share of the pixels. Random weights are the initial
-weights of the runs.
+DCLR and MoCo are pretrained as in weizmann.py, but on frames of 96 pixels, which give maps of 6 x 6 cells. With 48
+pixels, a map has 3 x 3 cells, and a person fills one cell. `eval.py maps` then computes A_v, A_s and A_d of the 30 test
+clips, and the share of each map inside the moving region. The figure of a uniform map is the moving region's share of
+the pixels. Random weights are the initial weights of DCLR's runs.
 
-These claims were written down after one run of DCLR (docs/LOG.md, 2026-11-26), each by more than two standard errors
-over seeds: A_d of DCLR is inside the moving region more than a uniform map; A_v of DCLR is inside the moving region
-more than A_v of random weights, and more than A_v of MoCo.
+Pre-registered after one run of DCLR and before all other runs (docs/LOG.md, 2026-11-26 and 27), each by more than two
+standard errors over seeds:
+
+- A_d of DCLR is inside the moving region more than a uniform map.
+- A_v of DCLR is inside the moving region more than A_v of random weights, and more than A_v of MoCo.
 """
 
 import shutil
@@ -48,7 +50,7 @@ def table(folder: Path, options: Options) -> evidence.Rows:
 
 
 def findings(result: evidence.Result) -> list[evidence.Finding]:
-    """Return the claims that were written down before the comparison."""
+    """Return the pre-registered claims."""
     rows, found = result["rows"], []
     for name, other, claim in (
         ("A_d", UNIFORM, "A_d of DCLR is inside the moving region more than a uniform map"),

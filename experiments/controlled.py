@@ -1,15 +1,15 @@
 """Does DCLR learn motion where MoCo learns the scene, and which of its components causes this? On the controlled set.
 
-    python -m experiments.controlled                                              all: about 5 hours on two cores
-    python -m experiments.controlled --seeds 1 --methods random MoCo DCLR         the main comparison: about 35 minutes
-    python -m experiments.controlled --quick                                      checks that it runs: about 15 minutes
-    python -m experiments.controlled --with-published --methods "without mining"  one method, next to published rows
-    python -m experiments.controlled --first-seed 3 --seeds 2 --methods MoCo DCLR two more seeds of these methods
+    python -m experiments.controlled                                                all: about 5 hours on two cores
+    python -m experiments.controlled --seeds 1 --methods random MoCo DCLR           MoCo and DCLR: about 35 minutes
+    python -m experiments.controlled --quick                                        only checks that it runs: 15 minutes
+    python -m experiments.controlled --with-published --methods "without mining"    one method, next to published rows
+    python -m experiments.controlled --first-seed 3 --seeds 2 --methods MoCo DCLR   two more seeds of these methods
 
-Each method is pretrained without labels for the same 1,800 steps of 32 clips, on the same videos, with the same
+Each method is pretrained without labels for the same 1,800 steps of 32 samples, on the same videos, with the same
 network, optimizer and colour jitter. At five points of training, two linear probes are fitted to the frozen features of
 the train split and scored on the test split: one for the motion class and one for the scene. The table also shows
-chance, an untrained network, and the networks that controlled_set.py trains on labels, all with the same probes.
+chance, and the same probes of an untrained network and of the networks that controlled_set.py trains on labels.
 
 Pre-registered, for the end of training and by two standard errors of the difference over seeds:
 
@@ -54,18 +54,18 @@ FIGURES = {
     "scene_nearest": ["scene, nearest", "%"],
 }
 ON_GPU = {"minutes": ["minutes of training", "min"]}
-"""Only on a GPU: on a CPU the time depends on how many runs share the cores."""
+"""A figure of runs on a GPU only. On a CPU, the time depends on how many runs share the cores."""
 
 QUEUE = 2048
 # These settings were found for DCLR with one or two seeds (docs/LOG.md, 2026-11-25 and 26), and MoCo gets the same.
-# With a queue of 512, DCLR makes no progress for 600 steps. With full colour jitter it loses the scene. With five mined
-# positives it loses the scene too: see the last method.
+# With a queue of 512, DCLR makes no progress for 600 steps. With full colour jitter, or with five mined positives (the
+# last method above), it loses the scene.
 RECIPE = [
     *controlled_set.NETWORK, "--batch-size", "32", "--queue-length", str(QUEUE), "--fill-steps", str(QUEUE // 32),
     "--lr", "0.03", "--key-momentum", "0.999", "--jitter", "0.5",
 ]  # fmt: skip
-# 24 steps an epoch. All stages have the same milestones, at 75 % and 90 % of the last epoch, so together they are one
-# run.
+# 24 steps an epoch. The milestones are at 75 % and 90 % of the last epoch. All training commands of a run have the same
+# milestones, so together they are one run.
 EPOCHS, MILESTONES = (10, 20, 40, 60, 75), (56, 67)
 QUICK_EPOCHS, QUICK_MILESTONES = (4, 6), (4, 5)
 
@@ -108,7 +108,7 @@ def labelled(folder: Path, seed: int, by_motion: Path, by_scene: Path, options: 
 
 
 def along_training(folder: Path, method: str, options: Options, figure: str) -> dict[str, Any]:
-    """Return the line of a figure at the probes: {"steps", "values"}."""
+    """Return a figure at all probes, as a line of a plot: {"steps", "values"}."""
     epochs, folders = probed_at(options), [folder / f"{folder_of(method)}-{seed}" for seed in options.seeds]
     steps_an_epoch = runs.report(folders[0])["steps"] // epochs[-1]
     values = [[runs.figure(each / f"bias-{epoch}", figure) for epoch in epochs] for each in folders]
@@ -118,7 +118,7 @@ def along_training(folder: Path, method: str, options: Options, figure: str) -> 
 def thinned(
     metrics: Sequence[dict[str, Any]], name: str, minus: str = "", points: int = 40
 ) -> tuple[list[float], list[float]]:
-    """Return (steps, values) of a logged number, or of the difference of two, as means over intervals of training.
+    """Return (steps, values) of a logged number, or of `name` minus `minus`, as means over intervals of training.
 
     Single steps are noisy. Steps without the number are skipped: the queue was still filling, or the number was not
     finite.
@@ -231,7 +231,7 @@ def new_spelling(flags: list[str]) -> list[str]:
 
 
 def published(options: Options) -> evidence.Result:
-    """Return the published result, so that its rows can be shown next to new ones.
+    """Return the published result, to which this run adds methods or seeds.
 
     It must have all seeds below the first one of `options`. If that is 0, it must have the same seeds.
 
@@ -250,7 +250,7 @@ def more_flags(parser: ArgumentParser) -> None:
     names = ["random", *METHODS]
     parser.add_argument(
         "--methods", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"{', '.join(names)} (default: all); random always runs",
+        help=f"{', '.join(names)} (default: all); without --with-published, random always runs",
     )  # fmt: skip
     runs.add_first_seed(parser)
     runs.add_with_published(parser)

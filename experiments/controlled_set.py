@@ -3,16 +3,16 @@
     python -m experiments.controlled_set                three seeds: about half an hour on two cores
     python -m experiments.controlled_set --quick        checks that it runs: about 3 minutes
 
-The set holds more of the demo videos (dclr/data/demo.py): 8 motions, each on 24 backgrounds equally often, so the
-motion of a video says nothing about its scene. Seeds differ in training, and the videos are the same for all seeds.
-Three networks are trained from scratch with labels: on the motions, on the scenes (the same videos, listed by scene),
-and on the motions from single frames. Pre-registered thresholds:
+The set has more videos of the kind of the demo (dclr/data/demo.py): 8 motions on 24 backgrounds. Each background is
+equally frequent in all motions, so the motion of a video says nothing about its scene. Seeds differ in training, and
+the videos are the same for all seeds. Three networks are trained on labels from scratch: on the motions, on the scenes
+(the same videos, listed by scene), and on the motions from single frames. Pre-registered thresholds:
 
 - The network trained on motions and the network trained on scenes are right on at least 95 % of the test videos.
 - A linear probe of random features is near chance on motion, and so is the network that sees single frames. Near chance
   means at most three standard errors of guessing above chance.
 
-Exit status 1 means that one of these does not hold. Then no comparison on the set is meaningful.
+Exit status 1 means that one of these claims does not hold. Then no comparison on the set is meaningful.
 """
 
 import math
@@ -94,7 +94,7 @@ def random_probe(folder: Path, seed: int, data: Path) -> Chain:
 
 
 def supervised(folder: Path, seed: int, data: Path, options: Options, more: Sequence[str] = ()) -> Chain:
-    """Return the training of a network with labels, and the evaluation of its accuracy."""
+    """Return the training of a network on labels, and the evaluation of its accuracy."""
     flags = (*(QUICK_SUPERVISED if options.quick else SUPERVISED), *more, "--data", str(data))
     return [runs.train("finetune", folder, flags, seed), runs.evaluate("accuracy", folder, data, folder / "accuracy")]
 

@@ -3,23 +3,25 @@
     TRITON_INTERPRET=1 python -m experiments.convolutions            three seeds: about half an hour without a GPU
     TRITON_INTERPRET=1 python -m experiments.convolutions --quick    three steps: checks that it runs
 
-DCLR trains a small network (r2plus1d_10 of width 16, 2 clips of 4 x 16 x 16) in bfloat16 on drawn clips, from the same
-weights and with the same clips:
+A fused convolution normalises its input and sums the statistics of its output (`--convolutions triton`). DCLR trains a
+small network (r2plus1d_10 of width 16, 2 samples of 4 x 16 x 16) in bfloat16 in four ways, from the same weights and on
+the same synthetic clips:
 
-- library: every convolution and batch normalisation by torch.
-- fused: the convolutions of the stem and of the first stage that kernels/convolution_triton.py takes. Without a GPU the
+- library: torch computes all convolutions and batch normalisations.
+- fused: Triton kernels compute the convolutions of the stem and of the first stage that they support. Without a GPU the
   kernels run in Triton's interpreter.
-- perturbed: the library, and each weight is multiplied by 1 + 2^-9 u with a random u from -1 to 1 at the start. That is
+- perturbed: as library, but each weight is multiplied by 1 + 2^-9 u at the start, with a random u from -1 to 1. This is
   the size of the rounding errors of bfloat16.
+- fused, no gradient of the statistics: as fused, with a planted fault.
 
-Claims, written before the first run:
+Pre-registered, before the first run:
 
 - The first two losses with fused convolutions differ from the library's by at most those of the perturbed network, in
   the mean over seeds. The second loss follows the first update.
 - Over all steps, the fused network is on average no further from the library than the perturbed one, within two
   standard errors and in powers of ten.
-- A planted fault is found: without the gradient that the statistics send, the second loss or the mean over all steps
-  is further away than the claims allow.
+- The planted fault is found: without the gradient that the statistics send, the first two losses or the mean over all
+  steps differ by more than these claims allow.
 """
 
 import contextlib
@@ -50,7 +52,7 @@ METHOD = MethodConfig(queue_length=16, embedding_dim=32, mined_positives=1)
 
 
 def draw_views(rng: torch.Generator, device: torch.device) -> Views:
-    """Draw clips of a smooth pattern that moves with its own speed in each clip."""
+    """Draw the views of clips: a smooth pattern, which moves with its own speed in each clip."""
     coarse = torch.randn(BATCH, 3, 1, 4, 4, generator=rng)
     picture = torch.nn.functional.interpolate(coarse, (1, PIXELS, PIXELS), mode="trilinear")
     speeds = torch.randint(-2, 3, (BATCH, 2), generator=rng).tolist()
@@ -107,7 +109,7 @@ def curve(name: str, seed: int, steps: int, device: torch.device) -> list[float]
 
 
 def distances(curves: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
-    """Return the relative difference from the library's loss, {name: [[one for each step] for each seed]}."""
+    """Return the relative differences from the library's losses, {name: [[one for each step] for each seed]}."""
     return {
         name: [relative_differences(*pair) for pair in zip(curves[name], curves[LIBRARY], strict=True)]
         for name in CURVES[1:]

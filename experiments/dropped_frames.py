@@ -2,15 +2,15 @@
 
     python -m experiments.dropped_frames --run RUN --data STORE --out OUT
 
-The middle clip of each test video loses every possible quarter of its frames in turn. With 8 frames, these are 28
-pairs. The encoder of the run computes q for the whole clip and q~ for the clip with dropped frames. The generator
-learns to make the change, mean |q~ - q|, large. So the set that it chooses is ranked among all sets of the clip. The
-mean over all sets is what random frames change, and no random numbers are needed.
+The middle clip of each test video loses every possible quarter of its frames in turn. With 8 frames, these sets are 28
+pairs. The query encoder of the run computes the embedding q of the whole clip, and q~ of the clip with dropped frames.
+The generator learns to make the change, mean |q~ - q|, large. So the set that it chooses is ranked among all sets of
+the clip. The mean over all sets is what random frames change, so no random numbers are needed.
 
 - "rank" is the share of the other sets that change the embedding less than the chosen set. Random frames have 50 %.
 - "rank, other clips" gives each clip the sets that the generator chose for the other clips. If it equals "rank", the
   generator has learned which positions matter, but its choice does not depend on the clip.
-- "most_common" is the share of clips that lose the most frequent set.
+- "most_common" is the share of clips that lose the most frequently chosen set.
 - Linear probes of motion and scene are fitted to the features of whole train clips. They are scored on whole test
   clips, on test clips without the chosen set, and on test clips without each set in turn. The mean over all sets is the
   accuracy without random frames.
@@ -125,7 +125,7 @@ def ranks(changes: Tensor) -> Tensor:
 
 
 def rank_figures(changes: Tensor, chosen: Tensor) -> dict[str, float]:
-    """Return the ranks of the chosen sets, what they change compared with random ones, and how often they are equal.
+    """Return the ranks of the chosen sets, the changes by chosen and random sets, and how many clips lose the same set.
 
     Args:
         changes: (N, S), see Effects.
@@ -169,7 +169,7 @@ def features_of(network: VideoMoCo, clips: Tensor) -> Tensor:
 
 
 def evaluate(run: Path, data: Path) -> dict[str, float]:
-    """Return all figures of a run, on the videos of the store `data`."""
+    """Return all figures of a run on the videos of the packed store `data`."""
     network, config = load_method(run)
     settings = DataConfig(**{**vars(config.data), "data": str(data)})
     catalog = open_data(settings)
@@ -192,8 +192,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--data", type=Path, required=True, help="store of its videos")
-    parser.add_argument("--out", type=Path, required=True, help="folder of report.json")
+    parser.add_argument("--data", type=Path, required=True, help="packed store of its videos")
+    parser.add_argument("--out", type=Path, required=True, help="folder in which report.json is written")
     return parser
 
 

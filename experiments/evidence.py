@@ -10,7 +10,7 @@ A result is a dictionary in results/DEVICE/NAME.json:
     findings                [{"claim", "holds", "detail"}]: each pre-registered claim, and whether it holds
     panels                  the panels of a plot along training: [{"title", "ylabel", "lines", "levels"}]. A line is
                             {"steps": [...], "values": [[one value for each step] for each seed]}. A level is a number.
-    groups                  the groups of rows, if rows are named "GROUP: ROW": a bar plot has a panel for each group
+    groups                  the groups of rows, if rows are named "GROUP: ROW". A bar plot has one panel for each group
     ylabel                  the label of a bar plot's axis, if it is not "share of test videos"
     recipe, environment     the settings and the machine; environment.commit names the commits of the runs, and
                             environment.precision the precisions in which networks were trained
@@ -121,7 +121,7 @@ def permutation_share(more: Sequence[float], less: Sequence[float]) -> float:
 def above_exact(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Finding]:
     """Return the finding that an exact permutation test puts the first mean above the second.
 
-    [] for fewer than three values on each side, with which no difference reaches the threshold.
+    [] if a side has fewer than three values: with two on each side, no difference reaches the threshold.
     """
     if min(len(more), len(less)) < 3:
         return []
@@ -154,7 +154,7 @@ def published_file(name: str) -> Path:
 def published(name: str, recipe: dict[str, Any], seeds: range, flag: str = "--with-published") -> Result:
     """Return the committed result, so that its values can be shown next to new ones.
 
-    `flag`: the flag of the command line that asks for it, which error messages name.
+    `flag`: the flag of the command line that asks for the result. Error messages name it.
 
     Raises:
         UserError: there is no such result, or its device, its seeds or an entry of `recipe` differ.
@@ -182,7 +182,7 @@ def with_more_seeds(before: Result, result: Result) -> Result:
 
 
 def check_flags(before: dict[str, list[str]], now: dict[str, list[str]], flag: str) -> None:
-    """Raise UserError if a published method, in `before`, was run with other flags than the method has now.
+    """Raise UserError if a published method (in `before`) was run with other flags than it has now.
 
     `flag`: the flag of the command line that asks for the published result.
     """
@@ -192,7 +192,7 @@ def check_flags(before: dict[str, list[str]], now: dict[str, list[str]], flag: s
 
 
 def check_has_all_seeds(before: Result, rows: Sequence[str]) -> None:
-    """Raise UserError if one of these rows does not have all seeds of `before`, so that no seeds can be added to it."""
+    """Raise UserError if one of these rows lacks a seed of `before`, because later seeds cannot be added to it then."""
     seeds = len(before["seeds"])
     for row in rows:
         if (own := plots.seeds_of(before["rows"].get(row, {}))) < seeds:
@@ -200,7 +200,7 @@ def check_has_all_seeds(before: Result, rows: Sequence[str]) -> None:
 
 
 def rows_with_more_seeds(before: Result, rows: Rows) -> Rows:
-    """Return the rows of `before`, and to those that are also in `rows` add the values of the new seeds."""
+    """Return the rows of `before`. Those that are also in `rows` have the values of the new seeds too."""
     added = {
         row: {
             figure: before["rows"][row][figure] + value if isinstance(value, list) else value
@@ -212,7 +212,7 @@ def rows_with_more_seeds(before: Result, rows: Rows) -> Rows:
 
 
 def panels_with_more_seeds(before: Result, panels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `panels` with the lines of `before`, and to those that are also in `panels` add those of the new seeds."""
+    """Return the panels of `before`. Lines that are also in `panels` have the values of the new seeds too."""
 
     def joined(name: str, earlier: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
         if earlier["steps"] != line["steps"]:
@@ -228,7 +228,7 @@ def panels_with_more_seeds(before: Result, panels: Sequence[dict[str, Any]]) -> 
 
 
 def in_order(rows: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """Return `rows` sorted as `order` lists them. Raises KeyError if `order` lacks one."""
+    """Return `rows` in the order of `order`. Raises KeyError if a row is not in `order`."""
     if others := rows.keys() - set(order):
         raise KeyError(f"not in order: {others}")
     return {name: rows[name] for name in order if name in rows}
@@ -251,15 +251,14 @@ def publish(
 ) -> bool:
     """Print the table, write NAME.json and NAME.png into the work folder, publish both and write the page.
 
-    A quick run is never published. A result with fewer seeds, rows or figures than the published one does not replace
-    it.
+    A quick run is never published. A result that lacks seeds, rows or figures of the published one does not replace it.
 
     Args:
         name: the name of the experiment.
         result: the result without command, seeds and environment, which are added here.
-        chains: the commands that were run, whose commits are recorded. Without commands, the newest commit is.
-        options: the options of the experiment's command line. Seeds below the first one come from `taken`.
-        taken: the published result that some rows or seeds come from. Its commits are added.
+        chains: the commands that were run, whose commits are recorded. Without commands, the current commit is.
+        options: the common options. The values of seeds below the first one come from `taken`.
+        taken: the published result that some rows or seeds come from. Its commits are recorded too.
 
     Returns:
         True if the result was published.
@@ -284,8 +283,8 @@ def publish(
     kept = published_file(name)
     if kept.exists() and is_narrower(result, json.loads(kept.read_text())):
         print(
-            f"\nwrote {written} and its plot; {kept} has more seeds, rows or figures and stays: delete it to publish "
-            "this result"
+            f"\nwrote {written} and its plot; {kept} has seeds, rows or figures that this result lacks, and stays: "
+            "delete it to publish this result"
         )
         return False
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -298,6 +297,7 @@ def publish(
 
 
 def is_narrower(result: Result, before: Result) -> bool:
+    """Return whether `result` lacks seeds, rows or figures of `before`."""
     fewer = any(not before[part].keys() <= result[part].keys() for part in ("rows", "figures"))
     return fewer or len(result["seeds"]) < len(before["seeds"])
 

@@ -1,19 +1,21 @@
-"""Expected hours of the stages of an experiment on GPUs. One number was measured, all others are estimates from it.
+"""Expected hours of the stages of an experiment on GPUs, estimated from one measured run.
 
 Measured on one H200: a whole pretraining run of DCLR, read from a store, in samples a second
-(benchmarks/results/nvidia-h200/train.json). It includes reading, logging and checkpoints, with 128 clips a step.
+(benchmarks/results/nvidia-h200/train.json). It includes reading, logging and checkpoints, with 128 samples a step.
 
 Estimates, each of which may be wrong by a factor of two:
 
 - Other work takes time in proportion to its arithmetic: a method's GFLOP a sample (docs/methods.md), three forward
-  passes to train a classifier, one to train a linear classifier or to evaluate a clip. Smaller steps are as efficient.
+  passes to finetune on a clip, one to train a linear classifier on it or to evaluate it. Steps with fewer samples are
+  as efficient.
 - A 24 GB card is an RTX 4090. Its peak in bfloat16 and its memory bandwidth are 0.167 and 0.210 of an H200's, and the
   smaller ratio counts. If a step does not fit its memory by the count of benchmarks/memory.py, it runs with
   --recompute, and takes 1.2 times as long (docs/performance.md).
-- Eight H200 share a batch. To the time of their share, the communication of the model in benchmarks/communication.py
-  is added. Steps of 8 clips a GPU have not been measured, and are probably less efficient than steps of 128.
-- Decoding takes the time that was measured on two Kinetics clips a core (benchmarks/results/cpu/catalog.json), once for
-  the check and once for the store, divided by the cores.
+- Eight H200 share a batch. The time of the communication, from the model in benchmarks/communication.py, is added to
+  the time of a share. Steps of 8 samples a GPU have not been measured, and are probably less efficient than steps of
+  128 samples.
+- Each core decodes as many videos a second as were measured on Kinetics clips (benchmarks/results/cpu/catalog.json).
+  Each video is decoded once for the check and once for the store.
 - Each command takes half a minute more, to start and to compile the network.
 """
 
@@ -27,12 +29,12 @@ from typing import Any
 from benchmarks import communication, harness, memory
 
 GFLOP = {"moco": 157, "dclr": 444, "dclr-simclr": 580, "videomoco": 247, "simsiam": 235}
-"""A pretraining sample of 16 x 112 x 112 with r2plus1d_10, forward and backward, as docs/methods.md gives it."""
+"""GFLOP of a pretraining sample of 16 x 112 x 112 with r2plus1d_10, forward and backward, as in docs/methods.md."""
 FORWARD_GFLOP = 39.4
-"""One forward pass of a clip."""
+"""GFLOP of one forward pass of a clip."""
 
 START_S = 30.0
-"""Seconds of a command besides its work (an assumption)."""
+"""Seconds that a command takes in addition to its work (an assumption)."""
 RECOMPUTE = 1.2
 """Time of a step with --recompute relative to one without (docs/performance.md)."""
 
@@ -68,9 +70,9 @@ class Work:
     samples: int = 0
     """pretraining samples, or clips"""
     gflop: float = 0.0
-    """of a sample"""
+    """GFLOP of a sample"""
     batch: int = 0
-    """samples of a training step on all GPUs; 0: no training"""
+    """samples of a training step on all GPUs; 0 for a command that does not train"""
     network: str = ""
     """the row of benchmarks/results/memory.json: DCLR, MoCo or finetune; "" without a backward pass"""
     decoded: int = 0
@@ -89,7 +91,7 @@ def measured_rate() -> float:
 
 
 def machine_here(gpus: int) -> Machine:
-    """Return the machine that is most like this one: by the memory of its GPU, or an H200 if it has none."""
+    """Return this machine. Its speed is that of an H200, or of an RTX 4090 if its GPU has at most 40 GB."""
     import torch
 
     gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 140
@@ -100,7 +102,7 @@ def machine_here(gpus: int) -> Machine:
 
 
 def recomputes(work: Work, machine: Machine) -> bool:
-    """Return whether a step needs --recompute to fit the memory of a GPU, by the count of benchmarks/memory.py."""
+    """Return whether a step needs --recompute to fit into the memory of a GPU, by the count of benchmarks/memory.py."""
     if not work.network or not work.batch:
         return False
     counted = result("memory.json")
@@ -110,7 +112,7 @@ def recomputes(work: Work, machine: Machine) -> bool:
 
 
 def communication_seconds(work: Work, machine: Machine) -> float:
-    """Return the modelled seconds that the GPUs of one machine exchange data in a step. See the top of the file."""
+    """Return the seconds that the GPUs of one machine exchange data in a step, by the model of communication.py."""
     if machine.gpus == 1 or not work.batch:
         return 0.0
     counted = result("cpu/communication.json")

@@ -110,7 +110,7 @@ def embed(checkpoint: Path, settings: dict[str, Any], device: torch.device) -> t
 
 
 def read_folds(file: Path) -> dict[str, str]:
-    """Return the fold of each path. Raises UserError if the file cannot be read or a line has not four words."""
+    """Return the fold of each path. Raises UserError if the file is unreadable or wrong, or has only one fold."""
     folds = {}
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -127,7 +127,7 @@ def read_folds(file: Path) -> dict[str, str]:
 
 
 def divisions(embedded: Embedded, folds: dict[str, str] | None) -> list[tuple[Tensor, Tensor]]:
-    """Return the train and test videos (N,) bool of each fold, or of the splits without folds.
+    """Return the train and test videos (N,) bool of each fold, or of the splits if there are no folds.
 
     Raises:
         UserError: the videos of the folds are not those of the data set.
@@ -144,7 +144,7 @@ def divisions(embedded: Embedded, folds: dict[str, str] | None) -> list[tuple[Te
 
 
 def figures_of(embedded: Embedded, parts: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return the shares of the test videos of all `parts` that probes and nearest neighbours predict, and chance."""
+    """Return the shares of the test videos of all `parts` that are predicted right, and chance."""
     correct: dict[str, list[Tensor]] = {}
     for train, test in parts:
         labels, truth = embedded.labels[train], embedded.labels[test]
@@ -169,12 +169,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run, or the word random")
-    parser.add_argument("--like", help="with --checkpoint random: the run whose clips and network it gets")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a run, or random: random weights")
+    parser.add_argument("--like", help="with --checkpoint random: the run whose clips and backbone are used")
     parser.add_argument("--seed", type=int, default=0, help="seed of random weights (default: 0)")
     parser.add_argument("--data", required=True, help="folder of the videos, with a train and a test split")
     parser.add_argument("--folds", type=Path, help="list of folds (default: the train and the test split)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of report.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder in which report.json is written")
     return parser
 
 
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
     embedded, loaded = embed(given.checkpoint, settings_of(given.checkpoint, flags), device)
     parts = divisions(embedded, folds)
     figures = figures_of(embedded, parts)
-    print(f"\n{loaded}\n{len(embedded.labels)} videos, {len(parts)} test parts")
+    print(f"\n{loaded}\n{len(embedded.labels)} videos, {len(parts)} test splits")
     for name, value in figures.items():
         print(f"{name:22}{value:8.4f}")
     given.out.mkdir(parents=True, exist_ok=True)

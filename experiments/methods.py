@@ -6,7 +6,7 @@
     python -m experiments.methods --quick                     checks that it runs
 
 All methods get the recipe of controlled.py: the same videos, network, augmentation, optimizer, learning rate, and
-batches of 32 clips. They stop after 960 steps. controlled.py has a probe at this step, and its learning rate is still
+batches of 32 samples. They stop after 960 steps. controlled.py has a probe at this step, and its learning rate is still
 constant there. DCLR and MoCo are trained again for two reasons: the published probes at this step have no nearest
 neighbours, and the code has changed since they were published.
 
@@ -14,8 +14,9 @@ Methods without a queue get the recipe without the queue's flags. The other meth
 the queue, and these steps count.
 
 No setting was tuned for any new method. The learning rate is 0.03, as in controlled.py. Published rates for batches of
-32 clips, in proportion to the batch size, are 0.00375 (MoCo), 0.005 (VideoMoCo), 0.00625 (SimSiam) and 0.008 (DCLR).
-They differ by a factor of two. 0.03 is 4 to 8 times as high, because the run is short.
+32 samples, in proportion to the batch size, are 0.00375 (MoCo), 0.005 (VideoMoCo), 0.00625 (SimSiam) and 0.008 (DCLR,
+from the batch of 40 of its released command). They differ by a factor of two. 0.03 is 4 to 8 times as high, because the
+run is short.
 
 VideoMoCo trains as MoCo in the first half of the epochs, as published. In the second half it drops 2 of 8 frames and
 decays the logits of queue entries. "MoCo, same frames" is its baseline: query and key have the same frames, no frame is
@@ -31,8 +32,8 @@ view, or all three views as in the released code.
 
 For runs with a generator, dropped_frames.py measures whether the generator drops the frames that matter.
 
-Pre-registered on 2026-11-29, before any run, by two standard errors of the difference over seeds. That the motion probe
-of DCLR is above that of MoCo at this step was known (35.5 and 20.3 %), so it is not among the claims.
+Pre-registered on 2026-11-29, before any run, by two standard errors of the difference over seeds. It was already known
+that the motion probe of DCLR is above that of MoCo at this step (35.5 and 20.3 %), so this is not among the claims.
 
 - The motion probe of DCLR is above that of VideoMoCo, and above that of SimSiam.
 - The motion probe of the SimCLR form is above that of MoCo: dynamic pairs teach motion without a queue, too.
@@ -71,7 +72,7 @@ def videomoco(dropping: str, decay: str, *more: str) -> list[str]:
     return ["--method", "videomoco", "--dropping", dropping, "--decay", decay, *more]
 
 
-# In the order of the runs: the questions about dropping first.
+# In the order of the runs. The questions about dropping come first.
 METHODS: dict[str, list[str]] = {
     PLAIN: videomoco("none", "none"),
     GENERATOR: videomoco("generator", "none"),
@@ -99,7 +100,7 @@ DROPPED = {
     "motion_chosen": ["motion, without the dropped frames", "%"],
     "motion_random": ["motion, without random frames", "%"],
 }
-"""Figures of dropped_frames.py that the page shows. A row of the result has all of them."""
+"""The figures of dropped_frames.py that the page shows. The result file has all figures."""
 
 
 def epochs(options: Options) -> int:

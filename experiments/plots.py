@@ -44,7 +44,7 @@ def with_seeds(name: str, own: int, seeds: int) -> str:
 
 
 def plot(result: dict[str, Any]) -> Figure:
-    """Return the figure of a result: curves if it has panels, otherwise bars."""
+    """Return the plot of a result: curves if it has panels, otherwise bars."""
     where, seeds = result["environment"], len(result["seeds"])
     figure = curves(result["panels"], seeds) if "panels" in result else bars(result)
     spread = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"

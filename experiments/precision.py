@@ -1,16 +1,16 @@
 """Do the Triton kernels or bfloat16 change what is learned? Loss curves by kernels, and accuracy by precision.
 
-    python -m experiments.precision                    three seeds: about 3 hours on two cores, or half (*)
-    python -m experiments.precision --with-published   bfloat16 from the published result of controlled.py: (*)
+    python -m experiments.precision                    three seeds: about 3 hours on two cores (*)
+    python -m experiments.precision --with-published   half the time: DCLR in bfloat16 is that of controlled.py's result
     python -m experiments.precision --quick            checks that it runs: about 20 minutes
-    (*) half the time, if controlled.py has run in the same work folder or its result is published
+    (*) half the time if controlled.py has run in the same work folder
 
 **Loss curve.** 24 steps in float32, with the kernels and with the reference. Without a GPU the kernels run in Triton's
-interpreter, on a small network and a few small clips. The pre-registered threshold was: no loss differs by more than
-0.1 %. It failed, because training amplifies rounding errors beyond 0.1 % (docs/LOG.md, 2026-11-27). Two thresholds
-replaced it after curves of both had been seen:
+interpreter, on a small network and a few small clips. The pre-registered claim was that no loss differs by more than
+0.1 %. It does not hold, because training amplifies rounding errors beyond 0.1 % (docs/LOG.md, 2026-11-27). Two claims
+were added after the curves had been seen:
 
-- The first two losses differ by at most 1e-4. An update that is wrong by 1 % moves the second loss by 7e-4 or more.
+- The first two losses differ by at most 1e-4. An update that is wrong by 1 % changes the second loss by 7e-4 or more.
 - Over all steps, the kernels are on average no further from the reference than the reference with other rounding,
   within two standard errors and in powers of ten. The reference with other rounding sums in another order: it has a
   second thread, or more padding on a GPU.
@@ -45,7 +45,7 @@ INTERPRETED_VIDEOS = 2
 """Videos of each motion: 4 steps an epoch."""
 CURVE_TOLERANCE, FIRST_TOLERANCE = 1e-3, 1e-4
 RESOLUTION = 1e-8
-"""Relative difference of two losses in float32 that are equal."""
+"""The smallest relative difference. Equal losses get it too, so that every difference has a logarithm."""
 PRECISIONS = ("bfloat16", "float32")
 FIGURES = {"motion_probe": ["motion, linear probe", "%"], "scene_probe": ["scene, linear probe", "%"]}
 LOSS_PANEL = "loss in float32, by kernels"
@@ -55,7 +55,7 @@ LOSS_PANEL = "loss in float32, by kernels"
 
 
 def float32_config(folder: Path) -> Path:
-    """Write the default DeepSpeed configuration without autocast, and return its path."""
+    """Write the default DeepSpeed configuration without autocast into `folder`, and return its path."""
     config = json.loads(BFLOAT16.read_text())
     config["torch_autocast"]["enabled"] = False
     path = folder / "float32.json"
@@ -68,7 +68,7 @@ def curve(folder: Path, name: str, seed: int, data: Path, ds_config: Path, gpu: 
     """Return the short run with this name, one of CURVES."""
     flags = [*CURVE, *(ON_GPU if gpu else INTERPRETED), "--data", str(data), "--ds_config", str(ds_config)]
     flags += ["--kernels", TRITON if name == TRITON else REFERENCE]
-    environment = {"OMP_NUM_THREADS": "1"}  # on every machine, so that only ROUNDED has a second thread
+    environment = {"OMP_NUM_THREADS": "1"}  # on every machine: only ROUNDED has a second thread
     if name == TRITON and not gpu:
         environment["TRITON_INTERPRET"] = "1"
     elif name == ROUNDED and gpu:
@@ -92,7 +92,7 @@ def losses(folder: Path) -> tuple[list[int], list[float]]:
 
 
 def relative_differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Return the difference of two curves at each step, relative to the reference's loss."""
+    """Return the absolute difference of two curves at each step, relative to the reference's loss."""
     return [abs(loss - expected) / expected for loss, expected in zip(losses, reference, strict=True)]
 
 
@@ -144,7 +144,7 @@ def compare_curves(curves: dict[str, list[list[float]]]) -> list[evidence.Findin
 
 
 def compare_accuracy(label: str, bfloat16: Sequence[float], float32: Sequence[float]) -> list[evidence.Finding]:
-    """Return the claim that two means agree; [] for one seed."""
+    """Return the claim that bfloat16 is as accurate as float32; [] for one seed."""
     return evidence.equal(f"bfloat16 is as accurate as float32 on {label}", bfloat16, float32)
 
 
@@ -165,8 +165,8 @@ def accuracies(
 
     Args:
         folder: the runs of controlled.py.
-        options: the experiment's command line.
-        taken: the result of controlled.py whose DCLR stands for bfloat16, or None if that run is in `folder`.
+        options: the common options.
+        taken: the result of controlled.py whose DCLR has the figures of bfloat16, or None if its runs are in `folder`.
     """
     rows: evidence.Rows = {name: {} for name in PRECISIONS}
     panels = []

@@ -1,8 +1,9 @@
 """Figures that others published for UCF101 and HMDB51, with their source and protocol. None of them is ours.
 
 Top-1 accuracy and R@1 in percent, as printed by the source. A figure is here only if somebody on this project read it
-there, or in the project's notes of that source (docs/method.md, "Figures of the field"). DCLR's own table is not: we
-could not read it in a primary source. Clips, crops, epochs and the number of splits differ between the rows.
+there, or in the project's notes of that source (docs/method.md, "Figures of the field"). The table of DCLR's paper is
+not here, because we could not read it in a primary source. Clips, crops, epochs and the number of splits differ between
+the rows.
 """
 
 from dataclasses import dataclass
@@ -10,20 +11,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One row: a method with its figures, None where the source gives none."""
+    """One row: a method with its figures. A figure is None if the source does not give it."""
 
     method: str
     pretrained: str
     backbone: str
     ucf101: float | None = None
-    """the whole network finetuned, top-1"""
+    """top-1 accuracy of the whole network, finetuned on UCF101"""
     hmdb51: float | None = None
+    """the same on HMDB51"""
     linear: float | None = None
-    """a linear classifier on the frozen network, UCF101, top-1"""
+    """top-1 accuracy of a linear classifier on the frozen network, on UCF101"""
     retrieval: float | None = None
     """R@1 on UCF101"""
     protocol: str
-    """what the source says about it; "not stated" if we do not know"""
+    """what the source says about its protocol; "not stated" if we do not know"""
     source: str
 
 

@@ -13,7 +13,7 @@ sides of a split.
 
 - surv: 300 clips, fight or not. The same cameras are in both classes, so one frame says nothing about the class: a
   small network trained on labels is right on 53 % of single frames, and on 62 % of frame differences.
-- hockey: 1,000 clips, fight or not. One frame suffices: 89 %.
+- hockey: 1,000 clips, fight or not. One frame suffices: 89 % of single frames are right.
 - weizmann: 90 clips of 10 actions before nearly the same background.
 
 Each method is pretrained once for each seed, without labels, on the train splits of all three sets: 1,098 clips, the
@@ -25,12 +25,11 @@ same steps, network, augmentation and optimizer. The features are then evaluated
 - Foreground: moving people on the background of a clip of another class (eval.py bias).
 
 On surv, probes and finetuning use all five folds, so every clip is a test clip once. Fold 1 is the test split. The
-clips of folds 2 to 5 are in the pretraining, without their labels, for every method alike. The other sets use their
-split.
+clips of folds 2 to 5 are in the pretraining of every method, without their labels. The other sets use their split.
 
-Nothing was chosen on these sets. The recipe is that of controlled.py, found on rendered videos: learning rate, queue,
-momentum, jitter, and one mined positive. The size of the clips, 8 frames of 48 x 48, and 54 epochs are what two cores
-do in about an hour for one run of DCLR. A stride of two frames fits the shortest clips, which have 20 frames.
+No setting was chosen on these sets. The recipe is that of controlled.py, found on rendered videos: learning rate,
+queue, momentum, jitter, and one mined positive. With clips of 8 frames of 48 x 48 and 54 epochs, one run of DCLR takes
+about an hour on two cores. A stride of two frames fits the shortest clips, which have 20 frames.
 
 With --large, clips have 16 frames of 112 x 112 and the network has its published width. One seed of MoCo and DCLR
 should take an H200 about nine minutes (computed in docs/LOG.md, 2026-11-30, and not measured). In videos of fewer than
@@ -38,7 +37,7 @@ should take an H200 about nine minutes (computed in docs/LOG.md, 2026-11-30, and
 the sets that has less than 40 MB.
 
 Pre-registered on 2026-11-29, before any run. A claim "above" holds if an exact permutation test over seeds gives at
-most 5 % (evidence.permutation_share). With three seeds, each value must be above each value of the other.
+most 5 % (evidence.permutation_share). With three seeds, each value must be above each value of the other method.
 
 - surv: the probe of DCLR is above that of MoCo, and finetuning from DCLR is above finetuning from MoCo and from
   scratch.
@@ -48,7 +47,7 @@ most 5 % (evidence.permutation_share). With three seeds, each value must be abov
 - surv and weizmann: DCLR recognises a moving foreground better than MoCo.
 
 Added on 2026-11-30, after two seeds of MoCo and DCLR and before any run of the new method. "DCLR without mining" has no
-mined positives, because with one, the motion pairs stop to recognise their own keys (docs/LOG.md, 2026-11-30).
+mined positives, because with one, the motion pairs no longer recognise their own keys (docs/LOG.md, 2026-11-30).
 
 - surv: the probe of DCLR without mining is above that of DCLR, and above that of MoCo.
 """
@@ -78,16 +77,16 @@ FINETUNE = ["--batch-size", "20", "--lr", "0.05", "--checkpoint-every", "40"]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What a run costs: its clips and its epochs."""
+    """The settings that decide what a run costs: its clips and its epochs."""
 
     clips: tuple[str, ...]
     """Flags of clips, network and speed."""
     epochs: int
     milestones: tuple[str, ...]
     finetune_epochs: dict[str, int]
-    """For each set."""
+    """Epochs of finetuning on each set."""
     packs: bool
-    """Whether videos are packed before the runs."""
+    """True if videos are packed before the runs."""
 
 
 DEMO = ("--preset", "demo", "--clip-stride", "2")
@@ -99,7 +98,7 @@ SMALL = Size(
     finetune_epochs={"surv": 30, "hockey": 10, "weizmann": 40},
     packs=True,
 )
-# So many short commands would compile for longer than they train.
+# Without compilation: so many short commands would compile for longer than they train.
 LARGE = Size(
     clips=(
         *DEMO, "--clip-length", "16", "--crop-size", "112", "--width", "64", "--workers", "2", "--compile", "off",
@@ -110,7 +109,7 @@ LARGE = Size(
     packs=False,
 )  # fmt: skip
 QUICK: dict[str, Any] = {"epochs": 4, "milestones": ("2", "3"), "finetune_epochs": dict.fromkeys(SETS, 1)}
-"""Of a quick run of either size. An epoch of its pretraining has 3 steps."""
+"""Settings of a quick run of either size. An epoch of its pretraining has 3 steps."""
 
 WITHOUT_MINING = "DCLR without mining"
 METHODS: dict[str, list[str]] = {
@@ -165,10 +164,10 @@ def read_list(file: Path) -> list[list[str]]:
 def write_set(folder: Path, links: dict[str, Path], classes: Sequence[str], **splits: Iterable[Sequence[str]]) -> None:
     """Write a data set: links to folders with videos, and the lists of its splits.
 
-    A link to a folder that is gone is made again, because the videos may be in another place now.
+    A link to a folder that is gone is made again, because the videos may have been moved.
 
     Raises:
-        UserError: the links point to other videos.
+        UserError: a link points to another folder.
     """
     (folder / "splits").mkdir(parents=True, exist_ok=True)
     for name, target in links.items():
@@ -272,7 +271,7 @@ def finetuned(folder: Path, seed: int, data: Path, name: str, size: Size, start:
 
 
 def parts_of(name: str, options: Options) -> list[str]:
-    """Return the data sets that finetuning on a set uses: its folds, or the set itself. Quick runs have two folds."""
+    """Return the data sets on which a set is finetuned: its folds, or the set itself. Quick runs have two folds."""
     folds = FOLDS[:2] if options.quick else FOLDS
     return [f"{name}-{fold}" for fold in folds] if name == FOLDED else [name]
 
@@ -374,7 +373,7 @@ def rows_of_references(work: Path, name: str, options: Options) -> evidence.Rows
 
 
 def findings(result: evidence.Result) -> list[evidence.Finding]:
-    """Return the pre-registered claims."""
+    """Return the pre-registered claims; [] without MoCo or DCLR, or with fewer than three seeds."""
     rows, found = result["rows"], []
     if not {f"{FOLDED}: MoCo", f"{FOLDED}: DCLR"} <= rows.keys():
         return []
@@ -422,7 +421,7 @@ def published(options: Options, recipe: dict[str, Any], flags: dict[str, list[st
 def more_flags(parser: ArgumentParser) -> None:
     runs.add_first_seed(parser)
     runs.add_with_published(parser)
-    parser.add_argument("--large", action="store_true", help="clips of 16 x 112 x 112, for a GPU")
+    parser.add_argument("--large", action="store_true", help="clips of 16 x 112 x 112, published width, for a GPU")
     parser.add_argument("--data", type=Path, required=True, help=f"the folder with {', '.join(SETS)}")
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME",

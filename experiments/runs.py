@@ -5,8 +5,8 @@ and so on. A command is done when the file that it writes last exists. Its outpu
 the log is the command. If a log starts with another command, the experiment stops, because its files come from another
 recipe.
 
-An experiment that takes hours is a list of stages. `run_stages` runs them in order and prints, after each of them, how
-long the others will probably take.
+The experiment of ucf101.py is a list of stages. `run_stages` runs them in order. After each stage it prints how long
+the remaining stages will probably take.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Stage:
 
     title: str
     kind: str
-    """Stages of one kind take about as much longer or shorter than expected as each other."""
+    """Stages of one kind have about the same ratio of measured to expected time."""
     jobs: Chain
     seconds: float
     """The expected time."""
@@ -88,23 +88,24 @@ class Options:
     work: Path
     quick: bool
     arguments: tuple[str, ...] = ()
-    """The arguments as typed, but only the last component of a path, so that results do not publish local folders."""
+    """The arguments as typed, but of a path only its last component, so that results do not publish local folders."""
 
 
 def parse(
     description: str | None, arguments: Sequence[str], more: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> tuple[Options, argparse.Namespace]:
-    """Return the common flags, and all parsed flags. `more` adds an experiment's own flags to the parser.
+    """Return the common options, and all parsed flags. `more` adds an experiment's own flags to the parser.
 
     Raises:
-        UserError: --seeds or --parallel is below 1, --first-seed is negative, or it is given with --with-published.
+        UserError: --seeds or --parallel is below 1, --first-seed is negative, or a --first-seed above 0 is given
+            together with --with-published.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ... (default: 3)")
     parser.add_argument(
-        "--parallel", type=int, help="runs at the same time, which share the cores (default: 2; 1 with a GPU)"
+        "--parallel", type=int, help="number of runs at the same time. They share the cores (default: 2; 1 with a GPU)"
     )
     parser.add_argument(
         "--work", type=Path, help="folder of the runs (default: runs/evidence; runs/evidence-quick with --quick)"
@@ -112,7 +113,7 @@ def parse(
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a few steps, to check that the experiment runs; nothing is published",
+        help="a few steps, which only check that the experiment runs; nothing is published",
     )
     if more:
         more(parser)
@@ -131,7 +132,7 @@ def parse(
 
 
 def published(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return the arguments of a command as results name them: of a path only the last folder's name."""
+    """Return the arguments of a command as results name them: of a path only its last component."""
     return tuple(Path(each).resolve().name if "/" in each else each for each in arguments)
 
 
@@ -162,22 +163,27 @@ def train(command: str, folder: Path, flags: Iterable[str], seed: int) -> Job:
 
 
 def pack(source: Path, store: Path, short_side: int) -> Job:
-    """Return the job of `train.py pack` of a data set."""
+    """Return the job of `train.py pack` that writes the data set `source` into `store`."""
     line = ("train.py", "pack", "--data", str(source), "--short-side", str(short_side), "--out", str(store))
     return Job(command=line, writes=store / INDEX, log=store.with_suffix(".log"))
 
 
 def evaluate(protocol: str, checkpoint: Path | str, data: Path, out: Path, flags: Iterable[str] = ()) -> Job:
-    """Return the job of `eval.py PROTOCOL` into `out`. `checkpoint`: a run's folder, a weights file, or "random"."""
+    """Return the job of `eval.py PROTOCOL` that writes into `out`.
+
+    Args:
+        checkpoint: a run's folder, a file of weights, or "random".
+    """
     line = ("eval.py", protocol, "--data", str(data), "--checkpoint", str(checkpoint), *flags, "--out", str(out))
     return Job(command=line, writes=out / "report.json", log=out / "eval.log")
 
 
 def pretrain_and_probe(folder: Path, flags: Iterable[str], seed: int, data: Path, epochs: Sequence[int]) -> Chain:
-    """Return one pretraining run that stops at each of `epochs`, with a probe there, in folder/bias-EPOCH.
+    """Return one pretraining run that stops at each of `epochs`. A probe follows each stop, in folder/bias-EPOCH.
 
-    The stages differ only in --epochs. A resumed run is exact (tests/test_resume.py), so together they equal a run that
-    was never stopped. A stage is done when its probe is done: report.json belongs to the newest stage only.
+    The training commands differ only in --epochs. A resumed run is exact (tests/test_resume.py), so together they equal
+    a run that was never stopped. A training command is done when its probe is done, because the run's report.json
+    belongs to the newest command only.
     """
     chain = []
     for epoch in epochs:
@@ -228,7 +234,7 @@ def title(job: Job) -> str:
 
 
 def words_of(job: Job) -> list[str]:
-    """Return the arguments of python that start the job, with its launcher if it has several processes."""
+    """Return the arguments of python that start the job. A job of several processes is started by torchrun."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(job.processes))
     return [*(launcher if job.processes > 1 else ()), *job.command, *job.machine_flags]
 
@@ -272,7 +278,7 @@ def check_end(job: Job, status: int) -> None:
         return
     lines = [line for line in job.log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     last = lines[1:][-LAST_LINES:]
-    # torchrun prints many lines after the one that says what is wrong.
+    # torchrun prints many lines after the error message of the command.
     said = [line for line in lines[1:-LAST_LINES] if ": error: " in line][-1:]
     print("\n".join([*said, *last]), file=sys.stderr)
     reason = f"ended with status {status}" if status else f"did not write {job.writes}"
@@ -300,7 +306,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def run_stages(stages: Sequence[Stage], times: Path) -> None:
     """Run every stage that is not done, in order, and print a line before and after each.
 
-    `times` is a JSON file with the seconds that each stage has taken, also in earlier starts of the experiment.
+    `times` is a JSON file with the seconds that each stage has taken, including earlier starts of the experiment.
 
     Raises:
         UserError: see `run`. The message names the stage.
@@ -343,8 +349,8 @@ def read_times(file: Path) -> dict[str, float]:
 def seconds_left(stages: Sequence[Stage], taken: dict[str, float]) -> float:
     """Return the time that the remaining stages will probably take.
 
-    It is their expected time, times measured / expected of the stages of their kind that are done. If there are none,
-    all stages that are done count, and if none is done, the expected time does.
+    The expected time of a stage is multiplied by the ratio of measured to expected time of the finished stages of its
+    kind. If there are none, the ratio is that of all finished stages. If no stage is finished, it is 1.
     """
     done = [stage for stage in stages if stage.done and stage.title in taken]
 
@@ -374,7 +380,7 @@ def entry(main: Callable[[Sequence[str]], None]) -> int:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)  # as for Ctrl-C, so that the running commands end too
+    signal.signal(signal.SIGTERM, interrupt)  # like Ctrl-C, so that the running commands end too
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -418,13 +424,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def reports(chains: Sequence[Chain]) -> list[dict[str, Any]]:
-    """Return the reports of all trainings and evaluations of these chains."""
+    """Return the reports of all training runs and evaluations of these chains."""
     folders = {job.writes.parent for chain in chains for job in chain if job.writes.name == "report.json"}
     return [report(folder) for folder in sorted(folders)]
 
 
 def commits(chains: Sequence[Chain]) -> set[str]:
-    """Return the commits of the source trees that made these runs, usually one."""
+    """Return the commits of the source code that made these runs, usually one."""
     return {each["environment"]["commit"] for each in reports(chains)}
 
 

@@ -3,7 +3,7 @@
     python -m experiments.smaller --data DIR --out COPY        surv, hockey and weizmann: 46 MB become 34 MB
 
 Frames get a short side of 112 pixels and are encoded again as H.264. Their number stays the same. The lists are copied.
-Videos that the copy already has are kept, so the same command continues after an interruption.
+Videos that the copy already has are kept, so the same command continues an interrupted copy.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from dclr.errors import UserError
 from experiments import real, runs
 
 SHORT_SIDE = 112
-"""Pixels. Crops of real.py --large have 112."""
+"""Short side of the frames in pixels. Crops of real.py --large have the same size."""
 CRF = 24
-"""Of x264: larger numbers give smaller files."""
+"""Rate factor of x264: larger numbers give smaller files."""
 
 
 def copy_video(source: Path, target: Path) -> None:

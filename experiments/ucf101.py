@@ -1,25 +1,29 @@
-"""The experiment of the paper: pretrain on UCF101 or Kinetics-400, then finetune, probe and retrieve on UCF101, HMDB51.
+"""The experiment of the paper: pretrain on UCF101 or Kinetics-400, then finetune and evaluate on UCF101 and HMDB51.
 
     python -m experiments.ucf101 --data UCF101 --hmdb51 HMDB51                     all: DCLR and MoCo, three seeds
     python -m experiments.ucf101 --data UCF101 --hmdb51 HMDB51 --dry-run           the commands and the expected hours
     python -m experiments.ucf101 --data UCF101 --kinetics400 KINETICS --seeds 1    pretrain on Kinetics-400 instead
     python -m experiments.ucf101 --data SAMPLE --budget small                      checks that it runs, on a few videos
 
-If it is stopped or fails, the same command continues it, also with another --gpus or another machine. --work holds
+If it is stopped or fails, the same command continues it, also with another --gpus or on another machine. --work holds
 everything: the packed stores, the runs with their logs, and at the end report.html and report.md.
 
 The stages, in order: check and pack each data set. Then for each seed and each method: pretrain; finetune and train a
 linear classifier on each official split, and measure their accuracy; retrieval, background bias and activation maps.
-The same without pretraining, from random weights.
+Then the same from random weights, without pretraining and without the maps.
 
 Protocols (docs/method.md, "Evaluation protocols"). Recipes are those of the presets ucf101 and kinetics400, with the
-network r2plus1d_10. Pretraining on UCF101 sees the train videos of split 1, as is usual. So it has seen test videos of
-the splits 2 and 3, without their labels. The figures of split 1 do not have this flaw, so they have columns of their
-own. Retrieval and background bias use split 1. The last epoch is evaluated, never the best one on test videos.
+network r2plus1d_10. Pretraining on UCF101 uses the train videos of split 1, as is usual. So the network has seen test
+videos of the splits 2 and 3, without their labels. The figures of split 1 do not have this flaw, so they have columns
+of their own. Retrieval, background bias and maps use split 1. The last epoch is evaluated, never the best one on test
+videos.
 
 Pre-registered on 2026-11-29, before any run on the whole data sets, each by more than two standard errors of the
-difference over seeds: finetuning from DCLR on UCF101 is better than from MoCo and from scratch, R@1 of DCLR is above
-that of MoCo, and DCLR recognises a moving foreground better than MoCo.
+difference over seeds, on UCF101:
+
+- Finetuning from DCLR is better than from MoCo and from scratch.
+- R@1 of DCLR is above that of MoCo.
+- DCLR recognises a moving foreground better than MoCo.
 """
 
 import argparse
@@ -82,7 +86,7 @@ def figures(plan: Plan) -> dict[str, list[str]]:
 
 
 def table(plan: Plan) -> evidence.Rows:
-    """Return the rows: for each figure the values of all splits of the first seed, then of the second, and so on."""
+    """Return the rows. Each figure has the values of all splits of the first seed, then of the second, and so on."""
     rows: evidence.Rows = {}
     for method in (*plan.methods, RANDOM):
         row: dict[str, evidence.Values] = {}
@@ -147,7 +151,7 @@ def by_seed(values: Sequence[float], seeds: int) -> list[float]:
 
 
 def panels(plan: Plan) -> list[dict[str, Any]]:
-    """Return the curves of pretraining: the loss, keys against the hardest negatives, and nearest neighbours."""
+    """Return the curves of pretraining: the loss, key minus hardest negative, and nearest neighbours."""
     names, found = [LABELS[method] for method in plan.methods], []
     for title, ylabel, logged, minus in (
         ("loss (methods have different losses)", "loss", "loss", ""),
@@ -180,10 +184,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help=f"number of seeds: 0, 1, ... (default: {SEEDS}; small: 1)")
     parser.add_argument(
         "--budget", choices=("full", "small"), default="full",
-        help="small: a tiny network and a few steps, for samples of the data sets. It only checks that all runs",
+        help="small: a tiny network and a few steps, for samples of the data sets. It only checks that everything runs",
     )  # fmt: skip
     parser.add_argument("--gpus", type=int, help="processes of each command, one for each GPU (default: all GPUs)")
-    parser.add_argument("--workers", type=int, help="decoding processes of each of them (default: cores / GPUs, to 12)")
+    parser.add_argument(
+        "--workers", type=int, help="decoding processes for each GPU (default: cores / GPUs, from 2 to 12; small: 0)"
+    )
     parser.add_argument("--work", type=Path, help="folder of the stores, runs and report (default: runs/ucf101)")
     parser.add_argument("--dry-run", action="store_true", help="print commands and expected hours, and run nothing")
     return parser
@@ -247,7 +253,7 @@ def describe(plan: Plan, stages: Sequence[Planned]) -> list[str]:
 
 
 def check_disk(plan: Plan) -> None:
-    """Raise UserError if the stores that are still to be made do not fit the disk. `pack` checks it exactly."""
+    """Raise UserError if the disk is too full for the stores that are still missing. `pack` checks the exact size."""
     missing = [data for data in plan.sets if not is_store(plan.store(data)) and not plan.store(data).exists()]
     needed = sum(KNOWN[data.name].store_gb for data in missing) * 1e9
     folder = next(each for each in (plan.work, *plan.work.parents) if each.exists())
@@ -274,7 +280,7 @@ def check_work(plan: Plan) -> None:
             if before[name] != own[name]:
                 raise UserError(
                     f"--work {plan.work} was started with {name} {before[name]}, and not {own[name]}: "
-                    "give the first flags, or another --work"
+                    "give the same flags as at the first start, or another --work"
                 )
         for name, data in now.items():
             then = before["data"].get(name, data)

@@ -35,7 +35,7 @@ MAPS = 200
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a data set."""
+    """What is known about a data set."""
 
     flag: str
     classes: int
@@ -63,7 +63,7 @@ class DataSet:
     """Number of train and of test videos, by official split."""
     videos: int
     digest: str
-    """of the paths and labels of all splits"""
+    """hash of the paths and labels of all splits"""
 
     @property
     def slug(self) -> str:
@@ -71,7 +71,7 @@ class DataSet:
 
     @property
     def first(self) -> int:
-        """The split of retrieval and background bias: 1, unless a sample has no videos there."""
+        """The split of pretraining, retrieval, background bias and maps: 1, unless a sample has no videos there."""
         return min(self.splits)
 
 
@@ -79,10 +79,10 @@ def open_set(name: str, folder: Path, whole: bool) -> DataSet:
     """Read the lists of a data set.
 
     Args:
-        whole: it must be complete. Otherwise splits without train or test videos are left out.
+        whole: the data set must be complete. If false, splits without train or test videos are skipped.
 
     Raises:
-        UserError: it is another data set, its lists are wrong or not all there, or it is a sample and `whole`.
+        UserError: it is another data set, its lists are wrong or incomplete, or `whole` is true for a sample.
     """
     known = KNOWN[name]
     if not folder.is_dir():
@@ -137,7 +137,7 @@ class Plan:
     small: bool
     gpus: int
     workers: int
-    """decoding processes of each process"""
+    """decoding processes of each training process"""
 
     @property
     def sets(self) -> tuple[DataSet, ...]:
@@ -148,11 +148,11 @@ class Plan:
         return self.work / f"store-{data.slug}"
 
     def run(self, method: str, seed: int) -> Path:
-        """Return the folder of a pretraining run and of all that follows from it. `method` may be RANDOM."""
+        """Return the folder of a pretraining run and of all runs that start from it. `method` may be RANDOM."""
         return self.work / f"{controlled.folder_of(LABELS.get(method, method))}-{seed}"
 
     def recipe(self, command: str, method: str = "") -> list[str]:
-        """Return the flags of a training, except for data, seed and start."""
+        """Return the flags of a training run, except for data, seed and initial weights."""
         if command != "pretrain":
             return ["--preset", "demo", *SMALL_CLASSIFIER] if self.small else ["--preset", "ucf101"]
         if not self.small:
@@ -162,7 +162,7 @@ class Plan:
         return ["--preset", "demo", *SMALL_PRETRAINING, *queue, "--method", method]
 
     def on_gpus(self, job: Job, work: Work) -> Job:
-        """Return the job with the processes and the flags of the machine."""
+        """Return the job with the number of processes and the flags that this machine needs."""
         flags = ["--workers", str(self.workers)]
         if not self.small and hours.recomputes(work, hours.machine_here(self.gpus)):
             flags.append("--recompute")
@@ -180,7 +180,7 @@ SMALL_S = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Stage):
-    """A stage with the work of each of its commands."""
+    """A stage with the amount of work of each of its commands."""
 
     works: tuple[Work, ...]
 
@@ -235,7 +235,7 @@ def pack(plan: Plan, data: DataSet) -> Planned:
 
 def pretrain(plan: Plan, method: str, seed: int) -> Planned:
     data, recipe = plan.pretrained_on, plan.recipe("pretrain", method)
-    settings = configuration.resolve("pretrain", recipe[1], {}).optim  # those of a preset, for all methods
+    settings = configuration.resolve("pretrain", recipe[1], {}).optim  # of the preset, for every method
     work = Work(
         samples=settings.epochs * data.splits[data.first][0], gflop=hours.GFLOP[method], batch=settings.batch_size,
         network="MoCo" if method == "moco" else "DCLR",
@@ -275,7 +275,7 @@ def retrieve(plan: Plan, method: str, seed: int, data: DataSet) -> Planned:
 def measure_bias(plan: Plan, method: str, seed: int) -> Planned:
     data = plan.evaluated_on[0]
     train, test = data.splits[data.first]
-    # The clips of both splits, and the composites and their middle frames.
+    # The clips of both splits, the composites, and their repeated middle frames.
     work = embedding(CLIPS_A_VIDEO * (train + 3 * test))
     job = of_features(plan, "bias", method, seed, data, "bias", work)
     return planned(plan, f"background bias, {label(method)}, {data.name}, seed {seed}", "evaluate", (job, work))

@@ -35,7 +35,7 @@ NOT_COMPARABLE = (
 
 @dataclass(frozen=True)
 class Table:
-    """The names of the columns, and the lines."""
+    """A table: the names of its columns, and its lines."""
 
     head: list[str]
     lines: list[list[str]]
@@ -58,7 +58,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what follows. A text is a paragraph."""
+    """A heading and its content. Each text is a paragraph."""
 
     heading: str
     parts: list[str | Table | Picture | Output]
@@ -66,7 +66,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A row of the table with what the report says about it."""
+    """One of our rows of the table, with what the report says about it."""
 
     row: str
     evaluations: tuple[Path, ...]
@@ -85,9 +85,9 @@ def write(
     Args:
         result: the experiment's result with seeds and environment (see evidence.py).
         own: our rows.
-        facts: lines about data sets, protocols and flags.
-        times: of the stages.
-        checks: by data set, the file with the output of train.py check.
+        facts: lines about data sets, machine and flags.
+        times: the measured and expected times of the stages.
+        checks: the files with the output of train.py check, by data set.
 
     Returns:
         The paths of the two files.
@@ -114,7 +114,7 @@ def write(
 
 
 def comparison(result: evidence.Result, own: Sequence[Run]) -> Table:
-    """Return our rows, then the published rows. The last column is a number of the table of `sources`."""
+    """Return our rows, then the published rows. The last column is a row number of the table of `sources`."""
     shown = {
         name: title
         for name, (title, _) in result["figures"].items()
@@ -176,7 +176,7 @@ def claims(result: evidence.Result) -> list[str | Table | Picture | Output]:
 
 
 def all_figures(result: evidence.Result) -> Table:
-    """Return every figure of every row, also of chance."""
+    """Return every figure of every row, including chance."""
     lines = []
     for name, (title, unit) in result["figures"].items():
         cells = [evidence.cell(row[name], unit) if name in row else "" for row in result["rows"].values()]
@@ -213,7 +213,7 @@ def as_html(sections: Sequence[Section]) -> str:
 
 
 def as_markdown(sections: Sequence[Section], folder: Path) -> str:
-    """Return the report in Markdown. Copies its pictures into `folder`, under numbered names."""
+    """Return the report in Markdown, after copying its pictures into `folder` under numbered names."""
     lines, count = [f"# {TITLE}"], 0
     for each in sections:
         lines += ["", f"## {each.heading}"]

@@ -10,12 +10,14 @@ scratch. Frozen features are evaluated by a linear probe, by retrieval (R@1), an
 - moving foreground: the moving person on the background of another clip;
 - static foreground: one frame of this composite, repeated.
 
-"Contrasted" is the share of videos that are right on the first and wrong on the second. A network that is always wrong
-on still pictures has a high "contrasted", so all three are reported. The linear probe predicts the class. For the
-network trained on labels, its own classifier predicts.
+"Contrasted" is the share of videos that are right with the moving and wrong with the static foreground. A network that
+is always wrong on still pictures has a high "contrasted", so all three are reported. The linear probe predicts the
+class. For the network trained on labels, its own classifier predicts. DCLR mines five positives, as published.
 
-Pre-registered, each by more than two standard errors of the difference over seeds: finetuning from DCLR is better than
-from MoCo and from scratch; DCLR recognises a moving foreground better than MoCo.
+Pre-registered, each by more than two standard errors of the difference over seeds:
+
+- Finetuning from DCLR is better than from MoCo and from scratch.
+- DCLR recognises a moving foreground better than MoCo.
 """
 
 import sys

@@ -9,7 +9,7 @@ from dclr.evaluation.features import ClipOutputs
 
 
 def outputs(values, labels) -> ClipOutputs:
-    """values: (N, clips, D)."""
+    """Return the outputs of N videos. `values`: (N, clips, D)."""
     return ClipOutputs(torch.tensor(values, dtype=torch.float32), torch.tensor(labels), torch.arange(len(labels)), {})
 
 

@@ -25,7 +25,7 @@ from dclr.models import KINETICS, build_backbone, save_backbone
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Networks this small gain nothing from a second thread (see conftest.one_process)."""
+    """Use one thread. Networks this small gain nothing from a second one (see conftest.one_process)."""
     torch.set_num_threads(1)
 
 

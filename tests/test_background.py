@@ -43,7 +43,7 @@ FOREGROUND = ["foreground_ordinary", "foreground_moving", "foreground_static", "
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Networks this small gain nothing from a second thread (see conftest.one_process)."""
+    """Use one thread. Networks this small gain nothing from a second one (see conftest.one_process)."""
     torch.set_num_threads(1)
 
 

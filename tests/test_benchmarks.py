@@ -291,7 +291,7 @@ def test_every_provider_of_views_does_the_work_it_says(name: str) -> None:
         assert view.isfinite().all()
     rgb, static, dynamic = (view.float() for view in found)
     assert (static[:, :, 0] == static[:, :, 1]).all()
-    # Three roundings of values up to 4.
+    # Three rounding errors of values up to 4.
     torch.testing.assert_close(dynamic, rgb - rgb.roll(1, 2), rtol=0, atol=3 * 2**-7)
     if name in views.OWN_DRAW:
         again = views.PROVIDERS[name](inputs, torch.bfloat16)()

@@ -446,7 +446,7 @@ def test_weizmann(genuine: Path) -> None:
     assert open_catalog(genuine / "weizmann/splits/test.txt") == catalog
 
 
-def test_lists_beside_the_videos(tmp_path: Path) -> None:
+def test_lists_next_to_the_videos(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.mp4", "2.mp4", "b/3.mp4", "4.mp4")
     write_lines(tmp_path, "train.txt", "# my own", "", "./a/1.mp4 0 park", "2.mp4 3 home", "b/gone.mp4 0 park")
     write_lines(tmp_path, "val.txt", "b/3.mp4 1")
@@ -581,7 +581,7 @@ def test_no_data_set(tmp_path: Path) -> None:
     )
 
 
-def test_a_split_that_there_is_not(genuine: Path) -> None:
+def test_a_split_that_does_not_exist(genuine: Path) -> None:
     catalog = open_catalog(genuine / "weizmann")
     with pytest.raises(UserError, match=r"has no val split; it has: train, test$"):
         catalog.videos("val")

@@ -101,7 +101,7 @@ def test_the_description_names_every_package_and_follows_each_file(monkeypatch, 
     assert machines.digest_of_sources() not in digests
 
 
-def test_a_process_without_a_gpu_is_told_to_the_others(monkeypatch):
+def test_a_process_without_a_gpu_is_reported_to_the_others(monkeypatch):
     def refuse() -> torch.device:
         raise UserError("more processes than GPUs")
 

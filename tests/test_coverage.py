@@ -154,7 +154,7 @@ def test_finetuning_warns_of_a_class_without_train_videos_and_accuracy_too(train
     assert warning in capsys.readouterr().err
 
 
-def test_missing_videos_of_an_old_store_have_no_split_and_are_said(tmp_path):
+def test_missing_videos_of_an_old_store_have_no_split_and_are_reported(tmp_path):
     catalog = open_catalog(make_list(tmp_path / "data", train=[*TRAIN, ("lost.mp4", 0)]))
     old = replace(catalog, missing={"": catalog.missing["train"]})
     coverage(old, "train", {}).check(0)

@@ -47,7 +47,7 @@ def anchors(page: Path) -> list[str]:
 
 
 def without_foreign_columns(page: Path) -> str:
-    """Return a page's text, of the page of the authors' flags only the last column of its tables."""
+    """Return a page's text. The tables of the page of the authors' flags keep only their last column."""
     lines = page.read_text().splitlines()
     if page == PAGE_OF_THE_AUTHORS_FLAGS:
         lines = [line.rpartition(" | ")[2] if line.startswith("|") else line for line in lines]

@@ -456,7 +456,7 @@ def test_a_run_that_is_not_finished_is_evaluated_from_its_newest_checkpoint(fine
     assert foreground["predicted_by"] == f"the classifier of {run}"
 
 
-def test_videos_that_cannot_be_read_are_left_out_of_the_figures_and_listed(finetuned, demo_videos, tmp_path):
+def test_videos_that_cannot_be_read_are_skipped_in_the_figures_and_listed(finetuned, demo_videos, tmp_path):
     shutil.copytree(demo_videos, tmp_path / "data")
     lost = (tmp_path / "data" / "splits" / "test.txt").read_text().split()[0]
     (tmp_path / "data" / lost).write_bytes(b"")

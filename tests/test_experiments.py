@@ -205,7 +205,7 @@ def test_done_commands_do_not_run_again_and_a_started_chain_is_finished_first(ro
     assert calls[-1].endswith("other")
     runs.run([chain, other], parallel=1)
     assert len(calls) == 7
-    # Interrupted in the second stage: its pretraining continues although report.json exists, and its probe follows.
+    # Interrupted in the second pretraining, which continues although report.json exists. Its probe follows.
     for epoch in (4, 6):
         (root / "dclr-0" / f"bias-{epoch}" / "report.json").unlink()
     runs.run([chain], parallel=1)
@@ -215,7 +215,7 @@ def test_done_commands_do_not_run_again_and_a_started_chain_is_finished_first(ro
     assert again[1].endswith("bias-4")
 
 
-def test_the_stages_of_a_run_differ_in_epochs_alone_and_resume(tmp_path):
+def test_the_training_commands_of_a_run_differ_in_epochs_alone_and_resume(tmp_path):
     options = runs.Options(seeds=range(1), parallel=1, work=tmp_path, quick=False)
     chain = controlled.pretrained(tmp_path / "moco-0", controlled.METHODS["MoCo"], 0, Path("data"), options)
     stages = [job for job in chain if job.command[0] == "train.py"]
@@ -359,7 +359,7 @@ def test_the_reference_with_other_rounding_differs_in_one_setting(gpu):
 # ------------------------------------------------------------------------------------------------------------- findings
 
 
-def test_a_valid_set_is_told_from_others():
+def test_only_a_valid_set_meets_all_claims():
     def holds(motion, scene, random, single):
         rows = {
             controlled_set.MOTION: {"motion": motion},
@@ -449,7 +449,7 @@ def test_dclr_is_compared_with_moco_random_weights_and_itself_without_dynamic_pa
 
 
 def test_the_findings_of_the_page_are_those_that_were_published():
-    """The page computes them again from the rows, in present words. Verdicts and numbers must be those of the file.
+    """The page computes them again from the rows, in today's words. Verdicts and numbers must be those of the file.
 
     Most files are older than the exact test next to a threshold.
     """
@@ -566,7 +566,7 @@ def test_less_does_not_replace_what_is_published_and_a_quick_run_replaces_nothin
     fewer_rows = made_up(2)
     del fewer_rows["rows"]["MoCo"]
     for less, seeds in ((made_up(1), 1), (fewer_rows, 2)):
-        assert f"{file} has more seeds, rows or figures and stays" in publish(less, seeds)
+        assert f"{file} has seeds, rows or figures that this result lacks, and stays" in publish(less, seeds)
     assert "this run is not published" in publish(made_up(3), 3, quick=True)
     assert (file.read_text(), (root / "evidence.md").read_text()) == (before, page)
     assert json.loads((root / "work" / "controlled.json").read_text())["rows"].keys() == {"DCLR", "chance"}
@@ -577,7 +577,7 @@ def test_less_does_not_replace_what_is_published_and_a_quick_run_replaces_nothin
 
 
 def test_a_result_with_fewer_columns_is_narrower():
-    """As UCF101 alone is, after UCF101 and HMDB51."""
+    """For example, a result of UCF101 alone after one of UCF101 and HMDB51."""
     both = {"seeds": [0], "rows": {"DCLR": {}}, "figures": {"ucf101": ["", "%"], "hmdb51": ["", "%"]}}
     one = both | {"figures": {"ucf101": ["", "%"]}}
     assert evidence.is_narrower(one, both)
@@ -591,7 +591,7 @@ def test_a_result_with_fewer_columns_is_narrower():
 def test_the_comparison_runs_once_and_publishes_its_table(root, calls):
     arguments = ["--seeds", "2", "--methods", "MoCo", "DCLR", "--work", str(root / "work")]
     controlled.main(arguments)
-    # Two stores. For each seed: two methods of five stages and probes, two networks with labels, and random weights.
+    # Two stores. For each seed: two methods with five trainings and probes, two networks on labels, and random weights.
     assert len(calls) == 2 + 2 * (2 * 5 * 2 + 2 * 3 + 1)
     page = (root / "evidence.md").read_text()
     minutes = " 75.0 ± 0.0 |" if torch.cuda.is_available() else ""  # times are reported only for a GPU
@@ -875,7 +875,7 @@ def test_the_sets_of_a_work_folder_are_not_those_of_other_videos(tmp_path):
     real.write_set(tmp_path / "set", {"0": tmp_path / "first" / "0"}, **write)
     with pytest.raises(UserError, match=r"^--data: .*set was made from .*first/0, and not from .*second/0: give the"):
         real.write_set(tmp_path / "set", {"0": tmp_path / "second" / "0"}, **write)
-    (tmp_path / "first").rename(tmp_path / "third")  # the same videos in another place
+    (tmp_path / "first").rename(tmp_path / "third")  # the same videos in another folder
     real.write_set(tmp_path / "set", {"0": tmp_path / "third" / "0"}, **write)
     assert (tmp_path / "set" / "0").resolve() == tmp_path / "third" / "0"
 
@@ -1113,7 +1113,7 @@ def test_ranks_of_dropped_frames_are_those_among_all_sets():
 
 
 def test_dropped_frames_are_measured_on_the_run_s_checkpoint(demo_videos, tmp_path, capsys):
-    """The figures of a run with made-up weights are those of its frames, dropped one set at a time."""
+    """The figures of a run with made-up weights equal those that are computed here, one clip at a time."""
     data, run = tmp_path / "videos", tmp_path / "run"
     (data / "splits").mkdir(parents=True)
     (data / "videos").symlink_to(demo_videos / "videos")

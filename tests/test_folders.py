@@ -289,7 +289,7 @@ def test_a_stray_video_does_not_change_the_layout(tmp_path: Path) -> None:
     )
 
 
-def test_a_stray_video_beside_class_folders_is_not_used(tmp_path: Path) -> None:
+def test_a_stray_video_next_to_class_folders_is_not_used(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.mp4", "b/2.mp4", "intro.mp4")
     catalog = open_catalog(tmp_path)
     assert catalog.unused == {"next to the class folders": ("intro.mp4",)}

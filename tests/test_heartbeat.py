@@ -119,7 +119,7 @@ def test_a_rank_of_another_run_at_the_same_port_is_refused_and_leaves_no_message
     assert not store.check(["dclr/heartbeat/0/end"])
 
 
-def test_a_port_in_use_is_said_with_how_to_find_an_earlier_run(monkeypatch):
+def test_a_port_in_use_is_reported_with_how_to_find_an_earlier_run(monkeypatch):
     programs.run_as("train")  # another test of this process may have run eval.py
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -209,7 +209,7 @@ def test_a_rank_ends_if_a_call_to_the_store_never_returns(clean_environment):
 # ---------------------------------------------------------------- addresses and interfaces
 
 
-def test_a_name_that_cannot_be_resolved_is_said_at_once():
+def test_a_name_that_cannot_be_resolved_is_reported_at_once():
     with pytest.raises(NotConnected, match=r"MASTER_ADDR is no\.such\.machine\.invalid, which .* cannot resolve"):
         reach("no.such.machine.invalid", 29500, 60)
 

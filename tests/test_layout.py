@@ -1,4 +1,4 @@
-"""The layout of the code: which part imports which, held by the imports themselves.
+"""The layout of the code: which part imports which, checked in the import statements.
 
 python tests/test_layout.py      prints the parts by level, with what each imports
 """

@@ -158,7 +158,7 @@ def test_ranks_and_accumulation_share_out_the_batch_of_a_single_process_in_order
         assert [position for m in micro for position in m] == expected
 
 
-def test_an_epoch_takes_consecutive_places_and_drops_the_last_incomplete_step():
+def test_an_epoch_takes_consecutive_positions_and_drops_the_last_incomplete_step():
     sampler = BatchSampler(11, 4, 3)
     assert (sampler.steps_per_epoch, sampler.stop, len(sampler)) == (2, 6, 6)
     steps = list(sampler)
@@ -167,7 +167,7 @@ def test_an_epoch_takes_consecutive_places_and_drops_the_last_incomplete_step():
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5, 6])
-def test_a_schedule_from_step_k_is_the_tail_of_the_whole(start):
+def test_a_batch_sampler_from_step_k_gives_the_last_steps_of_the_whole(start):
     whole = list(BatchSampler(11, 4, 3, accumulation=2, ranks=2, rank=1))
     tail = BatchSampler(11, 4, 3, accumulation=2, ranks=2, rank=1, start=start)
     assert list(tail) == whole[2 * start :]
@@ -254,7 +254,7 @@ def test_frames_of_a_pair_are_those_of_a_sequential_decode_at_the_drawn_numbers(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_holds_its_samples_whatever_their_size_and_tells_it(mixed, workers):
+def test_a_batch_holds_samples_of_any_size_and_their_sizes(mixed, workers):
     """Batches in the ring equal samples that are read one by one: planes, colour space, parameters and order."""
     samples, sampler = PairSamples(mixed, CONFIG, 0), BatchSampler(6, 3, 2)
     for step, batch in enumerate(train_batches(samples, sampler, workers)):
@@ -420,7 +420,7 @@ def spoil(videos: VideoSet, index: int, how: str) -> str:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["delete", "truncate"])
 @pytest.mark.parametrize("kind", [PairSamples, ClipSamples])
-def test_a_video_that_fails_later_gives_its_place_to_the_next_of_the_epochs_order(mixed, kind, how, workers, capsys):
+def test_a_video_that_fails_later_is_replaced_by_the_next_of_the_epochs_order(mixed, kind, how, workers, capsys):
     samples, sampler = kind(mixed, CONFIG, 1), BatchSampler(6, 3, 2)
     before = list(train_batches(samples, sampler))
     path = spoil(mixed, 2, how)
@@ -466,7 +466,7 @@ def test_when_no_video_can_be_read_any_more_the_run_ends_with_one_line(mixed, wo
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_test_split_leaves_videos_that_fail_out(mixed, workers):
+def test_a_test_split_skips_videos_that_fail(mixed, workers):
     path, other = spoil(mixed, 1, "truncate"), spoil(mixed, 4, "delete")
     found = test_batches(TestClips(mixed, CONFIG), workers)
     assert [sorted(set(batch.indices.tolist())) for batch in found] == [[0], [], [2], [3], [], [5]]
@@ -518,7 +518,7 @@ def gone(processes: list[int], seconds: float = 3) -> bool:
 
 
 @FAULTS
-def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not_tried_again(
+def test_a_video_that_the_decoder_dies_on_is_replaced_by_the_next_and_not_tried_again(
     mixed, monkeypatch, fault, reason
 ):
     """In three epochs with two workers, each worker waits for the time-out at most once."""
@@ -542,7 +542,7 @@ def test_a_video_that_the_decoder_dies_on_gives_its_place_to_the_next_and_is_not
 
 
 @FAULTS
-def test_a_test_split_leaves_videos_that_the_decoder_dies_on_out(mixed, monkeypatch, fault, reason):
+def test_a_test_split_skips_videos_that_the_decoder_dies_on(mixed, monkeypatch, fault, reason):
     mixed = replace(mixed, timeout=1)
     hurt(monkeypatch, 3, fault)
     found = test_batches(TestClips(mixed, CONFIG), 2)
@@ -820,7 +820,7 @@ def test_more_bad_videos_than_are_allowed_end_the_run_with_one_line(mixed):
 
 
 @pytest.mark.parametrize("layout", ["flat", "class folders"])
-def test_faulty_files_are_left_out_and_never_crash_a_worker(genuine, tmp_path, layout):
+def test_faulty_files_are_skipped_and_never_crash_a_worker(genuine, tmp_path, layout):
     """Every file of `faulty/`, in one folder and in class folders, for a whole epoch with two workers."""
     folder = genuine / "faulty"
     if layout == "class folders":

@@ -320,7 +320,7 @@ def test_default_place_of_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch,
     assert len(list((tmp_path / "home/.cache/dclr/manifests").glob("data-*.npz"))) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_told_before_the_work(root: Path, decoded: Decoded, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(root: Path, decoded: Decoded, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*/file/cache .*set \$XDG_CACHE_HOME"):
         load_manifest(root, PATHS, workers=1, progress=False, cache_dir=tmp_path / "file" / "cache")

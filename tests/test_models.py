@@ -670,7 +670,7 @@ def test_a_file_with_two_networks_that_fit_is_refused(tmp_path: Path) -> None:
     assert "prefix rgb." in load_backbone(tmp_path / "same.pth", build_backbone("r3d_10", width=8))
 
 
-def test_the_first_name_of_a_foreign_network_is_told(tmp_path: Path) -> None:
+def test_the_first_name_of_a_foreign_network_is_in_the_message(tmp_path: Path) -> None:
     torch.save({"backbone.conv1.conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     refused(tmp_path / "other.pth", "it lacks stem.0.weight .* its first tensor is backbone.conv1.conv.weight")
 

@@ -324,7 +324,7 @@ def wait_for(what: Any, seconds: float = 20) -> None:
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["planes", "compact"])
-def test_a_killed_pack_goes_on_to_the_bytes_of_an_uninterrupted_one(videos, tmp_path, monkeypatch, compact):
+def test_a_killed_pack_continues_to_the_bytes_of_an_uninterrupted_one(videos, tmp_path, monkeypatch, compact):
     whole = content(pack_small(videos, tmp_path / "whole", workers=1, compact=compact))
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

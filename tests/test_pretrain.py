@@ -77,7 +77,7 @@ def test_a_run_writes_every_documented_file(finished):
     assert report["last"] == {name: value for name, value in last.items() if name != "step"}
 
 
-def test_its_backbone_is_the_query_networks_and_loads(finished):
+def test_its_backbone_is_that_of_the_query_encoder_and_loads(finished):
     backbone = build_backbone("r2plus1d_10", 4)
     assert "written by dclr" in load_backbone(finished / "backbone.safetensors", backbone)
     saved = tensors_of(finished, "model")

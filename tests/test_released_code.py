@@ -105,7 +105,7 @@ def repaired(released: SimpleNamespace) -> Any:
             _, static, dynamic, *_ = self.encoded[1]  # the key clip's first pass
             return logits, self.labels, [query_map, static + dynamic]
 
-    # m = 1 keeps the key encoder as it is. The released code moves it in the middle of a step, ours at the end.
+    # m = 1 keeps the key encoder as it is. The released code updates it in the middle of a step, ours at the end.
     return Repaired(released.networks.r2plus1d_18, dim=128, K=K, m=1.0, T=0.07, topk=M)
 
 

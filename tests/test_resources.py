@@ -1,6 +1,6 @@
 """No kernel spills registers or exceeds its shared memory, compiled for sm_80 and sm_90 in every configuration.
 
-Compiling everything takes two minutes of processor time. It is left out if the committed result belongs to this code,
+Compiling everything takes two minutes of processor time. It is skipped if the committed result belongs to this code,
 this Triton and this ptxas, as its fingerprint says. Then only a part is compiled, and must be equal to the committed
 result. A new result is kept between runs, in ~/.cache/dclr/tests or in the folder that DCLR_TEST_CACHE names. Remove
 the folder to compile again.

@@ -19,7 +19,7 @@ from dclr.evaluation.retrieval import chance_of_hit, mean_direction, nearest_row
 
 
 def outputs(values, labels) -> ClipOutputs:
-    """values: (N, clips, D)."""
+    """Return the outputs of N videos. `values`: (N, clips, D)."""
     return ClipOutputs(torch.tensor(values, dtype=torch.float32), torch.tensor(labels), torch.arange(len(labels)), {})
 
 

@@ -278,7 +278,7 @@ def test_a_shard_that_is_lost_while_it_is_used_fails_its_videos_and_no_others(sp
         ("compact", "shard-00001/00000002.avi", "shard-00001"),
     ],
 )
-def test_check_finds_a_single_changed_bit_and_says_how_to_mend_it(spoiled, packed, kind, file, shard, capsys):
+def test_check_finds_a_single_changed_bit_and_says_how_to_fix_it(spoiled, packed, kind, file, shard, capsys):
     folder = spoiled / kind
     train.main(["check", "--data", str(folder), "--workers", "1"])
     shown = capsys.readouterr().out

@@ -328,10 +328,10 @@ def test_time_left_follows_the_stages_of_the_same_kind(tmp_path):
     ]
     assert runs.seconds_left(stages, {}) == 100.0
     (tmp_path / "a.done").touch()
-    # Twice as long as expected: so will the others be, because nothing else is known.
+    # It took twice as long as expected. Nothing else is known, so the others will too.
     assert runs.seconds_left(stages, {"a": 20.0}) == 180.0
     (tmp_path / "c.done").touch()
-    # b as its kind, twice as long; d as all of them: 35 s for 40.
+    # b will take twice as long, like a of its kind. d will take 35 s for 40, like all finished stages.
     assert runs.seconds_left(stages, {"a": 20.0, "c": 15.0}) == pytest.approx(40.0 + 40.0 * 35 / 40)
     assert [runs.duration(seconds) for seconds in (5.4, 61, 3599, 3600, 100_000)] == [
         "0:05", "1:01", "59:59", "1:00 h", "27:46 h",
@@ -468,7 +468,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Forked:
-    """A job in a process that is forked and not started, which saves the imports. It has the methods of Popen."""
+    """A job in a forked process, which saves the imports of a new one. It has the methods of Popen."""
 
     def __init__(self, job: Job, runner: Path, environment: dict[str, str], on_poll: Callable[[Job], None]) -> None:
         self._job, self._on_poll = job, on_poll

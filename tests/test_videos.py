@@ -68,7 +68,7 @@ def test_frames_are_those_of_the_file_also_into_given_planes(genuine):
         assert np.array_equal(into[0][:, :240, :320], expected.y)
 
 
-def test_videos_that_cannot_be_read_are_left_out_with_their_reasons(tmp_path):
+def test_videos_that_cannot_be_read_are_skipped_with_their_reasons(tmp_path):
     for number, name in enumerate("abcd"):
         path = tmp_path / "xy"[number % 2] / f"{name}.mp4"
         path.parent.mkdir(exist_ok=True)

@@ -470,7 +470,7 @@ def test_finetuning_takes_one_view_with_the_gradient_of_its_pixels(name: str) ->
 
 @pytest.mark.parametrize("differences", [False, True])
 def test_a_frozen_backbone_takes_one_view(differences: bool) -> None:
-    """As linear probe, embedding and retrieval use it: in evaluation mode, also of a dynamic view."""
+    """Linear probe, embedding and retrieval use it so: in evaluation mode, also for a dynamic view."""
     case = Case("r2plus1d_10", "d" if differences else "r", frames=7, statistics=KINETICS, channels=8)
     oracle, ours = (network.eval().requires_grad_(False) for network in case.networks())
     (clip,) = case.draw()
