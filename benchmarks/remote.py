@@ -64,7 +64,8 @@ from dclr.data.encode import compact_record
 from dclr.data.loader import Batches, BatchSampler
 from dclr.data.pack import pack
 from dclr.data.samples import PairSamples
-from dclr.data.store import Selection, Store, file_name
+from dclr.data.store import Selection, Store
+from dclr.data.store_files import file_name
 from dclr.data.video_cache import FOLDER, SIZE
 from dclr.data.videos import VideoSet, open_videos
 from dclr.report import cpu_name

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from dclr.data.store import INDEX
+from dclr.data.store_files import INDEX
 from dclr.errors import UserError
 from dclr.files import atomic_write
 from dclr.training import signals

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dclr import config as configuration
 from dclr.data.datasets import layout_of, official_splits, open_catalog
-from dclr.data.store import INDEX, is_store
+from dclr.data.store import is_store
+from dclr.data.store_files import INDEX
 from dclr.errors import UserError
 from dclr.methods import METHODS
 from experiments import controlled, hours, runs

@@ -30,7 +30,8 @@ from dclr import distributed  # noqa: E402
 from dclr.commands import train  # noqa: E402
 from dclr.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, PretrainConfig  # noqa: E402
 from dclr.data.encode import write_video  # noqa: E402
-from dclr.data.store import Store, check_sizes, load_index, open_store  # noqa: E402
+from dclr.data.store import Store, load_index, open_store  # noqa: E402
+from dclr.data.store_damage import check_sizes  # noqa: E402
 from dclr.kernels import Views  # noqa: E402
 from dclr.methods import DCLR, METHODS, Method  # noqa: E402
 from dclr.training.checkpoint import newest, read  # noqa: E402

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import touch, write_lines
 
-from dclr.data import store, string_array
+from dclr.data import store_files, string_array
 from dclr.data.catalog import Catalog, Video, catalog_arrays
 from dclr.data.datasets import official_splits, open_catalog
 from dclr.errors import UserError
@@ -597,7 +597,7 @@ def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Cat
     videos = len(string_array.unpack_strings(lists["paths"]))
     nothing = np.zeros(videos, np.int64)
     index = {
-        "version": np.array(store.VERSION),
+        "version": np.array(store_files.VERSION),
         "compact": np.array(True),
         "short_side": np.array(128),
         "source": string_array.pack_strings(["videos"]),
@@ -610,7 +610,7 @@ def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Cat
         "bt709": nothing.astype(bool),
         "full_range": nothing.astype(bool),
     }
-    store.save_arrays(folder / store.INDEX, index)
+    store_files.save_arrays(folder / store_files.INDEX, index)
     return {number: open_catalog(folder, number) for number in catalogs}
 
 

@@ -19,7 +19,8 @@ from dclr.data import augmentation, check, decode, pack
 from dclr.data.datasets import open_data
 from dclr.data.display import AS_CODED, Display, collect_displays, orientation_of, shown, turned, turned_back
 from dclr.data.samples import PairSamples, TestClips, stack_frames
-from dclr.data.store import INDEX, load_arrays, load_index, save_arrays
+from dclr.data.store import load_index
+from dclr.data.store_files import INDEX, load_arrays, save_arrays
 from dclr.data.videos import VideoSet, open_videos
 from dclr.evaluation import composites, view_sheet
 from dclr.evaluation.retrieval import middle_frame

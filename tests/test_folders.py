@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dclr.config import DataConfig
-from dclr.data import store
+from dclr.data import store_files
 from dclr.data import tree as tree_module
 from dclr.data.catalog import (
     Catalog,
@@ -92,7 +92,7 @@ def pack_lists(catalog: Catalog, folder: Path, leave_out: tuple[str, ...] = (), 
     lists = {name: array for name, array in catalog_arrays({1: catalog}).items() if name not in leave_out}
     nothing = np.zeros(1, np.int64)
     index = {
-        "version": np.array(store.VERSION),
+        "version": np.array(store_files.VERSION),
         "compact": np.array(True),
         "short_side": np.array(128),
         "source": pack_strings(["videos"]),
@@ -106,7 +106,7 @@ def pack_lists(catalog: Catalog, folder: Path, leave_out: tuple[str, ...] = (), 
         "full_range": nothing.astype(bool),
         **changed,
     }
-    store.save_arrays(folder / store.INDEX, index)
+    store_files.save_arrays(folder / store_files.INDEX, index)
     return folder
 
 
@@ -119,14 +119,14 @@ def test_a_store_says_how_its_videos_were_read(tmp_path: Path) -> None:
 
 def test_a_store_of_an_older_version_says_nothing(tmp_path: Path) -> None:
     catalog = read_oddly(tmp_path / "data")
-    packed = open_catalog(pack_lists(catalog, tmp_path / "store", leave_out=store.READING))
+    packed = open_catalog(pack_lists(catalog, tmp_path / "store", leave_out=store_files.READING))
     assert (packed.recognised, packed.unused, packed.warnings) == ((), {}, ())
 
 
-@pytest.mark.parametrize("name", store.READING)
+@pytest.mark.parametrize("name", store_files.READING)
 def test_a_damaged_array_of_the_reading_is_refused_by_name(tmp_path: Path, name: str) -> None:
     folder = pack_lists(read_oddly(tmp_path / "data"), tmp_path / "store", **{name: np.ones(5, np.uint32)})
-    with pytest.raises(UserError, match=f"{store.INDEX} cannot be used: {name} must be"):
+    with pytest.raises(UserError, match=f"{store_files.INDEX} cannot be used: {name} must be"):
         open_catalog(folder)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from dclr import lock as locks
 from dclr.commands import train
 from dclr.config import DataConfig
-from dclr.data import clips, pack, store
+from dclr.data import clips, pack, store, store_damage, store_files
 from dclr.data.datasets import official_splits, open_catalog
 from dclr.data.decode import (
     UnreadableVideo,
@@ -33,7 +33,8 @@ from dclr.data.decode import (
 )
 from dclr.data.encode import compact_record, compact_video, write_video
 from dclr.data.manifest import load_manifest
-from dclr.data.store import Selection, shard_name
+from dclr.data.store import Selection
+from dclr.data.store_files import shard_name
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 from dclr.lock import LOCK, folder_lock
@@ -339,7 +340,7 @@ def test_a_killed_pack_continues_to_the_bytes_of_an_uninterrupted_one(videos, tm
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     wait_for(lambda: not any(Path(f"/proc/{decoder}").exists() for decoder in decoders), 5)  # they end with it
-    assert not (out / store.INDEX).exists()
+    assert not (out / store_files.INDEX).exists()
     with pytest.raises(UserError, match=r"is an unfinished store: run `train\.py pack --data"):
         open_catalog(out)
     done = {file: file.stat().st_mtime_ns for file in out.glob("shard-*.npz")}
@@ -355,9 +356,9 @@ def test_killed_between_any_two_steps(videos, tmp_path, monkeypatch, compact):
     """A shard has no checksums, or the index is missing, or half-written files are left."""
     whole = content(pack_small(videos, tmp_path / "out", compact=compact))
     out, name = tmp_path / "out", shard_name(1, compact)
-    for gone in ("shard-00001.npz", store.INDEX, name):
+    for gone in ("shard-00001.npz", store_files.INDEX, name):
         pack.remove(out / gone)
-        (out / f"{store.INDEX}.part").write_bytes(b"half")
+        (out / f"{store_files.INDEX}.part").write_bytes(b"half")
         (out / f"{shard_name(2, compact=False)}.part").write_bytes(b"half")
         (out / f"{shard_name(2, compact=True)}.part").mkdir()
         pack_small(videos, out, compact=compact)
@@ -372,7 +373,7 @@ def test_a_finished_pack_is_left_as_it_is(videos, tmp_path, capsys):
     assert "4 of 4 shards are there already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", [store.PLAN, store.INDEX])
+@pytest.mark.parametrize("file", [store_files.PLAN, store_files.INDEX])
 def test_a_lost_plan_or_index_is_written_again_and_no_shard(videos, tmp_path, file):
     out = pack_small(videos, tmp_path / "out")
     whole = content(out)
@@ -389,7 +390,7 @@ def test_a_damaged_shard_is_named_and_made_again(videos, tmp_path, capsys, compa
     whole = content(out)
     shard, vouched = out / shard_name(2, compact), out / "shard-00002.npz"
     if what == "length":
-        file = shard / store.compact_name(4) if compact else shard
+        file = shard / store_files.compact_name(4) if compact else shard
         os.truncate(file, file.stat().st_size - 1)
         size = len(whole[str(file.relative_to(out))])
         fault = (
@@ -436,7 +437,7 @@ def test_a_video_that_fails_while_it_is_packed_is_named_and_listed_and_the_other
     assert shown.out.splitlines()[-1].startswith(f"packed 6 videos into {out}, ")
     opened = read_store(out)
     assert opened.unreadable == {bad: "frame 5 is corrupt"}
-    assert store.damaged_shards(opened, 1, progress=False) == {}
+    assert store_damage.damaged_shards(opened, 1, progress=False) == {}
     others = [path for path in VIDEOS if path != bad]
     for row in whole.rows_of(others):
         every = np.arange(whole.frames[row])
@@ -532,7 +533,7 @@ def test_videos_may_have_moved(videos, tmp_path):
     whole = content(out)
     videos.rename(tmp_path / "moved")
     again = content(pack_small(tmp_path / "moved", out))
-    assert [name for name in whole if again[name] != whole[name]] == [store.INDEX]
+    assert [name for name in whole if again[name] != whole[name]] == [store_files.INDEX]
     assert unpack_strings(store.load_index(out)["source"]) == [str(tmp_path / "moved")]
 
 
@@ -593,7 +594,7 @@ def test_too_little_space_is_noticed_before_anything_is_written(videos, tmp_path
         f"{tmp_path / 'out'}: {pack.amount(size)} are still to be written, and 0.1 MB are free; "
         f"--compact takes about {pack.amount(compact)}"
     )
-    assert os.listdir(tmp_path / "out") == [store.PLAN]
+    assert os.listdir(tmp_path / "out") == [store_files.PLAN]
     capsys.readouterr()
     assert pack_small(videos, tmp_path / "compact", compact=True)  # takes less
     assert "warning" not in capsys.readouterr().err
@@ -741,14 +742,14 @@ def test_a_pack_waits_for_another_one_that_writes_the_plan_or_the_index(videos, 
         assert os.listdir(out) == [LOCK]
     process.join(20)
     assert process.exitcode == 0
-    assert (out / store.INDEX).exists()
+    assert (out / store_files.INDEX).exists()
 
 
 def test_two_packs_count_the_space_of_unfinished_shards_once(videos, tmp_path, monkeypatch):
     """A second pack was refused although the store fits on the disk."""
     out = pack_small(videos, tmp_path / "out")
     whole = content(out)
-    for file in ("shard-00001.npz", store.INDEX):
+    for file in ("shard-00001.npz", store_files.INDEX):
         (out / file).unlink()
     (out / "shard-00001.yuv").rename(out / "shard-00001.yuv.part")
     free = shutil.disk_usage(tmp_path)._replace(free=0)
@@ -773,7 +774,7 @@ def test_without_out_only_sizes_are_printed(videos, tmp_path, capsys):
 
 
 def test_the_estimate_for_ucf101_is_what_its_2_5_million_frames_take():
-    assert 2_484_199 * store.frame_bytes(*pack.small_size(240, 320, 128)) == pytest.approx(81e9, rel=0.01)
+    assert 2_484_199 * store_files.frame_bytes(*pack.small_size(240, 320, 128)) == pytest.approx(81e9, rel=0.01)
 
 
 def test_the_command_packs_and_names_every_official_split(genuine, tmp_path, capsys):

@@ -18,11 +18,12 @@ from helpers import read_store
 
 from dclr.commands import train
 from dclr.config import DataConfig
-from dclr.data import pack, store, string_array
+from dclr.data import pack, store, store_files, string_array
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import UnreadableVideo, empty_planes
 from dclr.data.encode import write_video
-from dclr.data.store import Selection, Store, load_arrays, save_arrays
+from dclr.data.store import Selection, Store
+from dclr.data.store_files import load_arrays, save_arrays
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
 
@@ -165,9 +166,9 @@ def test_a_store_holds_no_object_a_video(packed):
 @pytest.mark.parametrize("kind", ["planes", "compact"])
 def test_the_index_is_read_once_a_run(packed, kind, monkeypatch, capsys):
     read: list[str] = []
-    real = store.load_arrays
+    real = store_files.load_arrays
 
-    def counting(path: Path) -> tuple[store.Arrays, bytes]:
+    def counting(path: Path) -> tuple[store_files.Arrays, bytes]:
         read.append(path.name)
         return real(path)
 
@@ -175,10 +176,10 @@ def test_the_index_is_read_once_a_run(packed, kind, monkeypatch, capsys):
     catalog = open_catalog(packed / kind)
     assert len(open_videos(catalog, "train", workers=1)) == len(VIDEOS)
     assert len(open_videos(catalog, "train", workers=1)) == len(VIDEOS)
-    assert read == [store.INDEX]
+    assert read == [store_files.INDEX]
     read.clear()
     train.main(["check", "--data", str(packed / kind), "--workers", "1"])
-    assert read == [store.INDEX]
+    assert read == [store_files.INDEX]
 
 
 # ---------------------------------------------------------------- damage
@@ -218,7 +219,7 @@ def test_a_small_video_that_is_missing_or_of_another_length_is_refused_by_its_na
     assert refused(compact) == expected
 
 
-@pytest.mark.parametrize("file", [store.INDEX, store.PLAN])
+@pytest.mark.parametrize("file", [store_files.INDEX, store_files.PLAN])
 def test_any_changed_byte_of_an_index_is_noticed(spoiled, file):
     path = spoiled / "planes" / file
     content = path.read_bytes()
@@ -236,15 +237,15 @@ def test_any_changed_byte_of_an_index_is_noticed(spoiled, file):
 def test_an_unfinished_store_says_how_to_finish_it(spoiled, packed):
     for kind, flag in (("planes", ""), ("compact", " --compact")):
         folder = spoiled / kind
-        (folder / store.INDEX).unlink()
+        (folder / store_files.INDEX).unlink()
         command = f"train.py pack --data {packed / 'videos'} --out STORE --short-side 32{flag}"
         assert refused(folder) == f"STORE is an unfinished store: run `{command}` to finish it"
 
 
 def test_a_store_of_another_version_is_refused(spoiled):
     folder = spoiled / "planes"
-    index, _ = load_arrays(folder / store.INDEX)
-    save_arrays(folder / store.INDEX, {**index, "version": np.array(store.VERSION + 1)})
+    index, _ = load_arrays(folder / store_files.INDEX)
+    save_arrays(folder / store_files.INDEX, {**index, "version": np.array(store_files.VERSION + 1)})
     assert "is of version 2, not 1" in refused(folder)
 
 
@@ -315,7 +316,7 @@ def test_check_finds_a_single_changed_bit_and_says_how_to_fix_it(spoiled, packed
 def test_arrays_come_back_and_their_file_depends_on_nothing_else(tmp_path, monkeypatch):
     names = ["ß #&(!).mp4", os.fsdecode(b"not \xff utf-8"), ""]
     arrays = {
-        "version": np.array(store.VERSION),
+        "version": np.array(store_files.VERSION),
         "names": string_array.pack_strings(names),
         "matrix": np.arange(6).reshape(2, 3),
     }
@@ -397,7 +398,7 @@ def mutated(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[di
 def test_a_store_whose_index_is_spoiled_at_random_and_signed_is_refused_or_read_as_it_is(spoiled, kind):
     """600 damaged indexes of 20 arrays: every array is changed in most of these ways."""
     folder = spoiled / kind
-    index, _ = load_arrays(folder / store.INDEX)
+    index, _ = load_arrays(folder / store_files.INDEX)
     opened = read_store(folder)
     expected = {video: whole(opened, row) for row, video in enumerate(VIDEOS)}
     assert read_all(folder, expected) == "read"
@@ -405,7 +406,7 @@ def test_a_store_whose_index_is_spoiled_at_random_and_signed_is_refused_or_read_
     ends: dict[str, set[str]] = {}
     for _ in range(600):
         arrays, name = mutated(index, rng)
-        save_arrays(folder / store.INDEX, arrays)
+        save_arrays(folder / store_files.INDEX, arrays)
         ends.setdefault(name, set()).add(read_all(folder, expected))
     assert ends.keys() == index.keys()
     assert all("refused" in found for found in ends.values()), ends
@@ -413,17 +414,17 @@ def test_a_store_whose_index_is_spoiled_at_random_and_signed_is_refused_or_read_
 
 def spoil(folder: Path, **changed: object) -> str:
     """Return the message that refuses a store whose index has these arrays replaced, or changed by these functions."""
-    index, _ = load_arrays(folder / store.INDEX)
+    index, _ = load_arrays(folder / store_files.INDEX)
     arrays = {name: array.copy() for name, array in index.items()}
     for name, change in changed.items():
         made = change(arrays[name]) if callable(change) else change
         arrays[name] = made if isinstance(made, np.ndarray) else np.array(made, dtype=index[name].dtype)
-    save_arrays(folder / store.INDEX, arrays)
+    save_arrays(folder / store_files.INDEX, arrays)
     for way in (lambda: open_catalog(folder), lambda: read_store(folder)):
         with pytest.raises(UserError) as caught:
             way()
     message = str(caught.value)
-    start, end = f"{folder / store.INDEX} cannot be used: ", "; delete it and pack again"
+    start, end = f"{folder / store_files.INDEX} cannot be used: ", "; delete it and pack again"
     assert message.startswith(start), message
     return message.removeprefix(start).removesuffix(end)
 
@@ -534,7 +535,7 @@ GOOD_HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': (), }\n"
     ],
 )
 def test_a_signed_file_that_is_none_of_ours_is_refused_before_memory_is_taken(tmp_path, content):
-    signed(tmp_path / store.INDEX, content)
+    signed(tmp_path / store_files.INDEX, content)
     tracemalloc.start()
     with pytest.raises(
         UserError, match=r"dclr-index\.npz was not written by train\.py pack \(.+\): delete it and pack again"
@@ -550,14 +551,14 @@ def test_members_that_lie_on_each_other_are_refused(tmp_path):
     directory = content.rindex(b"PK\x01\x02")
     entry, end = content[directory : content.rindex(b"PK\x05\x06")], bytearray(content[content.rindex(b"PK\x05\x06") :])
     struct.pack_into("<HHI", end, 8, 50, 50, 50 * len(entry))
-    signed(tmp_path / store.INDEX, content[:directory] + 50 * entry + end)
+    signed(tmp_path / store_files.INDEX, content[:directory] + 50 * entry + end)
     with pytest.raises(UserError, match="its members are larger than the file"):
         open_catalog(tmp_path)
 
 
 def test_a_file_too_large_to_be_an_index_is_not_read(tmp_path):
-    with (tmp_path / store.INDEX).open("wb") as file:
-        file.truncate(store.MAX_FILE + 1)  # sparse
+    with (tmp_path / store_files.INDEX).open("wb") as file:
+        file.truncate(store_files.MAX_FILE + 1)  # sparse
     with pytest.raises(UserError, match=r"was not written by train\.py pack \(1,073,741,825 bytes\)"):
         open_catalog(tmp_path)
 
@@ -566,7 +567,7 @@ def test_a_file_too_large_to_be_an_index_is_not_read(tmp_path):
 def test_what_is_said_of_a_shard_is_checked_and_what_cannot_be_is_made_again(spoiled, packed, kind, capsys):
     folder, name = spoiled / kind, "shard-00001.npz"
     found, _ = load_arrays(folder / name)
-    index = (folder / store.INDEX).read_bytes()
+    index = (folder / store_files.INDEX).read_bytes()
     flags = ["--out", str(folder), "--short-side", "32", "--workers", "1", *["--compact"][: kind == "compact"]]
     for changed in (
         {"sizes": found["sizes"][:0]},
@@ -581,7 +582,7 @@ def test_what_is_said_of_a_shard_is_checked_and_what_cannot_be_is_made_again(spo
         train.main(["pack", "--data", str(packed / "videos"), *flags])
         said = "belongs to another store" if "plan" in changed else "is damaged"
         assert f"{name} {said}: its shard is made again" in capsys.readouterr().err
-        assert (folder / store.INDEX).read_bytes() == index
+        assert (folder / store_files.INDEX).read_bytes() == index
 
 
 def test_sizes_of_a_shard_that_only_add_up_to_the_planned_ones_are_not_taken(spoiled, packed, capsys):

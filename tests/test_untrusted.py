@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dclr.commands import evaluate as evaluation
 from dclr.config import DataConfig
-from dclr.data import pack, store
+from dclr.data import pack, store, store_files
 from dclr.data.datasets import open_catalog
 from dclr.data.encode import write_video
 from dclr.errors import UserError
@@ -201,8 +201,8 @@ def in_a_layout(name: str, *others: str) -> Callable[[Workspace], Use]:
 def in_a_store(kind: str, name: str, command: str) -> Callable[[Workspace], Use]:
     def use(at: Workspace) -> Use:
         folder = at.copy(kind)
-        if name == store.PLAN and command != "pack":
-            (folder / store.INDEX).unlink()
+        if name == store_files.PLAN and command != "pack":
+            (folder / store_files.INDEX).unlink()
         if command == "pack":
             flags = ["--out", str(folder), "--short-side", "32", "--workers", "1", *["--compact"][: kind == "compact"]]
             return folder / name, lambda: at.train("pack", *at.data, *flags)
@@ -299,12 +299,12 @@ PATHS: dict[str, Callable[[Workspace], Use]] = {
         "ucfTrainTestlist/trainlist01.txt", "ucfTrainTestlist/classInd.txt"
     ),
     "--data: HMDB51's lists": in_a_layout("testTrainMulti_7030_splits/run_test_split1.txt"),
-    "--data: dclr-index.npz": in_a_store("planes", store.INDEX, "check"),
-    "--data: dclr-plan.npz": in_a_store("planes", store.PLAN, "check"),
+    "--data: dclr-index.npz": in_a_store("planes", store_files.INDEX, "check"),
+    "--data: dclr-plan.npz": in_a_store("planes", store_files.PLAN, "check"),
     "--data: a shard": in_a_store("planes", "shard-00000.yuv", "finetune"),
     "--data: a shard's small video": in_a_store("compact", "shard-00000/00000000.avi", "finetune"),
     "--data: a video": video,
-    "pack --out STORE: dclr-plan.npz": in_a_store("planes", store.PLAN, "pack"),
+    "pack --out STORE: dclr-plan.npz": in_a_store("planes", store_files.PLAN, "pack"),
     "pack --out STORE: shard-00000.npz": in_a_store("planes", "shard-00000.npz", "pack"),
     "pack --compact --out STORE: shard-00000.npz": in_a_store("compact", "shard-00000.npz", "pack"),
     "the list of verified videos": manifest,
@@ -746,10 +746,10 @@ def test_the_source_that_a_store_names_is_quoted_in_the_command_to_type(original
     from dclr.data.string_array import pack_strings
 
     shutil.copytree(originals / "planes", tmp_path / "planes")
-    (tmp_path / "planes" / store.INDEX).unlink()
-    plan, _ = store.load_arrays(tmp_path / "planes" / store.PLAN)
+    (tmp_path / "planes" / store_files.INDEX).unlink()
+    plan, _ = store_files.load_arrays(tmp_path / "planes" / store_files.PLAN)
     source = pack_strings(["x; touch /tmp/owned\n\x1b[2J"])
-    store.save_arrays(tmp_path / "planes" / store.PLAN, {**plan, "source": source})
+    store_files.save_arrays(tmp_path / "planes" / store_files.PLAN, {**plan, "source": source})
     with pytest.raises(UserError) as caught:
         store.load_index(tmp_path / "planes")
     assert r"--data 'x; touch /tmp/owned\n\x1b[2J' --out" in str(caught.value)

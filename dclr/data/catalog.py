@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dclr.data.store import Arrays, load_index
+from dclr.data.store import load_index
+from dclr.data.store_files import Arrays
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError, printable
 

@@ -14,7 +14,9 @@ from dclr.data.datasets import make_demo, open_data
 from dclr.data.display import Displays
 from dclr.data.duplicates import find_duplicates
 from dclr.data.manifest import Manifest, RecordsByPath, load_manifest
-from dclr.data.store import Arrays, Store, damaged_shards, open_store, pack_command
+from dclr.data.store import Store, open_store, pack_command
+from dclr.data.store_damage import damaged_shards
+from dclr.data.store_files import Arrays
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError, printable
 from dclr.report import write_json

@@ -27,7 +27,7 @@ from dclr.data.file_content import (
     find_status,
 )
 from dclr.data.manifest import known_digests
-from dclr.data.store import Arrays
+from dclr.data.store_files import Arrays
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from dclr.config import DataConfig, is_url
-from dclr.data import decoder_process, store
+from dclr.data import decoder_process, store, store_damage, store_files, store_validation
 from dclr.data.catalog import catalog_arrays, describe_reading, describe_warnings
 from dclr.data.datasets import DEMO_VIDEOS, make_demo, official_splits, open_catalog
 from dclr.data.decode import UnreadableVideo, VideoRecord, YuvFrames, resized_planes, verify_video
@@ -33,7 +33,7 @@ from dclr.data.display import AS_CODED, Display, collect_displays
 from dclr.data.encode import compact_record, compact_video
 from dclr.data.manifest import load_manifest
 from dclr.data.remote import data_path
-from dclr.data.store import Arrays, checksums_name, frame_bytes, shard_name
+from dclr.data.store_files import Arrays, checksums_name, frame_bytes, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.errors import UserError
 from dclr.files import sync_folder
@@ -78,7 +78,7 @@ class Job:
     @property
     def shards(self) -> list[np.ndarray]:
         """The rows of each shard."""
-        return store.rows_by_shard(self.plan["shards"])
+        return store_files.rows_by_shard(self.plan["shards"])
 
     def shard(self, number: int) -> Path:
         return self.folder / shard_name(number, self.compact)
@@ -90,7 +90,7 @@ class Job:
         return self.folder / f"shard-{number:05d}{LOCK_SUFFIX}"
 
 
-def pack(data: DataConfig, out: str = "", short_side: int = store.SHORT_SIDE, compact: bool = False) -> None:
+def pack(data: DataConfig, out: str = "", short_side: int = store_files.SHORT_SIDE, compact: bool = False) -> None:
     """Print how large the store will be. Unless `out` is empty, write the store there, or what is missing of it.
 
     Other processes may write the same store at the same time. The function returns when the store is complete.
@@ -205,7 +205,7 @@ def make_plan(
         shards[row], offsets[row] = shard, filled
         filled += int(sizes[row])
     return {
-        "version": np.array(store.VERSION),
+        "version": np.array(store_files.VERSION),
         "compact": np.array(compact),
         "short_side": np.array(short_side),
         "source": pack_strings([os.path.abspath(source)]),
@@ -292,7 +292,7 @@ def writable(folder: Path) -> Iterator[None]:
 def check_folder(folder: Path) -> None:
     """Raise UserError if the folder holds something that is not a packed store. Raises OSError."""
     names = os.listdir(folder)
-    if store.PLAN not in names and any(not name.startswith(("dclr-", "shard-")) for name in names):
+    if store_files.PLAN not in names and any(not name.startswith(("dclr-", "shard-")) for name in names):
         raise UserError(f"--out {folder} holds something that is not a packed store: give an empty or a new folder")
 
 
@@ -301,7 +301,7 @@ def write_plan(folder: Path, plan: Arrays) -> bytes:
 
     Returns the plan's digest. Raises UserError: the plans differ, or the folder holds something else.
     """
-    if (folder / store.PLAN).is_file():
+    if (folder / store_files.PLAN).is_file():
         before, digest = store.load_plan(folder)
         if difference := difference_of(before, plan):
             raise UserError(
@@ -309,8 +309,8 @@ def write_plan(folder: Path, plan: Arrays) -> bytes:
             )
     else:
         check_folder(folder)
-        store.check_plan(folder / store.PLAN, plan)  # otherwise the finished store might be refused
-        digest = store.save_arrays(folder / store.PLAN, plan)
+        store_validation.check_plan(folder / store_files.PLAN, plan)  # otherwise the finished store might be refused
+        digest = store_files.save_arrays(folder / store_files.PLAN, plan)
     return digest
 
 
@@ -342,7 +342,7 @@ def difference_of(before: Arrays, now: Arrays) -> str:
     lists += [name for name in now if name.startswith("entry_")]
     if not all(np.array_equal(before[name], now[name]) for name in lists):
         return "other lists of classes or splits"
-    ignored = {"source", *store.READING}
+    ignored = {"source", *store_files.READING}
     if not all(np.array_equal(before[name], now[name]) for name in now if name in before and name not in ignored):
         return "another division into shards"
     return ""
@@ -402,17 +402,17 @@ def finished(job: Job, number: int) -> tuple[Arrays | None, str]:
     if not file.is_file():
         return None, ""
     try:
-        found, _ = store.load_arrays(file)
+        found, _ = store_files.load_arrays(file)
         ours = "plan" in found and found["plan"].tobytes() == job.digest
         if ours:
-            store.check_shard(file, found, None if job.compact else job.plan["sizes"][rows], len(rows))
+            store_validation.check_shard(file, found, None if job.compact else job.plan["sizes"][rows], len(rows))
     except UserError:
         return None, f"{file} is damaged: its shard is made again"
     if not ours:
         return None, f"{file} belongs to another store: its shard is made again"
     sizes = job.plan["sizes"].copy()
     sizes[rows] = found["sizes"]
-    if fault := store.size_fault(job.folder, job.compact, number, rows, sizes):
+    if fault := store_damage.size_fault(job.folder, job.compact, number, rows, sizes):
         return None, f"{job.shard(number)} {fault}: it is made again"
     return found, ""
 
@@ -430,9 +430,9 @@ def write_shard(job: Job, number: int, written: np.ndarray) -> Arrays:
     rows, temporary = job.shards[number], temporary_of(job.shard(number))
     remove(temporary)
     found: Arrays = {
-        "version": np.array(store.VERSION),
+        "version": np.array(store_files.VERSION),
         "plan": np.frombuffer(job.digest, np.uint8),
-        **store.empty_columns(len(rows)),
+        **store_files.empty_columns(len(rows)),
     }
     reasons = [""] * len(rows)
     write = write_small_videos if job.compact else write_planes
@@ -440,7 +440,7 @@ def write_shard(job: Job, number: int, written: np.ndarray) -> Arrays:
         if isinstance(result, str):
             reasons[position] = result
         else:
-            for name, value in zip(store.FOUND, result, strict=True):
+            for name, value in zip(store_files.FOUND, result, strict=True):
                 found[name][position] = value
     if not job.compact:
         found["sizes"] = job.plan["sizes"][rows]  # also of failed videos, whose bytes stay zero
@@ -453,11 +453,11 @@ def publish_shard(job: Job, number: int, checksums: Arrays) -> None:
     remove(shard)  # a folder cannot be renamed onto another
     os.rename(temporary_of(shard), shard)
     sync_folder(job.folder)
-    store.save_arrays(job.checksums(number), checksums)
+    store_files.save_arrays(job.checksums(number), checksums)
 
 
 Result = tuple[int, int, bool, bool] | str
-"""Size in bytes, crc32, bt709 and full_range of a packed video (`store.FOUND`), or the reason why it cannot be
+"""Size in bytes, crc32, bt709 and full_range of a packed video (`store_files.FOUND`), or the reason why it cannot be
 packed."""
 
 
@@ -492,7 +492,7 @@ def write_small_videos(job: Job, rows: np.ndarray, temporary: Path, written: np.
     temporary.mkdir()
     for row in rows.tolist():
         height, width = int(job.plan["heights"][row]), int(job.plan["widths"][row])
-        file, colours = temporary / store.compact_name(row), Colours()
+        file, colours = temporary / store_files.compact_name(row), Colours()
         try:
             content = compact_video(colours.check(small_frames(job, row, written)), height, width)
             with file.open("wb") as stream:
@@ -552,14 +552,14 @@ def write_index(job: Job) -> dict[str, str]:
 
     Returns path -> reason of the videos that failed to pack.
     """
-    index = {**job.plan, **store.empty_columns(len(job.paths)), "sizes": job.plan["sizes"].copy()}
+    index = {**job.plan, **store_files.empty_columns(len(job.paths)), "sizes": job.plan["sizes"].copy()}
     reasons = unpack_strings(job.plan["reasons"])
     failed = {}
     for number, rows in enumerate(job.shards):
         found, fault = finished(job, number)
         if found is None:
             raise UserError(f"{fault or f'{job.shard(number)} has disappeared'}: run the same command again")
-        for name in store.FOUND:
+        for name in store_files.FOUND:
             index[name][rows] = found[name]
         for row, reason in zip(rows.tolist(), unpack_strings(found["reasons"]), strict=True):
             if reason:
@@ -569,7 +569,7 @@ def write_index(job: Job) -> dict[str, str]:
         index["offsets"] = np.zeros(len(job.paths), dtype=np.int64)
     for leftover in [*job.folder.glob("*.part"), *job.folder.glob(f"shard-*{LOCK_SUFFIX}")]:
         remove(leftover)
-    store.save_arrays(job.folder / store.INDEX, index)
+    store_files.save_arrays(job.folder / store_files.INDEX, index)
     return failed
 
 

@@ -17,7 +17,8 @@ from dclr.data.decode import Planes, UnreadableVideo, VideoRecord, YuvFrames, re
 from dclr.data.display import AS_CODED, Displays
 from dclr.data.manifest import KnownFiles, load_manifest
 from dclr.data.records import Records
-from dclr.data.store import Selection, check_sizes, open_store
+from dclr.data.store import Selection, open_store
+from dclr.data.store_damage import check_sizes
 from dclr.data.string_array import StringArray
 from dclr.errors import UserError
 
@@ -175,7 +176,7 @@ def open_videos(
 
     Raises:
         NoReadableVideo: none of the videos can be read.
-        UserError: there are no such videos, or the store is damaged (see `store.check_sizes`).
+        UserError: there are no such videos, or the store is damaged (see `store_damage.check_sizes`).
     """
     listed = catalog.videos(split)
     if catalog.index is None:

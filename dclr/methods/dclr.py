@@ -27,7 +27,7 @@ from dclr.methods.encoder import KEY_OF_PAIR, ByLetter, Encoder, by_pair, pairs_
 from dclr.methods.method import QUEUE_SETTINGS, VIEW_SETTINGS, Method, means_over_ranks
 from dclr.models import activation_map, pool
 
-if TYPE_CHECKING:  # config.py imports the methods' names
+if TYPE_CHECKING:  # dclr.config imports the methods' names
     from dclr.config import MethodConfig, ModelConfig
 
 

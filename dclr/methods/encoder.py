@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dclr.kernels import Views
 from dclr.models import ProjectionHead, build_backbone, pool
 
-if TYPE_CHECKING:  # config.py imports the methods' names
+if TYPE_CHECKING:  # dclr.config imports the methods' names
     from dclr.config import ModelConfig
 
 # An embedding is named by two letters: the view it is pooled from, and the content it stands for. vs is the static

@@ -10,7 +10,7 @@ from dclr.kernels import Views
 from dclr.methods.encoder import Encoder
 from dclr.methods.shuffle import Shuffle
 
-if TYPE_CHECKING:  # config.py imports the methods' names
+if TYPE_CHECKING:  # dclr.config imports the methods' names
     from dclr.config import PretrainConfig
 
 QUEUE_SETTINGS = frozenset({"queue_length", "fill_steps", "mined_positives"})

@@ -21,7 +21,7 @@ from dclr.methods.encoder import KEY_OF_PAIR, Encoder, by_pair, pairs_of, run_ba
 from dclr.methods.method import Method, means_over_ranks
 from dclr.models import activation_map
 
-if TYPE_CHECKING:  # config.py imports the methods' names
+if TYPE_CHECKING:  # dclr.config imports the methods' names
     from dclr.config import MethodConfig, ModelConfig
 
 

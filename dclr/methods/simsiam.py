@@ -13,7 +13,7 @@ from dclr.methods.encoder import Encoder
 from dclr.methods.method import Method
 from dclr.models import pool
 
-if TYPE_CHECKING:  # config.py imports the methods' names
+if TYPE_CHECKING:  # dclr.config imports the methods' names
     from dclr.config import MethodConfig, ModelConfig
 
 

@@ -21,7 +21,7 @@ from dclr.methods.generator import DROPPED_SHARE, Generator, drop, lowest, score
 from dclr.methods.moco import MoCo
 from dclr.models import LinearHead
 
-if TYPE_CHECKING:  # config.py imports the methods' names
+if TYPE_CHECKING:  # dclr.config imports the methods' names
     from dclr.config import MethodConfig, ModelConfig, PretrainConfig
 
 GENERATOR_WEIGHT = 100

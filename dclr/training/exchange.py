@@ -31,7 +31,7 @@ from dclr.config import PretrainConfig
 from dclr.data.augmentation import AugmentRecipe, to_augmentation
 from dclr.data.display import Box
 from dclr.data.samples import PairBatch
-from dclr.data.store import frame_bytes
+from dclr.data.store_files import frame_bytes
 from dclr.data.videos import VideoSet
 from dclr.kernels import Augmentation, ViewParams, Views, Yuv420
 from dclr.kernels.backend import to_device

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dclr import config as configuration
+import dclr
 from dclr import distributed, kernels, report
-from dclr.config import AUTOMATIC, Config, DataConfig, FinetuneConfig, PretrainConfig
+from dclr.config import AUTOMATIC, Config, DataConfig, FinetuneConfig, PretrainConfig, write_config
 from dclr.data.catalog import describe_warnings
 from dclr.data.datasets import make_demo
 from dclr.data.failures import Failures, check_bad
@@ -109,7 +109,7 @@ class Run:
     def write_config(self) -> None:
         """Write config.json. Call this when nothing can be refused any more: a refused run leaves nothing behind."""
         path = self.folder / "config.json"
-        self.write(lambda: configuration.write_config(path, self.command, self.preset, self.config))
+        self.write(lambda: write_config(path, self.command, self.preset, self.config))
 
     def prepare(self, *backbones: Backbone) -> None:
         """Apply --pad-channels, --convolutions, --recompute and --compile to backbones of one kind, in place.
@@ -364,7 +364,7 @@ def check_micro_batch(config: Config, micro_batch: int) -> None:
 
 def find_ds_config(name: str) -> Path:
     """Return the file that --ds_config names: a path, or a file of ds_configs/ without or with folder and suffix."""
-    own = Path(configuration.__file__).parent / "ds_configs" / f"{Path(name).stem}.json"
+    own = Path(dclr.__file__).parent / "ds_configs" / f"{Path(name).stem}.json"
     is_own = Path(name).parent in (Path(), Path("ds_configs")) and os.path.exists(own)
     return own if is_own and not os.path.exists(name) else Path(name)
 
