@@ -233,16 +233,12 @@ def new_spelling(flags: list[str]) -> list[str]:
 def published(options: Options) -> evidence.Result:
     """Return the published result, to which this run adds methods or seeds.
 
-    It must have all seeds below the first one of `options`. If that is 0, it must have the same seeds.
-
     Raises:
         UserError: as evidence.published does, and if a published method had other flags than the method has now.
     """
-    first = options.seeds.start
-    seeds, flag = (range(first), "--first-seed") if first else (options.seeds, "--with-published")
-    result = evidence.published("controlled", recipe(options), seeds, flag)
+    result = evidence.published("controlled", recipe(options), options)
     before = {method: new_spelling(flags) for method, flags in result["recipe"]["methods"].items()}
-    evidence.check_flags(before, METHODS, flag)
+    evidence.check_flags(before, METHODS, options)
     return result
 
 

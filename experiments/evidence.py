@@ -151,15 +151,16 @@ def published_file(name: str) -> Path:
     return harness.results_folder(here(), RESULTS) / f"{name}.json"
 
 
-def published(name: str, recipe: dict[str, Any], seeds: range, flag: str = "--with-published") -> Result:
-    """Return the committed result, so that its values can be shown next to new ones.
+def published(name: str, recipe: dict[str, Any], options: runs.Options) -> Result:
+    """Return the committed result, to which this run adds methods or seeds.
 
-    `flag`: the flag of the command line that asks for the result. Error messages name it.
+    The result must have all seeds below the first one of `options`. If that is 0, it must have the same seeds.
 
     Raises:
         UserError: there is no such result, or its device, its seeds or an entry of `recipe` differ.
     """
-    file = published_file(name)
+    first, flag = options.seeds.start, flag_for_published(options)
+    seeds, file = range(first) if first else options.seeds, published_file(name)
     try:
         result = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -181,11 +182,14 @@ def with_more_seeds(before: Result, result: Result) -> Result:
     return result | ({"panels": panels_with_more_seeds(before, result["panels"])} if "panels" in result else {})
 
 
-def check_flags(before: dict[str, list[str]], now: dict[str, list[str]], flag: str) -> None:
-    """Raise UserError if a published method (in `before`) was run with other flags than it has now.
+def flag_for_published(options: runs.Options) -> str:
+    """Return the flag of the command line that asks for the published result, for error messages."""
+    return "--first-seed" if options.seeds.start else "--with-published"
 
-    `flag`: the flag of the command line that asks for the published result.
-    """
+
+def check_flags(before: dict[str, list[str]], now: dict[str, list[str]], options: runs.Options) -> None:
+    """Raise UserError if a published method (in `before`) was run with other flags than it has now."""
+    flag = flag_for_published(options)
     for method, flags in before.items():
         if now.get(method) != flags:
             raise UserError(f"{flag}: the published {method} was run with {flags}, but no method here has these flags")

@@ -210,8 +210,7 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
 def main(arguments: Sequence[str]) -> None:
     options, _ = runs.parse(__doc__, arguments, runs.add_first_seed)
     recipe = {"flags": {method: flags_of(method, options) for method in METHODS}, "epochs": epochs(options)}
-    first = options.seeds.start
-    taken = evidence.published("methods", recipe, range(first), "--first-seed") if first else None
+    taken = evidence.published("methods", recipe, options) if options.seeds.start else None
     data, _ = controlled_set.stores(options)
     folder = options.work / "methods"
     chains: list[Chain] = []

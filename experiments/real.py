@@ -287,38 +287,31 @@ def transfers(
     ]
 
 
-def plan_of_methods(
-    work: Path, names: Sequence[str], seed: int, data: dict[str, Path], size: Size, options: Options
-) -> tuple[list[Chain], list[Chain]]:
-    """Return the chains of one seed of the methods: those that need no other run, and those that need one of the first.
-
-    Long chains come first, so that short ones fill the cores at the end.
-    """
-    first: list[Chain] = []
-    then: list[Chain] = []
-    for method in names:
-        folder = controlled.folder_of(method)
-        run = work / f"{folder}-{seed}"
-        flags = [*flags_of(method, size, options.quick), "--data", str(data["union"]), "--epochs", str(size.epochs)]
-        first.insert(0, [runs.train("pretrain", run, flags, seed)])  # DCLR takes longer than MoCo
-        then += transfers(work, f"{folder}-finetune", seed, data, size, options, ("--pretrained", str(run)))
-        then += [[features(run, run, data, name), foreground(run, run, data, name)] for name in SETS]
-    return first, then
+def chains_of_method(
+    work: Path, method: str, seed: int, data: dict[str, Path], size: Size, options: Options
+) -> list[Chain]:
+    """Return the pretraining of a method with one seed, and the chains that start when it has ended."""
+    folder = controlled.folder_of(method)
+    run = work / f"{folder}-{seed}"
+    flags = [*flags_of(method, size, options.quick), "--data", str(data["union"]), "--epochs", str(size.epochs)]
+    pretraining = runs.train("pretrain", run, flags, seed)
+    then = transfers(work, f"{folder}-finetune", seed, data, size, options, ("--pretrained", str(run)))
+    then += [[features(run, run, data, name), foreground(run, run, data, name)] for name in SETS]
+    return [[pretraining], *runs.after(pretraining, then)]
 
 
-def plan_of_references(
-    work: Path, seed: int, data: dict[str, Path], size: Size, options: Options
-) -> tuple[list[Chain], list[Chain]]:
-    """Return the chains of one seed of training from scratch and of random weights, as plan_of_methods does."""
-    then: list[Chain] = []
+def chains_of_references(work: Path, seed: int, data: dict[str, Path], size: Size, options: Options) -> list[Chain]:
+    """Return the chains of training from scratch and of random weights with one seed."""
+    chains = []
     for name in SETS:
-        parts = parts_of(name, options)
-        of = {part: work / f"scratch-{part}-{seed}" for part in parts}
-        then += [[features(run, run, data, part)] for part, run in of.items()]
-        then.append([foreground(of[parts[0]], of[parts[0]], data, name)])
-    like = ("--like", str(work / f"scratch-{SETS[-1]}-{seed}"), "--seed", str(seed))
-    then += [[features("random", work / f"random-{seed}", data, name, like)] for name in SETS]
-    return transfers(work, "scratch", seed, data, size, options, ()), then
+        for number, part in enumerate(parts_of(name, options)):
+            run = work / f"scratch-{part}-{seed}"
+            chain = [*finetuned(run, seed, data[part], name, size), features(run, run, data, part)]
+            chains.append([*chain, foreground(run, run, data, name)] if number == 0 else chain)
+    trained = chains[-1][0]
+    like = ("--like", str(trained.writes.parent), "--seed", str(seed))
+    random = [[features("random", work / f"random-{seed}", data, name, like)] for name in SETS]
+    return [*chains, *runs.after(trained, random)]
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -406,15 +399,11 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
 def published(options: Options, recipe: dict[str, Any], flags: dict[str, list[str]]) -> evidence.Result:
     """Return the published result, to which this run adds methods or seeds.
 
-    It must have all seeds below the first one of `options`. If that is 0, it must have the same seeds.
-
     Raises:
         UserError: as evidence.published does, and if a published method had other flags than `flags` has now.
     """
-    first = options.seeds.start
-    seeds, flag = (range(first), "--first-seed") if first else (options.seeds, "--with-published")
-    result = evidence.published("real", recipe, seeds, flag)
-    evidence.check_flags(result["recipe"]["pretraining"], flags, flag)
+    result = evidence.published("real", recipe, options)
+    evidence.check_flags(result["recipe"]["pretraining"], flags, options)
     return result
 
 
@@ -441,14 +430,15 @@ def main(arguments: Sequence[str]) -> None:
         evidence.check_has_all_seeds(taken, [row for row in ROWS if row.split(": ")[1] in (RANDOM, SUPERVISED, *names)])
     data, work = stores(given.data.resolve(), size.packs, options), options.work / "real"
 
-    plans = []
+    chains: list[Chain] = []
     for seed in options.seeds:
-        plans.append(plan_of_methods(work, names, seed, data, size, options))
+        for method in names:
+            chains += chains_of_method(work, method, seed, data, size, options)
         if not given.with_published:
-            plans.append(plan_of_references(work, seed, data, size, options))
-    first, then = ([chain for plan in plans for chain in plan[number]] for number in range(2))
-    runs.run(first, options.parallel)
-    runs.run(then, options.parallel)
+            chains += chains_of_references(work, seed, data, size, options)
+    # Pretraining is longest and comes first, so that short commands fill the cores at the end.
+    chains.sort(key=lambda chain: chain[0].after is not None)
+    runs.run(chains, options.parallel)
 
     own: evidence.Rows = {}
     for name in SETS:
@@ -466,7 +456,7 @@ def main(arguments: Sequence[str]) -> None:
         "groups": list(SETS),
     }
     result["findings"] = findings(result)
-    evidence.publish("real", result, [*first, *then], options, taken)
+    evidence.publish("real", result, chains, options, taken)
 
 
 if __name__ == "__main__":

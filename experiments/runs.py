@@ -1,9 +1,9 @@
 """Run the commands of an experiment: several at a time, each once, and resume them after an interruption.
 
 A chain holds the commands of one network in order: pretrain to the first probe, evaluate, pretrain to the second probe,
-and so on. A command is done when the file that it writes last exists. Its output goes to a log, and the first line of
-the log is the command. If a log starts with another command, the experiment stops, because its files come from another
-recipe.
+and so on. A chain may have to wait for a command of another chain: finetuning starts after the pretraining. A command
+is done when the file that it writes last exists. Its output goes to a log, and the first line of the log is the
+command. If a log starts with another command, the experiment stops, because its files come from another recipe.
 
 The experiment of ucf101.py is a list of stages. `run_stages` runs them in order. After each stage it prints how long
 the remaining stages will probably take.
@@ -46,6 +46,8 @@ class Job:
     log: Path
     until: Path | None = None
     """The command is done when this file exists. By default it is `writes`."""
+    after: Path | None = None
+    """The command starts when this file exists. Another chain writes it."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables, added to the inherited ones."""
     keeps_output: bool = False
@@ -58,6 +60,10 @@ class Job:
     @property
     def done(self) -> bool:
         return (self.until or self.writes).exists()
+
+    @property
+    def can_start(self) -> bool:
+        return self.after is None or self.after.exists()
 
 
 Chain = list[Job]
@@ -178,6 +184,11 @@ def evaluate(protocol: str, checkpoint: Path | str, data: Path, out: Path, flags
     return Job(command=line, writes=out / "report.json", log=out / "eval.log")
 
 
+def after(job: Job, chains: Iterable[Chain]) -> list[Chain]:
+    """Return the same chains. They start when `job`, which is in another chain, has ended."""
+    return [[replace(chain[0], after=job.writes), *chain[1:]] for chain in chains]
+
+
 def pretrain_and_probe(folder: Path, flags: Iterable[str], seed: int, data: Path, epochs: Sequence[int]) -> Chain:
     """Return one pretraining run that stops at each of `epochs`. A probe follows each stop, in folder/bias-EPOCH.
 
@@ -214,9 +225,11 @@ def run(chains: Sequence[Chain], parallel: int) -> None:
     running: list[tuple[subprocess.Popen[bytes], Chain]] = []
     try:
         while waiting or running:
-            while waiting and len(running) < parallel:
-                chain = waiting.pop(0)
+            for chain in [chain for chain in waiting if chain[0].can_start][: parallel - len(running)]:
+                waiting.remove(chain)
                 running.append((start(chain[0], threads), chain))
+            if not running:
+                raise RuntimeError(f"no command writes {waiting[0][0].after}")
             time.sleep(0.05)
             for process, chain in [pair for pair in running if pair[0].poll() is not None]:
                 running.remove((process, chain))
@@ -288,10 +301,10 @@ def check_end(job: Job, status: int) -> None:
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask the processes to stop, give them one minute for a step and a checkpoint, then kill them."""
+    """Ask the processes to stop, give them three minutes for a step and a checkpoint, then kill them."""
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

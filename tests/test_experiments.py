@@ -197,6 +197,29 @@ def test_chains_run_side_by_side_their_commands_in_order_and_the_cores_are_share
         assert running <= 2
 
 
+def test_a_chain_waits_for_the_command_that_it_needs_and_later_chains_start_before_it(root):
+    own = script(
+        root,
+        "deadline = time.monotonic() + 10\n"
+        "while name == 'pretrain' and not Path('other.done').exists():\n"
+        "    assert time.monotonic() < deadline\n"
+        "with open('log.txt', 'a') as log: log.write(f'{name} ')\n"
+        "Path(f'{name}.done').touch()\n",
+    )
+    names = ("pretrain", "finetune", "accuracy", "other")
+    pretrain, finetune, accuracy, other = (job(root, own, name) for name in names)
+    waiting = runs.after(pretrain, [[finetune, accuracy]])
+    runs.run([[pretrain], *waiting, [other]], parallel=2)
+    assert (root / "log.txt").read_text() == "other pretrain finetune accuracy "
+    finetune.writes.unlink()
+    runs.run([[pretrain], *waiting], parallel=2)
+    assert (root / "log.txt").read_text() == "other pretrain finetune accuracy finetune "
+    finetune.writes.unlink()
+    pretrain.writes.unlink()
+    with pytest.raises(RuntimeError, match=f"no command writes {pretrain.writes}"):
+        runs.run(waiting, parallel=2)
+
+
 def test_done_commands_do_not_run_again_and_a_started_chain_is_finished_first(root, calls):
     chain = runs.pretrain_and_probe(root / "dclr-0", ["--workers", "1"], 0, Path("videos"), (2, 4, 6))
     other = [runs.train("finetune", root / "other", ["--epochs", "1"], 0)]
@@ -893,7 +916,8 @@ def test_large_runs_read_videos_and_have_clips_and_a_network_of_the_published_si
     assert f"--data {work / 'real' / 'sets' / 'union'} " in pretrained
     # Networks that need no other run are trained first.
     last = max(number for number, line in enumerate(calls) if "train.py" in line and "--pretrained" not in line)
-    assert last < min(number for number, line in enumerate(calls) if "--pretrained" in line or line.startswith("-m"))
+    assert last < min(number for number, line in enumerate(calls) if "--pretrained" in line or "random" in line)
+    assert trained[0] == pretrained
     recipe = json.loads((work / "real.json").read_text())["recipe"]
     assert recipe["epochs"] == real.LARGE.epochs == int(pretrained.split("--epochs ")[1].split()[0])
 
