@@ -307,10 +307,14 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(crossed, tmp_path, monk
     for split in ("train", "test"):
         still(tmp_path / "still" / split / "a" / "still.mp4")
     random = {"checkpoint": "random", "data": tmp_path / "still"}
+    message = f"--data {tmp_path / 'still'}: the train split has one video. bias subtracts the mean of a split"
+    assert refused(**random).startswith(message)
+    for split in ("train", "test"):
+        still(tmp_path / "still" / split / "a" / "second.mp4")
     assert "are of one class" in refused(**random)
     for split in ("train", "test"):
         still(tmp_path / "still" / split / "b" / "still.mp4", seed=1)
-    assert "nothing moves in any of 2 test videos" in refused(**random)
+    assert "nothing moves in any of 3 test videos" in refused(**random)
     measure(tmp_path / "out", **random, foreground=False)
 
     lists = tmp_path / "unlabelled"

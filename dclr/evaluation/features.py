@@ -236,11 +236,16 @@ def open_labelled(catalog: Catalog, data: DataConfig, command: str) -> tuple[Vid
     """Return the train split and the test split. `command` names the subcommand of eval.py in an error message.
 
     Raises:
-        UserError: see open_videos; a video without a label.
+        UserError: see open_videos; a video without a label; a split of one video.
     """
     train, test = (open_split(catalog, split, data) for split in ("train", "test"))
     for split, videos in (("train", train), ("test", test)):
         check_labels(catalog, split, videos, command)
+        if len(videos) < 2:
+            raise UserError(
+                f"--data {catalog.root}: the {split} split has one video. {command} subtracts the mean of a split from "
+                "its features, so each split must have at least two videos"
+            )
     return train, test
 
 
