@@ -422,6 +422,10 @@ def test_each_flag_says_when_to_change_it(command):
         ({"jitter": 2.1}, "--jitter is 2.1, but must be from 0 to 2"),
         ({"jitter": float("nan")}, "--jitter is nan"),
         ({"jitter_form": "added"}, "--jitter-form is added, but must be multiplicative or additive"),
+        (
+            {"jitter": 0.0, "jitter_form": "additive"},
+            "--jitter-form has no effect with --jitter 0.0: leave the flag out",
+        ),
     ],
     ids=str,
 )

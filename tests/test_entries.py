@@ -507,5 +507,8 @@ def test_what_cannot_be_evaluated_is_refused(finetuned, demo_videos, genuine, tm
     torch.manual_seed(0)
     save_backbone(build_backbone("r2plus1d_10", 4), pretrained / "backbone.safetensors")
     message = call("accuracy", checkpoint=pretrained, data=demo_videos)
-    assert "give the folder of a finetune or linear run" in message
+    assert message == (
+        f"--checkpoint: {pretrained} holds no classifier.safetensors or checkpoint: "
+        "give the folder of a run, or a file; only a finetune or linear run has a classifier"
+    )
     assert os.listdir(tmp_path / "flat") == ["a.mp4"]

@@ -80,6 +80,8 @@ def test_a_run_that_belongs_to_somebody_else_is_refused_in_one_line(tmp_path: Pa
     for source in (tmp_path, tmp_path / "backbone"):
         with pytest.raises(UserError, match=rf"^{source} cannot be read: Permission denied$"):
             load_pretrained(source)
+        with pytest.raises(UserError, match=rf"^--checkpoint: {source} cannot be read: Permission denied; only a"):
+            load_classifier(source)
 
 
 def test_files_without_clips_take_them_from_the_config_of_their_run_or_say_what_is_assumed(tmp_path: Path) -> None:

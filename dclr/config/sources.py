@@ -84,6 +84,7 @@ _SWITCHED_OFF = {
     "dropped_fill": ("dropping", ("none",)),
     "straight_through": ("dropping", ("random", "none")),
     "decay_rate": ("decay", ("none",)),
+    "jitter_form": ("jitter", (0.0,)),
 }
 """Setting of a method -> another setting, and the values of that one with which the first has no effect."""
 

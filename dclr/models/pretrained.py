@@ -103,11 +103,8 @@ def load_classifier(path: Path) -> tuple[Classifier, tuple[str, ...]]:
     """
     try:
         file = find_file(path, (CLASSIFIER_FILE_NAME,))
-    except UserError:
-        raise UserError(
-            f"--checkpoint: no {path / CLASSIFIER_FILE_NAME if path.is_dir() else path}; "
-            f"give the folder of a finetune or linear run, or its {CLASSIFIER_FILE_NAME}"
-        ) from None
+    except UserError as error:
+        raise UserError(f"--checkpoint: {error}; only a finetune or linear run has a classifier") from None
     weights = read_weights(file)
     try:
         if not weights.fc:
