@@ -44,7 +44,7 @@ from dclr.progress import ProgressBar
 Frames = np.ndarray | Tensor
 """The frames of one video: (T, H, W, 3) uint8, RGB."""
 
-Given = str | os.PathLike[str] | Frames | Sequence[str | os.PathLike[str]]
+VideoInput = str | os.PathLike[str] | Frames | Sequence[str | os.PathLike[str]]
 """One video (a file or its frames), or several: a folder, a list file (.txt, .csv, .tsv, .lst), a sequence of files."""
 
 MOST_WORKERS = 8
@@ -90,7 +90,9 @@ class VideoModel:
     def __repr__(self) -> str:
         return f"VideoModel({self._pretrained.loaded}; on {self.device})"
 
-    def embed(self, what: Given, like: str = POOLED, *, clips: bool = False, workers: int | None = None) -> np.ndarray:
+    def embed(
+        self, what: VideoInput, like: str = POOLED, *, clips: bool = False, workers: int | None = None
+    ) -> np.ndarray:
         """Return the embedding of one video, (D,) float32, or of several, (N, D): the mean over its 10 clips.
 
         The rows of a sequence are in its order, and those of a folder or a list file in the order of `find_videos`. If
@@ -98,7 +100,7 @@ class VideoModel:
         and that is not on disk has no row, and a warning says so.
 
         Args:
-            what: see Given. Frames are cropped and resized like those of a file.
+            what: see VideoInput. Frames are cropped and resized like those of a file.
             like: "pooled", the backbone's features; "motion" or "scene", the embedding of the projection head that was
                 trained on the dynamic or on the static view.
             clips: also return each clip by itself: (C, D), or (N, C, D).
@@ -116,7 +118,7 @@ class VideoModel:
         return (values if clips else values.mean(-2)).numpy()
 
     def predict(
-        self, what: Given, top: int = 5, *, workers: int | None = None
+        self, what: VideoInput, top: int = 5, *, workers: int | None = None
     ) -> list[tuple[str, float]] | list[list[tuple[str, float]]]:
         """Return the most probable classes of one video with their probabilities, or a list of them for several.
 
@@ -199,7 +201,7 @@ class VideoModel:
 
     # ------------------------------------------------------------ running the network
 
-    def _run(self, network: Callable[[Tensor], Tensor], what: Given, workers: int | None) -> Tensor:
+    def _run(self, network: Callable[[Tensor], Tensor], what: VideoInput, workers: int | None) -> Tensor:
         """Return the outputs for the clips of one video, (C, D), or of several, (N, C, D), on the CPU."""
         with evaluation_mode(self.backbone, self.heads, self.classifier):
             if isinstance(what, np.ndarray | Tensor):

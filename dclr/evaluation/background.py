@@ -52,7 +52,7 @@ from dclr.evaluation.features import (
 from dclr.evaluation.linear_probe import Probe, fit_probe
 from dclr.evaluation.retrieval import retrieval
 from dclr.models import Backbone, Classifier, backbone_without_memory, load_classifier, pool
-from dclr.models.pretrained import ANY
+from dclr.models.pretrained import NETWORK_FILES
 from dclr.models.weights import find_file, read_weights
 
 SHEET_VIDEOS = 8
@@ -211,7 +211,7 @@ def load_network(
     Raises:
         UserError: see load_features and load_classifier; the classifier has another backbone than `model`.
     """
-    file = None if str(checkpoint) == "random" else find_file(checkpoint, ANY)
+    file = None if str(checkpoint) == "random" else find_file(checkpoint, NETWORK_FILES)
     if file is None or not read_weights(file, backbone_without_memory(model.backbone, model.width)).fc:
         backbone, loaded = load_features(checkpoint, model, seed)
         return backbone, None, loaded

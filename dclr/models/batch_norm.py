@@ -134,14 +134,14 @@ def replace_norms(module: nn.Module) -> None:
             replace_norms(child)
 
 
-def values(views: Sequence[Clips]) -> int:
+def count_values(views: Sequence[Clips]) -> int:
     """Return the number of values per channel in all frames of all views. Each of several equal frames counts."""
     return sum(view.frames[:, 0, 0].numel() * view.length for view in views)
 
 
 def _count(views: Sequence[Clips]) -> int:
-    """Return `values` of views in training. Raises ValueError if there are fewer than 2."""
-    count = values(views)
+    """Return `count_values(views)`. Raises ValueError below 2: training needs a variance."""
+    count = count_values(views)
     if count < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got {count}")
     return count
@@ -159,7 +159,7 @@ def batch_statistics(views: Sequence[Clips]) -> tuple[Tensor, Tensor]:
         means.append(mean)
         variances.append(variance)
         weights.append((view.counts() * view.frames[0, 0, 0].numel()).repeat(len(view.frames)))  # (N,)
-    weight = torch.cat(weights)[:, None].double() / values(views)
+    weight = torch.cat(weights)[:, None].double() / count_values(views)
     return _merge(weight, torch.cat(means), torch.cat(variances))
 
 
@@ -167,7 +167,7 @@ def merge_statistics(
     views: Sequence[Clips], means: Sequence[Tensor], variances: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of all views, both (C,) float64, from those of each view."""
-    shares = [values([view]) / values(views) for view in views]
+    shares = [count_values([view]) / count_values(views) for view in views]
     weights = [torch.full_like(mean, share, dtype=torch.float64) for mean, share in zip(means, shares, strict=True)]
     return _merge(torch.stack(weights), torch.stack([*means]), torch.stack([*variances]))
 
@@ -270,8 +270,8 @@ class _Normalise(torch.autograd.Function):
 
         # dx = scale * g + c * (offset + slope * x)
         wide = scale.flatten().double()
-        slope = -wide * product * rate.square() / values(views)
-        offset = (-wide * total / values(views) - slope * mean).to(scale.dtype)[:, None, None]
+        slope = -wide * product * rate.square() / count_values(views)
+        offset = (-wide * total / count_values(views) - slope * mean).to(scale.dtype)[:, None, None]
         slope = slope.to(scale.dtype)[:, None, None]
 
         def gradient(out: Tensor | None, x: Tensor, upstream: Tensor, *count: Tensor) -> Tensor:
@@ -314,8 +314,8 @@ class _Statistics(torch.autograd.Function):
         mean, *frames = ctx.saved_tensors
         views = [Clips(frames[i], ctx.runs[2 * i], ctx.runs[2 * i + 1]) for i in range(ctx.count)]
         precise = torch.promote_types(frames[0].dtype, torch.float32)
-        slope = 2 * of_variance / values(views)
-        offset = (of_mean / values(views) - slope * mean).to(precise)[:, None, None]
+        slope = 2 * of_variance / count_values(views)
+        offset = (of_mean / count_values(views) - slope * mean).to(precise)[:, None, None]
         slope = slope.to(precise)[:, None, None]
 
         def gradient(out: Tensor | None, x: Tensor, count: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from dclr.models.weights import (
     shapes_of,
 )
 
-ANY = (CLASSIFIER_FILE_NAME, FILE_NAME, EXPORT_FILE_NAME)
+NETWORK_FILES = (CLASSIFIER_FILE_NAME, FILE_NAME, EXPORT_FILE_NAME)
 """Names of files of weights in a folder. The file that holds most comes first."""
 
 CLIP_SETTINGS = ("clip_length", "clip_stride", "crop_size")
@@ -80,7 +80,7 @@ def load_pretrained(source: str | Path) -> Pretrained:
         UserError: the file does not exist, cannot be read, needs unsafe unpickling, holds no known network, several
             networks, weights that are not finite, or metadata that do not fit its tensors.
     """
-    return _build(read_weights(find_file(Path(source), ANY)))
+    return _build(read_weights(find_file(Path(source), NETWORK_FILES)))
 
 
 def stated_settings(source: Path) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def stated_settings(source: Path) -> dict[str, Any]:
     Raises:
         UserError: see load_pretrained.
     """
-    weights = read_weights(find_file(source, ANY))
+    weights = read_weights(find_file(source, NETWORK_FILES))
     name, width, clips, _ = _check(weights)
     stated = {setting: size for setting, size in clips.settings.items() if setting in weights.metadata}
     return {"backbone": name, "width": width, **stated}

@@ -24,7 +24,7 @@ from dclr.training import batchnorm, checkpoint, connection
 MOMENTUM = "momentum_buffer"
 """torch's name for SGD's state of a parameter."""
 
-RANKS = "ranks/statistics"
+RANK_STATISTICS = "ranks/statistics"
 """Name of the tensor in a checkpoint that holds BatchNorm's statistics of every rank: (ranks, N) float32."""
 
 
@@ -282,7 +282,7 @@ class Engine:
         network = {**self.module.state_dict(), **batchnorm.name_statistics(self.module, ranks.mean(0))}
         tensors = {f"model/{name}": tensor for name, tensor in network.items()}
         tensors |= {f"momentum/{name}": tensor for name, tensor in self._momentum().items()}
-        tensors[RANKS] = ranks
+        tensors[RANK_STATISTICS] = ranks
 
         def write() -> None:
             try:
@@ -314,7 +314,7 @@ class Engine:
         for name, parameter in self._trained.items():
             self._set_momentum(parameter, tensors[f"momentum/{name}"].to(self.device))
         if state["processes"] == distributed.world_size():
-            batchnorm.set_statistics(self.module, tensors[RANKS][distributed.rank()].to(self.device))
+            batchnorm.set_statistics(self.module, tensors[RANK_STATISTICS][distributed.rank()].to(self.device))
         return state
 
     def _read(
@@ -329,7 +329,7 @@ class Engine:
         try:
             if found != expected:
                 raise RuntimeError(_difference(expected, found))
-            if tensors[RANKS].shape != (state["processes"], batchnorm.count_statistics(self.module)):
+            if tensors[RANK_STATISTICS].shape != (state["processes"], batchnorm.count_statistics(self.module)):
                 raise RuntimeError("its batch statistics belong to other layers")
             self.module.load_state_dict(
                 {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
