@@ -47,7 +47,7 @@ most 5 % (evidence.permutation_share). With three seeds, each value must be abov
 - surv and weizmann: DCLR recognises a moving foreground better than MoCo.
 
 Added on 2026-11-30, after two seeds of MoCo and DCLR and before any run of the new method. "DCLR without mining" has no
-mined positives, because with one, the motion pairs no longer recognise their own keys (docs/LOG.md, 2026-11-30).
+mined positives, because with one, the dynamic pairs no longer recognise their own keys (docs/LOG.md, 2026-11-30).
 
 - surv: the probe of DCLR without mining is above that of DCLR, and above that of MoCo.
 """
