@@ -57,8 +57,8 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
         ("A_v", RANDOM, "A_v of DCLR is inside the moving region more than A_v of random weights"),
         ("A_v", "MoCo", "A_v of DCLR is inside the moving region more than A_v of MoCo"),
     ):
-        ours, theirs = rows["DCLR"][name], rows[other][name]
-        found += evidence.above(claim, ours, theirs if isinstance(theirs, list) else [theirs] * len(ours))
+        compare = evidence.above_level if other == UNIFORM else evidence.above
+        found += compare(claim, rows["DCLR"][name], rows[other][name])
     return found
 
 

@@ -12,8 +12,8 @@ A result is a dictionary in results/DEVICE/NAME.json:
                             {"steps": [...], "values": [[one value for each step] for each seed]}. A level is a number.
     groups                  the groups of rows, if rows are named "GROUP: ROW". A bar plot has one panel for each group
     ylabel                  the label of a bar plot's axis, if it is not "share of test videos"
-    recipe, environment     the settings and the machine; environment.commit names the commits of the runs, and
-                            environment.precision the precisions in which networks were trained
+    recipe, environment     the settings and the machine. Commit, device and versions of the environment are those of
+                            all runs, and environment.precision names the precisions in which networks were trained
 
 A result file keeps the words that were used when it was measured. The page computes the findings again from the rows,
 and shows names as plots.LABELS says.
@@ -23,11 +23,12 @@ import importlib
 import itertools
 import json
 import math
+import operator
 import re
 import shutil
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ LARGEST_SHARE = 0.05
 """An exact permutation test puts one mean above another if its p-value is at most this."""
 
 AND = " and "
-"""Separates the commits of a result's runs, and their precisions."""
+"""Separates the commits, devices, versions and precisions of a result's runs."""
 
 NOT_RECORDED = "not recorded for earlier runs"
 """Stands for the precision of earlier results, which do not name it."""
@@ -79,14 +80,25 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, 
 def above(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Finding]:
     """Return the finding that the first mean is above the second by more than two standard errors; [] for one seed.
 
-    The detail also has the p-value of an exact permutation test, because few seeds say little about a standard error.
+    The detail also has the p-value of an exact test, because few seeds say little about a standard error.
     """
     if min(len(more), len(less)) < 2:
         return []
-    gap, error = difference(more, less)
+    return [above_finding(claim, *difference(more, less), permutation_share(more, less))]
+
+
+def above_level(claim: str, values: Sequence[float], level: float) -> list[Finding]:
+    """Return the finding that a mean is above a known level, such as chance, as `above` does for two means."""
+    if len(values) < 2:
+        return []
+    gap, error = statistics.mean(values) - level, statistics.stdev(values) / math.sqrt(len(values))
+    return [above_finding(claim, gap, error, sign_share([value - level for value in values]))]
+
+
+def above_finding(claim: str, gap: float, error: float, share: float) -> Finding:
     threshold = f"threshold more than {100 * STANDARD_ERRORS * error:.1f}"
-    detail = f"{100 * gap:+.1f} points, {threshold}, exact test {permutation_share(more, less):.3f}"
-    return [finding(claim, gap > STANDARD_ERRORS * error, detail)]
+    detail = f"{100 * gap:+.1f} points, {threshold}, exact test {share:.3f}"
+    return finding(claim, gap > STANDARD_ERRORS * error, detail)
 
 
 def not_below(claim: str, first: Sequence[float], second: Sequence[float]) -> list[Finding]:
@@ -116,6 +128,17 @@ def permutation_share(more: Sequence[float], less: Sequence[float]) -> float:
     values, least = [*more, *less], math.fsum(more) - 1e-12
     reached = sum(math.fsum(chosen) >= least for chosen in itertools.combinations(values, len(more)))
     return reached / math.comb(len(values), len(more))
+
+
+def sign_share(differences: Sequence[float]) -> float:
+    """Return the p-value of an exact sign-flip test that the mean of the differences is above 0, one-sided.
+
+    It is the share of all choices of signs whose sum is at least as large as the given one. Source: Fisher, The Design
+    of Experiments, 1935.
+    """
+    least = math.fsum(differences) - 1e-12
+    signs = list(itertools.product((-1, 1), repeat=len(differences)))
+    return sum(math.fsum(map(operator.mul, choice, differences)) >= least for choice in signs) / len(signs)
 
 
 def above_exact(claim: str, more: Sequence[float], less: Sequence[float]) -> list[Finding]:
@@ -255,28 +278,23 @@ def publish(
 ) -> bool:
     """Print the table, write NAME.json and NAME.png into the work folder, publish both and write the page.
 
-    A quick run is never published. A result that lacks seeds, rows or figures of the published one does not replace it.
+    A quick run is never published. A result does not replace a published one that has another recipe, or seeds, rows
+    or figures that it lacks.
 
     Args:
         name: the name of the experiment.
         result: the result without command, seeds and environment, which are added here.
-        chains: the commands that were run, whose commits are recorded. Without commands, the current commit is.
+        chains: the commands that were run, whose environments are recorded. Without commands, that of this process is.
         options: the common options. The values of seeds below the first one come from `taken`.
-        taken: the published result that some rows or seeds come from. Its commits are recorded too.
+        taken: the published result that some rows or seeds come from. Its environment is recorded too.
 
     Returns:
         True if the result was published.
     """
-    commits = {*runs.commits(chains), *(taken["environment"]["commit"].split(AND) if taken else ())}
-    commits = commits or {environment(here())["commit"]}
-    precisions = runs.precisions(chains)
-    if taken:
-        precisions |= set(taken["environment"].get("precision", NOT_RECORDED).split(AND))
     result = result | {
         "command": " ".join([f"python -m experiments.{name}", *options.arguments]),
         "seeds": list(range(options.seeds.stop)),
-        "environment": environment(here())
-        | {"commit": AND.join(sorted(commits)), "precision": AND.join(sorted(precisions))},
+        "environment": environment_of(chains, taken),
     }
     harness.write(options.work, name, result, plots.plot(result))
     print("\n" + "\n".join(body(result)))
@@ -285,11 +303,8 @@ def publish(
         print(f"\nwrote {written} and its plot; this run is not published")
         return False
     kept = published_file(name)
-    if kept.exists() and is_narrower(result, json.loads(kept.read_text())):
-        print(
-            f"\nwrote {written} and its plot; {kept} has seeds, rows or figures that this result lacks, and stays: "
-            "delete it to publish this result"
-        )
+    if kept.exists() and (why := why_not_replaced(json.loads(kept.read_text()), result)):
+        print(f"\nwrote {written} and its plot; {kept} has {why}, and stays: delete it to publish this result")
         return False
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(written, kept)
@@ -300,10 +315,47 @@ def publish(
     return True
 
 
-def is_narrower(result: Result, before: Result) -> bool:
-    """Return whether `result` lacks seeds, rows or figures of `before`."""
-    fewer = any(not before[part].keys() <= result[part].keys() for part in ("rows", "figures"))
-    return fewer or len(result["seeds"]) < len(before["seeds"])
+def environment_of(chains: Sequence[runs.Chain], taken: Result | None) -> dict[str, Any]:
+    """Return the environment of this process, with the commits, devices, versions and precisions of all runs.
+
+    `taken`: as in `publish`. Several values are joined by AND.
+    """
+    this, precisions = environment(here()), runs.precisions(chains)
+    runs_in = [report["environment"] for report in runs.reports(chains)]
+    if taken:
+        runs_in.append(taken["environment"])
+        precisions |= set(taken["environment"].get("precision", NOT_RECORDED).split(AND))
+
+    def joined(values: Iterable[str]) -> str:
+        return AND.join(sorted({part for value in values for part in value.split(AND)}))
+
+    runs_in = runs_in or [this]
+    versions = {package: joined(each["versions"][package] for each in runs_in) for package in this["versions"]}
+    return this | {
+        **{name: joined(each[name] for each in runs_in) for name in ("commit", "device", "python")},
+        "versions": versions,
+        "precision": joined(precisions),
+    }
+
+
+def why_not_replaced(published: Result, result: Result) -> str:
+    """Return what a published result has that `result` does not: its seeds, rows, figures or recipe; "" if nothing.
+
+    Recipes may have methods that the other recipe lacks.
+    """
+    fewer = any(not published[part].keys() <= result[part].keys() for part in ("rows", "figures"))
+    if fewer or len(result["seeds"]) < len(published["seeds"]):
+        return "seeds, rows or figures that this result lacks"
+    now = json.loads(json.dumps(result["recipe"]))
+    for setting, before in published["recipe"].items():
+        after = now.get(setting, before)
+        if isinstance(before, dict) and isinstance(after, dict):
+            same = all(before[name] == after[name] for name in before.keys() & after.keys())
+        else:
+            same = before == after
+        if not same:
+            return f"another recipe ({setting})"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

@@ -197,9 +197,9 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
             figure = f"{label}_probe"
             found += evidence.equal(f"{change} the {label} probe", rows[changed][figure], rows[base][figure])
     own = rows[GENERATOR]
-    chance = [0.5] * len(own["rank"])
+    claim = "the frames that the generator drops change the embedding more than random frames"
+    found += evidence.above_level(claim, own["rank"], rows["chance"]["rank"])
     for first, second, claim in (
-        (own["rank"], chance, "the frames that the generator drops change the embedding more than random frames"),
         (own["rank"], own["rank_other_clips"], "they change it more than the frames that it drops from other clips"),
         (own["motion_random"], own["motion_chosen"], "the motion probe is worse without them than without random ones"),
     ):

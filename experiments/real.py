@@ -167,7 +167,7 @@ def write_set(folder: Path, links: dict[str, Path], classes: Sequence[str], **sp
     A link to a folder that is gone is made again, because the videos may have been moved.
 
     Raises:
-        UserError: a link points to another folder.
+        UserError: a link points to another folder; see write_list.
     """
     (folder / "splits").mkdir(parents=True, exist_ok=True)
     for name, target in links.items():
@@ -181,8 +181,20 @@ def write_set(folder: Path, links: dict[str, Path], classes: Sequence[str], **sp
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(target, folder), target_is_directory=True)
     for split, lines in splits.items():
-        (folder / "splits" / f"{split}.txt").write_text("".join(" ".join(line) + "\n" for line in lines))
-    (folder / "splits" / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+        write_list(folder / "splits" / f"{split}.txt", lines)
+    write_list(folder / "splits" / "classes.txt", [[name] for name in classes])
+
+
+def write_list(file: Path, lines: Iterable[Sequence[str]]) -> None:
+    """Write one line for each sequence of words.
+
+    Raises:
+        UserError: the file has other lines, because the lists of --data were changed since the experiment began.
+    """
+    text = "".join(" ".join(line) + "\n" for line in lines)
+    if file.exists() and file.read_text() != text:
+        raise UserError(f"--data: the lists have changed since {file} was written: give another --work")
+    file.write_text(text)
 
 
 def list_sets(data: Path, folder: Path, options: Options) -> list[str]:
@@ -192,7 +204,7 @@ def list_sets(data: Path, folder: Path, options: Options) -> list[str]:
     of all sets, without their classes.
 
     Raises:
-        UserError: a list cannot be read, or folds.txt has other folds.
+        UserError: a list cannot be read or was changed, or folds.txt has other folds or no four words in a line.
     """
     union: dict[str, list[list[str]]] = {"train": [], "test": []}
     for name in SETS:
@@ -207,9 +219,11 @@ def list_sets(data: Path, folder: Path, options: Options) -> list[str]:
         if name == FOLDED:
             listed = {line[0] for lines in splits.values() for line in lines}
             folded = [line for line in read_list(source / "folds.txt") if line[0] in listed]
+            if short := [line for line in folded if len(line) != 4]:
+                raise UserError(f"--data: {source / 'folds.txt'} must have four words a line, not {' '.join(short[0])}")
             if (found := sorted({line[-1] for line in folded})) != list(FOLDS):
                 raise UserError(f"--data: {source / 'folds.txt'} has folds {found}, but must have {list(FOLDS)}")
-            (folder / "folds.txt").write_text("".join(" ".join(line) + "\n" for line in folded))
+            write_list(folder / "folds.txt", folded)
             for fold in FOLDS:
                 write_set(
                     folder / f"{name}-{fold}",

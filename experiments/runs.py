@@ -10,6 +10,7 @@ the remaining stages will probably take.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -26,14 +27,23 @@ from typing import Any
 
 import torch
 
+from dclr import config as configuration
+from dclr.commands import train as train_command
 from dclr.data.store_files import INDEX
 from dclr.errors import UserError
 from dclr.files import atomic_write
+from dclr.models.pretrained import CLIP_SETTINGS
 from dclr.training import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 12
 """Number of output lines shown after a command fails."""
+SETTINGS_OF_RESULTS = set(CLIP_SETTINGS) | {
+    setting.name
+    for group in (configuration.MethodConfig, configuration.ModelConfig, configuration.OptimConfig)
+    for setting in dataclasses.fields(group)
+}
+"""Settings that may change a result and that a preset may hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,11 +225,12 @@ def run(chains: Sequence[Chain], parallel: int) -> None:
 
     Raises:
         UserError: a command failed (its last lines are printed) or was asked to stop, or a log belongs to another
-        command.
+        command, or a run has other settings than its command gives now.
     """
     for chain in chains:
         for job in chain:
             check_log(job)
+            check_settings(job)
     threads = max(1, len(os.sched_getaffinity(0)) // parallel)
     waiting = [todo for chain in chains if (todo := [job for job in chain if not job.done])]
     running: list[tuple[subprocess.Popen[bytes], Chain]] = []
@@ -259,6 +270,27 @@ def check_log(job: Job) -> None:
             raise UserError(
                 f"{job.log} belongs to another command ({before:.400}): "
                 f"give another --work, or delete {job.log.parent} to run {title(job)}"
+            )
+
+
+def check_settings(job: Job) -> None:
+    """Raise UserError if the run of a training job exists and has other settings than its command gives now.
+
+    A command names a preset, and a newer version of the program may have changed the values of the preset.
+    """
+    folder = job.writes.parent
+    if job.command[0] != "train.py" or not (folder / "config.json").exists():
+        return
+    given = train_command.parse([*job.command[1:]])
+    command = given.pop("command")
+    config, _, _ = train_command.resolve(command, given | {"resume": None})
+    _, _, stored = configuration.read_config(folder / "config.json")
+    for name, value in configuration.flat(config).items():
+        then = stored.get(name, value)
+        if name in SETTINGS_OF_RESULTS - given.keys() and then != value and value != configuration.AUTOMATIC:
+            raise UserError(
+                f"{folder} was trained with {configuration.as_flag(name, then)}, but {title(job)} now means "
+                f"{configuration.as_flag(name, value)}: give another --work, or delete {folder}"
             )
 
 
@@ -327,6 +359,7 @@ def run_stages(stages: Sequence[Stage], times: Path) -> None:
     for stage in stages:
         for job in stage.jobs:
             check_log(job)
+            check_settings(job)
     taken = read_times(times)
     if done := sum(stage.done for stage in stages):
         left = duration(seconds_left(stages, taken))
@@ -440,11 +473,6 @@ def reports(chains: Sequence[Chain]) -> list[dict[str, Any]]:
     """Return the reports of all training runs and evaluations of these chains."""
     folders = {job.writes.parent for chain in chains for job in chain if job.writes.name == "report.json"}
     return [report(folder) for folder in sorted(folders)]
-
-
-def commits(chains: Sequence[Chain]) -> set[str]:
-    """Return the commits of the source code that made these runs, usually one."""
-    return {each["environment"]["commit"] for each in reports(chains)}
 
 
 def precisions(chains: Sequence[Chain]) -> set[str]:

@@ -60,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, required=True, help=f"the folder with {', '.join(real.SETS)}")
     parser.add_argument("--out", type=Path, required=True, help="folder of the copy")
     given = parser.parse_args(arguments)
+    if given.out.resolve() == given.data.resolve():
+        raise UserError(f"--out {given.out} is the folder of --data: give another one")
     for name in real.SETS:
         copy_set(given.data / name, given.out / name)
         size = sum(file.stat().st_size for file in (given.out / name).rglob("*") if file.is_file())

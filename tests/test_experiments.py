@@ -7,6 +7,7 @@ import re
 import signal
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.methods import VideoMoCo
 from dclr.methods.generator import drop, lowest
+from dclr.report import environment
 from dclr.training import checkpoint
 from experiments import (
     activation_maps,
@@ -44,7 +46,12 @@ from experiments import (
 )
 from experiments.runs import Job
 
-ENVIRONMENT = {"device": "a device", "date": "2026-11-25T00:00:00+00:00", "commit": "abc", "versions": {"torch": "2"}}
+PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "kornia", "av", "numpy")
+ENVIRONMENT = {
+    "device": "a device", "cores": 2, "python": "3.11.7", "versions": dict.fromkeys(PACKAGES, "2"),
+    "date": "2026-11-25T00:00:00+00:00", "commit": "abc",
+}  # fmt: skip
+HERE = environment(evidence.here()) | {"commit": "abc1234567"}
 
 
 def flag(job: Job, name: str) -> str:
@@ -67,7 +74,7 @@ def written_by_train(job: Job) -> None:
                 line |= {f"positive_similarity/{pair}": 0.5, f"hardest_negative/{pair}": 0.25}
         lines.append(json.dumps(line) + "\n")
     (job.writes.parent / "metrics.jsonl").write_text("".join(lines))
-    report = {"steps": 24 * epochs, "seconds": 60.0 * epochs, "environment": {"commit": "abc1234567"}}
+    report = {"steps": 24 * epochs, "seconds": 60.0 * epochs, "environment": HERE}
     report["precision"] = "float32: this CPU has no fast bfloat16"
     job.writes.write_text(json.dumps(report))
 
@@ -95,7 +102,7 @@ def written_by_eval(job: Job) -> None:
     if job.command[1] == "maps":
         (job.writes.parent / "pictures").mkdir()
         (job.writes.parent / "pictures" / "maps.png").write_text(f"of {run}")
-    job.writes.write_text(json.dumps({"figures": figures, "environment": {"commit": "abc1234567"}}))
+    job.writes.write_text(json.dumps({"figures": figures, "environment": HERE}))
 
 
 class Ended:
@@ -284,6 +291,22 @@ def test_results_of_another_recipe_are_refused(root, calls):
     runs.run([[runs.train("finetune", root / "run", ["--epochs", "2"], 0)]], parallel=1)
     with pytest.raises(UserError, match=r"belongs to another command .*--epochs 2.*: give another --work, or delete"):
         runs.run([[runs.train("finetune", root / "run", ["--epochs", "3"], 0)]], parallel=1)
+    assert len(calls) == 1
+
+
+def test_a_run_with_other_values_of_its_preset_is_refused(root, calls):
+    flags = ["--preset", "demo", "--data", "videos", "--epochs", "4"]
+    job = runs.train("pretrain", root / "dclr-0", flags, 0)
+    runs.run([[job]], parallel=1)
+    config = resolve("pretrain", "demo", {"data": "videos", "epochs": 2, "workers": 3})  # a chain's earlier command
+    write_config(root / "dclr-0" / "config.json", "pretrain", "demo", config)
+    runs.run([[job]], parallel=1)
+    earlier = replace(config, optim=replace(config.optim, weight_decay=0.5))
+    write_config(root / "dclr-0" / "config.json", "pretrain", "demo", earlier)
+    with pytest.raises(
+        UserError, match=r"dclr-0 was trained with --weight-decay 0\.5, but .* now means --weight-decay"
+    ):
+        runs.run([[job]], parallel=1)
     assert len(calls) == 1
 
 
@@ -488,10 +511,16 @@ def test_the_findings_of_the_page_are_those_that_were_published():
             assert numbers[0] == numbers[1], then
 
 
-def test_logged_numbers_are_thinned_to_means_over_intervals():
+def test_logged_numbers_are_thinned_to_means_over_intervals(tmp_path):
     metrics = [{"step": 10 * n, "loss": float(n)} for n in range(1, 9)] + [{"step": 90, "loss": None}, {"step": 100}]
     assert controlled.thinned(metrics, "loss", points=4) == ([15, 35, 55, 75], [1.5, 3.5, 5.5, 7.5])
     assert controlled.thinned(metrics, "loss") == ([10 * n for n in range(1, 9)], [float(n) for n in range(1, 9)])
+    for seed in range(2):
+        (tmp_path / f"dclr-{seed}").mkdir()
+        lines = [{"step": n, "loss": float(n + seed)} for n in range(1, 4) if (n, seed) != (2, 1)]
+        (tmp_path / f"dclr-{seed}" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (line,) = controlled.logged_lines(tmp_path, ["DCLR"], range(2), "loss").values()
+    assert line == {"steps": [1, 3], "values": [[1.0, 3.0], [2.0, 4.0]]}  # one seed has no value at step 2
     similarities = [{"step": n, "key": 0.5, "negative": 0.25 * n} for n in (1, 2)]
     assert controlled.thinned(similarities, "key", minus="negative") == ([1, 2], [0.25, 0.0])
 
@@ -511,6 +540,7 @@ def made_up(seeds: int, **more: Any) -> evidence.Result:
             "MoCo": {"motion_probe": values, "scene_probe": values},
             "chance": {"motion_probe": 0.125},
         },
+        "recipe": {"epochs": 2, "methods": {"DCLR": ["--lr", "0.1"]}},
         "environment": ENVIRONMENT,
     }
     return result | {"findings": controlled.findings(result)} | more
@@ -599,13 +629,39 @@ def test_less_does_not_replace_what_is_published_and_a_quick_run_replaces_nothin
     assert "over 3 seeds" in (root / "evidence.md").read_text()
 
 
-def test_a_result_with_fewer_columns_is_narrower():
-    """For example, a result of UCF101 alone after one of UCF101 and HMDB51."""
+def test_a_result_with_fewer_columns_or_another_recipe_replaces_nothing():
+    """For example, a result of UCF101 alone after one of UCF101 and HMDB51, or one with smaller clips."""
     both = {"seeds": [0], "rows": {"DCLR": {}}, "figures": {"ucf101": ["", "%"], "hmdb51": ["", "%"]}}
+    both["recipe"] = {"clips": ["--crop-size", "112"], "pretraining": {"MoCo": ["--lr", "0.1"]}}
     one = both | {"figures": {"ucf101": ["", "%"]}}
-    assert evidence.is_narrower(one, both)
-    assert not evidence.is_narrower(both, one)
-    assert not evidence.is_narrower(both, both)
+    assert evidence.why_not_replaced(both, one) == "seeds, rows or figures that this result lacks"
+    assert evidence.why_not_replaced(one, both) == ""
+    assert evidence.why_not_replaced(both, both) == ""
+    smaller_clips = both | {"recipe": both["recipe"] | {"clips": ("--crop-size", "64")}}
+    assert evidence.why_not_replaced(both, smaller_clips) == "another recipe (clips)"
+    more = both | {"recipe": both["recipe"] | {"pretraining": {"MoCo": ["--lr", "0.1"], "DCLR": []}, "epochs": 2}}
+    assert evidence.why_not_replaced(both, more) == evidence.why_not_replaced(more, both) == ""
+    changed = both | {"recipe": both["recipe"] | {"pretraining": {"MoCo": ["--lr", "0.2"]}}}
+    assert evidence.why_not_replaced(both, changed) == "another recipe (pretraining)"
+
+
+def test_a_result_names_the_machines_versions_and_precisions_of_all_its_runs(root, calls):
+    run = runs.train("finetune", root / "run", ["--epochs", "2"], 0)
+    runs.run([[run]], parallel=1)
+    found = evidence.environment_of([[run]], None)
+    assert {name: found[name] for name in HERE.keys() - {"date"}} == {
+        name: HERE[name] for name in HERE.keys() - {"date"}
+    }
+    assert found["precision"] == "float32"
+    report = json.loads(run.writes.read_text())
+    report["environment"] |= {"device": "an older GPU", "versions": HERE["versions"] | {"torch": "1.0"}}
+    run.writes.write_text(json.dumps(report))
+    found = evidence.environment_of([[run]], made_up(1) | {"environment": HERE | {"commit": "abc and def"}})
+    assert found["device"] == evidence.AND.join(sorted(["an older GPU", HERE["device"]]))
+    assert found["versions"]["torch"] == f"1.0 and {HERE['versions']['torch']}"
+    assert found["versions"]["numpy"] == HERE["versions"]["numpy"]
+    assert found["commit"] == "abc and abc1234567 and def"
+    assert found["precision"] == "float32 and not recorded for earlier runs"
 
 
 # ---------------------------------------------------------------------------------------------------------- experiments
@@ -852,6 +908,77 @@ def test_real_videos_are_compared_on_three_sets_and_seeds_can_be_added(root, cal
         real.main(["--data", str(root), "--work", str(root / "fourth")])
 
 
+COMPARED = (
+    ("MoCo", "moco", "moco-finetune"), ("DCLR", "dclr", "dclr-finetune"), ("random weights", "random", "scratch")
+)  # fmt: skip
+"""Row, and the folders of its pretrained network and of its finetuned one, without the seed."""
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str, str], float]:
+    """(folder of the run, evaluation, figure) -> value. Each evaluation that runs writes values that no other has."""
+    found: dict[tuple[str, str, str], float] = {}
+
+    def start(job: Job, threads: int) -> Ended:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        job.log.write_text(runs.title(job) + "\n")
+        if job.command[0] == "train.py":
+            written_by_train(job)
+            return Ended()
+        written_by_eval(job)
+        report = json.loads(job.writes.read_text())
+        for figure in report["figures"]:
+            key = (job.writes.parts[-3], job.writes.parts[-2], figure)
+            found[key] = report["figures"][figure] = (len(found) + 1) / 2**20  # sums of these are exact
+        job.writes.write_text(json.dumps(report))
+        return Ended()
+
+    monkeypatch.setattr(runs, "start", start)
+    return found
+
+
+def test_every_cell_of_real_videos_is_that_figure_of_that_run(root, measured):
+    list_real_sets(root / "data")
+    flags = ["--data", str(root / "data"), "--methods", "MoCo", "DCLR"]
+    real.main([*flags, "--seeds", "2", "--work", str(root / "work")])
+    rows = json.loads((root / "work" / "real.json").read_text())["rows"]
+    columns = {"full_probe", "full_nearest", "shuffled_probe", "static_probe", "differences_probe"}
+
+    def mean(run: str, seed: int, evaluation: str, figure: str, parts: list[str]) -> float:
+        return statistics.fmean(measured[f"{run}-{part}-{seed}", evaluation.format(part), figure] for part in parts)
+
+    for name in real.SETS:
+        parts = [f"surv-{fold}" for fold in range(1, 6)] if name == "surv" else [name]
+        for row, run, transfer in COMPARED:
+            expected = {
+                figure: [measured[f"{run}-{seed}", f"inputs-{name}", figure] for seed in (0, 1)] for figure in columns
+            }
+            expected["finetuned"] = [mean(transfer, seed, "accuracy", "top1_video", parts) for seed in (0, 1)]
+            if row != "random weights":
+                for figure in ("foreground_moving", "foreground_static", "foreground_contrasted"):
+                    expected[figure] = [measured[f"{run}-{seed}", f"bias-{name}", figure] for seed in (0, 1)]
+            assert rows[f"{name}: {row}"] == expected
+        supervised = {
+            figure: [mean("scratch", seed, "inputs-{}", figure, parts) for seed in (0, 1)] for figure in columns
+        }
+        for figure in ("foreground_moving", "foreground_static", "foreground_contrasted"):
+            supervised[figure] = [measured[f"scratch-{parts[0]}-{seed}", f"bias-{name}", figure] for seed in (0, 1)]
+        assert rows[f"{name}: trained on labels from scratch"] == supervised
+
+
+def test_every_cell_of_weizmann_is_that_figure_of_that_run(root, measured):
+    weizmann.main(["--data", str(root / "data"), "--seeds", "2", "--work", str(root / "work")])
+    rows = json.loads((root / "work" / "weizmann.json").read_text())["rows"]
+    from_bias = [f"foreground_{name}" for name in ("ordinary", "moving", "static", "contrasted")] + ["motion_probe"]
+    for row, run, transfer in COMPARED:
+        expected = {figure: [measured[f"{run}-{seed}", "bias", figure] for seed in (0, 1)] for figure in from_bias}
+        expected["finetuned"] = [measured[f"{transfer}-{seed}", "accuracy", "top1_video"] for seed in (0, 1)]
+        expected["recall_at_1"] = [measured[f"{run}-{seed}", "retrieval", "recall_at_1"] for seed in (0, 1)]
+        assert rows[row] == expected
+    supervised = {figure: [measured[f"scratch-{seed}", "bias", figure] for seed in (0, 1)] for figure in from_bias}
+    assert rows["trained on labels from scratch"] == supervised
+
+
 def test_methods_can_be_added_to_the_published_result_on_real_videos(root, calls):
     list_real_sets(root / "data")
     flags = ["--data", str(root / "data"), "--work"]
@@ -957,6 +1084,8 @@ def test_a_smaller_copy_has_the_lists_and_all_frames_and_is_continued(tmp_path, 
     assert kept.stat().st_mtime_ns == before
     assert (copy / "surv" / "a" / "one.mp4").exists()
 
+    with pytest.raises(UserError, match=r"^--out .*copy is the folder of --data: give another one$"):
+        smaller.main(["--data", str(copy), "--out", str(data / ".." / "copy")])
     (data / "hockey" / "two.mp4").write_bytes(b"no video")
     (copy / "hockey" / "two.mp4").unlink()
     with pytest.raises(UserError, match=r"^--data: .*hockey/two\.mp4 cannot be read"):
@@ -977,6 +1106,19 @@ def test_the_permutation_test_counts_all_divisions_into_groups():
     (found,) = evidence.not_above_exact("claim", [0.3, 0.4, 0.5], [0.0, 0.1, 0.2])
     assert not found["holds"]
     assert evidence.above_exact("claim", [0.3, 0.4], [0.0, 0.1]) == []
+
+
+def test_a_known_level_is_no_second_sample():
+    assert evidence.sign_share([1.0, 2.0, 3.0]) == 1 / 8
+    assert evidence.sign_share([-1.0, -2.0, -3.0]) == 1
+    # Sums of 4 or more with signs: 1 + 2 + 3 = 6, -1 + 2 + 3 = 4. So 4, the sum of (-1, 2, 3), is reached twice.
+    assert evidence.sign_share([-1.0, 2.0, 3.0]) == 2 / 8
+    # mean 0.6, standard deviation 0.1: standard error 0.1 / sqrt(3) = 5.77 points
+    (found,) = evidence.above_level("above chance", [0.5, 0.6, 0.7], 0.5)
+    assert not found["holds"]
+    assert found["detail"] == "+10.0 points, threshold more than 11.5, exact test 0.250"  # the difference 0 has two signs
+    assert evidence.above_level("above chance", [0.5, 0.6, 0.7], 0.4)[0]["holds"]
+    assert evidence.above_level("above chance", [0.5], 0.4) == []
 
 
 def test_inputs_shuffle_repeat_and_subtract_frames(demo_videos):
@@ -1094,6 +1236,25 @@ def test_other_methods_are_compared_at_a_probe_of_the_comparison_with_a_constant
     calls.clear()
     methods.main(["--seeds", "2", "--work", str(root / "work")])
     assert calls == []
+
+
+def test_lists_that_change_after_the_first_command_are_refused(root):
+    list_real_sets(root / "data")
+    options = runs.Options(seeds=range(1), parallel=1, work=root, quick=False)
+    real.list_sets(root / "data", root / "sets", options)
+    real.list_sets(root / "data", root / "sets", options)
+    folds = root / "data" / "surv" / "folds.txt"
+    lines = folds.read_text().splitlines()
+    folds.write_text("\n".join([lines[0][:-1] + "5", *lines[1:]]) + "\n")
+    with pytest.raises(
+        UserError, match=r"the lists have changed since .*sets/folds.txt was written: give another"
+    ):
+        real.list_sets(root / "data", root / "sets", options)
+    folds.write_text("\n".join([lines[0].removeprefix("0/0.mp4 "), *lines[1:]]) + "\n")
+    real.list_sets(root / "data", root / "other", options)  # the first word of this line is no listed video
+    folds.write_text("\n".join(["0/0.mp4 scene0 1", *lines[1:]]) + "\n")
+    with pytest.raises(UserError, match=r"folds.txt must have four words a line, not 0/0.mp4 scene0 1"):
+        real.list_sets(root / "data", root / "third", options)
 
 
 def test_folders_that_only_the_test_list_names_are_linked_too(root):
