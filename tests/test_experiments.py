@@ -1116,7 +1116,7 @@ def test_a_known_level_is_no_second_sample():
     # mean 0.6, standard deviation 0.1: standard error 0.1 / sqrt(3) = 5.77 points
     (found,) = evidence.above_level("above chance", [0.5, 0.6, 0.7], 0.5)
     assert not found["holds"]
-    assert found["detail"] == "+10.0 points, threshold more than 11.5, exact test 0.250"  # the difference 0 has two signs
+    assert found["detail"] == "+10.0 points, threshold more than 11.5, exact test 0.250"  # one difference is 0
     assert evidence.above_level("above chance", [0.5, 0.6, 0.7], 0.4)[0]["holds"]
     assert evidence.above_level("above chance", [0.5], 0.4) == []
 
@@ -1246,9 +1246,7 @@ def test_lists_that_change_after_the_first_command_are_refused(root):
     folds = root / "data" / "surv" / "folds.txt"
     lines = folds.read_text().splitlines()
     folds.write_text("\n".join([lines[0][:-1] + "5", *lines[1:]]) + "\n")
-    with pytest.raises(
-        UserError, match=r"the lists have changed since .*sets/folds.txt was written: give another"
-    ):
+    with pytest.raises(UserError, match=r"the lists have changed since .*sets/folds.txt was written: give another"):
         real.list_sets(root / "data", root / "sets", options)
     folds.write_text("\n".join([lines[0].removeprefix("0/0.mp4 "), *lines[1:]]) + "\n")
     real.list_sets(root / "data", root / "other", options)  # the first word of this line is no listed video
