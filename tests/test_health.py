@@ -1,7 +1,8 @@
-"""The health checks on real runs: healthy, collapsed, on the plateau, and on the shortcut of fast keys; damaged logs.
+"""The health checks on real runs: healthy, collapsed, on the plateau, on the shortcut of fast keys, and with pairs that
+lost their own keys; damaged logs.
 
-The runs `healthy` and `shortcut` are stored in tests/stored_runs, because they take a minute. README.md there says how
-they were made. The other runs are made here.
+The runs `healthy`, `shortcut` and `own-key-lost` are stored in tests/stored_runs, because they take minutes or hours.
+README.md there says how they were made. The other runs are made here.
 """
 
 import shutil
@@ -58,6 +59,7 @@ def found(run: RunRecord) -> dict[str, Finding]:
     [
         ("healthy", "ok", "ok", "ok"),
         ("shortcut", "bad", "bad", "bad"),
+        ("own-key-lost", "ok", "warning", "ok"),
         ("plateau", "bad", "bad", "ok"),
         ("collapsed", "bad", None, "bad"),  # equal keys: which one is the nearest, rounding errors decide
         ("collapsed without pairs", None, None, "bad"),
@@ -73,7 +75,7 @@ def test_each_kind_of_run_is_recognised(run, name, plateau, own_key, collapse):
         assert "plateau" not in states
     if own_key is not None:
         assert states["own key"] == own_key
-    assert ("bad" in states.values()) == (name != "healthy")
+    assert ("bad" in states.values()) == (name not in ("healthy", "own-key-lost"))
     for check in ("end", "finite numbers", "learning rate"):
         assert states[check] == "ok", findings[check]
 
@@ -105,6 +107,54 @@ def test_sentences_have_the_numbers_and_the_step(run):
 
 
 @pytest.mark.parametrize(("end", "state"), [(104, "warning"), (144, "bad")])
+def test_pairs_that_lost_their_own_keys_are_named(run):
+    """vv, vs and sv recognise their own keys. The loss of vd and dv is as far below the plateau, but they do not."""
+    finding = found(run("own-key-lost"))["own key"]
+    assert finding.state == "warning"
+    assert finding.sentence == (
+        "Clips are told apart: among the keys of its batch, a query finds its own 3.8 times as well as a guess (vv). "
+        "The positive never exceeded the hardest negative. But vd and dv have a loss below the plateau without "
+        "recognising the own key in the batch. A shortcut lowers the loss, or mined positives take the place of the "
+        "own key."
+    )
+    assert finding.advice.startswith("Compare with --mined-positives 0: see ")
+    without = run("own-key-lost")
+    without = replace(without, settings={**without.settings, "mined_positives": 0})
+    assert found(without)["own key"].sentence.endswith("in the batch. A shortcut lowers the loss.")
+
+
+def test_a_pair_on_the_plateau_of_both_losses_is_no_shortcut():
+    """It has learned nothing yet, as the check of the plateau says: the others may be healthy."""
+    lines = {"pair_loss/plateau": [7.6], "batch_loss/plateau": [3.5], "pair_loss/vv": [5.0], "batch_loss/vv": [2.0]}
+    assert found(record({**lines, "pair_loss/vd": [7.5], "batch_loss/vd": [3.4]}))["own key"].state == "ok"
+    finding = found(record({**lines, "pair_loss/vd": [7.1], "batch_loss/vd": [3.4]}))["own key"]
+    assert finding.state == "warning"
+    assert " But vd has a loss below the plateau without recognising the own key in the batch. " in finding.sentence
+
+
+@pytest.mark.parametrize(
+    ("similarities", "state", "sentence"),
+    [
+        ({"vv": (0.0, 0.15)}, "bad", "The own key and other keys are about equally similar: nothing was learned yet ("),
+        ({"vv": (0.99, 1.0)}, "bad", "All embeddings are alike ("),
+        ({"vv": (-0.95, -0.94)}, "bad", "All embeddings are alike ("),
+        ({"vv": (0.5, 0.8), "vs": (0.0, 0.15)}, "warning", "The own key and other keys of vs are about equally"),
+        ({"vv": (0.99, 1.0), "vs": (0.0, 0.15)}, "bad", "All embeddings of vv are alike ("),
+        ({"vv": (0.5, 0.8)}, "ok", "The embeddings of different clips differ ("),
+    ],
+)
+def test_embeddings_are_alike_only_if_their_similarities_are_equal(similarities, state, sentence):
+    """The loss is on the plateau, and the temperature is 0.2: 0.00 and 0.15 are alike for the loss, but no collapse."""
+    lines = {"pair_loss/plateau": [6.0]}
+    for pair, (positive, hardest) in similarities.items():
+        lines |= {f"pair_loss/{pair}": [6.0], f"positive_similarity/{pair}": [positive]}
+        lines[f"hardest_negative/{pair}"] = [hardest]
+    finding = found(record(lines, ended=True, temperature=0.2))["collapse"]
+    assert finding.state == state
+    assert finding.sentence.startswith(sentence)
+    assert bool(finding.advice) == (state != "ok")
+
+
 def test_a_shortcut_is_seen_while_the_loss_is_still_below_the_plateau(run, end, state):
     """Until step 104 the learning rate is high, and the loss is 0.9 to 2.5 below the plateau."""
     whole = run("shortcut")
@@ -121,13 +171,15 @@ def test_a_shortcut_is_seen_while_the_loss_is_still_below_the_plateau(run, end, 
     assert "--key-momentum" in findings["own key"].advice
 
 
-@pytest.mark.parametrize("name", ["healthy", "shortcut", "plateau", "collapsed", "collapsed without pairs"])
+@pytest.mark.parametrize(
+    "name", ["healthy", "own-key-lost", "shortcut", "plateau", "collapsed", "collapsed without pairs"]
+)
 def test_a_run_that_still_trains_is_not_called_bad_yet(run, name):
     still = replace(run(name), report={})
     findings = found(still)
     assert not still.ended
     assert findings["end"].state == "warning"
-    assert findings["end"].sentence == f"The run has not ended: its last logged step is {still.last_step}."
+    assert findings["end"].sentence == f"The run has not ended: its last logged step is {still.last_step:,}."
     timed = ("collapse", "waiting for data")  # waiting depends on the machine
     assert "bad" not in {finding.state for check, finding in findings.items() if check not in timed}
     assert (findings["collapse"].state == "bad") == (name == "collapsed without pairs")  # no training repairs it

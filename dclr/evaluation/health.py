@@ -25,7 +25,16 @@ PLATEAU_MARGIN = math.log(1.5)
 The loss is the mean of -ln(share of the positive), so this is a share 1.5 times that of a network that cannot tell
 clips apart. In docs/LOG.md ("Leaving the plateau on two cores"), the pairs of a run that had learned nothing yet are
 0.06 to 0.3 below the plateau. The pairs of runs that had learned something are 0.6 to 1.7 below it. Among the keys of a
-batch, the loss of the runs in tests/stored_runs ends 0.7 (healthy) and 0.02 (shortcut) below its plateau."""
+batch, the loss of the runs in tests/stored_runs ends 0.7 (healthy) and 0.02 (shortcut) below its plateau. In the run
+own-key-lost, three pairs end 1.2 to 1.3 below it, and the two that lost their own keys 0.0."""
+
+ALIKE = 0.02
+"""Embeddings count as alike if the similarities of positive and hardest negative differ by less than this. They differ
+by 0.001 at the end of the run shortcut in tests/stored_runs, and by 0.001 to 0.009 in the run that tests/test_health.py
+collapses. In the other stored runs they differ by 0.06 or more.
+
+A high similarity is no criterion. In the collapsed run, all queries are alike and all keys are alike, but the
+similarity of query and key changes from -0.97 to 0.94, because the key encoder follows the query encoder later."""
 
 SPREAD_LOW, SPREAD_COLLAPSED = 0.5, 0.1
 """Spread of SimSiam's projections. It is 1 if they are spread over the sphere. Chen and He (CVPR 2021, figure 2) report
@@ -167,6 +176,9 @@ def check_own_key(run: RunRecord) -> Finding | None:
         return _without_pairs(run, "own key")
     positive = _excess_of_positives(run)
     kind = "pair_loss" if run.setting("method") == "dclr-simclr" else "batch_loss"
+    This must hold for every pair whose loss with the queue has left its plateau. In "Real videos, second seed" of
+    docs/LOG.md, the dynamic pairs lowered their loss by means of mined positives and lost their own keys.
+
     late = {pair: _late(gap) for pair in run.pairs if (gap := _gap(run, pair, kind))}
     if not late:
         return Finding("own key", "unknown", f"{positive}. The log has no loss among the keys of a batch.")
@@ -175,23 +187,35 @@ def check_own_key(run: RunRecord) -> Finding | None:
     best = max(late, key=lambda pair: late[pair])
     found = f"among the keys of its batch, a query finds its own {math.exp(late[best]):.1f} times as well as a guess"
     if late[best] >= PLATEAU_MARGIN:
-        return Finding("own key", "ok", f"Clips are told apart: {found} ({best}). {positive}.")
+        sentence = f"Clips are told apart: {found} ({best}). {positive}."
+        without = [pair for pair in left if late[pair] < PLATEAU_MARGIN]
+        if not without:
+            return Finding("own key", "ok", sentence)
+        have = f"{_listed(without)} {'has' if len(without) == 1 else 'have'}"
+        cause, advice = "A shortcut lowers the loss", _SHORTCUT_ADVICE
+        if run.setting("mined_positives"):
+            cause += ", or mined positives take the place of the own key"
+            advice = f'Compare with --mined-positives 0: see "Real videos, second seed" in docs/LOG.md. {advice}'
+        sentence += f" But {have} a loss below the plateau without recognising the own key in the batch. {cause}."
+        return Finding("own key", "warning", sentence, advice)
     sentence, advice = f"{positive}, and {found} ({best}): nothing was learned yet.", "Train longer: see the plateau."
-    if any(_left_at(_averaged(_gap(run, pair))) is not None for pair in run.pairs):
+    if left:
         sentence, advice = f"The loss is below the plateau, but this is a shortcut. {sentence}", _SHORTCUT_ADVICE
     return Finding("own key", "bad" if run.ended else "warning", sentence, advice)
 
+    left = [pair for pair in late if _left_at(_averaged(_gap(run, pair))) is not None]
 
 def check_collapse(run: RunRecord) -> Finding | None:
     """Check that embeddings differ.
 
-    If all embeddings of a view are alike, all similarities are equal. The loss is then on the plateau or above it, and
-    the hardest negative is within one temperature of the positive. Untrained embeddings are often alike too, so only
-    the end of the log counts.
+    If all embeddings of a view are alike, all similarities are equal, see ALIKE, and the loss is on the plateau or
+    above it. On the plateau, the hardest negative may also be further from the positive, but within one temperature.
+    The embeddings then differ, but the loss treats all keys alike: nothing was learned yet. Untrained embeddings are
+    often alike too, so only the end of the log counts.
     """
     if not run.pairs:
         return None  # check_spread
-    alike, late = [], {}
+    equal, late = [], {}
     for pair in run.pairs:
         curves = [run.curve(f"{name}/{pair}") for name in ("positive_similarity", "hardest_negative")]
         gap = _gap(run, pair)
@@ -199,13 +223,22 @@ def check_collapse(run: RunRecord) -> Finding | None:
             return Finding("collapse", "unknown", "The log has no similarities of positives and hardest negatives.")
         late[pair] = positive, hardest = _late(curves[0]), _late(curves[1])
         if abs(hardest - positive) < run.setting("temperature") and _late(gap) < PLATEAU_MARGIN:
-            alike.append(pair)
+            equal.append(pair)
     values = "; ".join(f"{pair} {positive:.2f} and {hardest:.2f}" for pair, (positive, hardest) in late.items())
     similarities = f"similarity of the positive and of the hardest negative: {values}"
-    if not alike:
+    if not equal:
         return Finding("collapse", "ok", f"The embeddings of different clips differ ({similarities}).")
-    which = "" if len(alike) == len(run.pairs) else f" of {_listed(alike)}"
-    state: State = "bad" if run.ended and not which else "warning"
+    state: State = "bad" if run.ended and len(equal) == len(run.pairs) else "warning"
+    alike = [pair for pair in equal if abs(late[pair][1] - late[pair][0]) < ALIKE]
+    shown = alike or equal
+    which = "" if len(shown) == len(run.pairs) else f" of {_listed(shown)}"
+    if not alike:
+        return Finding(
+            "collapse",
+            state,
+            f"The own key and other keys{which} are about equally similar: nothing was learned yet ({similarities}).",
+            "Train longer: see the plateau.",
+        )
     return Finding(
         "collapse",
         state,
