@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dclr.evaluation.monitor import TEST_VIDEOS
 from dclr.evaluation.run_record import Curve, RunRecord
 
 State = Literal["ok", "warning", "bad", "unknown"]
@@ -51,9 +52,15 @@ SKIPPED_SHARE = 0.01
 """Share of the steps with a non-finite loss or gradient above which the state is "bad" instead of "warning"."""
 
 CHANCE_ODDS = 2.0
-"""An accuracy counts as above chance if its odds are at least this many times the odds of chance. Odds are p / (1 - p),
-so the rule holds for 2 and for 400 classes. With 64 test videos of 8 classes, or 500 of 100 classes, this is a little
-more than two standard deviations."""
+"""An accuracy is "ok" only if its odds are at least this many times the odds of chance. Odds are p / (1 - p), so the
+rule has a meaning for 2 and for 400 classes. It says how large the difference is, not how certain."""
+
+CHANCE_PROBABILITY = 0.05
+"""An accuracy may be chance if chance gives at least as much with this probability on TEST_VIDEOS test videos.
+
+The log does not have the number of test videos, and TEST_VIDEOS is the most that are measured. With fewer videos, the
+probability of an accuracy above chance is higher. So an accuracy that passes this check may be chance too: chance gives
+3 of 15 videos of 10 classes, or more, with a probability of 18 %."""
 
 OVERFIT_POINTS = 0.05
 """Fall of the test accuracy from its best value that counts as overfitting. The standard deviation of an accuracy on
@@ -169,6 +176,9 @@ def check_own_key(run: RunRecord) -> Finding | None:
     loss `batch_loss` stays at ln N, with N keys. It must be PLATEAU_MARGIN below, as the loss must. Without a queue,
     the loss itself is that of one batch.
 
+    This must hold for every pair whose loss with the queue has left its plateau. In "Real videos, second seed" of
+    docs/LOG.md, the dynamic pairs lowered their loss by means of mined positives and lost their own keys.
+
     The mean positive need not exceed the mean hardest negative: one of many negatives is always near, such as an
     earlier clip of the same video.
     """
@@ -176,9 +186,6 @@ def check_own_key(run: RunRecord) -> Finding | None:
         return _without_pairs(run, "own key")
     positive = _excess_of_positives(run)
     kind = "pair_loss" if run.setting("method") == "dclr-simclr" else "batch_loss"
-    This must hold for every pair whose loss with the queue has left its plateau. In "Real videos, second seed" of
-    docs/LOG.md, the dynamic pairs lowered their loss by means of mined positives and lost their own keys.
-
     late = {pair: _late(gap) for pair in run.pairs if (gap := _gap(run, pair, kind))}
     if not late:
         return Finding("own key", "unknown", f"{positive}. The log has no loss among the keys of a batch.")
@@ -186,6 +193,7 @@ def check_own_key(run: RunRecord) -> Finding | None:
         return Finding("own key", "unknown", f"{positive}. A batch has one clip, so there is nothing to find.")
     best = max(late, key=lambda pair: late[pair])
     found = f"among the keys of its batch, a query finds its own {math.exp(late[best]):.1f} times as well as a guess"
+    left = [pair for pair in late if _left_at(_averaged(_gap(run, pair))) is not None]
     if late[best] >= PLATEAU_MARGIN:
         sentence = f"Clips are told apart: {found} ({best}). {positive}."
         without = [pair for pair in left if late[pair] < PLATEAU_MARGIN]
@@ -203,7 +211,6 @@ def check_own_key(run: RunRecord) -> Finding | None:
         sentence, advice = f"The loss is below the plateau, but this is a shortcut. {sentence}", _SHORTCUT_ADVICE
     return Finding("own key", "bad" if run.ended else "warning", sentence, advice)
 
-    left = [pair for pair in late if _left_at(_averaged(_gap(run, pair))) is not None]
 
 def check_collapse(run: RunRecord) -> Finding | None:
     """Check that embeddings differ.
@@ -368,12 +375,30 @@ def check_accuracy(run: RunRecord) -> Finding | None:
 
 
 def _above_chance(name: str, what: str, curve: Curve, chance: float, state: State, advice: str) -> Finding:
-    """Return "ok" if the last accuracy is above chance, see CHANCE_ODDS, else `state` with `advice`."""
+    """Check the last accuracy of a curve, see CHANCE_PROBABILITY and CHANCE_ODDS.
+
+    Returns:
+        `state` with `advice` if the accuracy is within chance. If its odds are less than CHANCE_ODDS times those of
+        chance: "warning" with `advice`. Else "ok".
+    """
     step, last = curve[-1]
-    sentence = f"{what} for {last:.0%} of the test videos at step {_number(step)} (chance {chance:.0%})"
-    if last * (1 - chance) >= CHANCE_ODDS * chance * (1 - last):
-        return Finding(name, "ok", f"{sentence}.")
-    return Finding(name, state, f"{sentence}: this is no more than chance.", advice)
+    sentence = f"{what} for {_percent(last)} of the test videos at step {_number(step)} (chance {_percent(chance)})"
+    probability = probability_by_chance(last, chance)
+    if probability >= CHANCE_PROBABILITY:
+        why = f"which gives at least as much with a probability of {probability:.0%} on {TEST_VIDEOS} test videos"
+        return Finding(name, state, f"{sentence}: this may be chance, {why}.", advice)
+    if last * (1 - chance) < CHANCE_ODDS * chance * (1 - last):
+        return Finding(name, "warning", f"{sentence}: this is less than twice the odds of chance.", advice)
+    return Finding(name, "ok", f"{sentence}.")
+
+
+def probability_by_chance(accuracy: float, chance: float) -> float:
+    """Return the probability that chance gives at least `accuracy` on TEST_VIDEOS test videos: the binomial tail."""
+    least = round(accuracy * TEST_VIDEOS)
+    return sum(
+        math.comb(TEST_VIDEOS, right) * chance**right * (1 - chance) ** (TEST_VIDEOS - right)
+        for right in range(least, TEST_VIDEOS + 1)
+    )
 
 
 def check_overfitting(run: RunRecord) -> Finding | None:
@@ -385,15 +410,15 @@ def check_overfitting(run: RunRecord) -> Finding | None:
     last = test[-1][1]
     then = [value for step, value in train if step <= best_step][-LINES:]
     rises = bool(then) and _late(train) > statistics.fmean(then)
-    sentence = f"Test accuracy: {last:.0%} at the end, {best:.0%} at best (step {_number(best_step)})"
+    sentence = f"Test accuracy: {_percent(last)} at the end, {_percent(best)} at best (step {_number(best_step)})"
     if best - last > OVERFIT_POINTS and rises:
         return Finding(
             "overfitting",
             "warning",
-            f"{sentence}, while the accuracy on training clips rose to {_late(train):.0%}: the network overfits.",
+            f"{sentence}, while the accuracy on training clips rose to {_percent(_late(train))}: the network overfits.",
             "Train for fewer epochs, or raise --dropout or --weight-decay.",
         )
-    return Finding("overfitting", "ok", f"{sentence}; on training clips {_late(train):.0%}.")
+    return Finding("overfitting", "ok", f"{sentence}; on training clips {_percent(_late(train))}.")
 
 
 # ---------------------------------------------------------------- every run
@@ -481,6 +506,11 @@ def _late(curve: Curve) -> float:
 
 def _number(value: float) -> str:
     return f"{value:,}"
+
+
+def _percent(share: float) -> str:
+    """Return a share in percent, below 10 % with one decimal: the chance of 400 classes is 0.2 %."""
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
 def _listed(names: Sequence[str]) -> str:
