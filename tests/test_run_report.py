@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import PageReader, make_list
 from PIL import Image
 
@@ -24,7 +25,7 @@ MEASURED = ["Views", "Nearest neighbours", "What the features know of motion and
 
 @pytest.fixture(scope="module")
 def runs(demo_videos, float32, one_process, tmp_path_factory) -> Path:
-    """Return a folder with the run `pretrain` and the run `finetune`, of 4 steps each."""
+    """Return a folder with the run `pretrain` and the run `finetune` that starts from its weights, of 4 steps each."""
     folder = tmp_path_factory.mktemp("runs")
     settings: dict[str, Any] = {
         "data": str(demo_videos), "ds_config": str(float32), "width": 4, "clip_length": 4, "crop_size": 16,
@@ -32,7 +33,8 @@ def runs(demo_videos, float32, one_process, tmp_path_factory) -> Path:
     }  # fmt: skip
     own = {"queue_length": 16, "embedding_dim": 32, "mined_positives": 2, "fill_steps": 1, "knn_every": 0}
     pretrain(make_config("pretrain", {**settings, **own, "out": str(folder / "pretrain")}), "demo", one_process)
-    config = make_config("finetune", {**settings, "out": str(folder / "finetune")})
+    start = {"pretrained": str(folder / "pretrain"), "out": str(folder / "finetune")}
+    config = make_config("finetune", {**settings, **start})
     finetune("finetune", config, "demo", one_process)
     return folder
 
@@ -77,7 +79,7 @@ def test_the_page_of_pretraining_has_every_section_and_picture(runs, capsys):
 
 
 def test_the_page_of_finetuning_has_the_confusion_matrix(runs, tmp_path):
-    found, _ = write(runs / "finetune", "--out", tmp_path / "new" / "page.html")
+    found, content = write(runs / "finetune", "--out", tmp_path / "new" / "page.html")
     assert found.headings[3:] == ["Curves", "Accuracy", "Settings"]
     assert found.descriptions[-1] == "confusion matrix: true class by predicted class"
     first = found.cells.index("classifier")
@@ -86,6 +88,8 @@ def test_the_page_of_finetuning_has_the_confusion_matrix(runs, tmp_path):
     assert 0 <= float(row[1].rstrip("%")) <= float(row[2].rstrip("%")) <= 100
     assert found.cells[first + 6 : first + 9] == ["chance", "12.5%", "62.5%"]
     assert not (runs / "finetune" / "report.html").exists()
+    assert found.cells[found.cells.index("start") + 1].startswith("backbone.safetensors: r2plus1d_10 (width 4), ")
+    assert str(runs) not in content
 
 
 def test_a_stopped_run_of_an_earlier_version_whose_data_is_gone_has_a_page(runs, tmp_path):
@@ -95,10 +99,11 @@ def test_a_stopped_run_of_an_earlier_version_whose_data_is_gone_has_a_page(runs,
     lines = (run / "metrics.jsonl").read_text().splitlines()
     old = [{k: v for k, v in json.loads(line).items() if not k.startswith("nearest")} for line in lines[:3]]
     (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, old), lines[3][:40]]))
-    change_config(run, data="gone/<videos>")
+    change_config(run, data=f"{tmp_path}/gone/<videos>")
     found, content = write(run)
-    reason = "the run was trained on gone/&lt;videos&gt;, which is not there; --data names it at another place."
+    reason = "the run was trained on &lt;videos&gt;, which is not there; --data names it at another place."
     assert content.count(f"<p>This section is missing: {reason}</p>") == 3
+    assert str(tmp_path) not in content
     assert found.cells[found.cells.index("unreadable lines of the log") + 1] == "1"
     assert "The run has not ended: its last logged step is 3." in content
     assert "not yet" in found.cells
@@ -117,7 +122,33 @@ def test_videos_without_labels_have_neighbours_but_no_scores(runs, tmp_path, mon
     assert found.descriptions[-1] == "2 videos, each with its nearest training videos"
     assert "The training videos nearest to 2 train videos" in content
     assert content.count("This section is missing: ") == 1
-    assert "its videos have no labels, which this section needs" in content
+    assert f"--data {videos.name}: its videos have no labels, which this section needs" in content
+    assert str(tmp_path) not in content
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: out of memory", 2)]
+)
+def test_the_page_is_written_although_the_gpu_has_no_free_memory(error, runs, tmp_path, monkeypatch):
+    """A run that still trains may need all memory of the GPU."""
+
+    def load_features(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run_sections, "load_features", load_features)
+    found, content = write(runs / "pretrain", "--out", tmp_path / "page.html")
+    assert content.count("This section is missing: the GPU has no free memory: write the page again when the run") == 2
+    assert found.descriptions[-1].startswith("source frames and the rgb, static and dynamic view")
+    assert found.headings[-1] == "Settings"
+
+
+def test_another_error_of_the_gpu_keeps_its_traceback(runs, tmp_path, monkeypatch):
+    def load_features(*arguments: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr(run_sections, "load_features", load_features)
+    with pytest.raises(torch.AcceleratorError):
+        write(runs / "pretrain", "--out", tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(

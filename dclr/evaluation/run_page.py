@@ -87,7 +87,7 @@ def overview(run: RunRecord) -> list[list[str]]:
         "command": f"{run.command}, preset {run.preset}",
         "method": run.setting("method") if run.command == "pretrain" else "",
         "network": f"{run.setting('backbone')} (width {run.setting('width')})",
-        "start": report.get("start"),
+        "start": shown_name(report.get("start") or ""),
         "data set": shown_name(data.get("folder") or run.setting("data")) or "demo videos",
         "training videos": _count(data.get("videos")),
         "unreadable videos": _count(
@@ -111,7 +111,11 @@ def _count(number: Any) -> str:
 
 
 def shown_name(path: Any) -> str:
-    """Return the last part of a path, because pages are published and folders are private."""
+    """Return the last part of a path, because pages are published and folders are private.
+
+    A text that begins with a path keeps what follows it: "/home/me/run/backbone.safetensors: r2plus1d_18" gives
+    "backbone.safetensors: r2plus1d_18". A text without a path stays as it is.
+    """
     return Path(str(path)).name
 
 

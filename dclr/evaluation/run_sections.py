@@ -6,6 +6,7 @@ that cannot be made says why in one sentence.
 Letters: N videos, D features.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +28,22 @@ from dclr.evaluation.features import ClipOutputs, check_classes, check_labels, l
 from dclr.evaluation.monitor import TEST_VIDEOS, TRAIN_VIDEOS, Sample, evaluating
 from dclr.evaluation.page import Html, picture, section, table
 from dclr.evaluation.retrieval import middle_frame, nearest_rows, normalized
+from dclr.evaluation.run_page import shown_name
 from dclr.evaluation.view_sheet import plot_sample
 from dclr.models import load_classifier, pool
 
 SHOWN_QUERIES, SHOWN_NEAREST = 6, 5
 
 SAMPLE = f"One clip of each video, its middle one, of at most {TRAIN_VIDEOS:,} training and {TEST_VIDEOS} test videos"
+
+NO_GPU_MEMORY = (
+    "the GPU has no free memory: write the page again when the run has ended, or put CUDA_VISIBLE_DEVICES= before the "
+    "command to use the CPU"
+)
+"""Why a section is missing if the GPU is full.
+
+torch's allocator then raises OutOfMemoryError. CUDA itself, such as for the memory of a context, gives an
+AcceleratorError with the message "CUDA error: out of memory". No other error of the GPU is caught."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ class Measured:
                 picture(out, "source frames and the rgb, static and dynamic view of two clips"),
             ]
 
-        return _section("Views", make)
+        return self._section("Views", make)
 
     def neighbours(self) -> Html:
         """Return some videos, each with the training videos whose features are nearest."""
@@ -141,7 +152,7 @@ class Measured:
                 picture(out, f"{len(shown)} videos, each with its nearest training videos"),
             ]
 
-        return _section("Nearest neighbours", make)
+        return self._section("Nearest neighbours", make)
 
     def _cell(self, split: str, outputs: ClipOutputs, row: int, words: str) -> tuple[np.ndarray | None, str]:
         """Return the middle frame of a video, None if it cannot be read, and its caption."""
@@ -179,7 +190,7 @@ class Measured:
             ]
             return [*lines, f"Not measured: the scene. {no_scene}."] if no_scene else lines
 
-        return _section("What the features know of motion and scene", make)
+        return self._section("What the features know of motion and scene", make)
 
     def _sample(self, split: str) -> Sample:
         self.catalog.videos(split)  # raises UserError if there is no such split
@@ -218,15 +229,26 @@ class Measured:
                 picture(out, "confusion matrix: true class by predicted class"),
             ]
 
-        return _section("Accuracy", make)
+        return self._section("Accuracy", make)
 
+    def _section(self, heading: str, make: Callable[[], Sequence[str]]) -> Html:
+        """Return a section with the parts that `make` returns, or with the reason why there are none.
 
-def _section(heading: str, make: Callable[[], Sequence[str]]) -> Html:
-    """Return a section with the parts that `make` returns, or with the reason why there are none."""
-    try:
-        return section(heading, *make())
-    except UserError as error:
-        return section(heading, f"This section is missing: {error}.")
+        The reason shows the data set and the run without their folders, see shown_name.
+        """
+        try:
+            return section(heading, *make())
+        except UserError as error:
+            reason = str(error)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error):
+                raise
+            reason = NO_GPU_MEMORY
+        data = self.data.data.rstrip("/")
+        for path in sorted((data, os.path.dirname(data), str(self.folder)), key=len, reverse=True):
+            if name := shown_name(path):
+                reason = reason.replace(path, name)
+        return section(heading, f"This section is missing: {reason}.")
 
 
 def _colour(query: int, found: int) -> str:
