@@ -126,6 +126,18 @@ def test_videos_without_labels_have_neighbours_but_no_scores(runs, tmp_path, mon
     assert str(tmp_path) not in content
 
 
+def test_a_split_of_one_video_has_no_neighbours_and_no_scores(runs, tmp_path):
+    """Its feature minus the mean of the split is zero."""
+    make_list(tmp_path / "videos", train=[("a.mp4", 0), ("b.mp4", 1)], test=[("c.mp4", 0)])
+    found, content = write(runs / "pretrain", "--data", tmp_path / "videos", "--out", tmp_path / "page.html")
+    reason = (
+        "--data videos: the test split has one video. This section subtracts the mean of a split from its features, so "
+        "each split must have at least two videos."
+    )
+    assert content.count(f"<p>This section is missing: {reason}</p>") == 2
+    assert found.descriptions[-1].startswith("source frames and the rgb, static and dynamic view")
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: out of memory", 2)]
 )

@@ -241,12 +241,21 @@ def open_labelled(catalog: Catalog, data: DataConfig, command: str) -> tuple[Vid
     train, test = (open_split(catalog, split, data) for split in ("train", "test"))
     for split, videos in (("train", train), ("test", test)):
         check_labels(catalog, split, videos, command)
-        if len(videos) < 2:
-            raise UserError(
-                f"--data {catalog.root}: the {split} split has one video. {command} subtracts the mean of a split from "
-                "its features, so each split must have at least two videos"
-            )
+        check_several(catalog, split, videos, command)
     return train, test
+
+
+def check_several(catalog: Catalog, split: str, videos: VideoSet, command: str) -> None:
+    """Raise UserError if a split has one video: its feature minus the mean of the split is zero.
+
+    Args:
+        command: the subcommand of eval.py, for the message.
+    """
+    if len(videos) < 2:
+        raise UserError(
+            f"--data {catalog.root}: the {split} split has one video. {command} subtracts the mean of a split from "
+            "its features, so each split must have at least two videos"
+        )
 
 
 def check_labels(catalog: Catalog, split: str, videos: VideoSet, command: str, otherwise: str = "") -> None:

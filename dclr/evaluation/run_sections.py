@@ -24,7 +24,14 @@ from dclr.errors import UserError
 from dclr.evaluation import figures
 from dclr.evaluation.accuracy import accuracy
 from dclr.evaluation.background import Scores, evaluate_features, evaluate_scenes, groups_of, why_no_scenes
-from dclr.evaluation.features import ClipOutputs, check_classes, check_labels, load_features, open_split
+from dclr.evaluation.features import (
+    ClipOutputs,
+    check_classes,
+    check_labels,
+    check_several,
+    load_features,
+    open_split,
+)
 from dclr.evaluation.monitor import TEST_VIDEOS, TRAIN_VIDEOS, Sample, evaluating
 from dclr.evaluation.page import Html, picture, section, table
 from dclr.evaluation.retrieval import middle_frame, nearest_rows, normalized
@@ -126,6 +133,8 @@ class Measured:
         """Return some videos, each with the training videos whose features are nearest."""
 
         def make() -> list[str]:
+            for name, sample in self.samples.items():
+                check_several(self.catalog, name, sample.videos, "This section")
             gallery = self.features["train"]
             split = "test" if "test" in self.features else "train"
             queries = self.features[split]
@@ -169,7 +178,9 @@ class Measured:
 
         def make() -> list[str]:
             for split in ("train", "test"):
-                check_labels(self.catalog, split, self._sample(split).videos, "this section")
+                videos = self._sample(split).videos
+                check_labels(self.catalog, split, videos, "this section")
+                check_several(self.catalog, split, videos, "This section")
             scored = {
                 "this run": self._scores(self.features),
                 "untrained network": self._scores(self.features_of(Path("random"))),
