@@ -62,6 +62,8 @@ from experiments.ucf101_plan import (
 )
 
 SEEDS = 3
+LIMITS = ("max_missing", "max_bad")
+"""Settings that this command passes on to training and evaluation, if they are given."""
 
 # -------------------------------------------------------------------------------------------------------------- results
 
@@ -192,11 +194,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--work", type=Path, help="folder of the stores, runs and report (default: runs/ucf101)")
     parser.add_argument("--dry-run", action="store_true", help="print commands and expected hours, and run nothing")
+    configuration.add_flags(parser, [configuration.DataConfig], only=set(LIMITS))
     return parser
 
 
 def make_plan(given: argparse.Namespace) -> Plan:
     """Return the plan of a command line. Raises UserError for a wrong number, data set or GPU."""
+    limits = {name: getattr(given, name) for name in LIMITS if hasattr(given, name)}
+    max_missing = configuration.DataConfig(**limits).max_missing
     for flag in ("seeds", "gpus"):
         if (value := getattr(given, flag)) is not None and value < 1:
             raise UserError(f"--{flag} is {value}, but must be at least 1")
@@ -209,7 +214,9 @@ def make_plan(given: argparse.Namespace) -> Plan:
         raise UserError("no GPU is visible, and a CPU would need months: use --budget small or --dry-run here")
     folders = {"UCF101": given.data, "HMDB51": given.hmdb51, "Kinetics-400": given.kinetics400}
     sets = {
-        name: open_set(name, Path(os.path.abspath(folder)), not small) for name, folder in folders.items() if folder
+        name: open_set(name, Path(os.path.abspath(folder)), not small, max_missing)
+        for name, folder in folders.items()
+        if folder
     }
     gpus = given.gpus or (1 if small else max(1, there))
     name = "ucf101" + "-from-kinetics400" * bool(given.kinetics400) + "-small" * small
@@ -222,6 +229,7 @@ def make_plan(given: argparse.Namespace) -> Plan:
         small=small,
         gpus=gpus,
         workers=(0 if small else max(2, min(12, cores() // gpus))) if given.workers is None else given.workers,
+        limits=limits,
     )
 
 
@@ -356,6 +364,7 @@ def run(plan: Plan, todo: Sequence[Planned], arguments: Sequence[str]) -> None:
 def rows_of_report(plan: Plan) -> list[ucf101_report.Run]:
     """Return what the report says about each of our rows."""
     found = []
+    limits = "".join(f", {configuration.flag_of(name)} {percent:g}" for name, percent in plan.limits.items())
     for method in (*plan.methods, RANDOM):
         run = plan.run(method, plan.seeds[0])
         classified = [
@@ -373,7 +382,7 @@ def rows_of_report(plan: Plan) -> list[ucf101_report.Run]:
                 pretrained="nothing" if method == RANDOM else plan.pretrained_on.name,
                 network=measured["backbone"] + (f", width {width}" if width != 64 else ""),
                 protocol=f"{CLIPS_A_VIDEO} clips of {measured['clips']['clip_length']} frames of {size} x {size}, "
-                "the last epoch",
+                f"the last epoch{limits}",
             )
         )
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dclr import config as configuration
+from dclr.data.coverage import coverage
 from dclr.data.datasets import layout_of, official_splits, open_catalog
 from dclr.data.store import is_store
 from dclr.data.store_files import INDEX
@@ -76,14 +77,16 @@ class DataSet:
         return min(self.splits)
 
 
-def open_set(name: str, folder: Path, whole: bool) -> DataSet:
+def open_set(name: str, folder: Path, whole: bool, max_missing: float) -> DataSet:
     """Read the lists of a data set.
 
     Args:
-        whole: the data set must be complete. If false, splits without train or test videos are skipped.
+        whole: all lists and classes must be there. If false, splits without train or test videos are skipped.
+        max_missing: percent of the listed videos of a train or test split that may be missing on disk, 0 to 100.
 
     Raises:
-        UserError: it is another data set, its lists are wrong or incomplete, or `whole` is true for a sample.
+        UserError: it is another data set, its lists are wrong or incomplete, `whole` is true for a sample, or too many
+            videos are missing.
     """
     known = KNOWN[name]
     if not folder.is_dir():
@@ -112,6 +115,9 @@ def open_set(name: str, folder: Path, whole: bool) -> DataSet:
             f"{known.flag} {folder} has {classes} classes, but {name} has {known.classes}: "
             "give the whole data set, or --budget small for a sample"
         )
+    for number in splits:  # training and evaluation would refuse the same, but after hours
+        for split in ("train", "test"):
+            coverage(catalogs[number], split, {}).check(max_missing)
     entries = [
         (number, split, video.path, video.label)
         for number, catalog in catalogs.items()
@@ -139,6 +145,8 @@ class Plan:
     gpus: int
     workers: int
     """decoding processes of each training process"""
+    limits: dict[str, float]
+    """Percent of --max-missing and --max-bad, by name of the setting, as far as they were given."""
 
     @property
     def sets(self) -> tuple[DataSet, ...]:
@@ -163,8 +171,14 @@ class Plan:
         return ["--preset", "demo", *SMALL_PRETRAINING, *queue, "--method", method]
 
     def on_gpus(self, job: Job, work: Work) -> Job:
-        """Return the job with the number of processes and the flags that this machine needs."""
+        """Return the job with the number of processes, the flags that this machine needs, and the limits.
+
+        The limits do not change a result, and may be raised when the experiment is resumed.
+        """
         flags = ["--workers", str(self.workers)]
+        for name, percent in self.limits.items():
+            if name == "max_missing" or job.command[0] == "train.py":  # eval.py has no --max-bad
+                flags += [configuration.flag_of(name), f"{percent:g}"]
         if not self.small and hours.recomputes(work, hours.machine_here(self.gpus)):
             flags.append("--recompute")
         return replace(job, processes=self.gpus, machine_flags=tuple(flags))

@@ -113,31 +113,59 @@ def test_a_dry_run_prints_hours_and_all_commands_and_runs_nothing(whole, tmp_pat
     assert "one 24 GB card" in next(line for line in printed.splitlines() if "(with --recompute)" in line)
 
 
+@pytest.mark.parametrize("limits", [[], ["--max-missing", "6", "--max-bad", "2.5"]])
 @pytest.mark.parametrize("budget", ["full", "small"])
-def test_train_and_eval_understand_every_command(whole, tmp_path, budget):
-    plan = plan_of(
-        arguments(whole, tmp_path, "--dry-run", "--seeds", "2", "--budget", budget, "--methods", *METHODS)
-    )  # fmt: skip
-    jobs = [job for stage in ucf101_plan.stages(plan) for job in stage.jobs]
+def test_train_and_eval_understand_every_command(whole, tmp_path, budget, limits):
+    given = arguments(whole, tmp_path, "--dry-run", "--seeds", "2", "--budget", budget, "--methods", *METHODS)
+    jobs = [job for stage in ucf101_plan.stages(plan_of([*given, *limits])) for job in stage.jobs]
     assert len({job.log for job in jobs}) == len({job.writes for job in jobs}) == len(jobs)
     for job in jobs:
         entry, *words = [*job.command, *job.machine_flags]
         if entry == "eval.py":
-            evaluation.make_parser().parse_args(words)
-            continue
-        flags = train.parse(words)
-        if (command := flags.pop("command")) in ("pretrain", "finetune", "linear"):
-            train.resolve(command, flags)
+            flags = vars(evaluation.make_parser().parse_args(words))
+            accepted = {"max_missing": 6.0}
+        else:
+            flags = train.parse(words)
+            command = flags.pop("command")
+            trains = command in ("pretrain", "finetune", "linear")
+            accepted = {"max_missing": 6.0, "max_bad": 2.5} if trains else {}
+            if trains:
+                train.resolve(command, dict(flags))
+        passed = {name: flags[name] for name in ("max_missing", "max_bad") if name in flags}
+        assert passed == (accepted if limits else {}), runs.title(job)
+        assert "--max-" not in runs.title(job)  # a log stays valid when a limit is raised
 
 
-def test_kinetics_is_pretrained_on_and_not_evaluated(whole, tmp_path):
-    kinetics = tmp_path / "kinetics"
+def make_kinetics(root: Path, missing: int) -> Path:
+    """Write lists of 400 train and 400 validation videos of Kinetics-400, and all but `missing` train videos."""
     rows = [f"c{number % 400},id{number:09d},0,10" for number in range(800)]
     for split, lines in (("train", rows[:400]), ("validate", rows[400:])):
         write_lines(
-            kinetics, f"{split}.csv", "label,youtube_id,time_start,time_end,split", *(f"{x},{split}" for x in lines)
+            root, f"{split}.csv", "label,youtube_id,time_start,time_end,split", *(f"{x},{split}" for x in lines)
         )
-        touch(kinetics / "videos", *(f"{line.split(',')[1]}.mp4" for line in lines))
+    touch(root / "videos", *(f"{line.split(',')[1]}.mp4" for line in rows[missing:]))
+    return root
+
+
+def test_missing_videos_are_refused_before_anything_runs_and_max_missing_allows_them(whole, tmp_path, capsys):
+    kinetics = make_kinetics(tmp_path / "kinetics", missing=20)
+    given = [*arguments(whole, tmp_path / "work"), "--kinetics400", str(kinetics), "--dry-run"]
+    message = refused(given)
+    assert message.startswith(f"{kinetics}: 380 of 400 listed train videos (20 not on disk)")
+    assert "5 % are not there, and --max-missing allows 1 %" in message
+    assert message.endswith("complete the data set, or raise --max-missing")
+    assert refused([*given, "--max-missing", "4.9"]) == message.replace("allows 1 %", "allows 4.9 %")
+    assert refused([*given, "--max-missing", "101"]) == "--max-missing is 101.0, but must be from 0 to 100"
+    assert capsys.readouterr().out == ""
+    ucf101.main([*given, "--max-missing", "5"])
+    assert "Kinetics-400: " in capsys.readouterr().out
+    sample = make_ucf101(tmp_path / "sample", 2, splits=(1,), whole=True)
+    (sample / "UCF-101/C000/v_C000_g03_c01.mp4").unlink()
+    assert "3 of 4 listed test videos" in refused(["--data", str(sample), "--budget", "small", "--dry-run"])
+
+
+def test_kinetics_is_pretrained_on_and_not_evaluated(whole, tmp_path):
+    kinetics = make_kinetics(tmp_path / "kinetics", missing=0)
     plan = plan_of([*arguments(whole, tmp_path / "work"), "--kinetics400", str(kinetics), "--dry-run"])
     stages = ucf101_plan.stages(plan)
     assert {stage.title for stage in stages if stage.kind == "pretrain dclr"} == {
@@ -197,6 +225,7 @@ def test_the_page_has_the_expected_hours(methods, seeds, kinetics, row):
     plan = ucf101_plan.Plan(
         work=Path("work"), pretrained_on=whole_set("Kinetics-400", {1: (240_000, 20_000)}) if kinetics else ucf,
         evaluated_on=(ucf, hmdb), methods=methods, seeds=range(seeds), small=False, gpus=1, workers=2,
+        limits={},
     )  # fmt: skip
     stages = ucf101_plan.stages(plan)
     expected = [f"{sum(hours.hours(stage.works, machine) for stage in stages):.1f}" for machine in MACHINES]
