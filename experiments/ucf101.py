@@ -274,8 +274,15 @@ def check_disk(plan: Plan) -> None:
 
 
 def check_work(plan: Plan) -> None:
-    """Write down which data sets the work folder belongs to. Raises UserError if it was started with others."""
+    """Write down which data sets the work folder belongs to.
+
+    Raises UserError if it was started with others, or if it has a folder `report` that is not of this experiment.
+    """
     file = plan.work / "experiment.json"
+    if (plan.work / "report").exists() and not file.exists():
+        raise UserError(
+            f"--work {plan.work} has a folder report that is not of this experiment: rename it, or give another --work"
+        )
     now = {data.name: {"folder": str(data.folder), "lists": data.digest} for data in plan.sets}
     own: dict[str, Any] = {
         "budget": "small" if plan.small else "full",
@@ -356,7 +363,7 @@ def run(plan: Plan, todo: Sequence[Planned], arguments: Sequence[str]) -> None:
     made = ucf101_report.write(
         plan.work / "report", written, rows_of_report(plan), facts(plan, written),
         table_of_times(todo, runs.read_times(times)),
-        {data.name: plan.work / f"check-{data.slug}.txt" for data in plan.sets},
+        [check_output(plan, data) for data in plan.sets],
     )  # fmt: skip
     print("".join(f"wrote {file}\n" for file in made), end="")
 
@@ -405,6 +412,13 @@ def facts(plan: Plan, result: evidence.Result) -> list[str]:
             for command in ("pretrain", "finetune", "linear")
         ),
     ]
+
+
+def check_output(plan: Plan, data: DataSet) -> str:
+    """Return what train.py check printed about a data set, with the name of its folder in place of the path."""
+    _, *lines = (plan.work / f"check-{data.slug}.txt").read_text(errors="replace").splitlines()  # without the command
+    found = [line for line in lines if not line.startswith("verifying videos: ")]
+    return "\n".join(found).replace(str(data.folder), data.folder.name)
 
 
 def table_of_times(done: Sequence[Stage], taken: dict[str, float]) -> ucf101_report.Table:

@@ -78,16 +78,16 @@ class Run:
 
 def write(
     folder: Path, result: evidence.Result, own: Sequence[Run], facts: Sequence[str], times: Table,
-    checks: dict[str, Path],
+    checks: Sequence[str],
 ) -> list[Path]:  # fmt: skip
-    """Write report.html, report.md and its pictures into `folder`, which must be new or an earlier report.
+    """Write report.html, report.md and its pictures into `folder`, in place of those of an earlier report.
 
     Args:
         result: the experiment's result with seeds and environment (see evidence.py).
         own: our rows.
         facts: lines about data sets, machine and flags.
         times: the measured and expected times of the stages.
-        checks: the files with the output of train.py check, by data set.
+        checks: what train.py check found, one text for each data set.
 
     Returns:
         The paths of the two files.
@@ -100,10 +100,12 @@ def write(
         Section("What was run", [*facts, times]),
         Section("Pretraining", [Picture(folder.parent / "ucf101.png", "Curves of pretraining")]),
         *(Section(f"{run.row}: pictures of the first seed and split", list(pictures(run))) for run in own),
-        Section("Data sets", [Output(file.read_text(errors="replace")) for file in checks.values()]),
+        Section("Data sets", list(map(Output, checks))),
     ]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("ucf101.png", *PICTURES):
+        for picture in folder.glob(f"[0-9][0-9][0-9]-{name}"):
+            picture.unlink()
     html, markdown = folder / "report.html", folder / "report.md"
     atomic_write(html, as_html(sections).encode())
     atomic_write(markdown, as_markdown(sections, folder).encode())

@@ -295,6 +295,13 @@ def test_a_full_disk_and_a_work_folder_of_other_data_are_refused(whole, tmp_path
     assert "was started with budget full, and not small" in refused([*given, "--budget", "small"])
     (work / "experiment.json").write_text("{")
     assert "experiment.json is damaged" in refused(given)
+    own = tmp_path / "thesis" / "report" / "report.md"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert "has a folder report that is not of this experiment: " in refused(
+        [*given, "--work", str(tmp_path / "thesis")]
+    )
+    assert own.exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -419,7 +426,9 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def start(job: Job, threads: int) -> Any:
         made.append(" ".join(runs.words_of(job)))
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        job.log.write_text(runs.title(job) + "\nall is <well>\n")
+        data = job.command[job.command.index("--data") + 1]
+        progress = "verifying videos: 9 of 12 (75 %), 3/s, 00:01 left"
+        job.log.write_text(f"{runs.title(job)}\n{progress}\n{data}: all is <well>\n{progress}\nunreadable: 0\n")
         pretend(job)
         return SimpleNamespace(returncode=0, poll=lambda: 0)
 
@@ -456,7 +465,13 @@ def test_the_table_and_the_report_hold_every_seed_split_and_published_row(whole,
     for content in (page, text):
         assert "77.5 ± 1.9" in content  # of 75 to 80 %
         assert all(row.source in content for row in published.ROWS)
-    assert "all is &lt;well&gt;" in page
+        for data in whole.values():
+            assert str(data.parent) not in content
+        assert "verifying videos" not in content
+        assert "train.py check" not in content
+    for name in ("ucf", "hmdb"):
+        assert f"<pre>{name}: all is &lt;well&gt;\nunreadable: 0</pre>" in page
+        assert f"```\n{name}: all is <well>\nunreadable: 0\n```" in text
     assert re.findall(r"https?://", page) == []
     found = PageReader(page)
     assert found.title == ucf101_report.TITLE
@@ -472,8 +487,14 @@ def test_the_table_and_the_report_hold_every_seed_split_and_published_row(whole,
         row = caption.split(": ")[1].split(",")[0]
         assert content.startswith(f"picture of {ucf101.controlled.folder_of(row)}-0 ")
 
-    ucf101.main(given)
+    own = [work / "report" / name for name in ("notes.md", "001-cat.png")]
+    for file in own:
+        file.touch()
+    before = set((work / "report").iterdir())
+    ucf101.main([*given, "--seeds", "1", "--methods", "dclr"])
     assert len(started) == count  # nothing runs twice
+    assert set((work / "report").glob("*-*.png")) < before  # no pictures of the earlier report, which had more
+    assert all(file.exists() for file in own)
 
 
 def test_a_report_of_one_seed_judges_no_claim():
