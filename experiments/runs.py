@@ -369,7 +369,9 @@ def run_stages(stages: Sequence[Stage], times: Path) -> None:
             continue
         name = f"stage {number} of {len(stages)}"
         log = next(job.log for job in stage.jobs if not job.done)
-        print(f"{name}: {stage.title}, log {log}", flush=True)
+        own = duration(seconds_left([*(each for each in stages if each.done), stage], taken))
+        left = duration(seconds_left(stages, taken))
+        print(f"{name}: {stage.title}, about {own} of {left} left, log {log}", flush=True)
         began = time.monotonic()
         try:
             run([stage.jobs], parallel=1)
@@ -421,12 +423,22 @@ def duration(seconds: float) -> str:
 
 
 def entry(main: Callable[[Sequence[str]], None]) -> int:
-    """Call `main` with the command line and return the exit status: 0 done, 2 refused or failed, 130 stopped."""
+    """Call `main` with the command line and return the exit status: 0 done, 2 refused or failed, 130 stopped.
+
+    SIGTERM, SIGUSR1 and SIGHUP stop it like Ctrl-C, so that the running commands end too. Further ones change nothing:
+    a terminal that is closed may send SIGHUP twice. SIGHUP stays ignored if it was ignored before, as under nohup.
+    """
+    received: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        received.append(number)
+        if len(received) == 1:
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)  # like Ctrl-C, so that the running commands end too
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -434,6 +446,9 @@ def entry(main: Callable[[Sequence[str]], None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,7 +322,8 @@ def test_stages_run_once_in_order_and_a_failed_one_is_named(tmp_path, capsys):
         runs.run_stages(stages, times)
     printed = capsys.readouterr()
     assert re.search(
-        r"^stage 1 of 2: a, log .*/a.log\n.*\nstage 1 of 2 done in \d+:\d\d, about \d+:\d\d left$",
+        r"^stage 1 of 2: a, about 0:10 of 0:20 left, log .*/a.log\n.*\n"
+        r"stage 1 of 2 done in \d+:\d\d, about \d+:\d\d left$",
         printed.out,
         re.MULTILINE,
     )
@@ -329,7 +332,9 @@ def test_stages_run_once_in_order_and_a_failed_one_is_named(tmp_path, capsys):
     (tmp_path / "fixed").touch()
     runs.run_stages(stages, times)
     printed = capsys.readouterr()
-    assert re.match(r"1 of 2 stages are done, about \d+:\d\d left\n", printed.out)
+    assert re.match(
+        r"1 of 2 stages are done, about (\d+:\d\d) left\nstage 2 of 2: b, about \1 of \1 left, log ", printed.out
+    )
     assert "stage 1" not in printed.out
     assert json.loads(times.read_text()).keys() == {"a", "b"}
     times.write_text("{")
@@ -355,6 +360,63 @@ def test_the_error_of_a_command_is_shown_above_the_lines_of_its_launcher(tmp_pat
         runs.run_stages([failed], tmp_path / "times.json")
     shown = capsys.readouterr().err.splitlines()
     assert shown == ["train.py: error: no such folder", *list("noise" * 20)[-runs.LAST_LINES :]]
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+
+def save(number, frame):
+    Path("saving").touch()
+    while not Path("signalled_twice").exists():
+        time.sleep(0.05)
+    Path("saved").touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
+Path("running").touch()
+time.sleep(60)
+"""
+
+
+@contextmanager
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Set the handler of a signal inside the context, and check that nothing has replaced it at the end."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_lets_the_running_command_write_its_checkpoint(tmp_path, monkeypatch, number):
+    (tmp_path / "saves.py").write_text(SAVES)
+    code = f"import os, runpy; os.chdir({str(tmp_path)!r}); runpy.run_path('saves.py')"
+    stage = stage_of(tmp_path, "a", "kind", 1.0, code)
+
+    def send() -> None:
+        """Send the signal twice: the second one comes while the command writes its checkpoint."""
+        for file in ("running", "saving"):
+            while not (tmp_path / file).exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), number)
+        (tmp_path / "signalled_twice").touch()
+
+    monkeypatch.setattr(sys, "argv", ["ucf101"])
+    sender = threading.Thread(target=send)
+    with handled(number, signal.SIG_DFL):
+        sender.start()
+        assert runs.entry(lambda _: runs.run_stages([stage], tmp_path / "times.json")) == 130
+        sender.join()
+    assert (tmp_path / "saved").exists()
+
+
+def test_under_nohup_an_experiment_survives_its_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ucf101"])
+    with handled(signal.SIGHUP, signal.SIG_IGN):
+        assert runs.entry(lambda _: os.kill(os.getpid(), signal.SIGHUP)) == 0
 
 
 def test_time_left_follows_the_stages_of_the_same_kind(tmp_path):
@@ -550,15 +612,13 @@ def run_small(tmp_path, clean_environment, monkeypatch) -> Any:
     """Return a function that runs --budget small as from a command line, and gives the exit status."""
     runner = tmp_path / "runner.py"
     runner.write_text(RUNNER)
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*given: str, on_poll: Callable[[Job], None] = lambda job: None) -> int:
         monkeypatch.setattr(runs, "start", lambda job, threads: Forked(job, runner, clean_environment, on_poll))
         monkeypatch.setattr(sys, "argv", ["ucf101", *given, "--budget", "small"])
         return runs.entry(ucf101.main)
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 def same_table(work: Path, other: Path) -> None:
