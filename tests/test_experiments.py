@@ -1,5 +1,6 @@
 """Experiments run their commands once and publish results. Stand-ins for train.py and eval.py only write reports."""
 
+import importlib
 import json
 import math
 import os
@@ -32,7 +33,6 @@ from experiments import (
     activation_maps,
     controlled,
     controlled_set,
-    convolutions,
     dropped_frames,
     evidence,
     inputs,
@@ -499,12 +499,9 @@ def test_the_findings_of_the_page_are_those_that_were_published():
 
     Most files are older than the exact test next to a threshold.
     """
-    modules = {"controlled_set": controlled_set, "controlled": controlled, "weizmann": weizmann}
-    modules |= {"activation_maps": activation_maps, "precision": precision, "convolutions": convolutions}
-    modules |= {"methods": methods, "real": real}
     for file in evidence.RESULTS.glob("*/*.json"):
-        result = json.loads(file.read_text())
-        for now, then in zip(modules[file.stem].findings(result), result["findings"], strict=True):
+        result, module = json.loads(file.read_text()), importlib.import_module(f"experiments.{file.stem}")
+        for now, then in zip(module.findings(result), result["findings"], strict=True):
             assert now["holds"] == then["holds"], then
             details = [re.sub(r"(threshold .*), exact test [\d.]+$", r"\1", each["detail"]) for each in (now, then)]
             numbers = [set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", detail)) for detail in details]
