@@ -154,7 +154,7 @@ def by_seed(values: Sequence[float], seeds: int) -> list[float]:
 
 def panels(plan: Plan) -> list[dict[str, Any]]:
     """Return the curves of pretraining: the loss, key minus hardest negative, and nearest neighbours."""
-    names, found = [LABELS[method] for method in plan.methods], []
+    found = []
     for title, ylabel, logged, minus in (
         ("loss (methods have different losses)", "loss", "loss", ""),
         ("pair vv (clip): key minus hardest negative", "difference of cosine similarities",
@@ -163,9 +163,29 @@ def panels(plan: Plan) -> list[dict[str, Any]]:
          "positive_similarity/vd", "hardest_negative/vd"),
         ("R@1 of at most 500 test videos", "share of test videos", "knn/recall_at_1", ""),
     ):  # fmt: skip
-        lines = controlled.logged_lines(plan.work, names, plan.seeds, logged, minus)
-        found.append({"title": title, "ylabel": ylabel, "lines": lines})
+        found.append({"title": title, "ylabel": ylabel, "lines": logged_lines(plan, logged, minus)})
     return [panel for panel in found if panel["lines"]]
+
+
+def logged_lines(plan: Plan, name: str, minus: str = "") -> dict[str, dict[str, Any]]:
+    """Return the line of a logged number, or of `name` minus `minus`, for each method that logs it.
+
+    A line has the steps in which the number is logged and finite for all seeds.
+    """
+    lines = {}
+    for method in plan.methods:
+        by_seed = [
+            {
+                line["step"]: line
+                for line in runs.metrics(plan.run(method, seed))
+                if all(line.get(each) is not None for each in (name, minus) if each)
+            }
+            for seed in plan.seeds
+        ]
+        if shared := sorted(set.intersection(*map(set, by_seed))):
+            averaged = [controlled.thinned([metrics[step] for step in shared], name, minus) for metrics in by_seed]
+            lines[LABELS[method]] = {"steps": averaged[0][0], "values": [values for _, values in averaged]}
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
