@@ -305,12 +305,17 @@ def test_a_full_disk_and_a_work_folder_of_other_data_are_refused(whole, tmp_path
     assert "was started with budget full, and not small" in refused([*given, "--budget", "small"])
     (work / "experiment.json").write_text("{")
     assert "experiment.json is damaged" in refused(given)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_new_work_folder_with_a_folder_report_is_refused(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "run_stages", None)
+    monkeypatch.setattr(ucf101.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e12))
     own = tmp_path / "thesis" / "report" / "report.md"
     own.parent.mkdir(parents=True)
     own.touch()
-    assert "has a folder report that is not of this experiment: " in refused(
-        [*given, "--work", str(tmp_path / "thesis")]
-    )
+    message = refused(arguments(whole, tmp_path / "thesis"))
+    assert message.startswith(f"--work {tmp_path / 'thesis'} has a folder report that is not of this experiment: ")
     assert own.exists()
 
 
@@ -378,6 +383,7 @@ def save(number, frame):
     Path("saving").touch()
     while not Path("signalled_twice").exists():
         time.sleep(0.05)
+    time.sleep(1)  # an experiment that does not wait has ended before
     Path("saved").touch()
     sys.exit(75)
 
@@ -724,7 +730,11 @@ def test_stopped_in_every_stage_and_resumed_the_table_is_that_of_an_uninterrupte
     assert run_small(*given, str(work)) == 0
     same_table(work, tmp_path / "whole")
     for kind in ("html", "md"):
-        assert (work / "report" / f"report.{kind}").stat().st_size > 10_000 * (kind == "html")
+        content = (work / "report" / f"report.{kind}").read_text()
+        assert len(content) > 10_000 * (kind == "html")
+        assert "ucf: UCF101, 8 videos, 2 classes" in content  # of train.py check
+        assert "verifying videos" not in content
+        assert str(tmp_path) not in content
     assert len(list((work / "report").glob("*-maps.png"))) == 1
 
 
