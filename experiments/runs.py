@@ -65,7 +65,7 @@ class Job:
     processes: int = 1
     """Number of processes that torchrun starts. It may be another one when the experiment is resumed."""
     machine_flags: tuple[str, ...] = ()
-    """Flags that depend on the machine and do not change the result. They may differ when the experiment is resumed."""
+    """Flags that do not change the result, for the machine or as limits. They may differ in a resumed experiment."""
 
     @property
     def done(self) -> bool:

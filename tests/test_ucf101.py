@@ -26,13 +26,16 @@ from dclr.commands import train
 from dclr.data.encode import write_video
 from dclr.errors import UserError
 from dclr.methods import METHODS
+from dclr.report import environment
 from dclr.training import signals
-from experiments import hours, published, runs, ucf101, ucf101_plan, ucf101_report
+from experiments import evidence, hours, published, runs, ucf101, ucf101_plan, ucf101_report
 from experiments.hours import MACHINES, Work
 from experiments.runs import Job, Stage
 from experiments.ucf101_plan import RANDOM
 
 H200, CARD, EIGHT = MACHINES
+
+HERE = environment(evidence.here()) | {"commit": "abc1234567"}
 
 
 def make_ucf101(root: Path, classes: int, splits: tuple[int, ...] = (1, 2, 3), whole: bool = False) -> Path:
@@ -496,7 +499,7 @@ def pretend(job: Job) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if job.command[1] == "pack":
         return job.writes.touch()
-    content: dict[str, Any] = {"environment": {"commit": "abc1234567"}, "seconds": 1.0, "steps": 20}
+    content: dict[str, Any] = {"environment": HERE, "seconds": 1.0, "steps": 20}
     if job.command[0] == "train.py":
         lines = [{"step": step, "loss": 5 + 1 / step, "knn/recall_at_1": 0.5} for step in (10, 20, 30)]
         if folder.name.endswith("-1"):
