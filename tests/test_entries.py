@@ -249,24 +249,6 @@ def test_a_run_is_repeated_from_its_configuration_in_another_folder(train_main, 
     assert second == {**first, "run": {**first["run"], "out": str(tmp_path / "again")}}
 
 
-def test_a_run_of_an_earlier_version_is_resumed(train_main, tiny_pretrain, tmp_path):
-    """Its config.json holds "yes" and "no" for true and false."""
-    train_main(**{**tiny_pretrain, "epochs": 1}, out=tmp_path / "run", dynamic_pairs=False)
-    path = tmp_path / "run" / "config.json"
-    new = json.loads(path.read_text())
-    old = {
-        name: {key: {True: "yes", False: "no"}[v] if isinstance(v, bool) else v for key, v in group.items()}
-        if isinstance(group, dict)
-        else group
-        for name, group in new.items()
-    }
-    assert [old["method"][name] for name in ("static_pairs", "dynamic_pairs")] == ["yes", "no"]
-    path.write_text(json.dumps(old))
-    train_main(resume=tmp_path / "run", epochs=2, dynamic_pairs=False)
-    assert len(numbers(tmp_path / "run")) == 8
-    assert json.loads(path.read_text()) == {**new, "optim": {**new["optim"], "epochs": 2}}
-
-
 def test_data_without_a_preset_takes_the_published_recipe(train_main, tiny_pretrain, tmp_path, capsys):
     train_main(**{**tiny_pretrain, "epochs": 1}, out=tmp_path / "run")
     written = json.loads((tmp_path / "run" / "config.json").read_text())

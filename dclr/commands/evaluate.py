@@ -159,9 +159,7 @@ def add_inputs(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    arguments = programs.without_local_rank(arguments)
-    configuration.refuse_old_switches(arguments)
-    flags = vars(make_parser().parse_args(arguments))
+    flags = vars(make_parser().parse_args(programs.without_local_rank(arguments)))
     command = flags.pop("command")
     if command == "export":
         require_one_process(os.environ, f"eval.py {command}")

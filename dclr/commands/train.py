@@ -153,7 +153,6 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     given = programs.without_local_rank(arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["pretrain", *given]
-    configuration.refuse_old_switches(given)
     return vars(make_parser().parse_args(given))
 
 

@@ -2,7 +2,7 @@
 
 from dclr.config.data_url import is_url
 from dclr.config.files import PATHS, read_config, read_settings, write_config
-from dclr.config.flags import Parser, add_flags, refuse_old_switches
+from dclr.config.flags import Parser, add_flags
 from dclr.config.options import as_flag, flag_of, show
 from dclr.config.presets import DATA_PRESET, PRESETS
 from dclr.config.resume import check_resume
@@ -52,7 +52,6 @@ __all__ = [
     "make_config",
     "read_config",
     "read_settings",
-    "refuse_old_switches",
     "resolve",
     "show",
     "write_config",

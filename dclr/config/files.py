@@ -38,10 +38,6 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{path}: not the configuration of a run (damaged, or written by something else)") from None
-    for name, f in FIELDS.items():
-        # Runs of earlier versions hold "yes" and "no" for true and false.
-        if isinstance(f.default, bool) and values.get(name) in ("yes", "no"):
-            values[name] = values[name] == "yes"
     values = _typed(path, values)
     if "optim" in stored:
         values = {**_OF_EARLIER_VERSIONS.get(command, {}), **values}

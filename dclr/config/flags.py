@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from dclr.config.options import flag_of, show
 from dclr.config.presets import DATA_PRESET, PRESETS
-from dclr.config.settings import ALL, FIELDS
+from dclr.config.settings import ALL
 from dclr.errors import UserError
 
 
@@ -61,20 +60,3 @@ def split_number(text: str) -> Any:
     if text == ALL or text.isdecimal():
         return text if text == ALL else int(text)
     raise argparse.ArgumentTypeError(f"{text!r} must be a number or all")
-
-
-# --foreground is a flag of eval.py.
-SWITCHES = {"--foreground", *(flag_of(f.name) for f in FIELDS.values() if isinstance(f.default, bool))}
-
-
-def refuse_old_switches(arguments: Sequence[str]) -> None:
-    """Raise UserError for a yes/no option in the spelling of earlier versions, "--static-pairs no".
-
-    The message names the new spelling.
-    """
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    for flag, value in pairwise(words):
-        if flag in SWITCHES and value in ("yes", "no"):
-            raise UserError(
-                f"{flag} {value} is an old spelling: write {flag if value == 'yes' else '--no-' + flag[2:]}"
-            )
