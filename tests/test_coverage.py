@@ -1,7 +1,6 @@
 """Missing videos, empty classes and --max-missing, in a catalog and in eval.py and train.py."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from helpers import make_list, touch
@@ -10,7 +9,7 @@ from dclr.commands import evaluate as evaluation
 from dclr.commands import train
 from dclr.config import DataConfig
 from dclr.data import verification
-from dclr.data.check import check, describe_faults
+from dclr.data.check import check
 from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import open_catalog
 from dclr.data.pack import pack
@@ -152,14 +151,6 @@ def test_finetuning_warns_of_a_class_without_train_videos_and_accuracy_too(train
     assert warning in capsys.readouterr().err
     evaluation.main(["accuracy", "--data", str(data), "--checkpoint", str(tmp_path / "run"), "--workers", "0"])
     assert warning in capsys.readouterr().err
-
-
-def test_missing_videos_of_an_old_store_have_no_split_and_are_reported(tmp_path):
-    catalog = open_catalog(make_list(tmp_path / "data", train=[*TRAIN, ("lost.mp4", 0)]))
-    old = replace(catalog, missing={"": catalog.missing["train"]})
-    coverage(old, "train", {}).check(0)
-    line = "1 listed videos are not on disk; the store is of an older version and does not know their split"
-    assert describe_faults(old, {}) == [f"warning: {line}"]
 
 
 @pytest.mark.parametrize("command", ["retrieval", "maps"])

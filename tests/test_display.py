@@ -19,8 +19,6 @@ from dclr.data import augmentation, check, decode, pack
 from dclr.data.datasets import open_data
 from dclr.data.display import AS_CODED, Display, collect_displays, orientation_of, shown, turned, turned_back
 from dclr.data.samples import PairSamples, TestClips, stack_frames
-from dclr.data.store import load_index
-from dclr.data.store_files import INDEX, load_arrays, save_arrays
 from dclr.data.videos import VideoSet, open_videos
 from dclr.evaluation import composites, view_sheet
 from dclr.evaluation.retrieval import middle_frame
@@ -260,11 +258,6 @@ def test_a_store_keeps_how_videos_are_shown(folder: Path, tmp_path: Path, compac
         frames = videos.read(index, np.array([5]))
         assert frames.display == Display(index)
         assert sorted(frames.y.shape[1:]) == [32, 42]
-    # A store from before rotation was known has no such arrays. Its frames are shown as coded.
-    index, _ = load_arrays(store / INDEX)
-    save_arrays(store / INDEX, {k: v for k, v in index.items() if k not in ("displays", "oblique", "interlaced")})
-    assert (load_index(store)["displays"] == AS_CODED).all()
-    assert opened(store).read(1, np.array([5])).display == AS_CODED
 
 
 def test_a_stored_size_is_that_of_the_shown_frame() -> None:

@@ -26,6 +26,7 @@ from dclr.data.catalog import (
 from dclr.data.check import check, describe_catalog
 from dclr.data.coverage import coverage
 from dclr.data.datasets import open_catalog
+from dclr.data.display import AS_CODED
 from dclr.data.pack import pack
 from dclr.data.string_array import pack_strings
 from dclr.data.tree import BROKEN, EMPTY, HIDDEN, LISTS, PICTURES, TWICE, Tree, open_unknown, read_tree
@@ -86,24 +87,23 @@ def test_a_class_name_cannot_break_the_table_of_check(tmp_path: Path) -> None:
     assert any("new\\nline" in line for line in describe_catalog(catalog))
 
 
-def pack_lists(catalog: Catalog, folder: Path, leave_out: tuple[str, ...] = (), **changed: np.ndarray) -> Path:
+def pack_lists(catalog: Catalog, folder: Path, **changed: np.ndarray) -> Path:
     """Write the index of a packed store with this catalog and no readable video."""
     folder.mkdir()
-    lists = {name: array for name, array in catalog_arrays({1: catalog}).items() if name not in leave_out}
     nothing = np.zeros(1, np.int64)
     index = {
         "version": np.array(store_files.VERSION),
         "compact": np.array(True),
         "short_side": np.array(128),
         "source": pack_strings(["videos"]),
-        **lists,
+        **catalog_arrays({1: catalog}),
         "reasons": pack_strings(["not packed"]),
         "stamps": np.zeros((1, 2), np.int64),
+        "displays": np.array([AS_CODED], np.int64),
         **dict.fromkeys(("frames", "heights", "widths", "sizes", "offsets"), nothing),
         "shards": nothing - 1,
         "crc32": nothing.astype(np.uint32),
-        "bt709": nothing.astype(bool),
-        "full_range": nothing.astype(bool),
+        **dict.fromkeys(("bt709", "full_range", "oblique", "interlaced"), nothing.astype(bool)),
         **changed,
     }
     store_files.save_arrays(folder / store_files.INDEX, index)
@@ -115,12 +115,6 @@ def test_a_store_says_how_its_videos_were_read(tmp_path: Path) -> None:
     packed = open_catalog(pack_lists(catalog, tmp_path / "store"))
     assert describe_reading(packed) == describe_reading(catalog)
     assert describe_warnings(packed) == describe_warnings(catalog)
-
-
-def test_a_store_of_an_older_version_says_nothing(tmp_path: Path) -> None:
-    catalog = read_oddly(tmp_path / "data")
-    packed = open_catalog(pack_lists(catalog, tmp_path / "store", leave_out=store_files.READING))
-    assert (packed.recognised, packed.unused, packed.warnings) == ((), {}, ())
 
 
 @pytest.mark.parametrize("name", store_files.READING)

@@ -22,7 +22,7 @@ from dclr.data import pack, store, store_files, string_array
 from dclr.data.datasets import open_catalog
 from dclr.data.decode import UnreadableVideo, empty_planes
 from dclr.data.encode import write_video
-from dclr.data.store import Selection, Store
+from dclr.data.store import Selection, Store, load_index
 from dclr.data.store_files import load_arrays, save_arrays
 from dclr.data.videos import open_videos
 from dclr.errors import UserError
@@ -495,6 +495,18 @@ MISSING = {"missing_split": np.array([0]), "missing_label": np.array([-1])}
 )
 def test_an_index_that_says_what_cannot_be_is_refused_by_the_array(spoiled, changed, message):
     assert spoil(spoiled / "planes", **changed) == message
+
+
+@pytest.mark.parametrize("file", [store_files.INDEX, store_files.PLAN])
+def test_a_store_that_lacks_an_array_is_refused_in_one_line(spoiled, file):
+    folder = spoiled / "planes"
+    arrays, _ = load_arrays(folder / file)
+    (folder / store_files.INDEX).unlink()  # then the plan is read
+    for lacking in arrays.keys() - {"version"}:
+        save_arrays(folder / file, {name: array for name, array in arrays.items() if name != lacking})
+        message = rf"/{file} cannot be used: {lacking} must be an array of \w+; delete it and pack again$"
+        with pytest.raises(UserError, match=message):
+            load_index(folder)
 
 
 def test_a_small_video_of_more_frames_than_bytes_is_refused(spoiled):

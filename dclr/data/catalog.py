@@ -61,8 +61,7 @@ class Catalog:
     """Videos by "train", "test" and "val". Only splits with videos are here. A data set without splits is all "train".
     If there is "val" and no "test", then "test" has the same videos as "val"."""
     missing: dict[str, tuple[Video, ...]] = field(default_factory=dict)
-    """The videos that the lists name and the disk does not hold, by split. Stores of older versions do not know the
-    split: their missing videos have the split "" and no label."""
+    """The videos that the lists name and the disk does not hold, by split."""
     recognised: tuple[str, ...] = ()
     """Lines that say how the data set was read, such as which columns of a list were taken for what."""
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -271,8 +270,6 @@ def _reading_arrays(catalogs: dict[int, Catalog]) -> Arrays:
 
 def _lines_of(index: Arrays, name: str, split: int) -> tuple[str, ...]:
     """Return the strings of a store's array that belong to one number of the official split."""
-    if name not in index:
-        return ()
     lines = zip(unpack_strings(index[name]), index[f"{name}_number"].tolist(), strict=True)
     return tuple(line for line, number in lines if number == split)
 
@@ -280,11 +277,10 @@ def _lines_of(index: Arrays, name: str, split: int) -> tuple[str, ...]:
 def _unused_of(index: Arrays, split: int) -> dict[str, tuple[str, ...]]:
     """Return reason -> paths of a store's unused files, for one number of the official split."""
     unused: dict[str, list[str]] = {}
-    if "unused" in index:
-        columns = (unpack_strings(index["unused"]), unpack_strings(index["unused_reason"]))
-        for path, reason, number in zip(*columns, index["unused_number"].tolist(), strict=True):
-            if number == split:
-                unused.setdefault(reason, []).append(path)
+    columns = (unpack_strings(index["unused"]), unpack_strings(index["unused_reason"]))
+    for path, reason, number in zip(*columns, index["unused_number"].tolist(), strict=True):
+        if number == split:
+            unused.setdefault(reason, []).append(path)
     return {reason: tuple(paths) for reason, paths in unused.items()}
 
 
@@ -307,10 +303,8 @@ def catalog_of_store(folder: Path, split: int) -> Catalog:
     missing: dict[str, list[Video]] = {}
     for entry, path in enumerate(unpack_strings(index["missing"])):
         if index["missing_number"][entry] == split:
-            known = "missing_split" in index
-            name = SPLITS[index["missing_split"][entry]] if known else ""
-            label = int(index["missing_label"][entry]) if known else -1
-            missing.setdefault(name, []).append(Video(path=path, label=label))
+            video = Video(path=path, label=int(index["missing_label"][entry]))
+            missing.setdefault(SPLITS[index["missing_split"][entry]], []).append(video)
     return Catalog(
         root=folder,
         layout=f"{layout} (packed)",

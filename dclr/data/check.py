@@ -9,7 +9,7 @@ import numpy as np
 
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, Video, describe_reading
-from dclr.data.coverage import class_warnings, coverage, missing_of_unknown_split
+from dclr.data.coverage import class_warnings, coverage
 from dclr.data.datasets import make_demo, open_data
 from dclr.data.display import Displays
 from dclr.data.duplicates import find_duplicates
@@ -206,9 +206,8 @@ def name_first(videos: Mapping[str, str]) -> list[str]:
 def describe_faults(catalog: Catalog, unreadable: Mapping[str, str]) -> list[str]:
     """Return a line for each fault that harms training or figures: missing videos, empty classes and duplicates."""
     gaps = [coverage(catalog, split, unreadable).sentence() for split in catalog.splits]
-    gaps += missing_of_unknown_split(catalog)
-    gaps += catalog.warnings
-    lines = [*filter(None, gaps), *class_warnings(catalog), *find_duplicates(catalog, unreadable).lines()]
+    lines = [*filter(None, gaps), *catalog.warnings, *class_warnings(catalog)]
+    lines += find_duplicates(catalog, unreadable).lines()
     return [f"warning: {printable(line)}" for line in lines]
 
 

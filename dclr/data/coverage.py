@@ -100,14 +100,6 @@ def coverage(catalog: Catalog, split: str, unreadable: Mapping[str, str]) -> Cov
     )
 
 
-def missing_of_unknown_split(catalog: Catalog) -> list[str]:
-    """Return a line about missing videos whose split is not known. Only packed stores of older versions have them."""
-    count = len(catalog.missing.get("", ()))
-    if not count:
-        return []
-    return [f"{count} listed videos are not on disk; the store is of an older version and does not know their split"]
-
-
 def class_warnings(catalog: Catalog) -> list[str]:
     """Return lines about classes that have test videos but no training videos, which no classifier can learn."""
     if not catalog.classes or not {"train", "test"} <= catalog.splits.keys():

@@ -52,9 +52,9 @@ def splits_of(catalog: Catalog) -> dict[str, str]:
 
 
 def _once(splits: dict[str, tuple[Video, ...]]) -> tuple[Video, ...]:
-    """Return each video of the splits once. Stores of older versions have missing videos of the split ""."""
+    """Return each video of the splits once."""
     found: dict[str, Video] = {}
-    for split in (*SPLITS, ""):
+    for split in SPLITS:
         for video in splits.get(split, ()):
             found.setdefault(video.path, video)
     return tuple(found.values())

@@ -343,7 +343,7 @@ def difference_of(before: Arrays, now: Arrays) -> str:
     if not all(np.array_equal(before[name], now[name]) for name in lists):
         return "other lists of classes or splits"
     ignored = {"source", *store_files.READING}
-    if not all(np.array_equal(before[name], now[name]) for name in now if name in before and name not in ignored):
+    if not all(np.array_equal(before[name], now[name]) for name in now if name not in ignored):
         return "another division into shards"
     return ""
 

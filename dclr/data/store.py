@@ -18,7 +18,7 @@ import numpy as np
 
 from dclr.data import decode
 from dclr.data.decode import Planes, UnreadableVideo, YuvFrames, check_frame_numbers, empty_planes
-from dclr.data.display import AS_CODED, Displays
+from dclr.data.display import Displays
 from dclr.data.encode import compact_record
 from dclr.data.remote import Missing, RemoteFolder, RemotePath, RemoteVideos
 from dclr.data.store_files import (
@@ -221,7 +221,6 @@ def load_index(folder: Path) -> Arrays:
     else:
         plan, _ = load_plan(folder)
         raise UserError(f"{folder} is an unfinished store: run `{pack_command(folder, plan)}` to finish it")
-    index = with_displays(index)
     check_index(folder / INDEX, index)
     return index
 
@@ -240,19 +239,8 @@ def _fetch_index(folder: RemotePath) -> bytes:
 def load_plan(folder: Path) -> tuple[Arrays, bytes]:
     """Read and validate the plan. Returns the plan and its digest. Raises UserError as `load_index` does."""
     plan, digest = load_arrays(folder / PLAN)
-    plan = with_displays(plan)
     check_plan(folder / PLAN, plan)
     return plan, digest
-
-
-def with_displays(index: Arrays) -> Arrays:
-    """Return a plan or an index with the arrays of `Displays`.
-
-    Early stores of version 1 do not have these arrays. Their videos are shown as coded.
-    """
-    videos = len(index.get("frames", ()))
-    no = np.zeros(videos, dtype=bool)
-    return {"displays": np.tile(np.array(AS_CODED, np.int64), (videos, 1)), "oblique": no, "interlaced": no, **index}
 
 
 def open_store(folder: Path, index: Arrays) -> Store:

@@ -42,7 +42,7 @@ READING = (
     "unused_reason",
     "unused_number",
 )
-"""The arrays that say how the data set was read. Stores of older versions have none of them."""
+"""The arrays that say how the data set was read."""
 
 MAX_FILE, MAX_FRAMES, MAX_SIDE, MAX_BYTES = 2**30, 2**24, 2**14, 2**50
 """Largest file of arrays in bytes (Kinetics-400's index takes 60 MB), frames of a video, pixels of a side, and bytes of

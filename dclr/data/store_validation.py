@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dclr.data.display import are_displays
-from dclr.data.store_files import MAX_BYTES, MAX_FRAMES, MAX_SIDE, READING, Arrays, frame_bytes
+from dclr.data.store_files import MAX_BYTES, MAX_FRAMES, MAX_SIDE, Arrays, frame_bytes
 from dclr.data.string_array import unpack_strings
 from dclr.errors import UserError
 
@@ -57,14 +57,11 @@ def _check_lists(path: Path, index: Arrays) -> None:
     numbers, classes, videos = index["numbers"], len(unpack_strings(index["classes"])), len(index["frames"])
     entries, missing = index["entry_row"].shape, index["missing_number"].shape
     _check_columns(path, index, entries, int64=["entry_number", "entry_split", "entry_label"], strings=["entry_group"])
-    _check_columns(path, index, missing, strings=["missing"])
-    if "missing_split" in index:  # stores of older versions have neither
-        _check_columns(path, index, missing, int64=["missing_split", "missing_label"])
-    if any(name in index for name in READING):
-        _check_columns(path, index, (None,), int64=["recognised_number", "warnings_number", "unused_number"])
-        for name in ("recognised", "warnings", "unused"):
-            _check_columns(path, index, index[f"{name}_number"].shape, strings=[name])
-        _check_columns(path, index, index["unused_number"].shape, strings=["unused_reason"])
+    _check_columns(path, index, missing, int64=["missing_split", "missing_label"], strings=["missing"])
+    _check_columns(path, index, (None,), int64=["recognised_number", "warnings_number", "unused_number"])
+    for name in ("recognised", "warnings", "unused"):
+        _check_columns(path, index, index[f"{name}_number"].shape, strings=[name])
+    _check_columns(path, index, index["unused_number"].shape, strings=["unused_reason"])
     by_video = ["heights", "widths", "sizes", "shards", "offsets"]
     _check_columns(path, index, (videos,), int64=by_video, strings=["paths", "reasons"])
     _check_columns(path, index, (videos,), bool=["oblique", "interlaced"])
@@ -73,14 +70,13 @@ def _check_lists(path: Path, index: Arrays) -> None:
 
     paths, shards, stored = unpack_strings(index["paths"]), index["shards"], index["shards"] >= 0
     short_sides = np.minimum(index["heights"], index["widths"])
-    no_entries = np.empty(0, dtype=np.int64)
     least = stored.astype(np.int64)  # a video that is in no shard has no frames and no size
     for name, right, rule in (
         ("numbers", numbers >= 0, "0 or more"),
         ("numbers", 0 < len(numbers) == len(set(numbers.tolist())), "at least one, and each different"),
         ("missing_number", np.isin(index["missing_number"], numbers), "one of the numbers"),
-        ("missing_split", _between(index.get("missing_split", no_entries), 0, 2), "0 to 2"),
-        ("missing_label", _between(index.get("missing_label", no_entries), -1, classes - 1), f"-1 to {classes - 1}"),
+        ("missing_split", _between(index["missing_split"], 0, 2), "0 to 2"),
+        ("missing_label", _between(index["missing_label"], -1, classes - 1), f"-1 to {classes - 1}"),
         ("entry_number", np.isin(index["entry_number"], numbers), "one of the numbers"),
         ("entry_split", _between(index["entry_split"], 0, 2), "0 to 2"),
         ("entry_row", _between(index["entry_row"], 0, videos - 1), f"0 to {videos - 1}"),

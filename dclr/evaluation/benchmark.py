@@ -8,7 +8,7 @@ from typing import Any
 from dclr import distributed
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog, describe_reading, reading_entry
-from dclr.data.coverage import Coverage, class_warnings, coverage, missing_of_unknown_split
+from dclr.data.coverage import Coverage, class_warnings, coverage
 from dclr.data.duplicates import find_duplicates
 from dclr.data.videos import VideoSet
 from dclr.errors import printable
@@ -60,8 +60,7 @@ class Benchmark:
     def gaps(self) -> list[str]:
         """Return one line for each split of which the figures do not cover all listed videos and classes."""
         sentences = [split.sentence() for split in self.check()]
-        gaps = [f"these figures are of {sentence}" for sentence in sentences if sentence]
-        return [*gaps, *missing_of_unknown_split(self.catalog)]
+        return [f"these figures are of {sentence}" for sentence in sentences if sentence]
 
     def title(self, checkpoint: Path, finding: str, videos: str, *more: str) -> str:
         """Return the title of a picture: a line for the checkpoint, one for the data set, others, and one for each gap.
