@@ -13,7 +13,7 @@ import numpy as np
 from dclr.data.decode import MOST_PIXELS, VideoRecord
 from dclr.data.display import Displays, are_displays
 from dclr.data.file_content import DIGEST_BYTES
-from dclr.data.records import RaggedArray, Records, collect_records, find_runs
+from dclr.data.records import RaggedArray, Records, collect_records
 from dclr.data.string_array import pack_strings, unpack_strings
 from dclr.files import atomic_file
 
@@ -21,9 +21,6 @@ Arrays = dict[str, np.ndarray]
 
 _VERSION = 6
 """Version of the file's format and of what `verify_video` finds: raise it when either changes."""
-
-_FULL_TIMESTAMPS = 5
-"""The previous version, which can still be read. It has a difference for each timestamp, and no digests."""
 
 _COLUMNS = ("paths", "stamps", "readable", "reasons", "digests")
 """The arrays of Findings."""
@@ -153,9 +150,7 @@ def load_findings(file: Path, warn: bool = True) -> Findings:
         with np.load(file, allow_pickle=False) as opened:
             arrays = {name: opened[name] for name in opened.files}
         version = int(arrays.pop("version"))
-        if version == _FULL_TIMESTAMPS:
-            arrays = _with_runs(arrays)
-        elif version != _VERSION:
+        if version != _VERSION:
             raise ValueError(f"it is of version {version}, not {_VERSION}")
         _check_numbers(arrays)
         return Findings(**{name: arrays[name] for name in _COLUMNS}, records=_records(arrays))
@@ -188,25 +183,6 @@ def _records(arrays: Arrays) -> Records:
         pts_runs=RaggedArray(arrays["pts_runs"], arrays["pts_run_counts"]),
         keyframes=RaggedArray(arrays["keyframes"], arrays["keyframe_counts"]),
     )
-
-
-def _with_runs(arrays: Arrays) -> Arrays:
-    """Return the arrays of a file of the previous version in the form of this version."""
-    frames, steps, readable = arrays["frames"], arrays.pop("pts_steps"), arrays["readable"].tolist()
-    fit = all((arrays[name] == arrays[name].astype(np.int32)).all() for name in ("sizes", "keyframes"))
-    if not (fit and steps.dtype == np.int64 and (frames > 0).all() and frames.sum() == len(steps)):
-        raise ValueError("its numbers contradict each other")
-    runs = find_runs(steps, frames)
-    texts = list(zip(unpack_strings(arrays["reasons"]), readable, strict=True))
-    return arrays | {
-        "pts_runs": runs.values,
-        "pts_run_counts": runs.lengths,
-        "reasons": pack_strings(text for text, is_readable in texts if not is_readable),
-        "damages": pack_strings(text for text, is_readable in texts if is_readable),
-        "digests": np.zeros((len(readable), DIGEST_BYTES), np.uint8),
-        "sizes": arrays["sizes"].astype(np.int32),
-        "keyframes": arrays["keyframes"].astype(np.int32),
-    }
 
 
 def _check_numbers(arrays: Arrays) -> None:

@@ -148,7 +148,7 @@ def collect_records(records: Iterable[VideoRecord]) -> Records:
         frames=frames,
         declared=np.array([record.declared for record in records], np.int64),
         sizes=np.array([(record.height, record.width) for record in records], np.int32).reshape(-1, 2),
-        pts_runs=find_runs(np.concatenate([np.empty(0, np.int64), *steps]), frames),
+        pts_runs=_find_runs(np.concatenate([np.empty(0, np.int64), *steps]), frames),
         keyframes=collect_arrays((record.keyframes for record in records), np.int32),
         seekable=np.array([record.seekable for record in records], bool),
         skippable=np.array([record.skippable for record in records], bool),
@@ -159,7 +159,7 @@ def collect_records(records: Iterable[VideoRecord]) -> Records:
     )
 
 
-def find_runs(steps: np.ndarray, frames: np.ndarray) -> RaggedArray:
+def _find_runs(steps: np.ndarray, frames: np.ndarray) -> RaggedArray:
     """Return the runs of equal numbers of each video.
 
     Args:
