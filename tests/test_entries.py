@@ -131,36 +131,29 @@ def test_the_run_starts_and_resumes_from_other_folders(
     assert numbers(first / "runs" / "b") == numbers(first / "runs" / "a")[:4]
 
 
-@pytest.mark.parametrize("where", ["in the working folder", "above the run", "nowhere"])
-def test_a_run_of_an_earlier_version_finds_its_data_set_or_says_where_it_looked(
-    train_main, tiny_pretrain, demo_videos, tmp_path, monkeypatch, where
+@pytest.mark.parametrize("moved", ["to the working folder", "elsewhere"])
+def test_a_run_whose_data_set_was_moved_finds_it_or_says_where_it_looked(
+    train_main, tiny_pretrain, demo_videos, tmp_path, monkeypatch, moved
 ):
-    """The config.json does not say where the run was started."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
     monkeypatch.chdir(first)
     (first / "videos").symlink_to(demo_videos)
     train_main(**{**tiny_pretrain, "data": "videos", "epochs": 1, "out": "runs/a"})
-    config = first / "runs" / "a" / "config.json"
-    old = json.loads(config.read_text())
-    del old["started_in"]
-    config.write_text(json.dumps(old))
+    run = first / "runs" / "a"
     monkeypatch.chdir(second)
-    if where != "above the run":
-        (first / "videos").rename((second if where == "in the working folder" else tmp_path) / "gone")
-        if where == "in the working folder":
-            (second / "gone").rename(second / "videos")
-    if where == "nowhere":
-        message = refused(train_main, resume=first / "runs" / "a", epochs=2)
-        assert message == (
-            f"--resume {first / 'runs' / 'a'}: its data set, videos, is neither in the folder that the run was started "
-            f"in, nor in {second}, nor next to the run: give --data"
-        )
-        train_main(resume=first / "runs" / "a", epochs=2, data=tmp_path / "gone")
+    if moved == "to the working folder":
+        (first / "videos").rename(second / "videos")
+        train_main(resume=run, epochs=2)
     else:
-        train_main(resume=first / "runs" / "a", epochs=2)
-    assert len(numbers(first / "runs" / "a")) == 8
+        (first / "videos").rename(tmp_path / "gone")
+        assert refused(train_main, resume=run, epochs=2) == (
+            f"--resume {run}: its data set, videos, is neither in the folder that the run was started in, nor in "
+            f"{second}: give --data"
+        )
+        train_main(resume=run, epochs=2, data=tmp_path / "gone")
+    assert len(numbers(run)) == 8
 
 
 def test_the_program_runs_from_another_folder_and_takes_the_rank_of_other_launchers(

@@ -314,7 +314,7 @@ def resolve_resumed(
     if "data" not in flags and data and not configuration.is_url(data) and not os.path.exists(data):
         raise UserError(
             f"--resume {folder}: its data set, {data}, is neither in the folder that the run was started in, "
-            f"nor in {Path.cwd()}, nor next to the run: give --data"
+            f"nor in {Path.cwd()}: give --data"
         )
     return configuration.resolve(command, preset_of_run, flags, resumed={**stored, "out": str(folder)}), preset_of_run
 

@@ -32,7 +32,7 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         command, preset = str(stored.pop("command")), str(stored.pop("preset"))
-        started_in = str(stored.pop("started_in", ""))
+        started_in = Path(stored.pop("started_in", ""))  # the file next to published weights has none, and no paths
         values = {name: value for group in stored.values() for name, value in group.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds its config.json") from None
@@ -42,7 +42,7 @@ def read_config(path: Path) -> tuple[str, str, dict[str, Any]]:
     if "optim" in stored:
         values = {**_OF_EARLIER_VERSIONS.get(command, {}), **values}
     for name in PATHS & values.keys():
-        values[name] = _find(values[name], started_in, path)
+        values[name] = _find(values[name], started_in)
     return command, preset, values
 
 
@@ -57,17 +57,15 @@ PATHS = {"data", "pretrained", "init", "ds_config"}
 """Settings that are paths of files that a run reads."""
 
 
-def _find(value: str, started_in: str, config: Path) -> str:
+def _find(value: str, started_in: Path) -> str:
     """Return a path of a config.json, absolute if it does not hold in the working folder.
 
-    A relative path is looked for where the run was started, then in the working folder. The configurations of earlier
-    versions do not say where the run was started. For them, the path is looked for in the working folder, then in the
-    run's folder and the two folders above it: most runs are in runs/NAME.
+    A relative path is looked for where the run was started, then in the working folder.
     """
     if not value or Path(value).is_absolute() or is_url(value):
         return value
     here = Path.cwd()
-    for folder in [Path(started_in), here] if started_in else [here, *config.resolve().parents[:3]]:
+    for folder in (started_in, here):
         # Unlike Path.exists, this is False for a folder without permission.
         if os.path.exists(folder / value):
             return value if folder == here else str(folder / value)

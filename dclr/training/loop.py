@@ -126,7 +126,7 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
     if run.main:
         failures.reasons, failures.count = state["failures"]
     engine.train()
-    began = time.monotonic() - max(state["seconds"], 0.0)  # negative after a clock change, in runs of earlier versions
+    began = time.monotonic() - state["seconds"]
 
     with StopRequest() as request, log or nullcontext():
         for step in range(start, sampler.stop):
