@@ -16,8 +16,9 @@ from PIL import Image
 
 from dclr.commands import evaluate as evaluation
 from dclr.commands import train
+from dclr.commands.launcher import print_error
 from dclr.data.encode import write_video
-from dclr.errors import UserError
+from dclr.errors import NotConnected, UserError
 from dclr.models import build_backbone, load_backbone, load_pretrained, save_backbone
 
 
@@ -189,24 +190,17 @@ def test_a_wrong_input_under_the_launcher_exits_with_status_2_and_one_line_for_a
     assert "Traceback" not in output
 
 
-def test_ranks_other_than_0_wait_before_they_print_an_error(monkeypatch, capsys):
+@pytest.mark.parametrize("program", ["train", "eval"])
+@pytest.mark.parametrize(("kind", "waits"), [(UserError, 30), (NotConnected, 5)])
+def test_ranks_other_than_0_wait_before_they_print_an_error(program, kind, waits, monkeypatch, capsys):
     """A launcher ends all processes at the first exit. Before rank 0 has printed, the user would see no message."""
-    printed_before_waiting = []
-    monkeypatch.setattr("time.sleep", lambda seconds: printed_before_waiting.append(capsys.readouterr().err))
-    for rank, waits in (("0", 0), ("1", 1)):
+    waited = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    for rank, expected in (("0", []), ("1", [(waits, "")])):
         monkeypatch.setenv("RANK", rank)
-        train.refuse(UserError("a line"))
-        assert capsys.readouterr().err == "train.py: error: a line\n"
-        assert printed_before_waiting == [""] * waits
-    monkeypatch.setattr("sys.argv", ["eval.py", "export", "--checkpoint", "run", "--format", "onnx", "--out", "a.onnx"])
-    two_ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in two_ranks.items():
-        monkeypatch.setenv(name, value)
-    for rank, waits in (("0", 1), ("1", 2)):
-        monkeypatch.setenv("RANK", rank)
-        assert evaluation.start() == 2
-        assert capsys.readouterr().err.startswith("eval.py: error: eval.py export runs in one process, but 2 were ")
-        assert printed_before_waiting == [""] * waits
+        print_error(program, kind("a line"))
+        assert capsys.readouterr().err == f"{program}.py: error: a line\n"
+        assert waited == expected
 
 
 # ---------------------------------------------------------------- in this process

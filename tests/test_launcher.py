@@ -166,7 +166,6 @@ def test_ports_are_below_those_of_outgoing_connections_and_differ_between_runs()
 def test_both_programs_refuse_wrong_variables_in_one_line_with_status_2(monkeypatch, capsys, program):
     monkeypatch.setenv("RANK", "zero")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("dclr.commands.evaluate.RANK_WAIT_S", 0.0)
     monkeypatch.setattr("dclr.progress.protect_output", lambda: None)
     assert program.start() == 2
     (line,) = capsys.readouterr().err.splitlines()

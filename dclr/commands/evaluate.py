@@ -47,7 +47,7 @@ import torch
 from dclr import config as configuration
 from dclr import hub, programs, progress
 from dclr.commands import export, features, predict, run_report, search
-from dclr.commands.launcher import join_launch, require_one_process
+from dclr.commands.launcher import join_launch, print_error, require_one_process
 from dclr.commands.ranks import connected_ranks
 from dclr.errors import UserError
 from dclr.models.pretrained import stated_settings
@@ -73,11 +73,6 @@ USES: dict[str, ModuleType] = {
 """Commands that use a checkpoint or look at a run instead of measuring it. Each is a module of this package with
 DESCRIPTION, add_flags(parser) and run(flags). `flags` holds the parsed flags, but no setting of DataConfig that was not
 given."""
-
-
-RANK_WAIT_S = 30.0
-"""Seconds that a process other than 0 waits before it prints an error and ends. A launcher ends all processes when the
-first one ends. Process 0 must print its line before that, and one line is enough."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -368,9 +363,7 @@ def start() -> int:
         join_launch(os.environ, os.isatty(0))
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(RANK_WAIT_S)
-        print(f"{programs.name_of('eval')}: error: {programs.with_names(str(error))}", file=sys.stderr)
+        print_error("eval", error)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -6,10 +6,14 @@ what a user can expect of each launcher, and why.
 """
 
 import re
+import sys
+import time
 import zlib
 from collections.abc import Mapping, MutableMapping
 
-from dclr.errors import UserError
+from dclr import programs
+from dclr.distributed import launched_rank
+from dclr.errors import NotConnected, UserError
 
 SIZES_OF_OTHERS = ("PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
 """Variables by which launchers that are not supported name the number of their processes: MPICH and Intel MPI, MVAPICH,
@@ -58,6 +62,17 @@ def require_one_process(environment: Mapping[str, str], command: str) -> None:
             f"{command} runs in one process, but {processes} were started: start it without deepspeed, torchrun and "
             "mpirun, and with --ntasks=1 under srun"
         )
+
+
+def print_error(program: str, error: UserError) -> None:
+    """Print the error of "train" or "eval" in one line. Ranks other than 0 wait first: 30 s, or 5 s if not connected.
+
+    A launcher ends all processes when the first one exits. Rank 0 must print its line before that, and one line is
+    enough. A rank that is still alive after the wait has an error that rank 0 does not have.
+    """
+    if launched_rank() > 0:
+        time.sleep(5 if isinstance(error, NotConnected) else 30)
+    print(f"{programs.name_of(program)}: error: {programs.with_names(str(error))}", file=sys.stderr)
 
 
 def ranks_of_mpirun(environment: Mapping[str, str]) -> dict[str, str]:

@@ -25,16 +25,15 @@ import argparse
 import importlib.util
 import os
 import sys
-import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from dclr import config as configuration
 from dclr import programs, progress
-from dclr.commands.launcher import join_launch, require_one_process
+from dclr.commands.launcher import join_launch, print_error, require_one_process
 from dclr.distributed import launched_rank
-from dclr.errors import NotConnected, UserError
+from dclr.errors import UserError
 from dclr.training import checkpoint, signals
 from dclr.training.split_folders import begun_splits, split_folder
 
@@ -339,17 +338,6 @@ def run_to_resume(resume: str | None, flags: dict[str, Any]) -> Path | None:
     return folder
 
 
-def refuse(error: UserError) -> None:
-    """Print the error in one line. Ranks other than 0 wait 30 seconds first, or 5 if the ranks are not connected.
-
-    A launcher ends all processes when the first one exits. Rank 0 must print its line before that, and one line is
-    enough. A rank that is still alive after the wait has an error that rank 0 does not have.
-    """
-    if launched_rank() > 0:
-        time.sleep(5 if isinstance(error, NotConnected) else 30)
-    print(f"{programs.name_of('train')}: error: {programs.with_names(str(error))}", file=sys.stderr)
-
-
 def run(arguments: list[str]) -> int:
     """Call `main` and return the exit status.
 
@@ -359,7 +347,7 @@ def run(arguments: list[str]) -> int:
         join_launch(os.environ, os.isatty(0))
         main(arguments)
     except UserError as error:
-        refuse(error)
+        print_error("train", error)
         return 2
     except signals.Stopped as stopped:
         if launched_rank() == 0:
