@@ -270,6 +270,22 @@ def check_lock(folder: Path) -> None:
             lock.check()
 
 
+@contextmanager
+def writing_to_run(folder: Path) -> Iterator[None]:
+    """Write into a run's folder in the `with` block.
+
+    Raises UserError if the folder cannot be written, or if another process has taken it over.
+    """
+    check_lock(folder)
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}): free disk space or fix the folder's permissions, "
+            "then use --resume"
+        ) from None
+
+
 # ---------------------------------------------------------------- the file
 
 

@@ -3,8 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dclr.errors import UserError
 from dclr.files import atomic_write
-from dclr.lock import check_lock
+from dclr.lock import writing_to_run
 from dclr.progress import ProgressBar
 from dclr.report import json_numbers
 
@@ -28,7 +27,7 @@ class RunLog:
 
     def __init__(self, folder: Path, title: str, total_steps: int, start_step: int = 0) -> None:
         self._folder, self._lines = folder, folder / "metrics.jsonl"
-        with self._writing():
+        with writing_to_run(self._folder):
             kept = []
             if self._lines.exists():
                 kept = [
@@ -52,7 +51,7 @@ class RunLog:
 
     def write(self, step: int, metrics: dict[str, float], shown: dict[str, str]) -> None:
         """Write all `metrics` to the files, and show the texts `shown` on the progress bar."""
-        with self._writing():
+        with writing_to_run(self._folder):
             with self._lines.open("a") as file:
                 file.write(json.dumps({"step": step, **json_numbers(metrics)}) + "\n")
             for name, value in metrics.items():
@@ -61,7 +60,7 @@ class RunLog:
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Write an image, (H, W, 3) uint8, to TensorBoard."""
-        with self._writing():
+        with writing_to_run(self._folder):
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
@@ -69,25 +68,14 @@ class RunLog:
 
         A resumed run does not repeat the steps before its checkpoint, so their values must be in the file by then.
         """
-        with self._writing():
+        with writing_to_run(self._folder):
             self._board.flush()
 
     def close(self) -> None:
         """Close the progress bar and the files."""
         self._bar.close()
-        with self._writing():
+        with writing_to_run(self._folder):
             self._board.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        check_lock(self._folder)
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self._folder} ({error.strerror}): free disk space or fix the folder's permissions, "
-                "then continue with --resume"
-            ) from None
 
 
 def _step(line: str) -> float:

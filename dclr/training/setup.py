@@ -23,7 +23,7 @@ from dclr.data.prefetch import batches_on
 from dclr.data.samples import TrainSamples
 from dclr.data.videos import VideoSet
 from dclr.errors import UserError
-from dclr.lock import check_lock
+from dclr.lock import writing_to_run
 from dclr.methods import METHODS
 from dclr.models import Backbone, ClipFormat, backbone_without_memory, map_size
 from dclr.models.weights import metadata_of, stored_statistics
@@ -190,14 +190,8 @@ class Run:
         """
 
         def attempt() -> None:
-            check_lock(self.folder)
-            try:
+            with writing_to_run(self.folder):
                 work()
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to {self.folder} ({error.strerror}): free disk space or fix the folder's "
-                    "permissions, then use --resume"
-                ) from None
 
         distributed.on_rank_zero(attempt)
 
