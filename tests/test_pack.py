@@ -437,7 +437,7 @@ def test_a_video_that_fails_while_it_is_packed_is_named_and_listed_and_the_other
     assert shown.out.splitlines()[-1].startswith(f"packed 6 videos into {out}, ")
     opened = read_store(out)
     assert opened.unreadable == {bad: "frame 5 is corrupt"}
-    assert store_damage.damaged_shards(opened, 1, progress=False) == {}
+    assert store_damage.damaged_shards(opened, 1) == {}
     others = [path for path in VIDEOS if path != bad]
     for row in whole.rows_of(others):
         every = np.arange(whole.frames[row])

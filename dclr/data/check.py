@@ -61,7 +61,7 @@ def write_report(file: str, catalog: Catalog, unreadable: Mapping[str, str]) -> 
         raise UserError(f"--report {file} cannot be written: {error.strerror}") from None
 
 
-def check_store(catalog: Catalog, index: Arrays, workers: int, report: str = "") -> None:
+def check_store(catalog: Catalog, index: Arrays, workers: int, report: str) -> None:
     """Check every checksum of a packed store and print the findings. Raises UserError if shards are damaged."""
     store = open_store(catalog.root, index)
     damaged = damaged_shards(store, workers)

@@ -154,12 +154,12 @@ def _trajectory(name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     return y, x, radius, angle
 
 
-def _sprite(rng: np.random.Generator, resolution: int = 48) -> np.ndarray:
-    """Draw a sprite, (resolution, resolution, 4) float32 in [0, 1]: bright and dark patches of colour, and opacity.
+def _sprite(rng: np.random.Generator) -> np.ndarray:
+    """Draw a sprite, (48, 48, 4) float32 in [0, 1]: bright and dark patches of colour, and opacity.
 
     The shape is random between ellipse and rectangle. It is longer than wide, so that its rotation is visible.
     """
-    v, u = np.meshgrid(*[np.linspace(-1.15, 1.15, resolution)] * 2, indexing="ij")
+    v, u = np.meshgrid(*[np.linspace(-1.15, 1.15, 48)] * 2, indexing="ij")
     aspect = rng.uniform(1.25, 1.7)
     power = rng.uniform(2, 6)  # 2: ellipse; 6: nearly a rectangle
     distance = (np.abs(v) ** power + np.abs(u * aspect) ** power) ** (1 / power)

@@ -37,13 +37,13 @@ def check_sizes(store: Store) -> None:
             raise UserError(f"{shard} {fault}: see train.py check --data {store.folder}")
 
 
-def damaged_shards(store: Store, workers: int, progress: bool = True) -> dict[str, str]:
+def damaged_shards(store: Store, workers: int) -> dict[str, str]:
     """Read every byte of the store and return the name of each damaged shard -> what is wrong with it."""
     shards = rows_by_shard(store.shards)
     find = partial(_fault, store, unpack_strings(store.packed_paths))
     with (
         ThreadPoolExecutor(workers) as threads,  # checksums are computed without Python's lock
-        ProgressBar(len(shards), "checking shards", "shard", shown=progress) as bar,
+        ProgressBar(len(shards), "checking shards", "shard") as bar,
     ):
         damaged = {}
         for number, fault in enumerate(threads.map(find, range(len(shards)), shards)):

@@ -213,16 +213,15 @@ def embed_queries(
     Raises:
         UserError: a file cannot be read, or a query is neither a file nor a path in `source`.
     """
-    listed = source.paths if isinstance(source, FeatureTable) else paths_of(source)
+    if isinstance(source, FeatureTable):
+        listed = source.paths
+    else:
+        listed = [video.path for video in everything(source).videos(EVERYTHING)]
     files = [query for query in queries if os.path.exists(query)]
     for query in queries:
         if query not in files and query not in listed:
             raise UserError(f"--query {query}: no such file, and the searched videos do not have this path")
     return embed_files(files, pretrained, data, kind, device) if files else {}
-
-
-def paths_of(catalog: Catalog) -> list[str]:
-    return [video.path for video in everything(catalog).videos(EVERYTHING)]
 
 
 def embed_files(

@@ -181,12 +181,12 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
                 }
                 save(run, engine, done, progress, failures, mean_loss.take() if saves else None)
             if stops and done < sampler.stop:
-                run.finish_exchange()
+                run.exchange.finish()
                 raise Stopped(f"asked to stop: checkpoint written at step {done}; --resume {run.folder} continues it")
             if log:
                 log.advance()
 
-    run.finish_exchange()
+    run.exchange.finish()
     return Trained(last, guard.skipped, failures, began)
 
 

@@ -178,10 +178,6 @@ class Run:
             check_bad(self.videos, self.all_failures(failures)[0], self.config.data.max_bad)
         return asked > 0
 
-    def finish_exchange(self) -> None:
-        """Wait for the last exchange between ranks. Call it before the processes disconnect."""
-        self.exchange.finish()
-
     def write(self, work: Callable[[], None]) -> None:
         """Run `work`, which writes into the run's folder, on rank 0.
 
