@@ -132,19 +132,29 @@ def thinned(
     return [step for step, _ in means], [value for _, value in means]
 
 
+def logged_line(by_seed: Sequence[Sequence[dict[str, Any]]], name: str, minus: str = "") -> dict[str, Any] | None:
+    """Return the line of a logged number, or of `name` minus `minus`, at the steps at which all seeds have it.
+
+    `by_seed`: the lines of each seed's metrics.jsonl. Without such a step, the result is None.
+    """
+    names = {name, minus} - {""}
+    having = [[line for line in metrics if all(line.get(each) is not None for each in names)] for metrics in by_seed]
+    steps = set.intersection(*({line["step"] for line in metrics} for metrics in having))
+    if not steps:
+        return None
+    averaged = [thinned([line for line in metrics if line["step"] in steps], name, minus) for metrics in having]
+    return {"steps": averaged[0][0], "values": [values for _, values in averaged]}
+
+
 def logged_lines(
     folder: Path, methods: Sequence[str], seeds: range, name: str, minus: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """Return the line of a logged number for each method that logs it, at the steps at which all seeds have it."""
+    """Return the line of a logged number for each method that logs it."""
     lines = {}
     for method in methods:
         by_seed = [runs.metrics(folder / f"{folder_of(method)}-{seed}") for seed in seeds]
-        logged = [{line["step"] for line in metrics if line.get(name) is not None} for metrics in by_seed]
-        if steps := set.intersection(*logged):
-            averaged = [
-                thinned([line for line in metrics if line["step"] in steps], name, minus) for metrics in by_seed
-            ]
-            lines[method] = {"steps": averaged[0][0], "values": [values for _, values in averaged]}
+        if line := logged_line(by_seed, name, minus):
+            lines[method] = line
     return lines
 
 

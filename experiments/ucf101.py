@@ -168,23 +168,12 @@ def panels(plan: Plan) -> list[dict[str, Any]]:
 
 
 def logged_lines(plan: Plan, name: str, minus: str = "") -> dict[str, dict[str, Any]]:
-    """Return the line of a logged number, or of `name` minus `minus`, for each method that logs it.
-
-    A line has the steps in which the number is logged and finite for all seeds.
-    """
+    """Return the line of a logged number, or of `name` minus `minus`, for each method that logs it."""
     lines = {}
     for method in plan.methods:
-        by_seed = [
-            {
-                line["step"]: line
-                for line in runs.metrics(plan.run(method, seed))
-                if all(line.get(each) is not None for each in (name, minus) if each)
-            }
-            for seed in plan.seeds
-        ]
-        if shared := sorted(set.intersection(*map(set, by_seed))):
-            averaged = [controlled.thinned([metrics[step] for step in shared], name, minus) for metrics in by_seed]
-            lines[LABELS[method]] = {"steps": averaged[0][0], "values": [values for _, values in averaged]}
+        by_seed = [runs.metrics(plan.run(method, seed)) for seed in plan.seeds]
+        if line := controlled.logged_line(by_seed, name, minus):
+            lines[LABELS[method]] = line
     return lines
 
 
