@@ -192,22 +192,22 @@ def test_a_confusion_matrix_of_many_classes_still_fits(tmp_path):
         assert 1500 < image.height < 4000
 
 
-def test_a_retrieval_sheet_frames_right_neighbours_green_and_wrong_ones_red(tmp_path):
+def test_a_sheet_of_nearest_videos_frames_right_ones_green_and_wrong_ones_red(tmp_path):
     def frame(value):
         return np.full((24, 32, 3), value, np.uint8)
 
     rows = [
         (
             (frame((0, 0, 200)), "query: a"),
-            [(frame((90, 90, 90)), "a 0.9", True), (frame((120, 120, 120)), "b 0.5", False)],
+            [(frame((90, 90, 90)), "a 0.9", figures.RIGHT), (frame((120, 120, 120)), "b 0.5", figures.WRONG)],
         ),
-        ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", False)]),
+        ((frame((0, 0, 200)), "query: b"), [(frame((90, 90, 90)), "a 0.9", figures.WRONG)]),
     ]  # fmt: skip
-    figures.plot_retrieval_sheet(rows, "title", tmp_path / "retrieval.png")
+    figures.plot_search_sheet(rows, "title", tmp_path / "retrieval.png")
     pixels = np.asarray(Image.open(tmp_path / "retrieval.png").convert("RGB")).astype(int)
-    # 3 columns of 1.7 inches, 2 rows of 1.6 inches, the title and the legend, at 100 dots per inch.
-    assert pixels.shape[:2] in ((420, 510), (420, 509))  # matplotlib up to 3.10 rounds down
-    pixels, legend = np.split(pixels, [390])
+    # 3 columns of 1.7 inches, 2 rows of 1.75 inches, the title and the legend, at 100 dots per inch.
+    assert pixels.shape[:2] in ((450, 510), (450, 509))  # matplotlib up to 3.10 rounds down
+    pixels, legend = np.split(pixels, [420])
     height, width = pixels.shape[:2]
 
     def boxes(colour):

@@ -74,26 +74,6 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str
 
 
 @_names_as_text()
-def plot_retrieval_sheet(
-    rows: Sequence[tuple[tuple[np.ndarray, str], Sequence[tuple[np.ndarray, str, bool]]]], title: str, path: Path
-) -> None:
-    """Plot one query per row, followed by its nearest train videos.
-
-    Args:
-        rows: for each query its frame and caption, then for each neighbour, nearest first, its frame, its caption and
-            whether it has the query's class. A neighbour of the query's class gets a green border, any other a red one.
-            Frames are (H, W, 3) uint8.
-    """
-    columns = 1 + max(len(nearest) for _, nearest in rows)
-    figure, grid = _grid(len(rows), columns, (1.7, 1.6))
-    for line, ((frame, name), nearest) in zip(grid, rows, strict=True):
-        cells = [(frame, name, QUERY), *((frame, name, RIGHT if same else WRONG) for frame, name, same in nearest)]
-        for axes, (picture, caption, colour) in zip(line, cells, strict=False):
-            _bordered(axes, picture, caption, colour)
-    _finish(figure, title, path, _meanings_of({QUERY, RIGHT, WRONG}))
-
-
-@_names_as_text()
 def plot_search_sheet(
     blocks: Sequence[tuple[tuple[np.ndarray | None, str], Sequence[tuple[np.ndarray | None, str, str]]]],
     title: str,

@@ -237,12 +237,12 @@ def plot_sheet(
             (
                 middle_frame(gallery_videos, int(gallery.indices[g])),
                 f"{classes[gallery.labels[g]]} {similarity:.2f}",
-                int(gallery.labels[g]) == label,
+                figures.RIGHT if int(gallery.labels[g]) == label else figures.WRONG,
             )
             for g, similarity in zip(result.nearest[row][:SHEET_NEAREST], result.similarity[row], strict=False)
         ]
         rows.append(((middle_frame(query_videos, int(queries.indices[row])), f"query: {classes[label]}"), nearest))
-    figures.plot_retrieval_sheet(rows, title, path)
+    figures.plot_search_sheet(rows, title, path)
 
 
 def middle_frame(videos: VideoSet, index: int) -> np.ndarray:
