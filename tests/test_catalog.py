@@ -13,6 +13,7 @@ from helpers import touch, write_lines
 from dclr.data import store_files, string_array
 from dclr.data.catalog import Catalog, Video, catalog_arrays
 from dclr.data.datasets import official_splits, open_catalog
+from dclr.data.display import AS_CODED
 from dclr.errors import UserError
 
 
@@ -607,8 +608,8 @@ def through_a_store(catalogs: dict[int, Catalog], folder: Path) -> dict[int, Cat
         **dict.fromkeys(("frames", "heights", "widths", "sizes", "offsets"), nothing),
         "shards": nothing - 1,
         "crc32": nothing.astype(np.uint32),
-        "bt709": nothing.astype(bool),
-        "full_range": nothing.astype(bool),
+        **dict.fromkeys(("bt709", "full_range", "oblique", "interlaced"), nothing.astype(bool)),
+        "displays": np.array([AS_CODED] * videos, np.int64),
     }
     store_files.save_arrays(folder / store_files.INDEX, index)
     return {number: open_catalog(folder, number) for number in catalogs}
