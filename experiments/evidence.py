@@ -321,18 +321,18 @@ def environment_of(chains: Sequence[runs.Chain], taken: Result | None) -> dict[s
     `taken`: as in `publish`. Several values are joined by AND.
     """
     this, precisions = environment(here()), runs.precisions(chains)
-    runs_in = [report["environment"] for report in runs.reports(chains)]
+    environments = [report["environment"] for report in runs.reports(chains)]
     if taken:
-        runs_in.append(taken["environment"])
+        environments.append(taken["environment"])
         precisions |= set(taken["environment"].get("precision", NOT_RECORDED).split(AND))
 
     def joined(values: Iterable[str]) -> str:
         return AND.join(sorted({part for value in values for part in value.split(AND)}))
 
-    runs_in = runs_in or [this]
-    versions = {package: joined(each["versions"][package] for each in runs_in) for package in this["versions"]}
+    environments = environments or [this]
+    versions = {package: joined(each["versions"][package] for each in environments) for package in this["versions"]}
     return this | {
-        **{name: joined(each[name] for each in runs_in) for name in ("commit", "device", "python")},
+        **{name: joined(each[name] for each in environments) for name in ("commit", "device", "python")},
         "versions": versions,
         "precision": joined(precisions),
     }
