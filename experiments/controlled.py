@@ -261,9 +261,9 @@ def main(arguments: Sequence[str]) -> None:
     options, given = runs.parse(__doc__, arguments, more_flags)
     methods = [method for method in METHODS if method in given.methods]
     more_seeds = options.seeds.start > 0
-    taken = published(options) if given.with_published or more_seeds else None
-    if taken and more_seeds:
-        evidence.check_has_all_seeds(taken, [RANDOM, *methods])
+    taken = published(options) if options.with_published or more_seeds else None
+    if taken:
+        evidence.check_seeds(taken, [*(() if options.with_published else (RANDOM,)), *methods], options)
     by_motion, by_scene = controlled_set.stores(options)
     folder = options.work / "controlled"
     chains: list[Chain] = []
@@ -274,12 +274,12 @@ def main(arguments: Sequence[str]) -> None:
         ]
         if not taken:
             chains += labelled(folder, seed, by_motion, by_scene, options)
-        if not given.with_published:
+        if not options.with_published:
             chains += [controlled_set.random_probe(folder / f"random-{seed}", seed, by_motion)]
     runs.run(chains, options.parallel)
 
     own = rows_of_methods(folder, methods, options)
-    if not given.with_published:
+    if not options.with_published:
         own |= row_of_random_weights(folder, options)
     if not taken:
         rows = own | rows_of_references(folder, options)

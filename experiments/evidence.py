@@ -177,19 +177,22 @@ def published_file(name: str) -> Path:
 def published(name: str, recipe: dict[str, Any], options: runs.Options) -> Result:
     """Return the committed result, to which this run adds methods or seeds.
 
-    The result must have all seeds below the first one of `options`. If that is 0, it must have the same seeds.
+    With --with-published, the result must have all seeds of `options`. Otherwise it must have exactly the seeds below
+    them.
 
     Raises:
         UserError: there is no such result, or its device, its seeds or an entry of `recipe` differ.
     """
-    first, flag = options.seeds.start, flag_for_published(options)
-    seeds, file = range(first) if first else options.seeds, published_file(name)
+    flag, file = flag_for_published(options), published_file(name)
     try:
         result = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: {file} cannot be read ({error}); leave the flag out to run everything") from None
-    wanted = {"seeds": list(seeds), "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
-    found = {"seeds": result["seeds"], "device": result["environment"]["device"], **result["recipe"]}
+    has, needs = result["seeds"], list(range(options.seeds.stop if options.with_published else options.seeds.start))
+    if options.with_published and needs == has[: len(needs)]:
+        needs = has  # more seeds than needed
+    wanted = {"seeds": needs, "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
+    found = {"seeds": has, "device": result["environment"]["device"], **result["recipe"]}
     for setting, value in wanted.items():
         if found.get(setting) != value:
             raise UserError(
@@ -207,7 +210,7 @@ def with_more_seeds(before: Result, result: Result) -> Result:
 
 def flag_for_published(options: runs.Options) -> str:
     """Return the flag of the command line that asks for the published result, for error messages."""
-    return "--first-seed" if options.seeds.start else "--with-published"
+    return "--with-published" if options.with_published else "--first-seed"
 
 
 def check_flags(before: dict[str, list[str]], now: dict[str, list[str]], options: runs.Options) -> None:
@@ -218,12 +221,21 @@ def check_flags(before: dict[str, list[str]], now: dict[str, list[str]], options
             raise UserError(f"{flag}: the published {method} was run with {flags}, but no method here has these flags")
 
 
-def check_has_all_seeds(before: Result, rows: Sequence[str]) -> None:
-    """Raise UserError if one of these rows lacks a seed of `before`, because later seeds cannot be added to it then."""
-    seeds = len(before["seeds"])
+def check_seeds(before: Result, rows: Sequence[str], options: runs.Options) -> None:
+    """Raise UserError if the seeds of `options` cannot be added to one of these rows of `before`.
+
+    The row must have exactly the seeds below the first one. If that is 0, the row is replaced, and it must not have
+    more seeds than `options`.
+    """
+    first, seeds = options.seeds.start, len(options.seeds)
     for row in rows:
-        if (own := plots.seeds_of(before["rows"].get(row, {}))) < seeds:
-            raise UserError(f"--first-seed: the published {row} has {own} of {seeds} seeds: run the others first")
+        own = plots.seeds_of(before["rows"].get(row, {}))
+        if first and own != first:
+            raise UserError(
+                f"--first-seed is {first}, but the next seed of the published {row} is {own}; --with-published adds it"
+            )
+        if not first and own > seeds:
+            raise UserError(f"--seeds is {seeds}, but the published {row}, which they would replace, has {own} seeds")
 
 
 def rows_with_more_seeds(before: Result, rows: Rows) -> Rows:
@@ -285,7 +297,8 @@ def publish(
         name: the name of the experiment.
         result: the result without command, seeds and environment, which are added here.
         chains: the commands that were run, whose environments are recorded. Without commands, that of this process is.
-        options: the common options. The values of seeds below the first one come from `taken`.
+        options: the common options. The values of seeds below the first one come from `taken`, which may have more
+            seeds than run.
         taken: the published result that some rows or seeds come from. Its environment is recorded too.
 
     Returns:
@@ -293,7 +306,7 @@ def publish(
     """
     result = result | {
         "command": " ".join([f"python -m experiments.{name}", *options.arguments]),
-        "seeds": list(range(options.seeds.stop)),
+        "seeds": list(range(max(options.seeds.stop, len(taken["seeds"]) if taken else 0))),
         "environment": environment_of(chains, taken),
     }
     harness.write(options.work, name, result, plots.plot(result))
@@ -343,7 +356,9 @@ def why_not_replaced(published: Result, result: Result) -> str:
 
     Recipes may have methods that the other recipe lacks.
     """
-    fewer = any(not published[part].keys() <= result[part].keys() for part in ("rows", "figures"))
+    fewer = any(not published[part].keys() <= result[part].keys() for part in ("rows", "figures")) or any(
+        plots.seeds_of(result["rows"][row]) < plots.seeds_of(values) for row, values in published["rows"].items()
+    )
     if fewer or len(result["seeds"]) < len(published["seeds"]):
         return "seeds, rows or figures that this result lacks"
     now = json.loads(json.dumps(result["recipe"]))

@@ -213,8 +213,8 @@ def more_flags(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options, given = runs.parse(__doc__, arguments, more_flags)
-    taken = controlled.published(options) if given.with_published else None
+    options, _ = runs.parse(__doc__, arguments, more_flags)
+    taken = controlled.published(options) if options.with_published else None
     device = evidence.here()
     gpu = device.type == "cuda"
     data, _ = controlled_set.stores(options)

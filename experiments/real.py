@@ -3,6 +3,7 @@
     python -m experiments.real --data DIR                                six methods, three seeds: about 12 hours (*)
     python -m experiments.real --data DIR --methods MoCo DCLR            the main comparison: about 4 hours (*)
     python -m experiments.real --data DIR --with-published --methods VideoMoCo   adds a method to the published result
+    python -m experiments.real --data DIR --with-published --methods VideoMoCo --first-seed 2 --seeds 1   its next seed
     python -m experiments.real --data DIR --first-seed 3 --seeds 2       adds two seeds to the published result
     python -m experiments.real --data DIR --quick                        checks that it runs: about 10 minutes (*)
     python -m experiments.real --data DIR --large --methods MoCo DCLR --seeds 1     on a GPU (`make gpu-evidence`)
@@ -439,16 +440,17 @@ def main(arguments: Sequence[str]) -> None:
     flags = {method: flags_of(method, size, options.quick) for method in METHODS}
     recipe = {"epochs": size.epochs, "finetuning": FINETUNE, "finetuning epochs": size.finetune_epochs}
     more_seeds = options.seeds.start > 0
-    taken = published(options, recipe, flags) if given.with_published or more_seeds else None
-    if taken and more_seeds:
-        evidence.check_has_all_seeds(taken, [row for row in ROWS if row.split(": ")[1] in (RANDOM, SUPERVISED, *names)])
+    taken = published(options, recipe, flags) if options.with_published or more_seeds else None
+    if taken:
+        references = () if options.with_published else (RANDOM, SUPERVISED)
+        evidence.check_seeds(taken, [row for row in ROWS if row.split(": ")[1] in (*references, *names)], options)
     data, work = stores(given.data.resolve(), size.packs, options), options.work / "real"
 
     chains: list[Chain] = []
     for seed in options.seeds:
         for method in names:
             chains += chains_of_method(work, method, seed, data, size, options)
-        if not given.with_published:
+        if not options.with_published:
             chains += chains_of_references(work, seed, data, size, options)
     # Pretraining is longest and comes first, so that short commands fill the cores at the end.
     chains.sort(key=lambda chain: chain[0].after is not None)
@@ -457,7 +459,7 @@ def main(arguments: Sequence[str]) -> None:
     own: evidence.Rows = {}
     for name in SETS:
         own |= rows_of_methods(work, name, names, options)
-        if not given.with_published:
+        if not options.with_published:
             own |= rows_of_references(work, name, options)
     if taken:
         own = evidence.rows_with_more_seeds(taken, own) if more_seeds else taken["rows"] | own

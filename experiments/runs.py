@@ -103,6 +103,8 @@ class Options:
     parallel: int
     work: Path
     quick: bool
+    with_published: bool = False
+    """Only --methods run. The other rows are those of the published result."""
     arguments: tuple[str, ...] = ()
     """The arguments as typed, but of a path only its last component, so that results do not publish local folders."""
 
@@ -113,8 +115,7 @@ def parse(
     """Return the common options, and all parsed flags. `more` adds an experiment's own flags to the parser.
 
     Raises:
-        UserError: --seeds or --parallel is below 1, --first-seed is negative, or a --first-seed above 0 is given
-            together with --with-published.
+        UserError: --seeds or --parallel is below 1, or --first-seed is negative.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -139,12 +140,17 @@ def parse(
             raise UserError(f"--{flag} is {value}, but must be at least 1")
     if (first := getattr(given, "first_seed", 0)) < 0:
         raise UserError(f"--first-seed is {first}, but must be at least 0")
-    if first and getattr(given, "with_published", False):
-        raise UserError("--with-published is for the seeds of the published result; leave it out with --first-seed")
     parallel = given.parallel or (1 if torch.cuda.is_available() else 2)
     work = given.work or Path("runs") / ("evidence-quick" if given.quick else "evidence")
-    seeds = range(first, first + given.seeds)
-    return Options(seeds=seeds, parallel=parallel, work=work, quick=given.quick, arguments=published(arguments)), given
+    options = Options(
+        seeds=range(first, first + given.seeds),
+        parallel=parallel,
+        work=work,
+        quick=given.quick,
+        with_published=getattr(given, "with_published", False),
+        arguments=published(arguments),
+    )
+    return options, given
 
 
 def published(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -159,7 +165,7 @@ def add_first_seed(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         help="the first seed that runs (default: 0). If it is above 0, the new seeds are added to the published "
-        "result, which must have all seeds below it",
+        "result. What runs must be in it with all seeds below this one, and with no others",
     )
 
 
@@ -168,7 +174,8 @@ def add_with_published(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with-published",
         action="store_true",
-        help="run only --methods; take the other rows from the published result with the same recipe, seeds and device",
+        help="run only --methods; take the other rows from the published result, which must have the same recipe and "
+        "device and all seeds that run",
     )
 
 

@@ -743,8 +743,8 @@ def test_seeds_of_some_methods_are_added_next_to_rows_with_fewer_seeds(root, cal
     calls.clear()
 
     more = ["--first-seed", "2", "--seeds", "3", "--work", str(root / "later")]
-    with pytest.raises(UserError, match="--with-published is for the seeds of the published result"):
-        controlled.main([*more, "--with-published"])
+    with pytest.raises(UserError, match=r"--with-published: .* seeds \[0, 1\], but this run needs \[0, 1, 2, 3, 4\]"):
+        controlled.main([*more, "--with-published", "--methods", "MoCo"])
     with pytest.raises(UserError, match=r"--first-seed: .* has seeds \[0, 1\], but this run needs \[0, 1, 2\]"):
         controlled.main(["--first-seed", "3", "--work", str(root / "later")])
     assert calls == []
@@ -780,9 +780,28 @@ def test_seeds_of_some_methods_are_added_next_to_rows_with_fewer_seeds(root, cal
     last = ["--first-seed", "5", "--seeds", "1", "--work", str(root / "last")]
     calls.clear()
     for method, own in (("without mining", 2), ("without alignment", 0)):
-        with pytest.raises(UserError, match=f"the published {method} has {own} of 5 seeds: run the others first"):
+        with pytest.raises(UserError, match=f"the next seed of the published {method} is {own}; --with-published adds"):
             controlled.main([*last, "--methods", method])
     assert calls == []  # refused before hours of training
+
+    next_seed = ["--with-published", "--methods", "without mining", "--first-seed", "2", "--seeds", "1"]
+    controlled.main([*next_seed, "--work", str(root / "last")])
+    started = {line.split("--out ")[1].split("/")[-1] for line in calls if line.startswith("train.py pretrain")}
+    assert started == {"without-mining-2"}
+    assert not any("--checkpoint random" in line for line in calls)
+    last_result = json.loads(file.read_text())
+    assert last_result["seeds"] == [0, 1, 2, 3, 4]
+    assert last_result["rows"]["without mining"]["motion_probe"] == pytest.approx([0.5625, 0.5725, 0.5825])
+    assert {row: last_result["rows"][row] for row in after["rows"] if row != "without mining"} == {
+        row: after["rows"][row] for row in after["rows"] if row != "without mining"
+    }
+    lines = {name: len(line["values"]) for name, line in last_result["panels"][0]["lines"].items()}
+    assert lines == {"DCLR": 5, "MoCo": 5, "without mining": 3}
+    calls.clear()
+    for seeds, refusal in ((["--first-seed", "2"], "the next seed of the published without mining is 3"), ([], None)):
+        with pytest.raises(UserError, match=refusal or "--seeds is 1, but the published without mining.* has 3 seeds"):
+            controlled.main([*next_seed[:3], *seeds, "--seeds", "1", "--work", str(root / "last")])
+    assert calls == []
 
 
 def test_differences_of_groups_with_different_numbers_of_seeds():
@@ -798,7 +817,7 @@ def test_differences_of_groups_with_different_numbers_of_seeds():
 
 
 def test_with_published_refuses_another_recipe_other_seeds_and_another_device(root, calls):
-    options = runs.Options(seeds=range(2), parallel=1, work=root / "work", quick=False)
+    options = runs.Options(seeds=range(2), parallel=1, work=root / "work", quick=False, with_published=True)
     with pytest.raises(UserError, match=r"controlled.json cannot be read .*; leave the flag out to run everything"):
         controlled.published(options)
     controlled.main(["--seeds", "2", "--methods", "DCLR", "--work", str(root / "work")])
@@ -807,7 +826,7 @@ def test_with_published_refuses_another_recipe_other_seeds_and_another_device(ro
     result = json.loads(text)
     assert controlled.published(options) == result
     for other, refusal in (
-        (result | {"seeds": [0, 1, 2]}, r"has seeds \[0, 1, 2\], but this run needs \[0, 1\]"),
+        (result | {"seeds": [0]}, r"has seeds \[0\], but this run needs \[0, 1\]"),
         (json.loads(text.replace('"0.03"', '"0.1"')), r"has pretraining .*'0.1'.*, but this run needs .*'0.03'"),
         (result | {"recipe": result["recipe"] | {"epochs": [4, 6]}}, r"has epochs \[4, 6\], but this run needs"),
         (result | {"environment": ENVIRONMENT}, "has device a device, but this run needs"),
@@ -1003,10 +1022,20 @@ def test_methods_can_be_added_to_the_published_result_on_real_videos(root, calls
         f"surv: the probe of DCLR without mining is above that of {other}" for other in ("DCLR", "MoCo")
     ]
 
-    with pytest.raises(UserError, match=r"--with-published: .* has seeds \[0, 1, 2\], but this run needs \[0, 1\]"):
+    with pytest.raises(UserError, match=r"--seeds is 2, but the published surv: DCLR without mining, .* has 3 seeds"):
         real.main([*flags, str(root / "fewer"), "--seeds", "2", "--with-published", *added])
-    with pytest.raises(UserError, match="--first-seed: the published surv: VideoMoCo has 0 of 3 seeds"):
+    with pytest.raises(UserError, match="--first-seed is 3, but the next seed of the published surv: VideoMoCo is 0"):
         real.main([*flags, str(root / "later"), "--first-seed", "3", "--methods", "VideoMoCo"])
+    calls.clear()
+    real.main([*flags, str(root / "one"), "--seeds", "1", "--with-published", "--methods", "VideoMoCo"])
+    one = ["--first-seed", "1", "--seeds", "1", "--with-published", "--methods", "VideoMoCo"]
+    real.main([*flags, str(root / "next"), *one])
+    assert len([line for line in calls if line.startswith("train.py pretrain")]) == 2
+    assert not any("scratch" in line or "--checkpoint random" in line for line in calls)
+    with_two = json.loads(file.read_text())
+    assert with_two["seeds"] == [0, 1, 2]
+    assert len(with_two["rows"]["surv: VideoMoCo"]["full_probe"]) == 2
+    assert {row: with_two["rows"][row] for row in after["rows"]} == after["rows"]
     file.write_text(json.dumps(after).replace('"0.999"', '"0.99"'))
     with pytest.raises(
         UserError, match=r"the published MoCo was run with .*0\.99.*, but no method here has these flags"
