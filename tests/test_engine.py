@@ -15,6 +15,7 @@ from dclr.errors import UserError
 from dclr.kernels import Views
 from dclr.methods import DCLR
 from dclr.methods.dclr import Output
+from dclr.models import BACKBONES
 from dclr.training import checkpoint
 from dclr.training.engine import (
     Engine,
@@ -290,14 +291,24 @@ def test_batch_sizes_that_do_not_fit_are_refused():
 
 def test_shipped_configurations_differ_in_their_stage_only():
     configs = [json.loads((CONFIGS / name).read_text()) for name in ("ddp.json", "zero1.json", "zero2.json")]
-    # DeepSpeed's norm of the gradients makes the host wait in every step. Stage 0 does not compute it.
-    quiet = {"compute_grad_norm": False}
+    # DeepSpeed's norm of the gradients makes the host wait in every step. Stage 0 does not compute it. In each step, ZeRO
+    # allocates a buffer for so many numbers in float32. DeepSpeed's default of 500 million takes 2 GB.
+    more = {"compute_grad_norm": False, "reduce_bucket_size": 50_000_000}
     assert [config.pop("zero_optimization") for config in configs] == [
         {"stage": 0},
-        {"stage": 1, **quiet},
-        {"stage": 2, **quiet},
+        {"stage": 1, **more},
+        {"stage": 2, **more},
     ]
     assert configs[0] == configs[1] == configs[2]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_one_bucket_holds_all_gradients_of_a_backbone_and_its_heads(backbone):
+    """Then ZeRO sums the gradients over the processes once in a step."""
+    with torch.device("meta"):
+        network = DCLR(replace(MODEL, backbone=backbone, width=64), replace(METHOD, embedding_dim=128), 0)
+    gradients = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    assert gradients <= read_ds_config(CONFIGS / "zero1.json")["zero_optimization"]["reduce_bucket_size"]
 
 
 class Waits(TorchDispatchMode):
