@@ -291,8 +291,8 @@ def test_batch_sizes_that_do_not_fit_are_refused():
 
 def test_shipped_configurations_differ_in_their_stage_only():
     configs = [json.loads((CONFIGS / name).read_text()) for name in ("ddp.json", "zero1.json", "zero2.json")]
-    # DeepSpeed's norm of the gradients makes the host wait in every step. Stage 0 does not compute it. In each step, ZeRO
-    # allocates a buffer for so many numbers in float32. DeepSpeed's default of 500 million takes 2 GB.
+    # DeepSpeed's norm of the gradients makes the host wait in every step. Stage 0 does not compute it.
+    # In each step, ZeRO allocates a buffer for so many float32 numbers. DeepSpeed's default of 500 million takes 2 GB.
     more = {"compute_grad_norm": False, "reduce_bucket_size": 50_000_000}
     assert [config.pop("zero_optimization") for config in configs] == [
         {"stage": 0},
