@@ -178,10 +178,11 @@ def published(name: str, recipe: dict[str, Any], options: runs.Options) -> Resul
     """Return the committed result, to which this run adds methods or seeds.
 
     With --with-published, the result must have all seeds of `options`. Otherwise it must have exactly the seeds below
-    them.
+    them. It may come from another processor, which acts like another seed, and from another precision. Both are
+    printed here, and the page names those of all runs.
 
     Raises:
-        UserError: there is no such result, or its device, its seeds or an entry of `recipe` differ.
+        UserError: there is no such result, or its seeds or an entry of `recipe` differ.
     """
     flag, file = flag_for_published(options), published_file(name)
     try:
@@ -191,14 +192,16 @@ def published(name: str, recipe: dict[str, Any], options: runs.Options) -> Resul
     has, needs = result["seeds"], list(range(options.seeds.stop if options.with_published else options.seeds.start))
     if options.with_published and needs == has[: len(needs)]:
         needs = has  # more seeds than needed
-    wanted = {"seeds": needs, "device": environment(here())["device"], **json.loads(json.dumps(recipe))}
-    found = {"seeds": has, "device": result["environment"]["device"], **result["recipe"]}
+    wanted = {"seeds": needs, **json.loads(json.dumps(recipe))}
+    found = {"seeds": has, **result["recipe"]}
     for setting, value in wanted.items():
         if found.get(setting) != value:
             raise UserError(
                 f"{flag}: {file} has {setting} {found.get(setting)}, but this run needs {value}; "
                 "leave the flag out to run everything"
             )
+    where = result["environment"]
+    print(f"{flag}: {file} comes from {where['device']}; precision: {where.get('precision', NOT_RECORDED)}")
     return result
 
 

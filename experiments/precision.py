@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dclr.data.demo import render_demo
+from dclr.errors import UserError
 from dclr.training.engine import read_ds_config, resolve_precision
 from experiments import controlled, controlled_set, evidence, runs
 from experiments.runs import Chain, Options
@@ -205,16 +206,32 @@ def curve_panels(work: Path, seeds: range) -> list[dict[str, Any]]:
     ]
 
 
+def published(options: runs.Options) -> evidence.Result:
+    """Return the published result of controlled.py.
+
+    Raises:
+        UserError: as controlled.published does, and if networks of the result were trained in float32.
+    """
+    result = controlled.published(options)
+    precisions = result["environment"].get("precision", evidence.NOT_RECORDED).split(evidence.AND)
+    if "float32" in precisions:
+        raise UserError(
+            f"--with-published: {evidence.published_file('controlled')} has runs in float32, but DCLR must be in "
+            "bfloat16; leave the flag out to run everything"
+        )
+    return result
+
+
 def more_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--with-published", action="store_true",
-        help="take DCLR in bfloat16 from the published result of controlled.py with the same recipe, seeds and device",
+        help="take DCLR in bfloat16 from the published result of controlled.py with the same recipe and seeds",
     )  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
     options, _ = runs.parse(__doc__, arguments, more_flags)
-    taken = controlled.published(options) if options.with_published else None
+    taken = published(options) if options.with_published else None
     device = evidence.here()
     gpu = device.type == "cuda"
     data, _ = controlled_set.stores(options)

@@ -816,7 +816,7 @@ def test_differences_of_groups_with_different_numbers_of_seeds():
         assert compare("?", [0.5], less) == compare("?", more, [0.1]) == []
 
 
-def test_with_published_refuses_another_recipe_other_seeds_and_another_device(root, calls):
+def test_with_published_refuses_another_recipe_and_other_seeds_but_not_another_processor(root, calls, capsys):
     options = runs.Options(seeds=range(2), parallel=1, work=root / "work", quick=False, with_published=True)
     with pytest.raises(UserError, match=r"controlled.json cannot be read .*; leave the flag out to run everything"):
         controlled.published(options)
@@ -829,12 +829,17 @@ def test_with_published_refuses_another_recipe_other_seeds_and_another_device(ro
         (result | {"seeds": [0]}, r"has seeds \[0\], but this run needs \[0, 1\]"),
         (json.loads(text.replace('"0.03"', '"0.1"')), r"has pretraining .*'0.1'.*, but this run needs .*'0.03'"),
         (result | {"recipe": result["recipe"] | {"epochs": [4, 6]}}, r"has epochs \[4, 6\], but this run needs"),
-        (result | {"environment": ENVIRONMENT}, "has device a device, but this run needs"),
         (result | {"recipe": result["recipe"] | {"methods": {"DCLR": []}}}, "no method here has these flags"),
     ):
         file.write_text(json.dumps(other))
         with pytest.raises(UserError, match=refusal):
             controlled.published(options)
+    other = result | {"environment": ENVIRONMENT}
+    file.write_text(json.dumps(other))
+    capsys.readouterr()
+    assert controlled.published(options) == other
+    printed = capsys.readouterr().out
+    assert printed == f"--with-published: {file} comes from a device; precision: not recorded for earlier runs\n"
 
 
 def test_a_set_that_is_not_valid_ends_with_an_error(root, calls, capsys):
@@ -1387,6 +1392,13 @@ def test_precision_shares_the_runs_of_the_comparison_and_needs_bfloat16_for_accu
 def test_precision_takes_bfloat16_from_the_published_result(root, calls, monkeypatch):
     monkeypatch.setattr(precision, "resolve_precision", lambda config, device: "bfloat16")
     controlled.main(["--seeds", "2", "--methods", "DCLR", "--work", str(root / "work")])
+    (file,) = (root / "results").glob("*/controlled.json")
+    published = json.loads(file.read_text())
+
+    def set_precision(text: str) -> None:
+        file.write_text(json.dumps(published | {"environment": published["environment"] | {"precision": text}}))
+
+    set_precision("bfloat16")
     calls.clear()
     precision.main(["--seeds", "2", "--with-published", "--work", str(root / "elsewhere")])
     started = {line.split("/")[-1].rsplit("-", 1)[0] for line in calls if "train.py pretrain" in line}
@@ -1396,3 +1408,6 @@ def test_precision_takes_bfloat16_from_the_published_result(root, calls, monkeyp
     assert result["rows"]["bfloat16"]["motion_probe"] == [0.75, 0.76]
     panel = result["panels"][2]
     assert panel["lines"]["bfloat16"] == panel["lines"]["float32"]
+    set_precision("bfloat16 and float32")
+    with pytest.raises(UserError, match="controlled.json has runs in float32, but DCLR must be in bfloat16; leave the"):
+        precision.main(["--seeds", "2", "--with-published", "--work", str(root / "refused")])
