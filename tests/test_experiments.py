@@ -1409,5 +1409,7 @@ def test_precision_takes_bfloat16_from_the_published_result(root, calls, monkeyp
     panel = result["panels"][2]
     assert panel["lines"]["bfloat16"] == panel["lines"]["float32"]
     set_precision("bfloat16 and float32")
-    with pytest.raises(UserError, match="controlled.json has runs in float32, but DCLR must be in bfloat16; leave the"):
+    with pytest.raises(
+        UserError, match=r"controlled\.json has runs in float32, but DCLR must be in bfloat16; leave the"
+    ):
         precision.main(["--seeds", "2", "--with-published", "--work", str(root / "refused")])
