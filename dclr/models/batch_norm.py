@@ -282,8 +282,8 @@ class _Normalise(torch.autograd.Function):
 
         inputs = []
         for view, upstream in zip(views, upstreams, strict=True):
-            counts = view.counts().repeat(len(view.frames))[:, None, None, None]  # (N, 1, 1, 1)
-            inputs.append(_by_frames(gradient, view.frames, upstream, *((counts,) if view.times > 1 else ())))
+            counts = (_counts(view),) if view.times > 1 else ()
+            inputs.append(_by_frames(gradient, view.frames, upstream, *counts))
         weights = (product * rate).to(scale.dtype), total.to(scale.dtype)
         given = (-wide * total, -0.5 * wide * product * rate.square()) if ctx.given else (None, None)
         return *weights, *given, *[None] * (3 + 2 * ctx.count), *inputs, *(upstreams if ctx.shortcuts else ())
@@ -321,11 +321,13 @@ class _Statistics(torch.autograd.Function):
         def gradient(out: Tensor | None, x: Tensor, count: Tensor) -> Tensor:
             return torch.mul(_affine(x.to(precise), slope, offset), count, out=out)
 
-        inputs = []
-        for view in views:
-            counts = view.counts().repeat(len(view.frames))[:, None, None, None]  # (N, 1, 1, 1)
-            inputs.append(_by_frames(gradient, view.frames, counts))
+        inputs = [_by_frames(gradient, view.frames, _counts(view)) for view in views]
         return *[None] * (1 + 2 * ctx.count), *inputs
+
+
+def _counts(view: Clips) -> Tensor:
+    """Return how many frames of its clip each frame of all clips stands for, (N, 1, 1, 1) int64."""
+    return view.counts().repeat(len(view.frames))[:, None, None, None]
 
 
 def _affine(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
@@ -399,7 +401,7 @@ def _frames(x: Tensor) -> Tensor:
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield chunks of frames of all tensors: (n, C, H, W) each. Compiled code gets all frames at once."""
     frames = [_frames(tensor) for tensor in tensors]
-    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu" or frames[0].numel() <= _CHUNK:
         yield tuple(frames)
         return
     size = max(1, _CHUNK // frames[0][0].numel())
