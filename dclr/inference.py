@@ -28,7 +28,7 @@ from dclr.data.augmentation import centre_crop, to_augmentation
 from dclr.data.catalog import Catalog
 from dclr.data.clips import uniform_clips
 from dclr.data.datasets import open_catalog
-from dclr.data.given_videos import EVERYTHING, catalog_of_files, everything
+from dclr.data.given_videos import EVERYTHING, absolute_path, catalog_of_files, everything
 from dclr.data.own_lists import LIST_SUFFIXES
 from dclr.data.samples import TEST_CLIPS, TestClips
 from dclr.data.videos import NoReadableVideo, open_videos
@@ -36,10 +36,12 @@ from dclr.errors import UserError, first_line, printable
 from dclr.evaluation.embedding import KINDS, POOLED, make_embedder
 from dclr.evaluation.features import check_outputs, embed_videos, evaluation_mode
 from dclr.evaluation.model_card import write_model_card
+from dclr.evaluation.predictions import best_classes
 from dclr.kernels import augment
 from dclr.models import Backbone, Classifier, ClipFormat, Pretrained, load_pretrained
 from dclr.models.weights import EXPORT_FILE_NAME, save_weights
 from dclr.progress import ProgressBar
+from dclr.report import removed_if_empty
 
 Frames = np.ndarray | Tensor
 """The frames of one video: (T, H, W, 3) uint8, RGB."""
@@ -171,19 +173,20 @@ class VideoModel:
         Its licence is left for you to choose. Returns the folder.
 
         Raises:
-            UserError: the folder holds one of these files already, or cannot be written.
+            UserError: the folder holds one of these files already, or cannot be written; a weight is not finite.
         """
         folder = Path(folder)
         for name in (EXPORT_FILE_NAME, "config.json", "README.md"):
             if (folder / name).exists():
                 raise UserError(f"{folder} already holds a {name}: give another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            heads, fc = self.heads or None, self.classifier.fc if self.classifier else None
-            save_weights(folder / EXPORT_FILE_NAME, self.backbone, self.clips, heads, fc, self.classes)
-            write_model_card(self._pretrained, folder, changed=self._is_changed())
-        except OSError as error:
-            raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+        with removed_if_empty(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                heads, fc = self.heads or None, self.classifier.fc if self.classifier else None
+                save_weights(folder / EXPORT_FILE_NAME, self.backbone, self.clips, heads, fc, self.classes)
+                write_model_card(self._pretrained, folder, changed=self._is_changed())
+            except OSError as error:
+                raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
         return folder
 
     def _is_changed(self) -> bool:
@@ -214,7 +217,7 @@ class VideoModel:
                 is_one = os.path.isfile(what) and Path(what).suffix.lower() not in LIST_SUFFIXES
                 values = self._run_on_videos(network, catalog, workers)
                 return values[0] if is_one else values
-            files = [os.path.abspath(file) for file in _check_files(what)]
+            files = [absolute_path(file) for file in _check_files(what)]
             catalog = catalog_of_files([Path(file) for file in files])
             rows = {path: row for row, path in enumerate(_paths(catalog))}
             return self._run_on_videos(network, catalog, workers)[[rows[file] for file in files]]
@@ -264,10 +267,7 @@ class VideoModel:
 
     def _best(self, logits: Tensor, top: int) -> list[tuple[str, float]]:
         """Return the `top` most probable classes; an empty list for NaN, the logits of an unreadable video."""
-        if logits.isnan().any():
-            return []
-        best = logits.double().softmax(0).topk(min(top, len(logits)))
-        return [(self.classes[label], value) for value, label in zip(*(t.tolist() for t in best), strict=True)]
+        return [] if logits.isnan().any() else best_classes(logits[None], self.classes, top)[0]
 
 
 def find_videos(what: str | os.PathLike[str]) -> list[Path]:
@@ -307,11 +307,10 @@ def _check_frames(frames: Frames, dimensions: tuple[int, ...]) -> Tensor:
     shape = " or ".join("(T, H, W, 3)" if count == 4 else "(B, T, H, W, 3)" for count in dimensions)
     if frames.ndim not in dimensions or frames.shape[-1] != 3 or 0 in frames.shape:
         raise UserError(f"frames must be {shape}, RGB, not {tuple(frames.shape)}")
-    tensor = torch.from_numpy(np.ascontiguousarray(frames)) if isinstance(frames, np.ndarray) else frames
-    if tensor.dtype != torch.uint8:
-        dtype = str(tensor.dtype).removeprefix("torch.")
+    if frames.dtype not in (np.uint8, torch.uint8):
+        dtype = str(frames.dtype).removeprefix("torch.")
         raise UserError(f"frames must be uint8, from 0 to 255, not {dtype}")
-    return tensor
+    return torch.from_numpy(np.require(frames, requirements=["C", "W"])) if isinstance(frames, np.ndarray) else frames
 
 
 def _check_files(what: Sequence[str | os.PathLike[str]]) -> list[str]:

@@ -44,9 +44,8 @@ def open_run(out: str, command: str, resume: Path | None = None, replace: bool =
         UserError: another process writes there; the folder already holds a run, or cannot be written.
     """
     folder = resume or (Path(out) if out else _free_folder(command))
-    created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     with ExitStack() as stack:
-        stack.callback(_remove_empty, created)
+        stack.enter_context(removed_if_empty(folder))
         make_writable(folder)
         try:
             stack.enter_context(folder_lock(folder))
@@ -69,11 +68,16 @@ def _free_folder(command: str) -> Path:
     return folder
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    """Delete these folders, from the innermost on, up to one that is not empty."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """At the end, delete `folder` and its parents as far as they were created in the context and are empty."""
+    created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for path in created:
+                path.rmdir()
 
 
 def make_writable(folder: Path) -> None:

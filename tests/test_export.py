@@ -1,6 +1,7 @@
 """Exported files give the outputs of the model on the values that the model is trained on, and say how to use them."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -176,6 +177,12 @@ def test_a_file_whose_outputs_differ_is_not_kept(checkpoint, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"differ from the model's by 1\.0e-03 .* was not written"):
         export_network(load_pretrained(checkpoint), 8, 32, "torch", tmp_path / "network.pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_that_is_not_a_number_is_not_lost():
+    ones = torch.ones(2)
+    outputs = {"features": ones, "logits": ones * torch.nan}
+    assert math.isnan(largest_difference(outputs, {"features": ones, "logits": ones}))
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(checkpoint, tmp_path, monkeypatch):

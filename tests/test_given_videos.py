@@ -37,6 +37,8 @@ def test_a_video_file_is_a_data_set(tmp_path: Path) -> None:
         catalog = open_catalog(tmp_path / name)
         assert catalog.layout == "video files"
         assert [video.path for video in catalog.videos("train")] == [name]
+    twice = [Path(f"/{tmp_path}/1.mp4"), tmp_path / "1.mp4"]  # a path may begin with //
+    assert [video.path for video in catalog_of_files(twice).videos("train")] == ["1.mp4"]
     with pytest.raises(UserError, match="split 2 of video files"):
         open_catalog(tmp_path / "1.mp4", split=2)
 

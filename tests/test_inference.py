@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,8 @@ def test_a_listed_video_that_is_not_on_disk_is_named(model, tmp_path, capsys):
         (np.zeros((4, 32, 32, 3), np.float32), "frames must be uint8, from 0 to 255, not float32"),
         (np.zeros((3, 4, 32, 32), np.uint8), r"frames must be \(T, H, W, 3\), RGB, not \(3, 4, 32, 32\)"),
         (np.zeros((0, 32, 32, 3), np.uint8), r"frames must be \(T, H, W, 3\), RGB, not \(0, 32, 32, 3\)"),
+        (np.zeros((3, 32, 32, 3), object), "frames must be uint8, from 0 to 255, not object"),
+        (np.zeros((3, 32, 32, 3), ">u2"), "frames must be uint8, from 0 to 255, not >u2"),
         (np.zeros((2, 4, 32, 32, 3), np.uint8), r"frames must be \(T, H, W, 3\), RGB, not \(2, 4, 32, 32, 3\)"),
     ],
 )
@@ -312,6 +315,43 @@ def test_the_model_card_of_changed_weights_has_no_figures_of_the_run(weights, tm
     card = (model.save_pretrained(tmp_path / "trained") / "README.md").read_text()
     assert "0.5124" not in card
     assert "The weights were changed" in card
+
+
+def test_the_model_card_of_a_checkpoint_has_no_figures_and_steps_of_the_final_weights(weights, tmp_path):
+    run = tmp_path / "run"
+    for name in ("early", "late"):
+        (run / name).mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    for file in (run / "backbone.safetensors", run / "checkpoints" / "step-0000010.safetensors"):
+        shutil.copy(weights, file)
+    data = {"folder": "UCF101", "layout": "UCF101", "videos": 9537}
+    own = {"command": "pretrain", "steps": 1920, "data": data, "environment": {"date": "2026-11-02T00:00:00+00:00"}}
+    (run / "report.json").write_text(json.dumps(own))
+    for name, day, recall in (("early", "01", 0.125), ("late", "03", 0.375)):
+        evaluation = {"command": "retrieval", "checkpoint": "run", "figures": {"recall_at_1": recall}, "clips": {}}
+        evaluation["environment"] = {"date": f"2026-11-{day}T00:00:00+00:00"}
+        (run / name / "report.json").write_text(json.dumps(evaluation))
+    card = (dclr.load(run, device="cpu").save_pretrained(tmp_path / "final") / "README.md").read_text()
+    assert "| recall_at_1 | 0.375 |" in card
+    assert "0.125" not in card  # it was evaluated while the run was training
+    assert "- steps: 1920\n" in card
+    model = dclr.load(run / "checkpoints" / "step-0000010.safetensors", device="cpu")
+    card = (model.save_pretrained(tmp_path / "tenth") / "README.md").read_text()
+    assert "recall_at_1" not in card
+    assert "- steps: 1920; the weights are those of step-0000010.safetensors" in card
+
+
+def test_classes_with_any_name_are_saved_and_weights_that_are_not_finite_leave_no_folder(weights, tmp_path):
+    model = dclr.load(weights, device="cpu")
+    names = ("caf\udce9", "größe", "c")  # the first has a byte that is not UTF-8, as file names may have
+    model._pretrained = replace(model._pretrained, classes=names)
+    card = (model.save_pretrained(tmp_path / "named") / "README.md").read_text()
+    assert "3: caf\\udce9, größe, c" in card
+    with torch.no_grad():
+        model.backbone.stem[0].weight.fill_(torch.nan)
+    with pytest.raises(dclr.UserError, match="not finite"):
+        model.save_pretrained(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_model_card_without_a_run_invents_nothing(model, tmp_path):

@@ -274,7 +274,28 @@ def test_names_of_classes_as_labels(tmp_path: Path) -> None:
     write_lines(tmp_path, "classes.txt", "run", "jump")
     assert "class 'sit' is not in DATA/classes.txt" in refusal(tmp_path)
     write_lines(tmp_path, "classes.txt", "sit", "run", "jump", "run")
-    assert refusal(tmp_path) == "DATA/classes.txt: class 'run' is named twice, so its label is unknown: name it once"
+    assert refusal(tmp_path) == "DATA/classes.txt: class 'run' is named twice: name it once"
+    write_lines(tmp_path, "train.txt", *(f"{path} {number % 4}" for number, path in enumerate(VIDEOS[:4])))
+    write_lines(tmp_path, "test.txt", *(f"{path} 0" for path in VIDEOS[4:]))
+    assert refusal(tmp_path) == "DATA/classes.txt: class 'run' is named twice: name it once"
+
+
+def test_the_val_split_is_the_test_split_with_a_warning_if_no_listed_test_video_is_on_disk(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    write_lines(tmp_path, "train.txt", "a.mp4 0")
+    write_lines(tmp_path, "val.txt", "b.mp4 0", "lost.mp4 0")
+    write_lines(tmp_path, "test.txt", "c.mp4 0", "d.mp4 0")
+    catalog = open_catalog(tmp_path)
+    assert catalog.videos("test") == catalog.videos("val")
+    assert [video.path for video in catalog.missing["test"]] == ["c.mp4", "d.mp4", "lost.mp4"]
+    (warning,) = catalog.warnings
+    assert warning == (
+        "none of the 2 listed test videos is on disk, such as c.mp4: the val split is used as the test split"
+    )
+    touch(tmp_path, "c.mp4")
+    catalog = open_catalog(tmp_path)
+    assert [video.path for video in catalog.videos("test")] == ["c.mp4"]
+    assert not catalog.warnings
 
 
 def test_a_last_field_may_be_empty_in_a_table_with_tabs(tmp_path: Path) -> None:

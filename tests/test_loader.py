@@ -439,6 +439,8 @@ def test_a_video_that_fails_later_is_replaced_by_the_next_of_the_epochs_order(mi
     named = capsys.readouterr().err
     assert named.count(path) == named.count("\n") == 1
     assert failures.reasons[path] in named
+    failures.add({"red\x1b[31m\n.mp4": "gone"})
+    assert capsys.readouterr().err.startswith("warning: red\\x1b[31m\\n.mp4 can no longer be read (gone); ")
 
 
 def test_a_replacing_sample_is_the_sample_of_that_video_and_epoch(mixed):

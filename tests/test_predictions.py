@@ -147,14 +147,20 @@ def test_accuracy_writes_its_predictions_and_a_sheet_of_mistakes(checkpoint, tmp
             path = tmp_path / "data" / split / f"{name}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_video(path, np.full((8, 32, 32, 3), level + 4 * more, np.uint8))
+    for split in ("train", "test"):
+        paths = sorted((tmp_path / "data" / split).rglob("*.mp4"))
+        lines = [f"{path.relative_to(tmp_path / 'data')} {path.parent.name}" for path in paths]
+        lost = ["test/dark/lost.mp4 dark"] if split == "test" else []
+        (tmp_path / "data" / f"{split}.txt").write_text("\n".join(lines + lost))
     command = ["accuracy", "--checkpoint", checkpoint, "--data", tmp_path / "data", "--out", tmp_path / "out"]
-    flags = ["--clip-length", "4", "--clip-stride", "1", "--crop-size", "16", "--workers", "0"]
+    flags = ["--clip-length", "4", "--clip-stride", "1", "--crop-size", "16", "--workers", "0", "--max-missing", "100"]
     evaluation.main([*map(str, command), *flags])
     assert "2 of 4 test videos are predicted wrongly" in capsys.readouterr().out
     rows = rows_of(tmp_path / "out" / "predictions.csv")
     assert [(row["label"], row["class_1"]) for row in rows] == [
-        ("dark", "dark"), ("light", "light"), ("light", "dark"), ("other", "light"),
+        ("dark", "dark"), ("light", "light"), ("light", "dark"), ("other", "light"), ("", ""),
     ]  # fmt: skip
+    assert (rows[-1]["path"], rows[-1]["skipped"]) == ("test/dark/lost.mp4", "its list names it, and it is not on disk")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["figures"]["top1_video"] == 0.5
     sheet = tmp_path / "out" / "pictures" / "mistakes.png"

@@ -1,8 +1,12 @@
 """Retrieval against numpy, and chance against a count of all possible draws."""
 
+import errno
 import itertools
+import json
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,9 @@ from benchmarks import retrieval_worker as worker
 from benchmarks.harness import NotAvailable
 from benchmarks.retrieval import turn as real_turn
 from benchmarks.retrieval_worker import peak_gib
+from dclr.commands import evaluate
+from dclr.data.encode import write_video
+from dclr.errors import UserError
 from dclr.evaluation import retrieval as module
 from dclr.evaluation.features import ClipOutputs, mean_of_clips
 from dclr.evaluation.retrieval import chance_of_hit, mean_direction, nearest_rows, normalized, retrieval
@@ -135,3 +142,59 @@ def test_the_providers_of_the_benchmark_find_the_same_videos(tmp_path, monkeypat
     with pytest.raises(NotAvailable, match="needs 9 GiB"):
         real_turn("full sort", benchmark.CELLS[1], "", tmp_path)
     assert peak_gib() > 0
+
+
+# ---------------------------------------------------------------- the command
+
+
+def evaluate_untrained(data: Path, out: Path) -> None:
+    tiny = ["--width", "2", "--clip-length", "4", "--clip-stride", "1", "--crop-size", "16", "--workers", "0"]
+    where = ["--checkpoint", "random", "--data", str(data), "--out", str(out)]
+    evaluate.main(["retrieval", *where, "--backbone", "r3d_10", *tiny])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two classes, one of them with a byte that is not UTF-8 in its name, with a video in each split."""
+    for number, (split, name) in enumerate(itertools.product(("train", "test"), ("caf\udce9", "park"))):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True)
+        frames = np.random.default_rng(number).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+        write_video(folder / "a.mp4", frames)
+    return tmp_path / "data"
+
+
+def test_a_class_may_have_a_name_that_is_not_utf8_and_a_video_may_go_while_it_is_evaluated(data, tmp_path, monkeypatch):
+    real = module.retrieval
+
+    def then_lost(*arguments, **options):
+        (data / "test" / "park" / "a.mp4").unlink()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "retrieval", then_lost)
+    evaluate_untrained(data, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["figures"]
+    (sheet,) = (tmp_path / "out" / "pictures").iterdir()
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_untrained(tmp_path / "nowhere", tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_an_evaluation_with_one_line_and_keeps_the_picture_before(data, tmp_path, monkeypatch):
+    evaluate_untrained(data, tmp_path / "out")
+    (sheet,) = (tmp_path / "out" / "pictures").iterdir()
+    before = sheet.read_bytes()
+
+    def full(figure, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(UserError, match=r"^--out .*out: cannot write there \(No space left on device\)$"):
+        evaluate_untrained(data, tmp_path / "out")
+    assert sheet.read_bytes() == before
+    assert list(sheet.parent.iterdir()) == [sheet]

@@ -17,6 +17,7 @@ from dclr.commands import evaluate
 from dclr.config import make_config
 from dclr.errors import UserError
 from dclr.evaluation import run_sections
+from dclr.evaluation.run_page import shown_name
 from dclr.training.finetune import finetune
 from dclr.training.pretrain import pretrain
 
@@ -188,3 +189,9 @@ def test_several_processes_are_refused(runs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"eval.py report runs in one process, but 2 were started"):
         evaluate.main(["report", str(runs / "pretrain")])
+
+
+def test_the_start_of_a_run_is_shown_without_folders():
+    words = "r2plus1d_18 (names without the prefix state_dict/module.encoder_q.)"
+    assert shown_name(f"/home/me/checkpoint_0199.pth.tar: {words}") == f"checkpoint_0199.pth.tar: {words}"
+    assert shown_name("random weights") == "random weights"

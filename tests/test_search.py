@@ -102,6 +102,8 @@ def test_a_query_is_the_same_file_under_any_name_and_no_other_file_of_the_same_n
 def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="not finite"):
         Gallery(table(np.array([[1.0, np.nan]], np.float32)), "pooled")
+    with pytest.raises(UserError, match="videos has no pooled embeddings of any video"):
+        Gallery(table(np.ones((0, 2), np.float32)), "pooled")
     with pytest.raises(UserError, match="no motion embeddings, only pooled"):
         Gallery(table(np.ones((1, 2), np.float32)), "motion")
 
@@ -126,7 +128,8 @@ def test_previews_are_small_and_play_the_middle_of_a_video(tmp_path):
         assert sum(1 for _ in container.decode(video=0)) == 100
     assert isinstance(previews["broken.mp4"], str)
     assert "no such file" in str(previews["lost.mp4"])
-    assert make_previews(tmp_path, ["lost.mp4"], True, 60.0).keys() == {"lost.mp4"}
+    alone = make_previews(tmp_path, ["lost.mp4", "broken.mp4"], True, 60.0)
+    assert alone == {name: previews[name] for name in ("lost.mp4", "broken.mp4")}  # each with its own reason
 
 
 def test_the_page_escapes_texts_and_loads_nothing():
@@ -292,3 +295,21 @@ def test_wrong_input_is_one_line(arguments, message, weights, videos, features, 
         run(*(word for pair in flags.items() for word in pair))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_any_video_that_can_be_read_is_one_line(weights, videos, tmp_path):
+    (tmp_path / "broken").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "broken" / name).write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"none of the 2 videos can be read \(a\.mp4: .*; see train\.py check"):
+        run(
+            "--checkpoint", weights, "--data", tmp_path / "broken", "--query", videos / "b.mp4", "--out", tmp_path / "x"
+        )
+
+
+def test_features_that_do_not_say_how_clips_were_made_are_refused(weights, videos, features, tmp_path):
+    write_features(replace(read_features(features), clip_format={}), tmp_path / "old.npz")
+    with pytest.raises(
+        UserError, match=r"old\.npz does not say how its clips were made: write it with eval\.py features"
+    ):
+        run("--checkpoint", weights, "--features", tmp_path / "old.npz", "--query", videos / "b.mp4")

@@ -37,7 +37,7 @@ import dataclasses
 import os
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -208,28 +208,36 @@ def evaluate(
     from dclr.evaluation.retrieval import evaluate_retrieval
 
     pictures = folder / "pictures"
-    distributed.on_rank_zero(lambda: report.make_writable(pictures))
-    began = time.monotonic()
-    if command == "accuracy":
-        result = evaluate_accuracy(checkpoint, data, device, folder)
-    elif command == "retrieval":
-        result = evaluate_retrieval(checkpoint, data, model, seed, device, pictures, **special)
-    elif command == "bias":
-        result = evaluate_background(checkpoint, data, model, seed, device, pictures, **special)
-    else:
-        boundary = pick(configuration.MethodConfig, settings).boundary
-        result = evaluate_activation_maps(checkpoint, data, model, seed, boundary, device, pictures)
-    content = {
-        "command": command,
-        "checkpoint": str(checkpoint),
-        **result,
-        "clips": dataclasses.asdict(data),
-        "seconds": round(time.monotonic() - began, 1),
-        "processes": distributed.world_size(),
-        "environment": report.environment(device),
-    }
-    distributed.only_on_rank_zero(lambda: report.write_json(folder / "report.json", content))
-    print(f"\n{folder / 'report.json'} and {pictures} written")
+    with ExitStack() as stack:
+        distributed.only_on_rank_zero(lambda: stack.enter_context(report.removed_if_empty(pictures)))
+        distributed.on_rank_zero(lambda: report.make_writable(pictures))
+        began = time.monotonic()
+        try:
+            if command == "accuracy":
+                result = evaluate_accuracy(checkpoint, data, device, folder)
+            elif command == "retrieval":
+                result = evaluate_retrieval(checkpoint, data, model, seed, device, pictures, **special)
+            elif command == "bias":
+                result = evaluate_background(checkpoint, data, model, seed, device, pictures, **special)
+            else:
+                boundary = pick(configuration.MethodConfig, settings).boundary
+                result = evaluate_activation_maps(checkpoint, data, model, seed, boundary, device, pictures)
+            content = {
+                "command": command,
+                "checkpoint": str(checkpoint),
+                **result,
+                "clips": dataclasses.asdict(data),
+                "seconds": round(time.monotonic() - began, 1),
+                "processes": distributed.world_size(),
+                "environment": report.environment(device),
+            }
+            distributed.only_on_rank_zero(lambda: report.write_json(folder / "report.json", content))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot write there ({error.strerror or error})") from None
+    written = f"{folder / 'report.json'} and {pictures}" if pictures.exists() else folder / "report.json"
+    print(f"\n{written} written")
     return content
 
 

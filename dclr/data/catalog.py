@@ -95,7 +95,8 @@ def make_catalog(
 ) -> Catalog:
     """Return a catalog in which every split holds videos on disk, and only such videos.
 
-    If there is "val" and no "test", "test" is "val".
+    If there is "val" and no "test", "test" is "val". This also holds if no listed test video is on disk. Then a warning
+    says so, and the listed test videos stay in `missing`.
 
     Args:
         missing: videos by split of which the layout already knows that they are not on disk.
@@ -129,8 +130,11 @@ def make_catalog(
         raise UserError(f"no videos found in {root}{listed}")
     if "val" in present and "test" not in present:
         present["test"] = present["val"]
+        if lost := absent.get("test", ()):
+            first = f"none of the {len(lost):,} listed test videos is on disk, such as {lost[0].path}"
+            warnings = (*warnings, f"{first}: the val split is used as the test split")
         if "val" in absent:
-            absent["test"] = absent["val"]
+            absent["test"] = tuple(dict.fromkeys((*lost, *absent["val"])))
     return Catalog(
         root=root,
         layout=layout,

@@ -3,7 +3,7 @@
 import sys
 
 from dclr.data.videos import VideoSet
-from dclr.errors import UserError
+from dclr.errors import UserError, printable
 
 
 class Failures:
@@ -25,7 +25,8 @@ class Failures:
         self.count += len(failures)
         for path, reason in failures.items():
             if path not in self.reasons:
-                print(f"warning: {path} can no longer be read ({reason}); {self.consequence}", file=sys.stderr)
+                shown = f"{printable(path)} can no longer be read ({printable(reason)})"
+                print(f"warning: {shown}; {self.consequence}", file=sys.stderr)
                 self.reasons[path] = reason
 
 

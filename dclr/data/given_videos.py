@@ -21,7 +21,7 @@ def catalog_of_files(files: Sequence[Path]) -> Catalog:
     """
     if not files:
         raise UserError("no video files are given")
-    absolute = list(dict.fromkeys(os.path.abspath(file) for file in files))
+    absolute = list(dict.fromkeys(absolute_path(file) for file in files))
     for file in absolute:
         if not os.path.isfile(file):
             raise UserError(f"{file} is a folder; give video files" if os.path.isdir(file) else f"no such file: {file}")
@@ -29,6 +29,11 @@ def catalog_of_files(files: Sequence[Path]) -> Catalog:
     videos = [Video(path=Path(file).relative_to(root).as_posix(), label=-1) for file in absolute]
     paths = [video.path for video in videos]
     return make_catalog(Path(root), "video files", (), {"train": videos}, on_disk=paths)
+
+
+def absolute_path(file: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a file. `os.path.abspath` alone would keep "//" at the beginning."""
+    return "/" + os.path.abspath(file).lstrip("/")
 
 
 def everything(catalog: Catalog) -> Catalog:

@@ -274,14 +274,14 @@ def _resolve_labels(
             raise UserError(f"{where}: expected the label {kind}, as in {rows[0][0]}, got {field!r}")
     if not rows:
         return {name: [-1] * len(column) for name, column in fields.items()}, tuple(names or ()), []
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{class_file}: class {twice!r} is named twice: name it once")
     if numbered[0]:
         return _numbered_labels(fields, rows, any(table.header for table in tables.values()), class_file, names)
     for where, field in rows:
         if names is not None and field not in names:
             raise UserError(f"{where}: class {field!r} is not in {class_file}")
-    if names is not None and len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{class_file}: class {twice!r} is named twice, so its label is unknown: name it once")
     classes = tuple(names if names is not None else sorted({field for _, field in rows}))
     index = {name: label for label, name in enumerate(classes)} | {"": -1, "-1": -1}
     return {name: [index[field] for field in column] for name, column in fields.items()}, classes, []

@@ -35,7 +35,7 @@ from dclr.data.manifest import load_manifest
 from dclr.data.remote import data_path
 from dclr.data.store_files import Arrays, checksums_name, frame_bytes, shard_name
 from dclr.data.string_array import pack_strings, unpack_strings
-from dclr.errors import UserError
+from dclr.errors import UserError, printable
 from dclr.files import sync_folder
 from dclr.lock import LOCK, Lock, folder_lock
 from dclr.progress import ProgressBar, write_line
@@ -155,7 +155,8 @@ def pack(data: DataConfig, out: str = "", short_side: int = store_files.SHORT_SI
             failed = write_index(job)
             size = store_bytes(folder)
     for path, reason in failed.items():
-        print(f"warning: {path} could not be packed ({reason}); it is listed as unreadable", file=sys.stderr)
+        shown = f"{printable(path)} could not be packed ({printable(reason)})"
+        print(f"warning: {shown}; it is listed as unreadable", file=sys.stderr)
     print(
         f"packed {len(manifest.records) - len(failed)} videos into {folder}, {amount(size)}: train.py --data {folder}"
     )

@@ -3,7 +3,6 @@
 The prediction for a video is the class with the highest mean of the logits over its test clips.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 
 from dclr import distributed
 from dclr.config import DataConfig
-from dclr.data.decode import UnreadableVideo
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
 from dclr.evaluation.benchmark import Benchmark
+from dclr.evaluation.feature_table import MISSING
 from dclr.evaluation.features import ClipOutputs, check_classes, check_labels, find_data, open_split, run_on_clips
 from dclr.evaluation.predictions import Predictions, name_of_label, write_predictions
 from dclr.evaluation.retrieval import middle_frame
@@ -97,13 +96,14 @@ def write_accuracy(
     )
     figures.plot_confusion_matrix(result.confusion, classes, title, folder / "pictures" / "confusion.png")
     paths = [videos.path(index) for index in outputs.indices.tolist()]
+    missing = {video.path: MISSING for video in benchmark.catalog.missing.get("test", ())}
     predictions = Predictions(
         paths,
         [name_of_label(classes, label) for label in outputs.labels.tolist()],
         ["test"] * len(paths),
         classes,
         outputs.values.mean(1),
-        {**videos.unreadable, **outputs.failures},
+        videos.unreadable | outputs.failures | missing,
     )
     write_predictions(predictions, folder / "predictions.csv", WRITTEN_CLASSES)
     mistakes = most_confident_mistakes(predictions)
@@ -147,8 +147,8 @@ def plot_mistakes(
     """Plot the middle frame of the videos of these rows. Without rows, a sheet of an earlier evaluation is deleted."""
     best, cells = predictions.best(1), []
     for row in rows:
-        with suppress(UnreadableVideo):  # the file has changed since its clips were read
-            frame = middle_frame(videos, int(outputs.indices[row]))
+        frame = middle_frame(videos, int(outputs.indices[row]))
+        if frame is not None:  # else the file has changed since its clips were read
             cells.append((frame, predictions.labels[row], *best[row][0]))
     if cells:
         figures.plot_mistakes(cells, title, path)

@@ -23,7 +23,7 @@ from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.catalog import Catalog
 from dclr.data.clips import evenly_spaced
-from dclr.data.decode import rgb_of
+from dclr.data.decode import UnreadableVideo, rgb_of
 from dclr.data.display import shown
 from dclr.data.samples import TestClips
 from dclr.data.videos import VideoSet
@@ -422,7 +422,8 @@ def share(correct: Tensor) -> float:
 def plot_sheet(samples: CompositeClips, indices: Sequence[int], title: str, path: Path) -> None:
     """Plot composites of some videos, evenly spaced over `indices` and so over the classes.
 
-    For each video, it shows the clip with the largest foreground.
+    For each video, it shows the clip with the largest foreground. Without any, a sheet of an earlier evaluation is
+    deleted.
     """
     videos = samples.videos
     ordinary = TestClips(videos, samples.config)
@@ -430,11 +431,17 @@ def plot_sheet(samples: CompositeClips, indices: Sequence[int], title: str, path
     for position in evenly_spaced(len(indices), SHEET_VIDEOS):
         index = indices[position]
         other = int(samples.backgrounds[index])
-        clip = ordinary.read(index, [int(samples.shares[index].argmax())])
-        background = background_of(videos, other)
+        try:
+            clip = ordinary.read(index, [int(samples.shares[index].argmax())])
+            background = background_of(videos, other)
+        except UnreadableVideo:  # the file has changed since its clips were read
+            continue
         source, mask = rgb_of(clip), foreground_mask(clip)
         composite(clip, mask, background)
         names = tuple(videos.classes[videos.labels[i]] for i in (index, other))
         pictures = [shown(images, clip.display) for images in (source, mask, rgb_of(clip))]
         rows.append((names, *pictures[:2], shown(rgb_of(background), background.display)[0], pictures[2]))
-    figures.plot_composites(rows, title, path)
+    if rows:
+        figures.plot_composites(rows, title, path)
+    else:
+        path.unlink(missing_ok=True)

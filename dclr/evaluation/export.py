@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -113,7 +113,7 @@ def export_network(
         with atomic_file(out) as aside:
             aside.write_bytes(content)
             outputs_of = (_open_torch if form == "torch" else _open_onnx)(aside)
-            difference = max(map(largest_difference, map(outputs_of, checks), expected))
+            difference = largest(map(largest_difference, map(outputs_of, checks), expected))
             if not difference <= TOLERANCE:  # also if it is NaN
                 raise UserError(
                     f"the exported outputs differ from the model's by {difference:.1e} of the largest output, "
@@ -175,7 +175,12 @@ def largest_difference(outputs: Outputs, expected: Outputs) -> float:
         if outputs[name].shape != values.shape:
             raise UserError(f"the exported file gives {name} {tuple(outputs[name].shape)}, not {tuple(values.shape)}")
         differences.append(((outputs[name] - values).abs().max() / values.abs().max().clamp(min=1e-30)).item())
-    return max(differences)
+    return largest(differences)
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """Return the largest number, NaN if one is NaN. Python's `max` would lose a NaN that is not the first."""
+    return torch.tensor(list(numbers)).max().item()
 
 
 # ---------------------------------------------------------------- the two formats

@@ -192,7 +192,7 @@ def join(request: Request, parts: Iterable[Rows]) -> FeatureTable:
     embeddings: dict[str, np.ndarray] = {}
     for part in parts:
         first = len(positions) * each
-        for kind, rows in part.embeddings.items():
+        for kind, rows in part.embeddings.items() if part.positions else ():
             if kind not in embeddings:
                 embeddings[kind] = np.empty((len(listed) * each, rows.shape[1]), rows.dtype)
             embeddings[kind][first : first + len(rows)] = rows

@@ -20,6 +20,9 @@ from matplotlib.colors import Normalize
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
+from dclr.errors import printable
+from dclr.files import atomic_file
+
 QUERY, RIGHT, WRONG, UNKNOWN = "black", "tab:green", "tab:red", "tab:gray"
 """The colours of the borders in the sheets of retrieval and search. UNKNOWN: the class of the query or of the video is
 not known."""
@@ -69,8 +72,7 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str
             colour = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class's videos")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    _save(figure, path, dpi=110, bbox_inches="tight")
 
 
 @_names_as_text()
@@ -113,11 +115,10 @@ def plot_curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, 
             style = {"linestyle": "--"}
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 3 else "", **style)
     axes.set_xlabel("step")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(printable(title), fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=1 + (len(lines) > 5))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path, dpi=110)
 
 
 def _meanings_of(colours: set[str]) -> list[Patch]:
@@ -305,7 +306,18 @@ def _finish(figure: plt.Figure, title: str, path: Path, legend: Sequence[Any] = 
     figure.suptitle(_wrapped(title, figure.get_figwidth(), 9), fontsize=9)
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, dpi=100)
+
+
+def _save(figure: plt.Figure, path: Path, **options: Any) -> None:
+    """Write a figure atomically and close it.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: `path` has not the suffix of a picture.
+    """
+    with atomic_file(path) as aside:
+        figure.savefig(aside, format=path.suffix.removeprefix("."), **options)
     plt.close(figure)
 
 
@@ -316,11 +328,11 @@ def _characters(inches: float, points: float) -> int:
 
 def _wrapped(text: str, inches: float, points: float) -> str:
     """Break lines that are longer than `inches`."""
-    lines = [textwrap.wrap(line, _characters(inches, points)) or [""] for line in text.split("\n")]
+    lines = [textwrap.wrap(printable(line), _characters(inches, points)) or [""] for line in text.split("\n")]
     return "\n".join(part for line in lines for part in line)
 
 
 def _shortened(text: str, inches: float, points: float) -> str:
     """Return the text, or its beginning and its end with an ellipsis between them if it is longer than `inches`."""
-    most = _characters(inches, points)
+    most, text = _characters(inches, points), printable(text)
     return text if len(text) <= most else f"{text[: most - 6]}…{text[-5:]}"

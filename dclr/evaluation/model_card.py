@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dclr.config import read_config
-from dclr.errors import UserError
+from dclr.errors import UserError, printable
 from dclr.evaluation.run_record import read_object
 from dclr.files import atomic_write
 from dclr.models import Pretrained
@@ -75,8 +75,9 @@ def write_model_card(pretrained: Pretrained, folder: Path, changed: bool) -> Non
     """
     run = _run_folder(pretrained.file)
     config = make_config(pretrained, run)
-    atomic_write(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    atomic_write(folder / "README.md", make_card(pretrained, run, config, changed).encode())
+    card = "\n".join(map(printable, make_card(pretrained, run, config, changed).split("\n")))
+    atomic_write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    atomic_write(folder / "README.md", card.encode())
 
 
 def _run_folder(file: Path) -> Path:
@@ -121,12 +122,17 @@ def make_card(pretrained: Pretrained, run: Path, config: dict[str, Any], changed
         features=backbone.feature_dim,
         predict='\nmodel.predict("video.mp4")  # the most probable classes' if classes else "",
         network="\n".join(f"| {name} | {_shown(value)} |" for name, value in rows.items()),
-        training=_training(run, config),
+        training=_training(pretrained.file, run, config),
         results=CHANGED if changed else _results(pretrained.file, run),
     )
 
 
-def _training(run: Path, config: dict[str, Any]) -> str:
+def _is_final(file: Path, run: Path) -> bool:
+    """Return whether a file holds the final weights of its run, and not those of a checkpoint during training."""
+    return file.resolve().parent == run
+
+
+def _training(file: Path, run: Path, config: dict[str, Any]) -> str:
     """Return what the run's report.json and config.json say about its training."""
     report = read_object(run / "report.json")
     data = report.get("data")
@@ -135,11 +141,17 @@ def _training(run: Path, config: dict[str, Any]) -> str:
     lines = [
         f"- command: {report.get('command')}",
         f"- data set: {Path(str(data['folder'])).name} ({data['layout']}), {data['videos']} training videos",
-        f"- steps: {report.get('steps')}",
+        f"- steps: {report.get('steps')}" + ("" if _is_final(file, run) else f"; the weights are those of {file.name}"),
     ]
     for group in PUBLISHED:
         lines += [f"- {name}: {_shown(value)}" for name, value in config.get(group, {}).items()]
     return "\n".join(lines)
+
+
+def _date(report: dict[str, Any]) -> str:
+    """Return when a report was written, in ISO 8601 and UTC; empty if it does not say so."""
+    environment = report.get("environment")
+    return str(environment.get("date", "")) if isinstance(environment, dict) else ""
 
 
 def _results(file: Path, run: Path) -> str:
@@ -149,7 +161,10 @@ def _results(file: Path, run: Path) -> str:
         report = read_object(path)
         figures, clips = report.get("figures"), report.get("clips")
         # An evaluation of other weights, such as random ones, may have been written to this folder too.
-        is_own = Path(str(report.get("checkpoint", ""))).name in (run.name, file.name, file.stem)
+        own = (file.name, file.stem, run.name) if _is_final(file, run) else (file.name, file.stem)
+        is_own = Path(str(report.get("checkpoint", ""))).name in own
+        if _is_final(file, run) and _date(report) < _date(read_object(run / "report.json")):
+            continue  # it is of the weights that the run had before it ended
         if not is_own or not isinstance(figures, dict) or not isinstance(clips, dict):
             continue
         data = Path(str(clips.get("data") or "")).name or "the built-in demo videos of dclr"

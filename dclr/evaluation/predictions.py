@@ -5,7 +5,7 @@ one that `eval.py accuracy` compares with the label.
 """
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +47,22 @@ class Predictions:
     """Path -> reason."""
 
     def best(self, top: int) -> list[list[tuple[str, float]]]:
-        """Return, for each video, the `top` most probable classes with their probabilities, or all if there are fewer.
+        """Return, for each video, the `top` most probable classes with their probabilities, see `best_classes`."""
+        return best_classes(self.logits, self.classes, top)
 
-        The order is that of the logits, because softmax can round unequal logits to equal probabilities.
-        """
-        order = self.logits.argsort(dim=1, descending=True, stable=True)[:, :top]
-        probabilities = self.logits.double().softmax(1).gather(1, order)
-        return [
-            [(self.classes[index], probability) for index, probability in zip(*row, strict=True)]
-            for row in zip(order.tolist(), probabilities.tolist(), strict=True)
-        ]
+
+def best_classes(logits: Tensor, classes: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
+    """Return, for each row of logits (N, classes), the `top` most probable classes with their probabilities.
+
+    If there are fewer classes, all are returned. The order is that of the logits, because softmax can round unequal
+    logits to equal probabilities.
+    """
+    order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
+    probabilities = logits.double().softmax(1).gather(1, order)
+    return [
+        [(classes[index], probability) for index, probability in zip(*row, strict=True)]
+        for row in zip(order.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
 def predict_videos(

@@ -17,7 +17,7 @@ from dclr.data.display import shown
 from dclr.data.encode import write_video
 from dclr.data.given_videos import EVERYTHING, everything
 from dclr.data.store import is_store
-from dclr.data.videos import VideoSet, open_videos
+from dclr.data.videos import NoReadableVideo, VideoSet, open_videos
 from dclr.errors import UserError
 
 HEIGHT, MOST_WIDTH = 160, 320
@@ -63,6 +63,8 @@ def make_previews(root: Path, paths: Sequence[str], play: bool, timeout: float) 
     previews: dict[str, Preview | str] = dict.fromkeys(paths, "it is not in the data set any more")
     try:
         opened = open_videos(listed, EVERYTHING, 1, progress=False, timeout=timeout)
+    except NoReadableVideo as error:
+        return previews | error.reasons
     except UserError as error:
         return dict.fromkeys(paths, str(error))
     previews |= opened.unreadable

@@ -24,7 +24,7 @@ from torch import Tensor
 from dclr import distributed
 from dclr.config import DataConfig, ModelConfig
 from dclr.data.clips import evenly_spaced
-from dclr.data.decode import rgb_of
+from dclr.data.decode import UnreadableVideo, rgb_of
 from dclr.data.display import shown
 from dclr.data.videos import VideoSet
 from dclr.evaluation import figures
@@ -245,7 +245,10 @@ def plot_sheet(
     figures.plot_search_sheet(rows, title, path)
 
 
-def middle_frame(videos: VideoSet, index: int) -> np.ndarray:
-    """Return the middle frame of a video as it is shown, (H, W, 3) uint8 RGB. Raises UnreadableVideo."""
-    frame = videos.read(index, np.array([videos.frames[index] // 2]))
+def middle_frame(videos: VideoSet, index: int) -> np.ndarray | None:
+    """Return the middle frame of a video as it is shown, (H, W, 3) uint8 RGB; None if it can no longer be read."""
+    try:
+        frame = videos.read(index, np.array([videos.frames[index] // 2]))
+    except UnreadableVideo:
+        return None
     return shown(rgb_of(frame), frame.display)[0]

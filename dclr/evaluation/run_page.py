@@ -116,7 +116,8 @@ def shown_name(path: Any) -> str:
     A text that begins with a path keeps what follows it: "/home/me/run/backbone.safetensors: r2plus1d_18" gives
     "backbone.safetensors: r2plus1d_18". A text without a path stays as it is.
     """
-    return Path(str(path)).name
+    file, colon, words = str(path).partition(": ")
+    return Path(file).name + colon + words
 
 
 def curves(run: RunRecord, pictures: Path) -> list[Html]:

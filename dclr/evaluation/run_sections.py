@@ -168,10 +168,7 @@ class Measured:
         videos, index = self.samples[split].videos, int(outputs.indices[row])
         label = int(videos.labels[index])
         name = videos.classes[label] if label >= 0 else Path(videos.path(index)).name
-        try:
-            return middle_frame(videos, index), f"{words}\n{name}"
-        except UnreadableVideo:
-            return None, f"{words}\n{name}"
+        return middle_frame(videos, index), f"{words}\n{name}"
 
     def motion_and_scene(self) -> Html:
         """Return how well linear probes and neighbours predict the class and the scene of test videos."""

@@ -73,6 +73,8 @@ class Gallery:
         self.root = root or Path(table.root)
         self.table = table if table.clips is None else mean_of_clips(table)
         self.rows = self.table.embeddings[kind]
+        if not len(self.rows):
+            raise UserError(f"{table.root} has no {kind} embeddings of any video")
         total = np.zeros(self.rows.shape[1])
         for _, rows in self._chunks():
             total += rows.sum(0, dtype=np.float64)
@@ -260,6 +262,8 @@ def read_gallery(file: Path, pretrained: Pretrained, kind: str) -> FeatureTable:
             f"--features {file} has no {kind} embeddings, only {', '.join(table.embeddings)}: "
             f"write it with eval.py features --like {kind}"
         )
+    if not all(isinstance(table.clip_format.get(name), int) for name in ("length", "stride", "crop")):
+        raise UserError(f"--features {file} does not say how its clips were made: write it with eval.py features")
     return table
 
 
