@@ -37,6 +37,16 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
     assert names(folder) == [f"step-000000{step}.safetensors" for step in (3, 6, 7)]
 
 
+def test_a_strange_loss_in_an_older_checkpoint_is_no_loss(tmp_path):
+    folder = tmp_path / "checkpoints"
+    nested: list = []
+    for _ in range(500):
+        nested = [nested]
+    for step, loss in enumerate(["low", {"a": 1}, True, nested, 5.0, None, None], start=1):
+        checkpoint.write(folder, step, TENSORS, {"loss": loss})
+    assert names(folder) == [f"step-000000{step}.safetensors" for step in (5, 6, 7)]
+
+
 def test_other_files_in_the_folder_are_neither_read_nor_deleted(tmp_path):
     for name in ("step-0000099.safetensors.tmp", "step-12.safetensors", "notes.txt", "unfinished"):
         (tmp_path / name).write_text("x")

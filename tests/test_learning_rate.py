@@ -70,6 +70,9 @@ def test_a_cosine_needs_no_milestones_and_refuses_them_by_name(command):
         resolve(command, "ucf101", {}, file={"schedule": "cosine", "milestones": [3]})
     # The settings of a run with milestones can be repeated with a cosine.
     assert resolve(command, "ucf101", {"schedule": "cosine"}, file=flat(resolve(command, "ucf101", {})))
+    # A file that a person wrote has no milestones at all, so those of the preset count.
+    steps = resolve(command, "ucf101", {"schedule": "step"}, file={"schedule": "cosine"})
+    assert steps.optim.milestones == resolve(command, "ucf101", {}).optim.milestones
     # Those of a run with a cosine hold no milestones.
     stored = flat(found)
     message = "^--schedule step needs --milestones here, because a run with --schedule cosine stores none$"

@@ -34,6 +34,15 @@ def make_network(**settings: Any) -> VideoMoCo:
     return network
 
 
+def test_a_file_with_the_symmetric_loss_of_another_method_changes_nothing() -> None:
+    views = make_views(1), make_views(2)
+    network, other = make_network(), make_network(symmetric_loss=True)
+    for each in (network, other):
+        each.fill(*views, 0)
+        assert int(each.enqueued) == 4
+    assert torch.equal(network.queue, other.queue)
+
+
 # ---------------------------------------------------------------- the generator
 
 

@@ -59,7 +59,7 @@ def resolve(
         if {**same_file, **flags}.get("milestones"):
             raise UserError("--milestones has no effect with --schedule cosine: leave it out, or use --schedule step")
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, milestones=()))
-    elif stored.get("schedule") == "cosine" and not stored.get("milestones") and "milestones" not in flags:
+    elif stored.get("schedule") == "cosine" and stored.get("milestones") in ((), []) and "milestones" not in flags:
         raise UserError("--schedule step needs --milestones here, because a run with --schedule cosine stores none")
     if command == "linear" and config.run.recompute:
         raise UserError(

@@ -89,7 +89,7 @@ class DCLR(Method):
             Each clip is the query of one direction and the key of the other on the same rank, so it travels once.
         """
         output, keys = self._contrast(query, key, step)
-        if self.method.symmetric_loss:
+        if self.method.keys_per_sample == 2:
             other_output, other_keys = self._contrast(key, query, step, swapped=True)
             output, keys = mean_of_directions(output, other_output), torch.cat([keys, other_keys], dim=1)
         self._enqueue(keys)
@@ -145,7 +145,7 @@ class DCLR(Method):
             one number for each pair. It is finite if the pair's keys are: keys have length 1.
         """
         keys, all_keys, _ = self._encode_key(key, step)
-        if self.method.symmetric_loss:
+        if self.method.keys_per_sample == 2:
             other_keys, all_other_keys, _ = self._encode_key(query, step, swapped=True)
             keys, all_keys = torch.cat([keys, other_keys], dim=1), torch.cat([all_keys, all_other_keys], dim=1)
         self._enqueue(all_keys)
@@ -177,7 +177,7 @@ class DCLR(Method):
         return {name: value for name, value in terms.items() if value is not None}
 
     def metrics(self, output: Output) -> dict[str, float]:
-        """Return a step's losses and similarities, means over ranks, under the names of the log."""
+        """Return a micro-batch's losses and similarities, means over ranks, under the names of the log."""
         terms = {
             **self.terms(output),
             "alignment_other_form": output.alignment_other_form,
@@ -225,7 +225,7 @@ class DCLR(Method):
         first = self.enqueued - written + distributed.rank() * size
         own = (first + torch.arange(size, device=queries.device)) % length  # (B,)
         similarity = queries.float() @ self.queue.float().transpose(1, 2)  # (P, B, K)
-        if self.method.symmetric_loss:
+        if self.method.keys_per_sample == 2:
             # The other direction has made a key of the query clip itself. It does not count.
             itself = (own + ranks * size) % length
             similarity[:, torch.arange(size, device=queries.device), itself] = -torch.inf

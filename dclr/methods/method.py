@@ -131,7 +131,7 @@ class Method(nn.Module):
         return {"loss": output.loss.detach()}
 
     def metrics(self, output: Any) -> dict[str, float]:
-        """Return the log line of a step, means over ranks. Every rank calls this method at the same step."""
+        """Return the log line of a micro-batch, means over ranks. Every rank calls this method at the same step."""
         return means_over_ranks(self.terms(output))
 
     def first_step(self, metrics: dict[str, float]) -> dict[str, dict[str, float]]:

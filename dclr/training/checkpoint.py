@@ -124,6 +124,7 @@ def _loss(path: Path) -> float | None:
     """Return the loss that `write` stored; None also for an unreadable file, which is kept only among the newest."""
     try:
         with safe_open(path, framework="pt") as opened:
-            return _state(opened.metadata()).get("loss")
-    except (OSError, SafetensorError, ValueError):
+            loss = _state(opened.metadata()).get("loss")
+    except (OSError, SafetensorError, ValueError, RecursionError):
         return None
+    return loss if isinstance(loss, float) else None

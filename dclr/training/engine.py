@@ -28,6 +28,10 @@ RANK_STATISTICS = "ranks/statistics"
 """Name of the tensor in a checkpoint that holds BatchNorm's statistics of every rank: (ranks, N) float32."""
 
 
+SIXTEEN_BITS = ("fp16", "bf16", "bfloat16")
+"""Sections of a DeepSpeed configuration that store parameters in 16 bits. The last one is an older name."""
+EXPECTED = {"managed_gradient_accumulation": True, "gradient_allreduce_op": "mean"}
+"""Settings of a DeepSpeed configuration with the only value, its default, that trains as train.py promises."""
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}
 """Environment of a run of one process that no launcher started. The port is set to a free one."""
 
@@ -115,7 +119,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing or not JSON; a section has a wrong type, sets what flags of train.py set, or asks
-            for 16-bit parameters, float16 or ZeRO stage 3.
+            for 16-bit parameters, float16 or ZeRO stage 3, or changes how gradients are accumulated or averaged.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +131,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--ds_config {path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"--ds_config {path}: must hold a JSON object, as ds_configs/zero1.json does")
-    for section in ("fp16", "bf16", "torch_autocast", "zero_optimization"):
+    for section in (*SIXTEEN_BITS, "torch_autocast", "zero_optimization"):
         if not isinstance(config.get(section, {}), dict):
             raise UserError(f"--ds_config {path}: {section} must be a JSON object, as in ds_configs/zero1.json")
     accumulation = config.get("gradient_accumulation_steps", 1)
@@ -135,7 +139,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--ds_config {path}: gradient_accumulation_steps is {accumulation!r}, but must be a whole number from 1"
         )
-    for section in ("fp16", "bf16"):
+    for section in SIXTEEN_BITS:
         if config.get(section, {}).get("enabled"):
             raise UserError(
                 f"--ds_config {path}: {section} stores parameters in 16 bits, "
@@ -146,12 +150,18 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             f"--ds_config {path}: torch_autocast.dtype must be bfloat16: float16 needs a loss scale, and its normal "
             "overflows would stop the run here, as every non-finite gradient does"
         )
+    for setting, value in EXPECTED.items():
+        if config.get(setting, value) != value:
+            raise UserError(f"--ds_config {path}: {setting} must be {json.dumps(value)}: leave it out")
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(
                 f"--ds_config {path}: has a section {section}; remove it: --lr, --milestones, --momentum and "
                 "--weight-decay set that"
             )
+    for section in ("offload_optimizer", "offload_param"):
+        if section in config.get("zero_optimization", {}):
+            raise UserError(f"--ds_config {path}: {section} needs an optimizer of DeepSpeed: leave it out")
     if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
         raise UserError(
             f"--ds_config {path}: zero_optimization.stage must be 0, 1 or 2 (the key encoder reads whole parameters)"
@@ -215,7 +225,8 @@ class Engine:
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=module, optimizer=self.sgd, config=config, dist_init_required=False
             )
-        except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
+        # pydantic's errors are ValueErrors. DeepSpeed checks some settings by assertions.
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"--ds_config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         self.module: nn.Module = module
         # The momentum is created here and not in the first step: a checkpoint may be loaded into it before, and a

@@ -72,7 +72,10 @@ class Task(Protocol):
         """Do the work that must follow the optimizer's update."""
 
     def metrics(self, lr: float, done: int, skipped: int, watch: Stopwatch) -> dict[str, float]:
-        """Return the log line of the latest step: means over ranks. `skipped` of the `done` steps changed nothing."""
+        """Return the log line of the latest micro-batch: means over ranks.
+
+        `skipped` of the `done` steps changed nothing.
+        """
         ...
 
     def bar(self, metrics: dict[str, float]) -> dict[str, str]:
