@@ -347,7 +347,7 @@ def compare(own: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def cell_table(row: Row) -> str:
     """Return two tables of one cell, one provider a line: what was measured, and the sections of a step."""
-    columns = ["provider", "products", "samples/s", "ms (20 % to 80 %)", "TFLOP/s", "of the peak", "peak memory"]
+    columns = ["provider", "products", "samples/s", "ms (20 % to 80 %)", "TFLOP/s", "of the peak rate", "peak memory"]
     columns += ["first step", "loss error", "key error", "check"]
     lines, sections = [], []
     for name, found in row["providers"].items():

@@ -40,7 +40,7 @@ def step_table(result: Result, gpu: bool) -> str:
         elif gpu:
             line += [ours.get("skipped", "")[:40], "", ""]
         lines.append(line)
-    return harness.table([*columns, *(["samples/s", "of the peak", "peak memory"] if gpu else [])], lines)
+    return harness.table([*columns, *(["samples/s", "of the peak rate", "peak memory"] if gpu else [])], lines)
 
 
 GPU_GIB = (24, 40, 80, 139)
@@ -296,6 +296,7 @@ def predicted_kernel_table(result: Result) -> str:
         best = min(tried, key=lambda other: other["ms"], default=row)
         library, code = row["library_ms"], row["code"]
         limit, theirs = max(row["parts_ms"], key=row["parts_ms"].get), sum(library.values())
+        limit = "instructions" if limit == "issue" else limit
         lines.append(
             [
                 row["what"],
@@ -310,8 +311,8 @@ def predicted_kernel_table(result: Result) -> str:
                 "yes" if code["wgmma"] else "no",
             ]
         )
-    columns = ["kernel", "rows, warps, stages, taps", "arithmetic", "memory", "L2", "issue", "predicted", "library"]
-    columns += ["speedup", "better setting", "registers, spilled bytes", "shared KiB", "wgmma"]
+    columns = ["kernel", "rows, warps, stages, taps", "arithmetic", "memory", "L2", "instructions", "predicted"]
+    columns += ["library", "speedup", "better setting", "registers, spilled bytes", "shared KiB", "wgmma"]
     return harness.table(columns, lines)
 
 

@@ -200,8 +200,8 @@ def findings(result: evidence.Result) -> list[evidence.Finding]:
     claim = "the frames that the generator drops change the embedding more than random frames"
     found += evidence.above_level(claim, own["rank"], rows["chance"]["rank"])
     for first, second, claim in (
-        (own["rank"], own["rank_other_clips"], "they change it more than the frames that it drops from other clips"),
-        (own["motion_random"], own["motion_chosen"], "the motion probe is worse without them than without random ones"),
+        (own["rank"], own["rank_other_clips"], "the dropped frames change their clip's embedding more than the frames dropped from other clips"),
+        (own["motion_random"], own["motion_chosen"], "the motion probe is worse without the dropped frames than without random frames"),
     ):
         found += evidence.above(claim, first, second)
     return found

@@ -69,6 +69,15 @@ def test_two_processes_on_one_gpu_are_refused():
     assert machines.check_machines([first, other_gpu, replace(first, machine="boot2")]) == []
 
 
+def test_ranks_of_a_machine_that_do_not_follow_each_other_are_refused():
+    """srun --distribution=cyclic and mpirun --map-by node give rank 0 to node1, rank 1 to node2, rank 2 to node1."""
+    first, second = ([rank, replace(rank, about={**ABOUT, "GPU identity": "1"})] for rank in peers({}))
+    assert machines.check_machines([*first, *second]) == []
+    message = "^node1 has rank 0 and rank 2, but other machines have the ranks between them: give each machine ranks "
+    with pytest.raises(UserError, match=message):
+        machines.check_machines([first[0], second[0], first[1], second[1]])
+
+
 def test_the_description_names_every_package_and_follows_each_file(monkeypatch, tmp_path):
     about = machines.describe_machine()
     assert {

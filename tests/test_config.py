@@ -479,6 +479,7 @@ def test_a_runs_configuration_repeats_the_run_in_another_folder(tmp_path):
             ["epochs = 0x" + 5000 * "f"],
             "{file}: epochs is a value of type int that cannot be printed, but must be a whole number",
         ),
+        (["split = 'all'"], "{file}: split is 'all', which only the flag takes: leave it out, and give --split all"),
         (["preset = 3"], "--config {file}: preset is 3, but must be a text"),
         (["lr = true"], "{file}: lr is True, but must be a number"),
         (["lr = 1979-05-27"], "{file}: lr is datetime.date(1979, 5, 27), but must be a number"),

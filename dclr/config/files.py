@@ -9,7 +9,7 @@ from typing import Any
 
 from dclr.config.data_url import is_url
 from dclr.config.options import WHOLE_LIMIT
-from dclr.config.settings import FIELDS, GROUPS, Config, groups
+from dclr.config.settings import ALL, FIELDS, GROUPS, Config, groups
 from dclr.errors import UserError
 from dclr.files import atomic_write
 
@@ -142,6 +142,8 @@ _KINDS = {
 
 def _typed(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the file with lists as tuples. Raises UserError for a value of a wrong type."""
+    if values.get("split") == ALL:
+        raise UserError(f"{path}: split is 'all', which only the flag takes: leave it out, and give --split all")
     for name, value in values.items():
         if name in FIELDS and not _is_alike(value, FIELDS[name].default):
             raise UserError(f"{path}: {name} is {_shown(value)}, but must be {_KINDS[type(FIELDS[name].default)]}")

@@ -1,7 +1,8 @@
 """Worker processes that read chunks of samples into the ring. Each reads in a decoder process that it watches.
 
-There are two processes for each worker. The worker is forked when a run starts, before the training process has threads
-and a GPU. It forks its decoder process, and forks another if a video crashes it.
+There are two processes for each worker. The worker is forked from the process that trains or evaluates, which may
+already have threads and a GPU. It uses neither: it only decodes. It forks its decoder process, and forks another if a
+video crashes it.
 """
 
 import math

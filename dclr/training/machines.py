@@ -79,7 +79,8 @@ def check_machines(peers: list[Peer]) -> list[str]:
         lines of warnings, the same on all ranks.
 
     Raises:
-        UserError: a rank has no device, two ranks have one GPU, or a machine runs other code or other packages.
+        UserError: a rank has no device, two ranks have one GPU, a machine runs other code or other packages, or the
+            ranks of a machine do not follow each other (opening.py and sharing.py rely on it).
     """
     for number, peer in enumerate(peers):
         if "problem" in peer.about:
@@ -88,6 +89,15 @@ def check_machines(peers: list[Peer]) -> list[str]:
             here, there = (each.about.get(name, "unknown") for each in (peer, peers[0]))
             if name not in NOT_COMPARED and here != there:
                 raise UserError(_difference(name, number, peer, peers[0]))
+    newest: dict[str, int] = {}
+    for number, peer in enumerate(peers):
+        if newest.setdefault(peer.machine, number) < number - 1:
+            raise UserError(
+                f"{peer.host} has rank {newest[peer.machine]} and rank {number}, but other machines have the ranks "
+                "between them: give each machine ranks that follow each other, srun --distribution=block or "
+                "mpirun --map-by slot"
+            )
+        newest[peer.machine] = number
     owners: dict[tuple[str, str], int] = {}
     for number, peer in enumerate(peers):
         gpu = peer.about.get("GPU identity")
