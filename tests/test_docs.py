@@ -21,12 +21,12 @@ LOG = ROOT / "docs" / "LOG.md"
 # The log names flags and commands as they were called at the time.
 PAGES_OF_TODAY = [page for page in PAGES if page != LOG]
 PAGE_OF_THE_AUTHORS_FLAGS = ROOT / "docs" / "from-the-authors-code.md"
-# Flags of deepspeed, torchrun, tensorboard and Slurm's programs.
+# Flags of deepspeed, torchrun, tensorboard, Slurm's programs and mpirun.
 FOREIGN_FLAGS = {
     "--hostfile", "--master_addr", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id",
     "--logdir", "--signal", "--requeue", "--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node",
     "--cpus-per-task", "--partition", "--account", "--open-mode", "--kill-on-bad-exit", "--label", "--me", "--format",
-    "--pty", "--overlap",
+    "--pty", "--overlap", "--distribution", "--map-by",
 }  # fmt: skip
 
 
