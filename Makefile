@@ -19,6 +19,9 @@ PROCESSES = $(if $(wildcard /dev/nvidia0),,--num_accelerators 2)
 LAUNCH = $(BIN)/deepspeed $(PROCESSES) train.py
 DS_CONFIG = ds_configs/zero1.json
 
+# Else every test process and every command that a test starts would compile dclr and the tests again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo demo-quick test test-slow lint evidence chaos soak
 .PHONY: gpu-baseline gpu-layers gpu-evidence gpu gpu-test gpu-step gpu-kernels gpu-runs
 
@@ -51,18 +54,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests run on the CPU, also on a machine with a GPU, and the kernels in Triton's interpreter. Two test processes of one
-# thread each are faster than one process of two threads. A test file stays in one process, as its fixtures are shared.
-# tests/conftest.py orders the files: else a long file could come last, and one of the two processes would wait for it.
+# Tests run on the CPU, also on a machine with a GPU, and the kernels in Triton's interpreter. Test processes have one
+# thread each. Some tests wait for time limits and for other processes, so three processes keep two cores busy. A test
+# file stays in one process, as its fixtures are shared. tests/conftest.py orders the files: else a long file could come
+# last, and the other processes would wait for it.
 PYTEST = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) -m "not gpu and not slow"
 
-# Many slow tests wait for launchers and time limits, so three processes keep two cores busy.
 test-slow: setup
-	$(PYTEST) -n 3 -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 evidence: setup
 	$(BIN)/python -m experiments.controlled_set --seeds 1

@@ -98,10 +98,11 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
 
 
 def require_new_file(out: Path) -> None:
-    """Raise UserError unless `out` is a new file in a folder that can be written to. The folder is made if needed."""
+    """Raise UserError unless `out` is a new file in a folder that can be written to, or that can be made."""
     if out.exists():
         raise UserError(f"--out {out} exists already: delete it, or give another name")
-    make_writable(out.parent)
+    with removed_if_empty(out.parent):
+        make_writable(out.parent)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -192,8 +192,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(checkpoint, tmp_path, mo
         (checkpoint, "network.pth", (), "its name must end in .pt2 or .onnx"),
         (checkpoint, "network.pt2", ("--format", "onnx"), "for --format onnx its name must end in .onnx"),
         (checkpoint, "there.pt2", (), "exists already"),
-        (checkpoint, "network.pt2", ("--like", "motion"), "no projection heads"),
-        (tmp_path / "text.safetensors", "network.pt2", (), "text.safetensors"),
+        (checkpoint, "new/network.pt2", ("--like", "motion"), "no projection heads"),
+        (tmp_path / "text.safetensors", "new/network.pt2", (), "text.safetensors"),
         (tmp_path / "none", "network.pt2", (), "none"),
     ]
     for file, name, flags, message in wrong:
@@ -201,6 +201,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(checkpoint, tmp_path, mo
             export_by_command(file, tmp_path / name, *flags)
         assert message in str(refused.value)
         assert "\n" not in str(refused.value)
+    assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"--format onnx needs onnxscript: pip install 'dclr\[onnx\]'"):
         export_by_command(checkpoint, tmp_path / "network.onnx")

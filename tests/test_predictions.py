@@ -96,13 +96,13 @@ def test_a_file_has_a_row_for_each_video_and_the_reason_of_each_skipped_one(suff
         pytest.importorskip("pyarrow")
     odd = 'odd, "name"\n\udcff.mp4'
     predictions = make([[0.0, 1, 0], [3, 0, 0]], {"gone.mp4": "empty file"}, paths=[odd, "b.mp4"], labels=["a", ""])
-    write_predictions(predictions, tmp_path / f"out{suffix}", top=5)
+    write_predictions(predictions, tmp_path / "new" / f"out{suffix}", top=5)
     if suffix == ".csv":
-        rows = rows_of(tmp_path / "out.csv")
+        rows = rows_of(tmp_path / "new" / "out.csv")
     else:
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+        table = pyarrow.parquet.read_table(tmp_path / "new" / "out.parquet")
         rows = [{name: "" if value is None else value for name, value in row.items()} for row in table.to_pylist()]
     first, second, skipped = rows
     columns = ["path", "split", "label", *(f"{what}_{k}" for k in (1, 2, 3) for what in ("class", "probability"))]
@@ -176,7 +176,7 @@ def test_what_cannot_be_predicted_is_refused_in_one_line(checkpoint, folder, tmp
     (tmp_path / "empty").mkdir()
     (tmp_path / "there.csv").touch()
     save_backbone(build_backbone("r3d_10", 4), tmp_path / "backbone.safetensors", CLIPS)
-    given = {"--checkpoint": checkpoint, "--data": folder, "--out": tmp_path / "out.csv"}
+    given = {"--checkpoint": checkpoint, "--data": folder, "--out": tmp_path / "new" / "out.csv"}
     wrong = [
         ({"--checkpoint": tmp_path / "backbone.safetensors"}, "has no classifier: give the folder of a finetune"),
         ({"--checkpoint": tmp_path / "none"}, "none"),
@@ -193,4 +193,4 @@ def test_what_cannot_be_predicted_is_refused_in_one_line(checkpoint, folder, tmp
             run(*(word for pair in {**given, **changes}.items() for word in pair))
         assert message in str(refused.value)
         assert "\n" not in str(refused.value)
-    assert not (tmp_path / "out.csv").exists()
+    assert not (tmp_path / "new").exists()

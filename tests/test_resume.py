@@ -232,10 +232,9 @@ def test_each_signal_ends_a_run_with_status_75_after_its_step(train_main, flags,
 
     monkeypatch.setattr(files.os, "replace", replace)
     assert train.run(as_flags({**flags, "out": tmp_path / "run"})) == 75
-    assert (
-        f"train.py: asked to stop: checkpoint written at step 2; --resume {tmp_path / 'run'} continues it"
-        in capsys.readouterr().out
-    )
+    output = capsys.readouterr().out
+    assert f"train.py: asked to stop: checkpoint written at step 2; --resume {tmp_path / 'run'} continues it" in output
+    assert "pretrain: 2 of 8 (25 %)" in output
     assert steps(tmp_path / "run") == [2]
     assert [signal.getsignal(n) for n in signals.SIGNALS] == before
 

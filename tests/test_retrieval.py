@@ -198,3 +198,12 @@ def test_a_full_disk_ends_an_evaluation_with_one_line_and_keeps_the_picture_befo
         evaluate_untrained(data, tmp_path / "out")
     assert sheet.read_bytes() == before
     assert list(sheet.parent.iterdir()) == [sheet]
+
+
+def test_a_file_elsewhere_that_cannot_be_read_is_named_and_not_the_folder_of_the_result(data, tmp_path, monkeypatch):
+    def broken(figure, file, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/disk/video.mp4")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    with pytest.raises(UserError, match=r"^/disk/video.mp4: Input/output error$"):
+        evaluate_untrained(data, tmp_path / "out")

@@ -37,7 +37,8 @@ import dataclasses
 import os
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -198,47 +199,63 @@ def evaluate(
     Raises UserError for wrong input, see the function of each command.
     """
     settings = settings_of(checkpoint, flags)
-    data = pick(configuration.DataConfig, settings)
-    model, seed = pick(configuration.ModelConfig, settings), settings.get("seed", 0)
 
     from dclr import distributed, report
-    from dclr.evaluation.accuracy import evaluate_accuracy
-    from dclr.evaluation.activation_maps import evaluate_activation_maps
-    from dclr.evaluation.background import evaluate_background
-    from dclr.evaluation.retrieval import evaluate_retrieval
 
     pictures = folder / "pictures"
     with ExitStack() as stack:
         distributed.only_on_rank_zero(lambda: stack.enter_context(report.removed_if_empty(pictures)))
         distributed.on_rank_zero(lambda: report.make_writable(pictures))
         began = time.monotonic()
-        try:
-            if command == "accuracy":
-                result = evaluate_accuracy(checkpoint, data, device, folder)
-            elif command == "retrieval":
-                result = evaluate_retrieval(checkpoint, data, model, seed, device, pictures, **special)
-            elif command == "bias":
-                result = evaluate_background(checkpoint, data, model, seed, device, pictures, **special)
-            else:
-                boundary = pick(configuration.MethodConfig, settings).boundary
-                result = evaluate_activation_maps(checkpoint, data, model, seed, boundary, device, pictures)
+        with naming_the_file(folder):
             content = {
                 "command": command,
                 "checkpoint": str(checkpoint),
-                **result,
-                "clips": dataclasses.asdict(data),
+                **measure(command, checkpoint, settings, device, folder, **special),
+                "clips": dataclasses.asdict(pick(configuration.DataConfig, settings)),
                 "seconds": round(time.monotonic() - began, 1),
                 "processes": distributed.world_size(),
                 "environment": report.environment(device),
             }
             distributed.only_on_rank_zero(lambda: report.write_json(folder / "report.json", content))
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot write there ({error.strerror or error})") from None
     written = f"{folder / 'report.json'} and {pictures}" if pictures.exists() else folder / "report.json"
     print(f"\n{written} written")
     return content
+
+
+def measure(
+    command: str, checkpoint: Path, settings: dict[str, Any], device: torch.device, folder: Path, **special: bool
+) -> dict[str, Any]:
+    """Return the entries of report.json that belong to one command. Its pictures and other files go to `folder`."""
+    from dclr.evaluation.accuracy import evaluate_accuracy
+    from dclr.evaluation.activation_maps import evaluate_activation_maps
+    from dclr.evaluation.background import evaluate_background
+    from dclr.evaluation.retrieval import evaluate_retrieval
+
+    data = pick(configuration.DataConfig, settings)
+    if command == "accuracy":
+        return evaluate_accuracy(checkpoint, data, device, folder)
+    model, seed, pictures = pick(configuration.ModelConfig, settings), settings.get("seed", 0), folder / "pictures"
+    if command == "retrieval":
+        return evaluate_retrieval(checkpoint, data, model, seed, device, pictures, **special)
+    if command == "bias":
+        return evaluate_background(checkpoint, data, model, seed, device, pictures, **special)
+    boundary = pick(configuration.MethodConfig, settings).boundary
+    return evaluate_activation_maps(checkpoint, data, model, seed, boundary, device, pictures)
+
+
+@contextmanager
+def naming_the_file(folder: Path) -> Iterator[None]:
+    """Raise UserError in place of an OSError. It names the file, or `folder` if the file was to be written there."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason, file = error.strerror or error, error.filename
+        if isinstance(file, str) and not Path(file).is_relative_to(folder):
+            raise UserError(f"{file}: {reason}") from None
+        raise UserError(f"--out {folder}: cannot write there ({reason})") from None
 
 
 def evaluate_splits(

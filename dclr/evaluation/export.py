@@ -110,6 +110,7 @@ def export_network(
         write = _torch_file if form == "torch" else _onnx_file
         content = write(program, list(expected[0]), information)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as aside:
             aside.write_bytes(content)
             outputs_of = (_open_torch if form == "torch" else _open_onnx)(aside)

@@ -122,6 +122,7 @@ def write_predictions(predictions: Predictions, out: Path, top: int) -> None:
     top = min(top, len(predictions.classes))
     write = _write_csv if out.suffix == ".csv" else _write_parquet
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as aside:
             write(_columns(top), _rows(predictions, top), aside)
     except OSError as error:

@@ -18,7 +18,7 @@ import torch
 from dclr import distributed
 from dclr.config import DataConfig
 from dclr.data.catalog import Catalog
-from dclr.data.given_videos import EVERYTHING, catalog_of_files, everything
+from dclr.data.given_videos import EVERYTHING, absolute_path, catalog_of_files, everything
 from dclr.data.videos import NoReadableVideo
 from dclr.errors import UserError
 from dclr.evaluation.embedding import check_head
@@ -238,7 +238,7 @@ def embed_files(
         skipped = error.reasons
     rows = {}
     for file in files:
-        path = os.path.relpath(os.path.abspath(file), catalog.root)
+        path = os.path.relpath(absolute_path(file), catalog.root)
         if path in skipped:
             raise UserError(f"--query {file} cannot be read: {skipped[path]}")
         rows[file] = table.embeddings[kind][table.paths.index(path)]

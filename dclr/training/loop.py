@@ -183,11 +183,11 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
                     "seconds": time.monotonic() - began,
                 }
                 save(run, engine, done, progress, failures, mean_loss.take() if saves else None)
+            if log:
+                log.advance()
             if stops and done < sampler.stop:
                 run.exchange.finish()
                 raise Stopped(f"asked to stop: checkpoint written at step {done}; --resume {run.folder} continues it")
-            if log:
-                log.advance()
 
     run.exchange.finish()
     return Trained(last, guard.skipped, failures, began)
