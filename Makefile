@@ -27,10 +27,12 @@ unexport PYTHONDONTWRITEBYTECODE
 
 setup: $(VENV)/.ready
 
-# Not with --no-compile, which saves a minute: where PYTHONDONTWRITEBYTECODE is set, every process would compile torch.
+# pip compiles one file after another, for a minute. compileall does the same with all cores. Its status is ignored,
+# because some packages hold templates, which are not Python.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,parquet,onnx,hub,remote,notebook,test]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[train,parquet,onnx,hub,remote,notebook,test]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: setup
