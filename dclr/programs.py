@@ -1,7 +1,7 @@
 """The names of the two programs in messages, as the user starts them, and the flag that launchers add.
 
 They are `python train.py` and `python eval.py` in a checkout. A user without a checkout has the installed commands
-`dclr-train` and `dclr-eval`. A program of the user's own stands for both (`use_own`).
+`dclr-train` and `dclr-eval`. The user's own program stands for both (`use_own`).
 """
 
 import re
@@ -12,11 +12,11 @@ _running = "train"
 """Which of the two programs this process runs, "train" or "eval"."""
 
 _own: str | None = None
-"""The program of the user's own that was started, as its path."""
+"""The path of the user's own program, if the user started one."""
 
 
 def use_own(path: str) -> None:
-    """Use the name of a program of the user's own in all messages from now on."""
+    """Use the name of the user's own program in all messages from now on."""
     global _own
     _own = path
 
@@ -33,7 +33,7 @@ def running() -> str:
 
 
 def own_program() -> str | None:
-    """Return the path of the program of the user's own, or None if train.py or eval.py was started."""
+    """Return the path of the user's own program, or None if train.py or eval.py was started."""
     return _own
 
 

@@ -92,7 +92,7 @@ class DataConfig(Group):
 
     data: str = option(
         "",
-        "folder of a data set, a list file, or the URL of a packed store (https://, s3:// and others). If left out, "
+        "folder of a data set, a list file, or the URL of a packed store (https://, s3:// and others). Without it, "
         "train.py uses the built-in demo videos, and eval.py the data set of the checkpoint's run, or the demo videos "
         "if there is none. predict needs --data. features and search need it unless the network was trained on the "
         "demo videos",
@@ -290,7 +290,7 @@ class MethodConfig(Group):
     )
     adversarial_from: int = option(
         100,
-        "epochs of plain MoCo before frames are dropped and queue entries fade, in videomoco. The published number is "
+        "epochs of plain MoCo before frames are dropped and logits decay, in videomoco. The published number is "
         "100 of 200. Change it with --epochs",
         at_least=0,
     )
@@ -314,7 +314,7 @@ class MethodConfig(Group):
     )
     decay: str = option(
         "steps",
-        "age of a queue entry, by which its logits fade. steps: optimizer steps since it was written, as in the "
+        "age of a queue entry, by which its logits decay. steps: optimizer steps since it was written, as in the "
         "released code. position: its position in the queue, as others describe the paper. "
         "Change it to none to measure the effect",
         choices=("steps", "position", "none"),

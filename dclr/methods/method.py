@@ -51,7 +51,7 @@ class Method(nn.Module):
         same_frames: whether query and key clip are the same frames, each with its own augmentation.
         shuffled: "query", "key" or both: the clips that are encoded on the rank which `shuffle` chooses. With several
             ranks, `forward` and `fill` get these clips as the shuffle delivers them. Other clips stay on their rank.
-        seed: of `shuffle`. Only needed with `shuffled`.
+        seed: the seed of `shuffle`, needed only with `shuffled`.
         takes_blocks: whether views may come in the layout of `dclr.kernels.space_to_depth`, which the backbone reads
             faster. Without it, views are always (B, 3, T, H, W).
     """
@@ -124,7 +124,7 @@ class Method(nn.Module):
         """Make the key encoder, if there is one, equal to the query encoder, whose weights --init has loaded."""
 
     def update_key(self) -> None:
-        """Do the work that follows the optimizer's step, such as moving a key encoder."""
+        """Do the work that follows the optimizer's step, such as updating a key encoder."""
 
     def terms(self, output: Any) -> dict[str, Tensor]:
         """Return "loss" and its terms, each (), under the names of the log. All must be finite."""

@@ -1,4 +1,4 @@
-"""VideoMoCo: MoCo whose query clips lose the frames that a generator chooses, and whose queue entries fade with age.
+"""VideoMoCo: MoCo whose query clips lose the frames that a generator chooses. Logits of queue entries decay with age.
 
 Letters: B clips of a micro-batch, T frames, H W pixels, D embedding size, K queue length.
 Source: Pan et al., CVPR 2021 (arXiv 2103.05905), and its released code. docs/methods.md has the formulas and the

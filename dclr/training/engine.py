@@ -31,7 +31,7 @@ RANK_STATISTICS = "ranks/statistics"
 SIXTEEN_BITS = ("fp16", "bf16", "bfloat16")
 """Sections of a DeepSpeed configuration that store parameters in 16 bits. The last one is an older name."""
 EXPECTED = {"managed_gradient_accumulation": True, "gradient_allreduce_op": "mean"}
-"""Settings of a DeepSpeed configuration with the only value, its default, that trains as train.py promises."""
+"""Settings of a DeepSpeed configuration that must keep their default. Another value would change the training."""
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}
 """Environment of a run of one process that no launcher started. The port is set to a free one."""
 
@@ -152,7 +152,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         )
     for setting, value in EXPECTED.items():
         if config.get(setting, value) != value:
-            raise UserError(f"--ds_config {path}: {setting} must be {json.dumps(value)}: leave it out")
+            raise UserError(f"--ds_config {path}: {setting} must be {json.dumps(value)}: remove it")
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(
