@@ -2,7 +2,10 @@
 
 import sys
 
-from dclr.commands.train import start
+try:
+    from dclr.commands.train import start
+except KeyboardInterrupt:  # Ctrl-C while packages are imported, which takes seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(start())

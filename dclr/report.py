@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -53,8 +54,9 @@ def open_run(out: str, command: str, resume: Path | None = None, replace: bool =
             raise _not_writable(folder, error) from None
         if resume is None and (folder / "config.json").exists():
             if not replace or any((folder / "checkpoints").glob("step-*")):
+                again = shlex.quote(str(folder))
                 raise UserError(
-                    f"--out {folder} already holds a run: --resume {folder} continues it, another --out keeps both"
+                    f"--out {folder} already holds a run: --resume {again} continues it, another --out keeps both"
                 )
             (folder / "config.json").unlink()
         yield folder

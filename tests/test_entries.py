@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,21 @@ def test_a_wrong_input_exits_with_status_2_and_one_line_on_stderr(clean_environm
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{program}: error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_ctrl_c_while_packages_are_imported_exits_with_status_130_and_no_traceback(program, monkeypatch):
+    real = __import__
+
+    def interrupted(name, *arguments, **options):
+        if name.startswith("dclr.commands."):
+            raise KeyboardInterrupt
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(REPOSITORY / program), run_name="__main__")
+    assert left.value.code == 130
 
 
 def test_check_of_genuine_ucf101_files_prints_layout_counts_and_frames(clean_environment, genuine):

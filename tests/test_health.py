@@ -170,6 +170,8 @@ def test_a_shortcut_is_seen_while_the_loss_is_still_below_the_plateau(run, end, 
     assert findings["own key"].sentence.startswith(words)
     assert "finds its own 1.0 times as well as a guess (vv): nothing was learned yet." in findings["own key"].sentence
     assert "--key-momentum" in findings["own key"].advice
+    slow = replace(whole, lines=lines, settings={**whole.settings, "key_momentum": 0.999})
+    assert found(slow)["own key"].advice.endswith("In the first steps of a run, this is usual: train longer.")
 
 
 @pytest.mark.parametrize(

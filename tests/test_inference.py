@@ -281,6 +281,7 @@ def test_the_model_card_has_the_figures_of_the_run_and_no_folders_of_its_machine
     run = tmp_path / "secret" / "ucf"
     (run / "retrieval").mkdir(parents=True)
     (run / "random").mkdir()
+    (run / "other-clips").mkdir()
     (run / "backbone.safetensors").write_bytes(weights.read_bytes())
     report = {
         "data": {"folder": "/secret/UCF101", "layout": "UCF101", "videos": 9537},
@@ -292,10 +293,13 @@ def test_the_model_card_has_the_figures_of_the_run_and_no_folders_of_its_machine
     (run / "retrieval" / "report.json").write_text(json.dumps({**evaluation, "checkpoint": "/secret/ucf"}))
     other = {**evaluation, "figures": {"recall_at_1": 0.03}, "checkpoint": "random"}
     (run / "random" / "report.json").write_text(json.dumps(other))
+    shorter = {**evaluation, "clips": {"clip_length": 1}, "figures": {"recall_at_1": 0.07}, "checkpoint": "/secret/ucf"}
+    (run / "other-clips" / "report.json").write_text(json.dumps(shorter))
     card = (dclr.load(run, device="cpu").save_pretrained(tmp_path / "out") / "README.md").read_text()
     assert "| retrieval | UCF101 | recall_at_1 | 0.5124 |" in card
     assert "- data set: UCF101 (UCF101), 9537 training videos" in card
     assert "0.03" not in card
+    assert "0.07" not in card
     assert "# license:" in card
     assert "3: up, down, across" in card
     assert "secret" not in card + (tmp_path / "out" / "config.json").read_text()

@@ -159,3 +159,6 @@ def test_pretraining_starts_from_the_weights_and_heads_of_another_run(
     monkeypatch.chdir(tmp_path)  # where the evaluation writes
     evaluate.main(["retrieval", "--checkpoint", "random", "--like", str(tmp_path / "first"), "--workers", "0"])
     assert "random weights of r2plus1d_10 (width 4)" in capfd.readouterr().out
+    for source in (["random", "--like", str(tmp_path / "first")], [str(tmp_path / "first")]):
+        with pytest.raises(UserError, match=r"^--preset demo has no effect: .*first names its own clips and network: "):
+            evaluate.main(["retrieval", "--checkpoint", *source, "--preset", "demo"])

@@ -85,6 +85,16 @@ def test_a_run_stopped_after_any_step_resumes_bit_for_bit(
     assert steps(tmp_path / "run")[-1] == step
     train_main(**flags, out=tmp_path / "run", resume="auto")
     assert_same_end(tmp_path / "run", uninterrupted)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["start"] == "random weights, and later a checkpoint of this run"
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_report(train_main, flags, uninterrupted, tmp_path):
+    """Its date must stay: the model card shows only evaluations that are newer."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = (tmp_path / "run" / "report.json").read_bytes()
+    train_main(**flags, out=tmp_path / "run", resume="auto")
+    assert (tmp_path / "run" / "report.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("kill_at", [11, 14])

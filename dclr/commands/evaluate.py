@@ -343,6 +343,8 @@ def settings_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--like {like}: no such file or folder; give a run's folder, or a file of weights")
     source = Path(like) if like is not None else checkpoint
     stored = settings_of_run(source) if str(source) != RANDOM else {}
+    if preset is not None and stored:
+        raise UserError(f"--preset {preset} has no effect: {source} names its own clips and network: leave it out")
     if stored.get("data") and "data" not in given:
         if configuration.is_url(stored["data"]):
             raise UserError(

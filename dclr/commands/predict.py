@@ -1,6 +1,7 @@
 """Print or write the predicted classes of videos: `eval.py predict`."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def predict(checkpoint: str, out: Path | None, top: int, flags: dict[str, Any], 
     if pretrained.classifier is None:
         raise UserError(
             f"--checkpoint {checkpoint} has no classifier: give the folder of a finetune or linear run, or train one "
-            f"with  {command_of('train')} finetune --pretrained {checkpoint}"
+            f"with  {command_of('train')} finetune --data DATA --pretrained {shlex.quote(checkpoint)}"
         )
     data = configuration.DataConfig(**{**pretrained.clips.settings, **flags})
     catalog = open_data(data)

@@ -151,7 +151,7 @@ def check_plateau(run: RunRecord) -> Finding | None:
             state,
             f"The loss was below the plateau until step {_number(last)}, and is on it again: {values}. What lowered "
             "it did not last.",
-            _SHORTCUT_ADVICE,
+            _shortcut_advice(run),
         )
     return Finding(
         "plateau",
@@ -162,10 +162,13 @@ def check_plateau(run: RunRecord) -> Finding | None:
     )
 
 
-_SHORTCUT_ADVICE = (
-    "The network may tell new keys from old ones, and not clips apart. Raise --key-momentum to 0.999: see "
-    '"Key momentum in short runs" in docs/LOG.md.'
-)
+def _shortcut_advice(run: RunRecord) -> str:
+    """Return what to do if the loss fell by a shortcut."""
+    if run.setting("key_momentum") < 0.999:
+        remedy = 'Raise --key-momentum to 0.999: see "Key momentum in short runs" in docs/LOG.md.'
+    else:
+        remedy = "In the first steps of a run, this is usual: train longer."
+    return f"The network may tell new keys from old ones, and not clips apart. {remedy}"
 
 
 def check_own_key(run: RunRecord) -> Finding | None:
@@ -200,7 +203,7 @@ def check_own_key(run: RunRecord) -> Finding | None:
         if not without:
             return Finding("own key", "ok", sentence)
         have = f"{_listed(without)} {'has' if len(without) == 1 else 'have'}"
-        cause, advice = "A shortcut lowers the loss", _SHORTCUT_ADVICE
+        cause, advice = "A shortcut lowers the loss", _shortcut_advice(run)
         if run.setting("mined_positives"):
             cause += ", or mined positives take the place of the own key"
             advice = f'Compare with --mined-positives 0: see "Real videos, second seed" in docs/LOG.md. {advice}'
@@ -208,7 +211,7 @@ def check_own_key(run: RunRecord) -> Finding | None:
         return Finding("own key", "warning", sentence, advice)
     sentence, advice = f"{positive}, and {found} ({best}): nothing was learned yet.", "Train longer: see the plateau."
     if left:
-        sentence, advice = f"The loss is below the plateau, but this is a shortcut. {sentence}", _SHORTCUT_ADVICE
+        sentence, advice = f"The loss is below the plateau, but this is a shortcut. {sentence}", _shortcut_advice(run)
     return Finding("own key", "bad" if run.ended else "warning", sentence, advice)
 
 

@@ -123,7 +123,7 @@ def make_card(pretrained: Pretrained, run: Path, config: dict[str, Any], changed
         predict='\nmodel.predict("video.mp4")  # the most probable classes' if classes else "",
         network="\n".join(f"| {name} | {_shown(value)} |" for name, value in rows.items()),
         training=_training(pretrained.file, run, config),
-        results=CHANGED if changed else _results(pretrained.file, run),
+        results=CHANGED if changed else _results(pretrained, run),
     )
 
 
@@ -144,7 +144,7 @@ def _training(file: Path, run: Path, config: dict[str, Any]) -> str:
         f"- steps: {report.get('steps')}" + ("" if _is_final(file, run) else f"; the weights are those of {file.name}"),
     ]
     for group in PUBLISHED:
-        lines += [f"- {name}: {_shown(value)}" for name, value in config.get(group, {}).items()]
+        lines += [f"- {name}: {_text(value)}" for name, value in config.get(group, {}).items()]
     return "\n".join(lines)
 
 
@@ -154,9 +154,9 @@ def _date(report: dict[str, Any]) -> str:
     return str(environment.get("date", "")) if isinstance(environment, dict) else ""
 
 
-def _results(file: Path, run: Path) -> str:
-    """Return a table of the figures in the reports of eval.py in the run's folder."""
-    rows = []
+def _results(pretrained: Pretrained, run: Path) -> str:
+    """Return a table of the figures in the reports of eval.py in the run's folder, for the clips of the weights."""
+    file, rows = pretrained.file, []
     for path in sorted(run.glob("*/report.json")):
         report = read_object(path)
         figures, clips = report.get("figures"), report.get("clips")
@@ -166,6 +166,8 @@ def _results(file: Path, run: Path) -> str:
         if _is_final(file, run) and _date(report) < _date(read_object(run / "report.json")):
             continue  # it is of the weights that the run had before it ended
         if not is_own or not isinstance(figures, dict) or not isinstance(clips, dict):
+            continue
+        if any(clips.get(name, value) != value for name, value in pretrained.clips.settings.items()):
             continue
         data = Path(str(clips.get("data") or "")).name or "the built-in demo videos of dclr"
         rows += [f"| {report.get('command')} | {data} | {name} | {_shown(value)} |" for name, value in figures.items()]
@@ -188,4 +190,8 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("\n", " ").replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+
+
+def _text(value: Any) -> str:
+    return str(value).replace("\n", " ").replace("|", "\\|")

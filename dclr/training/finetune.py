@@ -73,7 +73,9 @@ def finetune(
         run.write(lambda: save_backbone(classifier.backbone, run.folder / "backbone.safetensors", run.clips))
         written = run.folder / "classifier.safetensors"
         run.write(lambda: save_classifier(classifier, classes, written, run.clips))
-        run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds)
+        if run.resumed:
+            start = f"{config.transfer.pretrained or 'random weights'}, and later a checkpoint of this run"
+        run.write_report({"start": start, **trained.report()}, trained.failures, trained.seconds, trained.steps)
         data = f" --data {shlex.quote(config.data.data)}" if config.data.data else ""
         run.say(f"done: {written}")
         run.say(f"  next: {command_of('eval')} accuracy --checkpoint {shlex.quote(str(run.folder))}{data}")

@@ -4,6 +4,7 @@ pretrain.py and finetune.py supply a Task: what a micro-batch computes, and what
 """
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -96,6 +97,7 @@ class Trained:
     """The result of `train`."""
 
     last: dict[str, float]  # the last log line
+    steps: int  # steps since the last start
     skipped: int  # steps with a non-finite loss or gradient
     failures: Failures
     began: float  # time.monotonic() at the start, set back by the training time of earlier parts of a resumed run
@@ -187,10 +189,11 @@ def train(run: Run, task: Task, engine: Engine) -> Trained:
                 log.advance()
             if stops and done < sampler.stop:
                 run.exchange.finish()
-                raise Stopped(f"asked to stop: checkpoint written at step {done}; --resume {run.folder} continues it")
+                again = shlex.quote(str(run.folder))
+                raise Stopped(f"asked to stop: checkpoint written at step {done}; --resume {again} continues it")
 
     run.exchange.finish()
-    return Trained(last, guard.skipped, failures, began)
+    return Trained(last, sampler.stop - start, guard.skipped, failures, began)
 
 
 def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int) -> float:

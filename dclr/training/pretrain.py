@@ -71,7 +71,9 @@ def pretrain(
         average_statistics(network.query.backbone)
         file = run.folder / "backbone.safetensors"
         run.write(lambda: save_backbone(network.query.backbone, file, run.clips, network.query.heads))
-        run.write_report({"start": start, **task.summary, **trained.report()}, trained.failures, trained.seconds)
+        start = f"{config.start.init or 'random weights'}, and later a checkpoint of this run" if run.resumed else start
+        content = {"start": start, **task.summary, **trained.report()}
+        run.write_report(content, trained.failures, trained.seconds, trained.steps)
         run.say(f"done: {file}")
         for line in next_steps(run):
             run.say(f"  {line}")

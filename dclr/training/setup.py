@@ -199,11 +199,16 @@ class Run:
         everyone = distributed.gather_objects((failures.reasons, failures.count))
         return {k: v for reasons, _ in everyone for k, v in reasons.items()}, sum(count for _, count in everyone)
 
-    def write_report(self, content: dict[str, Any], failures: Failures, seconds: float) -> None:
+    def write_report(self, content: dict[str, Any], failures: Failures, seconds: float, steps_now: int) -> None:
         """Write report.json: what every run reports, and `content`.
 
-        `seconds` is the training time over all parts of a resumed run.
+        If a finished run was resumed and had no step left, the report that it has is kept.
+
+        Args:
+            seconds: the training time over all parts of a resumed run.
+            steps_now: the steps since the last start.
         """
+        file = self.folder / "report.json"
         reasons, failed_reads = self.all_failures(failures)
         steps = self.batch_sampler().stop
         content = {
@@ -228,7 +233,7 @@ class Run:
             "environment": report.environment(self.device),
             **content,
         }
-        self.write(lambda: report.write_json(self.folder / "report.json", content))
+        self.write(lambda: report.write_json(file, content) if steps_now or not file.exists() else None)
 
 
 @contextmanager
